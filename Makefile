@@ -1,0 +1,44 @@
+# Two commands are all a newcomer needs: `make demo` and `make test`. Each installs what it needs once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: install demo test test-all test-real-engines check clean
+
+install: $(STAMP)
+
+# bubblewrap makes the sandboxes. It is a system package: root installs it here, others are told how, once.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Verbatim needs Python 3.11 or newer; set PYTHON=…")'
+	@command -v bwrap >/dev/null 2>&1 || { if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then \
+	    (apt-get update -qq || true) && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends bubblewrap; \
+	  else echo "bubblewrap is not installed: sandboxes need it (Debian: apt-get install bubblewrap)" >&2; fi; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt hatchling editables
+	$(BIN)/python -m pip install --disable-pip-version-check -q --no-build-isolation -c constraints.txt -e '.[train,dev]'
+	@touch $(STAMP)
+
+demo: install
+	$(BIN)/verbatim demo
+
+test: install
+	$(BIN)/python -m pytest -m "not slow and not real_engine"
+
+# Everything of `make test`, and the long soak runs.
+test-all: install
+	$(BIN)/python -m pytest -m "not real_engine"
+
+# Parity of the embedded engine with the real SGLang on this CPU; installs it into an environment of its own (2.7 GB).
+test-real-engines: install
+	PYTHON=$(PYTHON) tests/real_engines/install.sh
+	$(BIN)/python -m pytest -m real_engine
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,0 +1,1 @@
+"""embedded: see the README of this folder."""

@@ -1,0 +1,1 @@
+"""weights: see the README of this folder."""

@@ -1,0 +1,1 @@
+"""The gateway: an OpenAI-compatible chat API that keeps every token as the engine sampled it."""

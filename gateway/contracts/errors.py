@@ -1,0 +1,248 @@
+"""Every error of the project, as one tree; each class has a code, an HTTP status and whether a retry can help.
+
+    VerbatimError
+    ├── ConfigurationError            what the user wrote or pointed at is wrong (exit code 2)
+    ├── RequestError                  4xx: the caller must change something
+    │   ├── InvalidRequest · ContextOverflow · TemplateRaised
+    │   ├── Unauthorized · Forbidden · TooManyRequests
+    │   └── NotFound · SessionSealed · Conflict
+    ├── EngineError                   5xx: an inference engine failed us
+    │   ├── EngineUnavailable · EngineTimeout      another replica, or a later try, can help
+    │   └── EngineRejected · EngineProtocolError   it answered, and the answer is a refusal or nonsense
+    ├── LedgerError                   the store cannot take or give what was asked
+    ├── IntegrityError                two things that must be equal are not; never retried, never repaired silently
+    │   └── ExpertsMismatch · LengthMismatch · LedgerCorrupt · SchemaMismatch · IdentityMismatch
+    ├── SandboxError                  the sandbox itself failed (a command's non-zero exit is data, not this)
+    │   └── SandboxUnavailable · SandboxLost
+    ├── RewardError                   no reward could be computed (which is not a reward of zero)
+    ├── TransportError                weights did not reach an engine
+    └── TrainingError
+        └── NonFiniteLoss · StaleBatch · ReplayUnsupported
+
+Foreign exceptions are translated into these once, at the boundary that meets them.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class VerbatimError(Exception):
+    """Base of all errors that Verbatim raises on purpose; `str(error)` is one line that says what to do."""
+
+    code: ClassVar[str] = "internal_error"
+    http_status: ClassVar[int] = 500
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class ConfigurationError(VerbatimError):
+    """A setting, path, port or flag is wrong; the command line exits with 2."""
+
+    code = "configuration_error"
+
+
+class RequestError(VerbatimError):
+    """The caller must change the request."""
+
+    code = "invalid_request_error"
+    http_status = 400
+
+
+class InvalidRequest(RequestError):
+    """A field is missing, has the wrong type or an impossible value."""
+
+
+class ContextOverflow(RequestError):
+    """Prompt (plus requested output) is longer than the engine's context; the message must contain
+    "maximum context length", which is what agents' clients look for."""
+
+    code = "context_length_exceeded"
+
+
+class TemplateRaised(RequestError):
+    """The model's own chat template refused the conversation; the message is the template's."""
+
+    code = "chat_template_error"
+
+
+class Unauthorized(RequestError):
+    """No key, or a key that opens nothing."""
+
+    code = "invalid_api_key"
+    http_status = 401
+
+
+class Forbidden(RequestError):
+    """A valid key, for something else."""
+
+    code = "permission_denied"
+    http_status = 403
+
+
+class NotFound(RequestError):
+    """No such session, rollout, lease or engine."""
+
+    code = "not_found"
+    http_status = 404
+
+
+class SessionSealed(RequestError):
+    """The session was finished; it takes no more turns."""
+
+    code = "session_finished"
+    http_status = 409
+
+
+class Conflict(RequestError):
+    """The request contradicts what is recorded (an id taken with other content, a stale snapshot)."""
+
+    code = "conflict"
+    http_status = 409
+
+
+class TooManyRequests(RequestError):
+    """A limit of rate, size or concurrency was met; try again later."""
+
+    code = "rate_limit_exceeded"
+    http_status = 429
+    retryable = True
+
+
+class EngineError(VerbatimError):
+    """An inference engine failed."""
+
+    code = "engine_error"
+    http_status = 502
+
+
+class EngineUnavailable(EngineError):
+    """No connection, a 5xx, or the stream ended early; tokens that already came are kept by the caller."""
+
+    code = "engine_unavailable"
+    http_status = 503
+    retryable = True
+
+
+class EngineTimeout(EngineError):
+    """The engine did not answer within the deadline."""
+
+    code = "engine_timeout"
+    http_status = 504
+    retryable = True
+
+
+class EngineRejected(EngineError):
+    """The engine refused the request (its 4xx); the same request will be refused again."""
+
+    code = "engine_rejected"
+
+
+class EngineProtocolError(EngineError):
+    """The engine's answer does not have the shape that its protocol promises."""
+
+    code = "engine_protocol_error"
+
+
+class LedgerError(VerbatimError):
+    """The ledger cannot take or give what was asked; nothing that was acknowledged is lost."""
+
+    code = "ledger_unavailable"
+    http_status = 503
+    retryable = True
+
+
+class IntegrityError(VerbatimError):
+    """Two things that must be equal are not."""
+
+    code = "integrity_error"
+
+
+class ExpertsMismatch(IntegrityError):
+    """Routing rows do not fit their tokens (number, shape, range or type)."""
+
+    code = "experts_mismatch"
+
+
+class LengthMismatch(IntegrityError):
+    """I2 is broken: arrays of one segment or turn differ in length."""
+
+    code = "length_mismatch"
+
+
+class LedgerCorrupt(IntegrityError):
+    """A checksum or a reference inside the ledger does not hold."""
+
+    code = "ledger_corrupt"
+
+
+class SchemaMismatch(IntegrityError):
+    """Stored data has a schema version that this program does not read."""
+
+    code = "schema_mismatch"
+
+
+class IdentityMismatch(IntegrityError):
+    """Gateway and engine do not have the same tokenizer, template or model."""
+
+    code = "identity_mismatch"
+
+
+class SandboxError(VerbatimError):
+    """The sandbox itself failed; never to be turned into a reward."""
+
+    code = "sandbox_error"
+
+
+class SandboxUnavailable(SandboxError):
+    """This machine cannot make such a sandbox, or all are taken."""
+
+    code = "sandbox_unavailable"
+    http_status = 503
+
+
+class SandboxLost(SandboxError):
+    """A sandbox that existed is gone."""
+
+    code = "sandbox_lost"
+    retryable = True
+
+
+class RewardError(VerbatimError):
+    """No reward could be computed; the rollout is recorded without one."""
+
+    code = "reward_error"
+
+
+class TransportError(VerbatimError):
+    """Weights did not reach an engine."""
+
+    code = "transport_error"
+    retryable = True
+
+
+class TrainingError(VerbatimError):
+    """A training step cannot be made."""
+
+    code = "training_error"
+
+
+class NonFiniteLoss(TrainingError):
+    """Loss or gradient norm is NaN or infinite."""
+
+    code = "non_finite_loss"
+
+
+class StaleBatch(TrainingError):
+    """Samples are older than the staleness bound allows."""
+
+    code = "stale_batch"
+
+
+class ReplayUnsupported(TrainingError):
+    """Routing replay cannot be installed on this model, so training with it would silently not replay."""
+
+    code = "replay_unsupported"

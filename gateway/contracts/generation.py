@@ -1,0 +1,151 @@
+"""One model call on token ids: what the gateway asks of an engine and what streams back.
+
+Produced by `gateway.sessions`, consumed by every class behind the `Engine` Protocol (`gateway.contracts.ports`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from gateway.contracts.errors import InvalidRequest, LengthMismatch
+from gateway.contracts.experts import RoutedExperts, RoutingShape
+from gateway.contracts.versions import VersionSpan, check_spans
+
+JsonValue: TypeAlias = Any
+"""Any JSON value as `orjson.loads` gives it. Agents' and templates' JSON has no narrower honest type."""
+
+TokenIds: TypeAlias = npt.NDArray[np.int32]
+"""int32[T] token ids."""
+
+
+class LogprobKind(StrEnum):
+    """What a recorded log-prob is a log-prob of; engines differ, the trainer must know."""
+
+    TEMPERATURE_SCALED = "temperature_scaled"
+    RAW = "raw"
+
+
+class FinishReason(StrEnum):
+    """Why an engine stopped sampling."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """The end of one generation; `matched` is the stop token id or stop string that ended it, where one did."""
+
+    reason: FinishReason
+    matched: int | str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to sample; names and defaults are SGLang's, units are tokens.
+
+    `top_k` -1 means no limit. `stop` are strings, `stop_token_ids` ids on top of the engine's own end tokens.
+    `extra` holds sampling fields that Verbatim does not interpret and the engine may (min_new_tokens, regex, …).
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    min_p: float = 0.0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    seed: int | None = None
+    ignore_eos: bool = False
+    extra: Mapping[str, JsonValue] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise InvalidRequest(f"max_new_tokens is {self.max_new_tokens}; ask for at least one token")
+        if self.temperature < 0:
+            raise InvalidRequest(f"temperature is {self.temperature}; it must not be negative")
+        if not 0 < self.top_p <= 1:
+            raise InvalidRequest(f"top_p is {self.top_p}; it must be in (0, 1]")
+        if self.top_k < -1 or self.top_k == 0:
+            raise InvalidRequest(f"top_k is {self.top_k}; use -1 for no limit, or a positive number")
+        if not 0 <= self.min_p <= 1:
+            raise InvalidRequest(f"min_p is {self.min_p}; it must be in [0, 1]")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GenerateRequest:
+    """Token ids in. `request_id` has a fixed length (SGLang aborts by prefix).
+
+    `routed_experts_start`: absolute index of the first routing row wanted; None asks for no routing.
+    `passthrough`: unknown top-level fields of the agent's request, for the engine (I8).
+    """
+
+    request_id: str
+    token_ids: TokenIds
+    sampling: SamplingParams
+    routed_experts_start: int | None = None
+    passthrough: Mapping[str, JsonValue] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GenerateChunk:
+    """New tokens since the last chunk: `token_ids` int32[n], `logprobs` float32[n] (NaN where the engine gave none)."""
+
+    token_ids: TokenIds
+    logprobs: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GenerateEnd:
+    """The last item of a generation stream.
+
+    version_spans: cover all output tokens of this request. routed_experts: rows [start, P+C-1), or None if not asked
+    for or not given (I9: missing stays missing). `meta_info` holds fields of the engine's reply that we do not know.
+    """
+
+    finish: Finish
+    version_spans: tuple[VersionSpan, ...]
+    routed_experts: RoutedExperts | None
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    num_retractions: int
+    meta_info: Mapping[str, JsonValue]
+
+    def __post_init__(self) -> None:
+        check_spans(self.version_spans, self.completion_tokens)
+        rows = self.routed_experts
+        expected = self.prompt_tokens + self.completion_tokens - 1
+        if rows is not None and rows.stop != expected:
+            raise LengthMismatch(f"routing rows end at {rows.stop}, expected {expected} (prompt + completion - 1)")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineIdentity:
+    """What an engine says it is, for `/admin/identity` and for refusing the wrong one.
+
+    `routing`: None for a dense model, or where the shape cannot be learnt. `captures_experts`: started so that it can
+    return routing. `context_length` and `vocab_size` 0 mean unknown. `fingerprints`: sha256 of tokenizer and template
+    files where the engine's files can be read, else empty.
+    """
+
+    engine_id: str
+    url: str
+    kind: str
+    model_path: str
+    served_model_name: str
+    weight_version: str
+    policy_version: int
+    logprob_kind: LogprobKind
+    captures_experts: bool
+    routing: RoutingShape | None
+    context_length: int
+    vocab_size: int
+    fingerprints: Mapping[str, str]

@@ -1,0 +1,274 @@
+"""The Protocols at which engines, ledger, sandboxes, rewards and weight transports meet the rest.
+
+Each has one contract suite under `tests/contract/` that runs against every implementation. Composition roots
+(`gateway/main.py`, `gateway/cli.py`, `trainer/main.py`, `engines/embedded/server.py`) choose the classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Protocol
+
+from gateway.contracts.experts import RoutedExperts
+from gateway.contracts.generation import EngineIdentity, GenerateChunk, GenerateEnd, GenerateRequest, JsonValue
+from gateway.contracts.records import FinishRecord, SessionRecord, TurnRecord
+from gateway.contracts.rollouts import FeedCounts, FinishedRollout, Lease
+
+
+class PauseMode(StrEnum):
+    """What happens to running requests while generation is paused (SGLang's words; the gateway's are abort|keep|drain).
+
+    ABORT: they end with what they have. IN_PLACE: they stop and later go on with their old KV cache.
+    RETRACT: they go back to the queue and their cache is recomputed.
+    """
+
+    ABORT = "abort"
+    IN_PLACE = "in_place"
+    RETRACT = "retract"
+
+
+class Engine(Protocol):
+    """A client of one inference engine process."""
+
+    @property
+    def engine_id(self) -> str: ...
+
+    @property
+    def url(self) -> str: ...
+
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[GenerateChunk | GenerateEnd, None]:
+        """Stream new tokens, then exactly one GenerateEnd.
+
+        Raises EngineUnavailable, EngineTimeout, EngineRejected, EngineProtocolError; chunks that were yielded before
+        stay valid. Closing the generator early aborts the request at the engine.
+        """
+        ...
+
+    async def identity(self) -> EngineIdentity:
+        """Ask the engine who it is; raises EngineError."""
+        ...
+
+    async def healthy(self) -> bool:
+        """Whether the engine answers its cheap health check."""
+        ...
+
+    async def abort(self, request_id: str) -> None:
+        """Stop one request; unknown ids are fine."""
+        ...
+
+    async def pause(self, mode: PauseMode) -> None: ...
+
+    async def resume(self) -> None: ...
+
+    async def aclose(self) -> None: ...
+
+
+class Ledger(Protocol):
+    """The durable store of sessions, turns, routing rows, finishes and leases.
+
+    Every method that writes returns when its data is on disk (I4). All are safe to call concurrently.
+    """
+
+    async def create_session(self, session: SessionRecord) -> SessionRecord:
+        """Store a session; an equal session that exists already is returned, another one raises Conflict."""
+        ...
+
+    async def session(self, session_id: str) -> SessionRecord | None: ...
+
+    async def sessions(
+        self, *, labels: Mapping[str, str] | None = None, limit: int = 100, after: str | None = None
+    ) -> Sequence[SessionRecord]:
+        """Sessions in order of id, starting after `after`."""
+        ...
+
+    async def append_turn(self, turn: TurnRecord, experts: RoutedExperts | None) -> None:
+        """Store one turn; a second append of the same (session_id, turn_id) is a no-op, so that retries are safe.
+
+        Raises SessionSealed if the session is finished, NotFound if it does not exist.
+        """
+        ...
+
+    async def mark_delivered(self, session_id: str, turn_id: str, delivered_at: float) -> None: ...
+
+    async def turns(self, session_id: str) -> Sequence[TurnRecord]:
+        """All turns of a session in order of `index`."""
+        ...
+
+    async def experts(self, session_id: str, turn_id: str) -> RoutedExperts | None:
+        """The routing rows stored with a turn; raises LedgerCorrupt if their checksum does not hold."""
+        ...
+
+    async def finish(self, finish: FinishRecord) -> FinishRecord:
+        """Seal a session; an equal repetition returns the first record, a different one raises Conflict."""
+        ...
+
+    async def finish_record(self, session_id: str) -> FinishRecord | None: ...
+
+    async def delete_session(self, session_id: str) -> None:
+        """Forget a session that was never finished, or whose rollout was acknowledged or dropped; else Conflict."""
+        ...
+
+    async def lease(
+        self,
+        *,
+        consumer: str,
+        limit: int,
+        lease_seconds: float,
+        whole_groups: bool,
+        labels: Mapping[str, str] | None,
+        now: float,
+    ) -> Lease | None:
+        """Lend up to `limit` finished rollouts that this consumer has neither leased nor acknowledged, oldest first.
+
+        With `whole_groups` a group is lent when all of its sessions have ended, never in part; a group larger than
+        `limit` is lent alone. None if there is nothing to lend.
+        """
+        ...
+
+    async def acknowledge(self, lease_id: str) -> Sequence[str]:
+        """Mark a lease's rollouts as consumed and return their session ids; repeating it is fine; unknown: NotFound."""
+        ...
+
+    async def release(self, lease_id: str) -> None:
+        """Give a lease's rollouts back at once; unknown or ended leases are fine."""
+        ...
+
+    async def finished_rollout(self, session_id: str, snapshot: str) -> FinishedRollout:
+        """The rollout with its segments; NotFound for an unknown id, Conflict for another snapshot."""
+        ...
+
+    async def drop_rollout(self, session_id: str, snapshot: str) -> None:
+        """Free a rollout's data; needs the snapshot that was read, else Conflict."""
+        ...
+
+    async def counts(self, consumer: str, now: float) -> FeedCounts: ...
+
+    async def set_policy(self, policy_version: int, weight_version: str) -> None:
+        """Remember that the engines' label `weight_version` means `policy_version`."""
+        ...
+
+    async def policies(self) -> Mapping[str, int]:
+        """All remembered labels."""
+        ...
+
+    async def aclose(self) -> None: ...
+
+
+class NetworkAccess(StrEnum):
+    """What a sandbox can reach."""
+
+    NONE = "none"
+    LOOPBACK = "loopback"
+
+
+@dataclass(frozen=True, slots=True)
+class SandboxLimits:
+    """Of one sandbox. `output_bytes` bounds what one command's stdout and stderr may each return."""
+
+    memory_bytes: int = 256 * 2**20
+    num_processes: int = 64
+    disk_bytes: int = 64 * 2**20
+    cpu_seconds_per_command: float = 30.0
+    output_bytes: int = 64 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class SandboxSpec:
+    """What to make: `key` is the rollout's id (creation is idempotent per key); `files` are written before it is handed
+    out (path inside the sandbox → content)."""
+
+    key: str
+    limits: SandboxLimits = field(default_factory=SandboxLimits)
+    network: NetworkAccess = NetworkAccess.NONE
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+class ExecOutcome(StrEnum):
+    """How a command ended; everything but EXITED says that its exit code is not its own doing."""
+
+    EXITED = "exited"
+    TIMEOUT = "timeout"
+    OUT_OF_MEMORY = "out_of_memory"
+    SIGNALLED = "signalled"
+
+
+@dataclass(frozen=True, slots=True)
+class ExecResult:
+    """One command's end. `exit_code` is set iff outcome is EXITED.
+
+    stdout and stderr are cut in the middle at the limit; `*_total_bytes` says how much there was.
+    """
+
+    outcome: ExecOutcome
+    exit_code: int | None
+    stdout: bytes
+    stderr: bytes
+    stdout_total_bytes: int
+    stderr_total_bytes: int
+    seconds: float
+
+
+class Sandbox(Protocol):
+    """One isolated runtime; its files and background processes live until it is destroyed."""
+
+    @property
+    def sandbox_id(self) -> str: ...
+
+    async def execute(
+        self,
+        command: str | Sequence[str],
+        *,
+        timeout_seconds: float,
+        stdin: bytes = b"",
+        cwd: str | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> ExecResult:
+        """Run a shell line (str) or an argument vector; raises SandboxLost if the sandbox is gone."""
+        ...
+
+    async def write_file(self, path: str, content: bytes) -> None: ...
+
+    async def read_file(self, path: str) -> bytes:
+        """Raises NotFound if there is no such file."""
+        ...
+
+    async def destroy(self) -> None:
+        """End all of its processes and free its files; repeating it is fine."""
+        ...
+
+
+class SandboxDriver(Protocol):
+    """Makes sandboxes of one kind."""
+
+    async def create(self, spec: SandboxSpec) -> Sandbox:
+        """Returns when commands can run; raises SandboxUnavailable with what to do about it."""
+        ...
+
+    async def aclose(self) -> None:
+        """Destroy every sandbox that this driver made."""
+        ...
+
+
+class WeightTransport(Protocol):
+    """Brings weights to engines."""
+
+    async def publish(self, checkpoint: Path, *, policy_version: int, engine_urls: Sequence[str]) -> str:
+        """Load a Hugging Face checkpoint folder into every engine and return the engines' new label (`weight_version`).
+
+        Raises TransportError naming the engine that failed; engines that already took the weights keep them.
+        """
+        ...
+
+    async def aclose(self) -> None: ...
+
+
+class Reward(Protocol):
+    """Scores one ended conversation."""
+
+    async def score(self, task: JsonValue, messages: Sequence[JsonValue]) -> float:
+        """Raises RewardError when no score can be computed."""
+        ...

@@ -1,0 +1,1 @@
+"""ledger: see the README of this folder."""

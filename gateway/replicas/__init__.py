@@ -1,0 +1,1 @@
+"""replicas: see the README of this folder."""

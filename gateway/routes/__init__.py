@@ -1,0 +1,1 @@
+"""routes: see the README of this folder."""

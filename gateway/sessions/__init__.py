@@ -1,0 +1,1 @@
+"""sessions: see the README of this folder."""

@@ -1,0 +1,1 @@
+"""tito: see the README of this folder."""

@@ -1,0 +1,1 @@
+"""parsing: see the README of this folder."""

@@ -1,0 +1,1 @@
+"""wire: see the README of this folder."""

@@ -1,0 +1,1 @@
+"""Sandboxes: one isolated runtime per rollout, and the rewards that run in it."""

@@ -1,0 +1,1 @@
+"""local: see the README of this folder."""

@@ -1,0 +1,1 @@
+"""rewards: see the README of this folder."""

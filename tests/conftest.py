@@ -1,0 +1,42 @@
+"""Fixtures that every suite shares: a tiny checkpoint, made once per run, and free ports."""
+
+from __future__ import annotations
+
+import os
+
+# One thread per torch process: OpenMP threads spin on shared cores (60 times slower as soon as two processes run).
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import socket
+from pathlib import Path
+
+import pytest
+
+CORPUS = [
+    'What is 48/2? Use the calculator. {"name": "calculator", "arguments": {"expression": "48/2"}} The answer is 24.',
+    "You are a careful assistant. Work out 48+24, then 12*7, and give the result after ####.",
+]
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen3-MoE checkpoint folder (4 layers, 8 experts top-2, about 0.6 M parameters, vocabulary about 400)."""
+    from trainer.recipes.checkpoint import TinyMoeShape, make_checkpoint
+
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    shape = TinyMoeShape(hidden_size=64, expert_size=64, vocab_size=400)
+    make_checkpoint(folder, corpus=CORPUS, seed=0, shape=shape)
+    return folder
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A TCP port on loopback below the ephemeral range that nothing listens on now."""
+    for port in range(20_000 + os.getpid() % 5_000, 32_000):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise RuntimeError("no free port below 32000")

@@ -1,0 +1,1 @@
+"""The trainer: feed in, replay-consistent policy updates out."""

@@ -1,0 +1,1 @@
+"""algorithms: see the README of this folder."""

@@ -1,0 +1,1 @@
+"""recipes: see the README of this folder."""

@@ -1,0 +1,1 @@
+"""replay: see the README of this folder."""

@@ -1,0 +1,1 @@
+"""rollouts: see the README of this folder."""
