@@ -20,7 +20,7 @@ CORPUS = [
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Qwen3-MoE checkpoint folder (4 layers, 8 experts top-2, about 0.6 M parameters, vocabulary about 400)."""
+    """A random Qwen3-MoE checkpoint folder (4 layers, 8 experts top-2, 0.5 M parameters, vocabulary about 350)."""
     from trainer.recipes.checkpoint import TinyMoeShape, make_checkpoint
 
     folder = tmp_path_factory.mktemp("model") / "tiny"

@@ -15,7 +15,7 @@ from typing import Protocol
 from gateway.contracts.experts import RoutedExperts
 from gateway.contracts.generation import EngineIdentity, GenerateChunk, GenerateEnd, GenerateRequest, JsonValue
 from gateway.contracts.records import FinishRecord, SessionRecord, TurnRecord
-from gateway.contracts.rollouts import FeedCounts, FinishedRollout, Lease
+from gateway.contracts.rollouts import FeedCounts, Lease
 
 
 class PauseMode(StrEnum):
@@ -129,15 +129,18 @@ class Ledger(Protocol):
         ...
 
     async def acknowledge(self, lease_id: str) -> Sequence[str]:
-        """Mark a lease's rollouts as consumed and return their session ids; repeating it is fine; unknown: NotFound."""
+        """Mark a lease's rollouts as consumed and return their session ids; repeating it is fine; unknown: NotFound.
+
+        An expired lease is still acknowledged unless one of its rollouts was lent anew since, which raises Conflict.
+        """
         ...
 
     async def release(self, lease_id: str) -> None:
         """Give a lease's rollouts back at once; unknown or ended leases are fine."""
         ...
 
-    async def finished_rollout(self, session_id: str, snapshot: str) -> FinishedRollout:
-        """The rollout with its segments; NotFound for an unknown id, Conflict for another snapshot."""
+    async def release_consumer(self, consumer: str) -> int:
+        """Release every live lease of a consumer (a trainer that starts again); returns how many rollouts came back."""
         ...
 
     async def drop_rollout(self, session_id: str, snapshot: str) -> None:

@@ -1,1 +1,0 @@
-"""rewards: see the README of this folder."""
