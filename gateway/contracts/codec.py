@@ -83,7 +83,8 @@ def _segment_arrays(rollout: FinishedRollout) -> dict[str, npt.NDArray[Any]]:
             arrays[prefix + "routed_experts"] = segment.routed_experts
         arrays[prefix + "loss_mask"] = segment.loss_mask.view(np.uint8)
         arrays[prefix + "routed_valid"] = segment.routed_valid.view(np.uint8)
-    return arrays
+    # Widest items first, so that every array lies aligned in the body and can be read as a view.
+    return dict(sorted(arrays.items(), key=lambda item: -item[1].itemsize))
 
 
 def _metadata(rollout: FinishedRollout) -> str:
@@ -102,7 +103,8 @@ def _metadata(rollout: FinishedRollout) -> str:
         "num_experts": rollout.num_experts,
         "reports": dict(rollout.reports),
     }
-    return json.dumps(facts, separators=(",", ":"), ensure_ascii=False)
+    # ASCII, because the header must be UTF-8 and a task's text may hold lone surrogates, which UTF-8 has no place for.
+    return json.dumps(facts, separators=(",", ":"))
 
 
 def _split(body: bytes) -> tuple[dict[str, Any], memoryview]:

@@ -181,6 +181,7 @@ class FinishRecord:
     """The end of a session: sealed at `finished_at`, its rollout enters the feed as `snapshot`.
 
     `reward` None means that none could be computed, which is not zero. `outcome` is one of `Outcome` or a user's word.
+    `dropped_at`: when the ledger freed the rollout's data; None while it can be read.
     """
 
     session_id: str
@@ -189,3 +190,4 @@ class FinishRecord:
     outcome: str
     metadata: Mapping[str, JsonValue]
     finished_at: float
+    dropped_at: float | None = None

@@ -1,1 +1,1 @@
-"""ledger: see the README of this folder."""
+"""The durable store of sessions, turns, routing rows, finishes and leases (see this folder's README)."""

@@ -1,0 +1,151 @@
+"""Routing rows in append-only segment files beside the SQLite store.
+
+A folder holds `routing-00000001.seg`, `routing-00000002.seg`, …; one writer appends to the last. Every record carries
+its own key, lengths and checksum, so that a reader trusts nothing but the bytes and an index can be made anew from them:
+
+    magic "VRX1" · crc32 u32 · key length u32 · payload length u64 · key (JSON) · payload        (little-endian)
+
+The checksum covers all that follows it. The order of writing is: append, fdatasync (`flush`), then commit the row that
+points at the record. So a crash leaves at worst a tail that no row points at: later records are appended behind it, and
+it goes away with its file.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from gateway.contracts.errors import LedgerCorrupt
+
+MAX_FILE_BYTES = 256 * 2**20
+
+_HEADER = struct.Struct("<4sIIQ")
+_LENGTHS = struct.Struct("<IQ")
+_MAGIC = b"VRX1"
+_NAME = re.compile(r"routing-(\d{8})\.seg")
+
+
+class Location(NamedTuple):
+    """Where a record lies: file number, byte offset of its header, its bytes with header and key."""
+
+    file: int
+    offset: int
+    num_bytes: int
+
+
+class SegmentFileWriter:
+    """The one appender of a folder of segment files; not thread-safe, used from the ledger's writer thread."""
+
+    def __init__(self, folder: Path, *, max_file_bytes: int = MAX_FILE_BYTES) -> None:
+        self._folder = folder
+        self._max_file_bytes = max_file_bytes
+        folder.mkdir(exist_ok=True)
+        self._number = max(_numbers(folder), default=0)
+        self._descriptor: int | None = None
+        self._end = 0
+        self._unsynced = False
+
+    def append(self, key: bytes, payload: bytes) -> Location:
+        """Write one record; it is durable after `flush`. Raises OSError, and then nothing of it remains."""
+        lengths = _LENGTHS.pack(len(key), len(payload))
+        checksum = zlib.crc32(payload, zlib.crc32(key, zlib.crc32(lengths)))
+        record_bytes = _HEADER.size + len(key) + len(payload)
+        descriptor = self._file_for(record_bytes)
+        try:
+            _write_all(descriptor, [_HEADER.pack(_MAGIC, checksum, len(key), len(payload)) + key, payload])
+        except OSError:
+            os.ftruncate(descriptor, self._end)  # a full disk: the half-written record must not stay in the way
+            raise
+        location = Location(self._number, self._end, record_bytes)
+        self._end += record_bytes
+        self._unsynced = True
+        return location
+
+    def flush(self) -> None:
+        """Make every appended record durable (fdatasync); cheap when there is none."""
+        if self._unsynced and self._descriptor is not None:
+            os.fdatasync(self._descriptor)
+            self._unsynced = False
+
+    def remove_files(self, is_used: Callable[[int], bool]) -> None:
+        """Delete the files whose number `is_used` denies; the one being written stays."""
+        for number in _numbers(self._folder) - {self._number}:
+            if not is_used(number):
+                _path(self._folder, number).unlink()
+
+    def close(self) -> None:
+        """Flush and close; repeating it is fine."""
+        if self._descriptor is not None:
+            self.flush()
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def _file_for(self, record_bytes: int) -> int:
+        if self._descriptor is None and self._number > 0:
+            self._open_last()
+        if self._descriptor is None or (self._end > 0 and self._end + record_bytes > self._max_file_bytes):
+            self._open_next()
+        assert self._descriptor is not None
+        return self._descriptor
+
+    def _open_last(self) -> None:
+        self._descriptor = os.open(_path(self._folder, self._number), os.O_WRONLY | os.O_APPEND)
+        self._end = os.fstat(self._descriptor).st_size
+
+    def _open_next(self) -> None:
+        self.close()
+        path = _path(self._folder, self._number + 1)
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o644)
+        self._number += 1
+        self._end = 0
+        sync_folder(self._folder)  # the new name must be as durable as what will be written under it
+
+
+def read_record(folder: Path, location: Location, *, name: str) -> tuple[bytes, memoryview]:
+    """Key and payload of one record. `name` (session and turn) is said in errors; raises LedgerCorrupt."""
+    path = _path(folder, location.file)
+    where = f"{name}: routing rows in {path.name} at byte {location.offset}"
+    try:
+        with path.open("rb") as stream:
+            record = os.pread(stream.fileno(), location.num_bytes, location.offset)
+    except FileNotFoundError as error:
+        raise LedgerCorrupt(f"{where}: the file is missing") from error
+    if len(record) != location.num_bytes:
+        raise LedgerCorrupt(f"{where}: the file is cut, {len(record)} bytes of {location.num_bytes} remain")
+    magic, checksum, key_bytes, payload_bytes = _HEADER.unpack_from(record)
+    if magic != _MAGIC or _HEADER.size + key_bytes + payload_bytes != len(record):
+        raise LedgerCorrupt(f"{where}: no record starts there")
+    if zlib.crc32(memoryview(record)[_HEADER.size - _LENGTHS.size :]) != checksum:
+        raise LedgerCorrupt(f"{where}: the checksum does not hold")
+    body = memoryview(record)[_HEADER.size :]
+    return bytes(body[:key_bytes]), body[key_bytes:]
+
+
+def _write_all(descriptor: int, buffers: list[bytes]) -> None:
+    for buffer in buffers:
+        rest = memoryview(buffer)
+        while rest:
+            rest = rest[os.write(descriptor, rest) :]
+
+
+def _numbers(folder: Path) -> set[int]:
+    matches = (_NAME.fullmatch(entry.name) for entry in folder.iterdir())
+    return {int(match[1]) for match in matches if match is not None}
+
+
+def _path(folder: Path, number: int) -> Path:
+    return folder / f"routing-{number:08d}.seg"
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
