@@ -1,0 +1,145 @@
+"""Markers of a reply's markup, and the scanner that turns sampled tokens into text and markers.
+
+A marker that is one added token is recognised by its id only, so the same characters sampled as ordinary tokens are
+text; others are recognised in the text. The scanner works token by token, so its result does not depend on how a stream
+was cut; it holds back bytes that are half a character, and text that may yet become a marker or a stop string.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from gateway.tito.tokenizer import ChatTokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Marker:
+    """One piece of markup; `token_id` None where it is not a single added token."""
+
+    text: str
+    token_id: int | None
+
+
+Scanned = str | Marker
+"""Visible text, or a marker that was recognised."""
+
+
+def marker(tokenizer: ChatTokenizer, text: str) -> Marker:
+    """The marker spelled `text` in this tokenizer's vocabulary."""
+    return Marker(text, tokenizer.token_id(text))
+
+
+class TokenScanner:
+    """Sampled token ids → text and markers.
+
+    Tokens that are special or in `stop_token_ids`, and no marker, are silent. `stop` are strings at which the engine
+    ends: text that may belong to one waits until it is clear whether the reply ended there.
+    """
+
+    def __init__(
+        self, tokenizer: ChatTokenizer, markers: Iterable[Marker], *, stop_token_ids: Iterable[int], stop: Iterable[str]
+    ) -> None:
+        self._detokenizer = _Detokenizer(tokenizer)
+        known = list(dict.fromkeys(markers))
+        self._by_id = {m.token_id: m for m in known if m.token_id is not None}
+        self._by_text = {m.text: m for m in known if m.token_id is None}
+        special = {token.token_id for token in tokenizer.added_tokens.values() if token.special}
+        self._silent = (special | set(tokenizer.eos_token_ids) | set(stop_token_ids)) - self._by_id.keys()
+        self._stop = tuple(text for text in stop if text)
+        self._patterns = (*self._by_text, *self._stop)
+        longest_first = sorted(self._by_text, key=len, reverse=True)
+        self._search = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self._held = ""
+
+    def push(self, token_id: int) -> list[Scanned]:
+        """What one more token makes certain."""
+        found = self._by_id.get(token_id)
+        if found is None and token_id in self._silent:
+            return self._take(self._detokenizer.flush())
+        if found is not None:
+            # A marker ends whatever was waiting: half characters, half markers, a stop string that did not stop.
+            return [*self._take(self._detokenizer.flush()), *self._release(len(self._held)), found]
+        return self._take(self._detokenizer.push(token_id))
+
+    def finish(self, stop_string: str | None) -> list[Scanned]:
+        """What was held back, up to the stop string that ended the reply, if one did."""
+        self._held += self._detokenizer.flush()
+        cut = self._held.find(stop_string) if stop_string else -1
+        if cut >= 0:
+            self._held = self._held[:cut]
+        return self._release(len(self._held))
+
+    def _take(self, text: str) -> list[Scanned]:
+        if not text:
+            return []
+        before = len(self._held)
+        self._held += text
+        return self._release(self._certain_length(before))
+
+    def _certain_length(self, num_old: int) -> int:
+        """How much of the held text can neither start a pattern nor be a stop string that the newest text completed."""
+        held = self._held
+        certain = len(held)
+        for pattern in self._patterns:
+            for length in range(min(len(pattern) - 1, len(held)), 0, -1):
+                if held.endswith(pattern[:length]):
+                    certain = min(certain, len(held) - length)
+                    break
+        for stop in self._stop:
+            at = held.find(stop, max(0, num_old - len(stop) + 1))
+            if at >= 0:
+                certain = min(certain, at)
+        return certain
+
+    def _release(self, length: int) -> list[Scanned]:
+        """Emit `length` characters of the held text, more where a marker recognised in it reaches further."""
+        scanned: list[Scanned] = []
+        at = 0
+        while (match := self._search.search(self._held, at)) is not None and match.start() < length:
+            if match.start() > at:
+                scanned.append(self._held[at : match.start()])
+            scanned.append(self._by_text[match.group()])
+            at = match.end()
+        if at < length:
+            scanned.append(self._held[at:length])
+        self._held = self._held[max(at, length) :]
+        return scanned
+
+
+class _Detokenizer:
+    """Token ids → text, never half a character."""
+
+    def __init__(self, tokenizer: ChatTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._bytes = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._window: list[int] = []
+        self._shown = ""
+
+    def push(self, token_id: int) -> str:
+        piece = self._tokenizer.token_bytes(token_id)
+        if piece is not None:
+            return self._bytes.decode(piece)
+        return self._push_to_window(token_id)
+
+    def flush(self) -> str:
+        """What is still half a character, as U+FFFD."""
+        rest = self._bytes.decode(b"", final=True)
+        if self._window:
+            rest += self._tokenizer.decode(self._window)[len(self._shown) :]
+            self._window, self._shown = [], ""
+        return rest
+
+    def _push_to_window(self, token_id: int) -> str:
+        """For decoders that do not work by bytes: decode the last few tokens again, and show what is new and whole."""
+        self._window.append(token_id)
+        text = self._tokenizer.decode(self._window)
+        if text.endswith("�"):
+            return ""
+        new = text[len(self._shown) :]
+        # One token of context is enough for the spacing rules of such decoders.
+        self._window = self._window[-1:]
+        self._shown = self._tokenizer.decode(self._window)
+        return new

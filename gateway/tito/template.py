@@ -1,0 +1,264 @@
+"""The model's chat template: a conversation in, the prompt's text out, as transformers' `apply_chat_template` gives it.
+
+The environment is transformers' (5.23) in behaviour: an immutable sandbox, trimmed blocks, `tojson` without HTML
+escaping, `raise_exception`, `strftime_now`, loop controls, generation blocks, named special tokens as variables, keys
+of a message that are null left out, reasoning visible under each of its three names. Equality is property-tested.
+One thing is added, which engines do and templates expect: arguments of tool calls, which agents send as JSON text, are
+given as objects to a template that cannot show text.
+
+A template is untrusted input: it sees plain JSON values only and reaches no file and no attribute of Python objects.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+
+from gateway.contracts.errors import ConfigurationError, TemplateRaised
+from gateway.contracts.generation import JsonValue
+from gateway.tito.conversation import Conversation
+from gateway.tito.model_files import read_json_object, read_special_tokens
+
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+"""Where a message may carry reasoning; the first is the name that templates read."""
+
+_TEMPLATE_FILE = "chat_template.jinja"
+_NAMED_TEMPLATES_FOLDER = "additional_chat_templates"
+_DEFAULT, _TOOL_USE = "default", "tool_use"
+
+# What code inside a template can raise when it meets a conversation that it was not written for.
+_TEMPLATE_ERRORS = (
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
+
+
+class ChatTemplate:
+    """One or several named templates of a model, compiled once.
+
+    fingerprint: sha256 hex of the default template's text. source: the texts of all of them, one after the other.
+    """
+
+    def __init__(self, templates: Mapping[str, str], *, special_tokens: Mapping[str, str]) -> None:
+        """Raises ConfigurationError for a template that does not compile, or when none is the default."""
+        if _DEFAULT not in templates:
+            raise ConfigurationError(f"no default chat template among {sorted(templates)}")
+        self.fingerprint: str = hashlib.sha256(templates[_DEFAULT].encode()).hexdigest()
+        self.source: str = "\n".join(templates.values())
+        self._special_tokens = dict(special_tokens)
+        self._compiled = {name: _compile(text, name=name) for name, text in templates.items()}
+
+    @classmethod
+    def load(cls, model_path: Path) -> ChatTemplate:
+        """From chat_template.jinja, or `chat_template` of tokenizer_config.json; raises ConfigurationError."""
+        templates = _read_templates(model_path)
+        if not templates:
+            raise ConfigurationError(
+                f"{model_path}: no chat template; put {_TEMPLATE_FILE} there, or chat_template in tokenizer_config.json"
+            )
+        try:
+            return cls(templates, special_tokens=read_special_tokens(model_path))
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{model_path}: {error.message}") from error
+
+    def render(self, conversation: Conversation, *, add_generation_prompt: bool = True) -> str:
+        """The conversation's text; raises TemplateRaised with the template's own message where it refuses."""
+        messages = [_template_message(message) for message in conversation.messages]
+        if self.wants_argument_objects:
+            messages = [_with_argument_objects(message, _parsed_or_text) for message in messages]
+        try:
+            return self._render(conversation, messages, add_generation_prompt=add_generation_prompt)
+        except TemplateRaised:
+            if not self.wants_argument_objects:
+                raise
+        # Arguments that are not JSON must not refuse a history (I6): the template gets them as one field.
+        messages = [_with_argument_objects(message, _parsed_or_wrapped) for message in messages]
+        return self._render(conversation, messages, add_generation_prompt=add_generation_prompt)
+
+    @cached_property
+    def wants_argument_objects(self) -> bool:
+        """Whether tool-call arguments must be objects: text is not shown as it is, an object is."""
+        needle = "needle7"
+        text_form = json.dumps({"key": needle})
+        shown_text = self._try_call(text_form)
+        if shown_text is not None and text_form in shown_text:
+            return False
+        shown_object = self._try_call({"key": needle})
+        return shown_object is not None and needle in shown_object and "{'key'" not in shown_object
+
+    @cached_property
+    def shows_tool_calls(self) -> bool:
+        """Whether an assistant message's `tool_calls` appear in the text at all."""
+        shown = self._try_call({"key": "needle7"} if self.wants_argument_objects else json.dumps({"key": "needle7"}))
+        return shown is not None and "needle7" in shown
+
+    def _try_call(self, arguments: JsonValue) -> str | None:
+        call = {"id": "call00001", "type": "function", "function": {"name": "probe", "arguments": arguments}}
+        messages: list[dict[str, JsonValue]] = [
+            {"role": "user", "content": "question"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "call00001", "name": "probe", "content": "result"},
+        ]
+        tool = {"type": "function", "function": {"name": "probe", "description": "", "parameters": {"type": "object"}}}
+        try:
+            return self._render(Conversation((), tools=(tool,)), messages, add_generation_prompt=False)
+        except TemplateRaised:
+            return None
+
+    def _render(
+        self, conversation: Conversation, messages: list[dict[str, JsonValue]], *, add_generation_prompt: bool
+    ) -> str:
+        name = _TOOL_USE if conversation.tools and _TOOL_USE in self._compiled else _DEFAULT
+        variables: dict[str, JsonValue] = {"documents": None, **self._special_tokens, **conversation.template_arguments}
+        variables["messages"] = messages
+        variables["tools"] = list(conversation.tools) or None
+        variables["add_generation_prompt"] = add_generation_prompt
+        try:
+            return self._compiled[name].render(variables)
+        except _TEMPLATE_ERRORS as error:
+            message = str(error) or type(error).__name__
+            raise TemplateRaised(f"the model's chat template refuses this conversation: {message}") from error
+
+
+def _read_templates(model_path: Path) -> dict[str, str]:
+    """Name → text; files come before tokenizer_config.json, as in transformers."""
+    templates = {file.stem: _read_text(file) for file in sorted((model_path / _NAMED_TEMPLATES_FOLDER).glob("*.jinja"))}
+    if (model_path / _TEMPLATE_FILE).is_file():
+        templates[_DEFAULT] = _read_text(model_path / _TEMPLATE_FILE)
+    if templates:
+        return templates
+    entry = read_json_object(model_path / "tokenizer_config.json").get("chat_template")
+    if isinstance(entry, str):
+        return {_DEFAULT: entry}
+    if isinstance(entry, list):
+        return {str(named["name"]): str(named["template"]) for named in entry}
+    return {str(name): str(text) for name, text in entry.items()} if isinstance(entry, dict) else {}
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_bytes().decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{file}: cannot be read as UTF-8 text: {error}") from error
+
+
+def _template_message(message: JsonValue) -> dict[str, JsonValue]:
+    if not isinstance(message, Mapping):
+        raise TemplateRaised(f"messages must be objects, one is {type(message).__name__}")
+    shown = {key: value for key, value in message.items() if value is not None}
+    reasoning = next((shown[key] for key in REASONING_KEYS if key in shown), None)
+    if reasoning is not None:
+        shown = {"thinking": reasoning, **shown, "reasoning_content": reasoning}
+    return shown
+
+
+def _with_argument_objects(
+    message: dict[str, JsonValue], as_object: Callable[[str], JsonValue]
+) -> dict[str, JsonValue]:
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list):
+        return message
+    return {**message, "tool_calls": [_call_with_object(call, as_object) for call in calls]}
+
+
+def _call_with_object(call: JsonValue, as_object: Callable[[str], JsonValue]) -> JsonValue:
+    if not isinstance(call, Mapping):
+        return call
+    function = call.get("function")
+    if isinstance(function, Mapping):
+        return {**call, "function": _call_with_object(function, as_object)}
+    arguments = call.get("arguments")
+    return {**call, "arguments": as_object(arguments)} if isinstance(arguments, str) else call
+
+
+def _parsed_or_text(text: str) -> JsonValue:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    return value if isinstance(value, dict) else text
+
+
+def _parsed_or_wrapped(text: str) -> JsonValue:
+    value = _parsed_or_text(text)
+    return {"arguments": text} if isinstance(value, str) else value
+
+
+class _GenerationBlocks(Extension):
+    """`{% generation %} … {% endgeneration %}`, which marks what an assistant wrote; it renders as its body."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2's own declaration
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        """The body in a scope of its own."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=line)
+
+
+class _GuardedNamespace(Namespace):
+    """jinja2's `namespace`, without names that start with an underscore (they reach into Python objects)."""
+
+    def __init__(*args: JsonValue, **attributes: JsonValue) -> None:
+        self, *mappings = args
+        values = dict(*mappings, **attributes)
+        for name in values:
+            _refuse_private(name)
+        Namespace.__init__(self, values)
+
+    def __setitem__(self, name: str, value: JsonValue) -> None:
+        _refuse_private(name)
+        super().__setitem__(name, value)
+
+
+def _refuse_private(name: JsonValue) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise jinja2.exceptions.SecurityError(f"a chat template may not set the attribute {name!r}")
+
+
+def _compile(text: str, *, name: str) -> jinja2.Template:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlocks, loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    environment.globals["namespace"] = _GuardedNamespace
+    try:
+        return environment.from_string(text)
+    except jinja2.TemplateSyntaxError as error:
+        raise ConfigurationError(f"chat template {name!r}, line {error.lineno}: {error.message}") from error
+
+
+def _to_json(
+    value: JsonValue,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.exceptions.TemplateError(message)
+
+
+def _strftime_now(format_text: str) -> str:
+    return datetime.now().strftime(format_text)

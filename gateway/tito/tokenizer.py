@@ -1,0 +1,197 @@
+"""The model's tokenizer as the gateway uses it: text to ids, ids to text, ids to bytes.
+
+Reads tokenizer.json with the `tokenizers` library; needs no transformers. It never adds a token of its own (BOS comes
+from the chat template). Everything here is about one text at a time; what a conversation becomes is `prompt`'s matter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from gateway.contracts.errors import ConfigurationError, IdentityMismatch
+from gateway.contracts.generation import JsonValue, TokenIds
+from gateway.tito.model_files import read_eos_entries, read_special_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class AddedToken:
+    """A token that is recognised in text before all else; `special` ones are control tokens, not language."""
+
+    token_id: int
+    text: str
+    special: bool
+
+
+class _ByteStyle(Enum):
+    BYTE_LEVEL = "byte_level"
+    BYTE_FALLBACK = "byte_fallback"
+    OTHER = "other"
+
+
+class ChatTokenizer:
+    """A tokenizer.json with its end tokens.
+
+    vocab_size counts added tokens. eos_token_ids: of generation_config.json, config.json and the tokenizer, in that
+    order. fingerprint: sha256 hex of the bytes of tokenizer.json.
+    """
+
+    def __init__(
+        self, tokenizer_json: bytes, *, eos_token_ids: Iterable[int] = (), eos_token: str | None = None
+    ) -> None:
+        self._json = tokenizer_json
+        self._tokenizer = _plain_tokenizer(tokenizer_json)
+        self.fingerprint: str = hashlib.sha256(tokenizer_json).hexdigest()
+        self.vocab_size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        self.added_tokens: Mapping[int, AddedToken] = {
+            token_id: AddedToken(token_id, token.content, token.special)
+            for token_id, token in self._tokenizer.get_added_tokens_decoder().items()
+        }
+        own_eos = self._tokenizer.token_to_id(eos_token) if eos_token is not None else None
+        known = dict.fromkeys([*eos_token_ids, *([own_eos] if own_eos is not None else [])])
+        self.eos_token_ids: tuple[int, ...] = tuple(token_id for token_id in known if 0 <= token_id < self.vocab_size)
+
+    @classmethod
+    def load(cls, model_path: Path) -> ChatTokenizer:
+        """Read a model folder; raises ConfigurationError if the folder or its tokenizer.json is missing or broken."""
+        if not model_path.is_dir():
+            raise ConfigurationError(f"{model_path}: no such model folder")
+        file = model_path / "tokenizer.json"
+        try:
+            content = file.read_bytes()
+        except FileNotFoundError as error:
+            raise ConfigurationError(
+                f"{file}: no such file; the gateway needs the model's tokenizer.json and chat template"
+            ) from error
+        except OSError as error:
+            raise ConfigurationError(f"{file}: cannot be read ({error.strerror})") from error
+        try:
+            return cls(
+                content,
+                eos_token_ids=read_eos_entries(model_path),
+                eos_token=read_special_tokens(model_path).get("eos_token"),
+            )
+        except IdentityMismatch as error:
+            raise ConfigurationError(f"{file}: {error.message}") from error
+
+    def encode(self, text: str) -> TokenIds:
+        """int32[T] ids of `text` from the start of a string; added tokens are recognised, none is added."""
+        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+
+    def encode_plain(self, text: str) -> TokenIds:
+        """int32[T] ids of `text` in which nothing is an added token: what looks like a special token stays text.
+
+        Raises IdentityMismatch where the vocabulary has no other spelling (no tokenizer that we know of).
+        """
+        ids = np.array(self._without_added.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+        if not self._has_added(ids):
+            return ids
+        # Unigram vocabularies hold control tokens as ordinary pieces; single characters have another spelling.
+        pieces = [self._without_added.encode(character, add_special_tokens=False).ids for character in text]
+        ids = np.array([token_id for piece in pieces for token_id in piece], dtype=np.int32)
+        if self._has_added(ids):
+            raise IdentityMismatch(f"the tokenizer cannot spell {text!r} without a control token")
+        return ids
+
+    def encode_after(self, text: str) -> TokenIds:
+        """int32[T] ids of `text` that continues earlier text: without the prefix space that SentencePiece-style
+        tokenizers put at the start of a string."""
+        if not self._adds_prefix:
+            return self.encode(text)
+        newline = self.encode("\n")
+        ids = self.encode("\n" + text)
+        return ids[len(newline) :] if np.array_equal(ids[: len(newline)], newline) else self.encode(text)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`, special tokens kept; bytes that are no character come out as U+FFFD."""
+        return str(self._tokenizer.decode([int(token_id) for token_id in ids], skip_special_tokens=False))
+
+    def token_text(self, token_id: int) -> str:
+        """How the vocabulary spells one token (an added token: its text); "" for an id that it does not have."""
+        text = self._tokenizer.id_to_token(token_id) if token_id >= 0 else None
+        return text if text is not None else ""
+
+    def token_id(self, text: str) -> int | None:
+        """The id of the one added token spelled `text`, else None."""
+        return self._ids_of_added.get(text)
+
+    def token_bytes(self, token_id: int) -> bytes | None:
+        """The bytes that a token stands for inside a text; None where the decoder does not work by bytes."""
+        added = self.added_tokens.get(token_id)
+        if added is not None:
+            return added.text.encode()
+        if self._byte_style is _ByteStyle.OTHER:
+            return None
+        text = self.token_text(token_id)
+        if self._byte_style is _ByteStyle.BYTE_LEVEL:
+            return _byte_level_bytes(text)
+        if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
+            return bytes.fromhex(text[3:5])
+        return text.replace("▁", " ").encode()
+
+    @cached_property
+    def _without_added(self) -> Tokenizer:
+        description = json.loads(self._json)
+        return _plain_tokenizer(json.dumps(description | {"added_tokens": []}).encode())
+
+    @cached_property
+    def _ids_of_added(self) -> dict[str, int]:
+        return {token.text: token.token_id for token in self.added_tokens.values()}
+
+    @cached_property
+    def _adds_prefix(self) -> bool:
+        alone, after = self.encode("a"), self.encode("\na")
+        return not np.array_equal(after[-len(alone) :], alone)
+
+    @cached_property
+    def _byte_style(self) -> _ByteStyle:
+        decoder = json.loads(self._json).get("decoder") or {}
+        kinds = {part.get("type") for part in decoder.get("decoders", [decoder])}
+        if "ByteLevel" in kinds:
+            return _ByteStyle.BYTE_LEVEL
+        return _ByteStyle.BYTE_FALLBACK if kinds & {"ByteFallback", "Metaspace"} else _ByteStyle.OTHER
+
+    def _has_added(self, ids: TokenIds) -> bool:
+        return any(int(token_id) in self.added_tokens for token_id in ids)
+
+
+def _plain_tokenizer(tokenizer_json: bytes) -> Tokenizer:
+    """Raises IdentityMismatch for what the library cannot read (it raises bare `Exception`, for broken JSON too)."""
+    try:
+        description: JsonValue = json.loads(tokenizer_json)
+        if not isinstance(description, dict) or "model" not in description:
+            raise ValueError("it describes no model")
+    except ValueError as error:
+        raise IdentityMismatch(f"not a tokenizer description: {error}") from error
+    try:
+        tokenizer = Tokenizer.from_buffer(tokenizer_json)
+    except Exception as error:  # the library's binding raises nothing narrower
+        raise IdentityMismatch(f"not a tokenizer description: {error}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _printable_bytes() -> dict[str, int]:
+    """GPT-2's byte alphabet: bytes that print stand for themselves, the others for characters from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF_CHARACTER = _printable_bytes()
+
+
+def _byte_level_bytes(text: str) -> bytes:
+    try:
+        return bytes([_BYTE_OF_CHARACTER[character] for character in text])
+    except KeyError:  # a token outside the alphabet stands for its own text, as the library's decoder has it
+        return text.encode()
