@@ -1,0 +1,205 @@
+"""One turn's generation over as many engine requests as it takes (design 4, Interruption).
+
+An attempt that ends early (a broken stream, an abort) leaves its tokens here; the next asks for prompt + those tokens.
+Version spans are shifted, expert rows joined; no token and no row is kept twice, and none is invented (I9).
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from gateway.contracts.errors import EngineProtocolError
+from gateway.contracts.experts import RoutedExperts
+from gateway.contracts.generation import (
+    EngineIdentity,
+    Finish,
+    FinishReason,
+    GenerateChunk,
+    GenerateEnd,
+    GenerateRequest,
+    JsonValue,
+    TokenIds,
+)
+from gateway.contracts.versions import VersionSpan, join_spans
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Generated:
+    """All that one turn's generation gave.
+
+    token_ids int32[C], logprobs float32[C]; experts: rows [start, P+C-1) or less if the last were never returned, None
+    if there are none. lost_attempts: streams that broke; engines: who sampled, in order. versions_certain: False
+    where a stream broke and the policy version of its tokens could only be assumed.
+    """
+
+    token_ids: TokenIds
+    logprobs: npt.NDArray[np.float32]
+    version_spans: tuple[VersionSpan, ...]
+    experts: RoutedExperts | None
+    experts_complete: bool
+    finish: Finish
+    cached_tokens: int
+    num_retractions: int
+    engines: tuple[EngineIdentity, ...]
+    num_attempts: int
+    lost_attempts: int
+    versions_certain: bool
+    meta_info: Mapping[str, JsonValue]
+
+
+class Continuation:
+    """Collects a turn's tokens across attempts; at every moment `generated` says what there is.
+
+    `request` is the whole turn as first asked. Order of calls: `next_request`, then `add_chunk` and either `end` or
+    `lose`, then perhaps `next_request` again.
+    """
+
+    def __init__(self, request: GenerateRequest) -> None:
+        self._asked = request
+        self._token_ids: list[TokenIds] = []
+        self._logprobs: list[npt.NDArray[np.float32]] = []
+        self._spans: list[VersionSpan] = []
+        self._experts: list[RoutedExperts] = []
+        self._num_tokens = 0
+        self._attempt_start = 0
+        self._open = False
+        self._cached_tokens: int | None = None
+        self._num_retractions = 0
+        self._engines: list[EngineIdentity] = []
+        self._num_attempts = 0
+        self._lost_attempts = 0
+        self._versions_certain = True
+        self._meta_info: Mapping[str, JsonValue] = {}
+
+    @property
+    def num_tokens(self) -> int:
+        """Output tokens so far."""
+        return self._num_tokens
+
+    @property
+    def remaining_tokens(self) -> int:
+        """How many more may be sampled."""
+        return self._asked.sampling.max_new_tokens - self._num_tokens
+
+    @property
+    def last_token(self) -> int | None:
+        """The newest output token."""
+        return int(self._token_ids[-1][-1]) if self._token_ids else None
+
+    def next_request(self, engine: EngineIdentity) -> GenerateRequest:
+        """What to ask now: prompt and tokens so far, for the rest of the budget, with the rows that are missing."""
+        self._num_attempts += 1
+        self._attempt_start = self._num_tokens
+        self._open = True
+        if not self._engines or self._engines[-1].engine_id != engine.engine_id:
+            self._engines.append(engine)
+        asked = self._asked
+        wants_experts = asked.routed_experts_start is not None and engine.captures_experts
+        return replace(
+            asked,
+            request_id=uuid.uuid4().hex,  # of fixed length: SGLang aborts by prefix
+            token_ids=np.concatenate([asked.token_ids, *self._token_ids]),
+            sampling=replace(asked.sampling, max_new_tokens=self.remaining_tokens),
+            routed_experts_start=self._next_row if wants_experts else None,
+        )
+
+    def add_chunk(self, chunk: GenerateChunk) -> None:
+        """Keep new tokens; raises EngineProtocolError if there is not one log-prob a token."""
+        if len(chunk.token_ids) != len(chunk.logprobs):
+            raise EngineProtocolError(
+                f"engine {self._engine_id} sent {len(chunk.token_ids)} tokens with {len(chunk.logprobs)} log-probs"
+            )
+        if len(chunk.token_ids):
+            self._token_ids.append(chunk.token_ids)
+            self._logprobs.append(chunk.logprobs)
+            self._num_tokens += len(chunk.token_ids)
+
+    def end(self, end: GenerateEnd) -> None:
+        """Close the attempt as its engine describes it; raises EngineProtocolError if that does not fit the chunks."""
+        received = self._num_tokens - self._attempt_start
+        if end.completion_tokens != received:
+            raise EngineProtocolError(
+                f"engine {self._engine_id} streamed {received} tokens and counts {end.completion_tokens}"
+            )
+        self._add_spans(end.version_spans)
+        self._open = False
+        rows = end.routed_experts
+        if rows is not None and self._asked.routed_experts_start is not None:
+            if rows.start != self._next_row:
+                raise EngineProtocolError(
+                    f"engine {self._engine_id} sent routing rows from {rows.start}, asked from {self._next_row}"
+                )
+            self._experts.append(rows)
+        if self._cached_tokens is None:
+            self._cached_tokens = end.cached_tokens
+        self._num_retractions += end.num_retractions
+        self._meta_info = {**self._meta_info, **end.meta_info}
+
+    def lose(self, policy_version: int, *, certain: bool) -> None:
+        """Close an attempt that broke or was cut off: its tokens stay, sampled by `policy_version` as far as known."""
+        if not self._open:
+            return
+        received = self._num_tokens - self._attempt_start
+        if received:
+            self._add_spans((VersionSpan(0, received, policy_version),))
+            self._versions_certain = self._versions_certain and certain
+        self._open = False
+        self._lost_attempts += 1
+
+    def generated(self, finish: Finish) -> Generated:
+        """What there is, ended by `finish`."""
+        rows = self._joined_experts()
+        complete = rows is not None and rows.stop == len(self._asked.token_ids) + self._num_tokens - 1
+        return Generated(
+            token_ids=np.concatenate([np.zeros(0, dtype=np.int32), *self._token_ids]),
+            logprobs=np.concatenate([np.zeros(0, dtype=np.float32), *self._logprobs]),
+            version_spans=join_spans(self._spans),
+            experts=rows,
+            experts_complete=complete,
+            finish=finish,
+            cached_tokens=self._cached_tokens or 0,
+            num_retractions=self._num_retractions,
+            engines=tuple(self._engines),
+            num_attempts=self._num_attempts,
+            lost_attempts=self._lost_attempts,
+            versions_certain=self._versions_certain,
+            meta_info=self._meta_info,
+        )
+
+    def stop_if_over(self, stop_token_ids: frozenset[int]) -> Finish | None:
+        """How the turn ended if a broken stream had in truth said everything: budget used up, or a stop token last."""
+        sampling = self._asked.sampling
+        last = self.last_token
+        stops = set(sampling.stop_token_ids) if sampling.ignore_eos else stop_token_ids | set(sampling.stop_token_ids)
+        if last is not None and last in stops:
+            return Finish(FinishReason.STOP, last)
+        return Finish(FinishReason.LENGTH) if self.remaining_tokens < 1 else None
+
+    @property
+    def _engine_id(self) -> str:
+        return self._engines[-1].engine_id
+
+    @property
+    def _next_row(self) -> int:
+        if self._experts:
+            return self._experts[-1].stop
+        return self._asked.routed_experts_start or 0
+
+    def _add_spans(self, spans: tuple[VersionSpan, ...]) -> None:
+        shift = self._attempt_start
+        self._spans += [VersionSpan(s.start + shift, s.stop + shift, s.policy_version) for s in spans]
+
+    def _joined_experts(self) -> RoutedExperts | None:
+        if not self._experts:
+            return None
+        if len({rows.ids.shape[1:] for rows in self._experts}) > 1:
+            names = ", ".join(engine.engine_id for engine in self._engines)
+            raise EngineProtocolError(f"engines {names} return routing rows of different shapes")
+        if len(self._experts) == 1:
+            return self._experts[0]
+        return RoutedExperts(np.concatenate([rows.ids for rows in self._experts]), self._experts[0].start)

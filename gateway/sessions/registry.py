@@ -1,0 +1,190 @@
+"""The sessions that this process has touched lately: loaded from the ledger, forgotten again, never only in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from gateway.contracts.errors import Conflict, NotFound, SessionSealed
+from gateway.contracts.generation import JsonValue
+from gateway.contracts.ports import Ledger
+from gateway.contracts.records import FinishRecord, SessionOrigin, SessionRecord
+from gateway.sessions.tree import TurnTree
+
+
+class RunningTurn(Protocol):
+    """A turn under way, as its session sees it."""
+
+    def cut(self) -> None:
+        """End sampling now; what was sampled is recorded."""
+        ...
+
+    async def settled(self) -> None:
+        """Wait until it is recorded or has failed."""
+        ...
+
+
+@dataclass(eq=False, slots=True)
+class Session:
+    """One session in memory: its record and its turn tree, both as the ledger has them."""
+
+    record: SessionRecord
+    tree: TurnTree
+    finish: FinishRecord | None
+    closing: bool = False
+    running: set[RunningTurn] = field(default_factory=set)
+
+    def check_open(self) -> None:
+        """Raise SessionSealed once the session is finished or about to be."""
+        if self.finish is not None or self.closing:
+            raise SessionSealed(f"session {self.record.session_id} is finished; it takes no more turns")
+
+
+class SessionRegistry:
+    """Gives sessions by id. `capacity`: how many idle ones stay in memory."""
+
+    def __init__(self, ledger: Ledger, *, capacity: int = 10_000) -> None:
+        self._ledger = ledger
+        self._capacity = capacity
+        self._sessions: OrderedDict[str, Session] = OrderedDict()
+        self._loading: dict[str, asyncio.Task[Session | None]] = {}
+
+    @property
+    def loaded(self) -> Sequence[Session]:
+        """Those in memory now."""
+        return list(self._sessions.values())
+
+    async def find(self, session_id: str) -> Session | None:
+        """The session, or None if nobody made it."""
+        if session_id in self._sessions:
+            self._sessions.move_to_end(session_id)
+            return self._sessions[session_id]
+        if session_id not in self._loading:
+            task = asyncio.create_task(self._load(session_id))
+            self._loading[session_id] = task
+            task.add_done_callback(lambda _: self._loading.pop(session_id, None))
+        # Shielded: a caller that goes away must not take the load from those who wait with it.
+        return await asyncio.shield(self._loading[session_id])
+
+    async def get(self, session_id: str) -> Session:
+        """The session; raises NotFound."""
+        session = await self.find(session_id)
+        if session is None:
+            raise NotFound(f"no session {session_id!r}; make it with POST /sessions")
+        return session
+
+    async def create(self, wanted: SessionRecord) -> tuple[Session, bool]:
+        """Make a session; one with equal properties that exists is returned (False), another one raises Conflict."""
+        existing = await self.find(wanted.session_id)
+        if existing is None:
+            await self._ledger.create_session(wanted)
+            return await self.get(wanted.session_id), True
+        if not _same_wish(existing.record, wanted):
+            raise Conflict(f"session {wanted.session_id!r} exists already with other properties")
+        return existing, False
+
+    async def finish(
+        self, session_id: str, *, reward: float | None, outcome: str, metadata: Mapping[str, JsonValue]
+    ) -> FinishRecord:
+        """Seal a session: running turns are cut and recorded first, then its rollout enters the feed."""
+        session = await self.get(session_id)
+        session.closing = True
+        try:
+            await _settle(session)
+            session.finish = await self._ledger.finish(
+                FinishRecord(
+                    session_id=session_id,
+                    snapshot=_snapshot(session),
+                    reward=reward,
+                    outcome=outcome,
+                    metadata=metadata,
+                    finished_at=time.time(),
+                )
+            )
+        finally:
+            session.closing = False
+        return session.finish
+
+    async def delete(self, session_id: str) -> None:
+        """Forget a session here and in the ledger, which may refuse with Conflict."""
+        session = await self.get(session_id)
+        await _settle(session)
+        await self._ledger.delete_session(session_id)
+        self._sessions.pop(session_id, None)
+
+    async def _load(self, session_id: str) -> Session | None:
+        record = await self._ledger.session(session_id)
+        if record is None:
+            return None
+        finish = await self._ledger.finish_record(session_id)
+        tree = TurnTree(await self._ledger.turns(session_id))
+        session = Session(record, tree, finish)
+        self._sessions[session_id] = session
+        self._forget_idle()
+        return session
+
+    def _forget_idle(self) -> None:
+        excess = len(self._sessions) - self._capacity
+        if excess <= 0:
+            return
+        newest = next(reversed(self._sessions))
+        idle = [key for key, s in self._sessions.items() if not s.running and not s.closing and key != newest]
+        for session_id in idle[:excess]:
+            del self._sessions[session_id]
+
+
+def new_session(
+    session_id: str,
+    *,
+    key_hash: str,
+    origin: SessionOrigin,
+    complete: bool = True,
+    group: str | None = None,
+    group_size: int | None = None,
+    task: JsonValue = None,
+    labels: Mapping[str, str] | None = None,
+    metadata: Mapping[str, JsonValue] | None = None,
+    sampling: Mapping[str, JsonValue] | None = None,
+    ttl_seconds: float | None = None,
+) -> SessionRecord:
+    """A session's record as of now."""
+    return SessionRecord(
+        session_id=session_id,
+        group=group,
+        group_size=group_size,
+        task=task,
+        labels=labels or {},
+        metadata=metadata or {},
+        sampling=sampling or {},
+        ttl_seconds=ttl_seconds,
+        key_hash=key_hash,
+        origin=origin,
+        complete=complete,
+        created_at=time.time(),
+    )
+
+
+async def _settle(session: Session) -> None:
+    running = list(session.running)
+    for turn in running:
+        turn.cut()
+    await asyncio.gather(*(turn.settled() for turn in running))
+
+
+def _snapshot(session: Session) -> str:
+    """Names the set of turns that the rollout is made of."""
+    digest = hashlib.sha256(session.record.session_id.encode("utf-8", "surrogatepass"))
+    for turn_id in sorted(record.turn_id for record in session.tree.records):
+        digest.update(turn_id.encode())
+    return digest.hexdigest()[:32]
+
+
+def _same_wish(existing: SessionRecord, wanted: SessionRecord) -> bool:
+    """Equal in what a caller chooses; key, origin and time are ours."""
+    ours = {"key_hash": "", "created_at": 0.0, "origin": SessionOrigin.CREATED, "complete": True}
+    return replace(existing, **ours) == replace(wanted, **ours)  # type: ignore[arg-type]  # names checked by tests

@@ -1,0 +1,482 @@
+"""One model call from request to record: attach → prompt → sample → record → reply.
+
+`run_turn` reads as the algorithm and is the only place that knows the whole way. A turn runs in a task of its own
+(`TurnRunner.start`), so that a client that goes away takes nothing with it: what was sampled is recorded all the same.
+A turn is durable before its caller learns that it is finished (I4).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from gateway.contracts.errors import (
+    ContextOverflow,
+    EngineError,
+    EngineRejected,
+    EngineTimeout,
+    IntegrityError,
+    SessionSealed,
+    VerbatimError,
+)
+from gateway.contracts.experts import RoutedExperts
+from gateway.contracts.generation import (
+    Finish,
+    FinishReason,
+    GenerateRequest,
+    JsonValue,
+    SamplingParams,
+    TokenIds,
+)
+from gateway.contracts.ports import Ledger
+from gateway.contracts.records import Attachment, RootContext, SegmentReason, TurnRecord
+from gateway.replicas.continuation import Continuation, Generated
+from gateway.replicas.pool import ReplicaPool
+from gateway.sessions.attach import Place, attach, restore_reasoning
+from gateway.sessions.model import ServedModel
+from gateway.sessions.registry import Session
+from gateway.tito.conversation import BuiltPrompt, Conversation, ParentTurn, ParsedReply, ReplyDelta
+from gateway.wire.openai import ChatRequest, sampling_fields, sampling_params
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class TurnSettings:
+    """default_max_new_tokens: where neither request nor session says and no context length is known.
+
+    disconnect_grace_seconds: how long a turn goes on whose client has gone. timeout_seconds: of sampling, waiting for
+    engines included. inline_prompt_bytes: larger requests are rendered in a thread, off the event loop.
+    """
+
+    default_max_new_tokens: int = 4096
+    disconnect_grace_seconds: float = 10.0
+    timeout_seconds: float = 3600.0
+    inline_prompt_bytes: int = 65_536
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TurnStarted:
+    """The prompt stands. `prompt_token_ids`: all of it, int32[P]."""
+
+    prompt_token_ids: TokenIds
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TurnProgress:
+    """New tokens, and what of them can be shown already."""
+
+    token_ids: TokenIds
+    logprobs: npt.NDArray[np.float32]
+    deltas: Sequence[ReplyDelta]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TurnFinished:
+    """The turn is on disk; its reply may be sent."""
+
+    record: TurnRecord
+    prompt_token_ids: TokenIds
+    reply: ParsedReply
+    experts: RoutedExperts | None
+
+
+TurnEvent = TurnStarted | TurnProgress | TurnFinished
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TurnTimes:
+    """For metrics: seconds from the start of a turn to its prompt, its first token and its record."""
+
+    prompt_seconds: float
+    first_token_seconds: float | None
+    total_seconds: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TurnParts:
+    """What every turn needs, wired once. `observe` hears of every recorded turn."""
+
+    model: ServedModel
+    pool: ReplicaPool
+    ledger: Ledger
+    settings: TurnSettings
+    observe: Callable[[TurnFinished, Generated, TurnTimes], None]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Prompt:
+    """A built prompt with its place; `token_ids` is all of it, `added_token_ids` what the record stores."""
+
+    place: Place
+    root: RootContext
+    built: BuiltPrompt
+    token_ids: TokenIds
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Sampled:
+    generated: Generated
+    reply: ParsedReply
+    failure: VerbatimError | None
+
+
+async def run_turn(parts: TurnParts, session: Session, request: ChatRequest, turn: Turn) -> TurnFinished:
+    """One call; events go to `turn`, the record to the ledger.
+
+    Raises RequestError before anything is sampled. After that an EngineError leaves what was sampled in the ledger.
+    """
+    root = RootContext(request.tools, request.template_arguments)
+    place = attach(session.tree, request.messages, root)
+    prompt = await _build_prompt(parts, request, root, place)
+    sampling = _sampling(parts, session, request, num_prompt_tokens=len(prompt.token_ids))
+    turn.emit(TurnStarted(prompt.token_ids))
+    sampled = await _sample(parts, session, request, prompt, sampling, turn)
+    record = _record(parts, session, request, prompt, sampling, sampled, turn)
+    await parts.ledger.append_turn(record, sampled.generated.experts)  # I4
+    session.tree.add(record)
+    finished = TurnFinished(record, prompt.token_ids, sampled.reply, sampled.generated.experts)
+    parts.observe(finished, sampled.generated, turn.times())
+    if sampled.failure is not None:
+        raise sampled.failure
+    return finished
+
+
+class Turn:
+    """A turn under way: a stream of events for one reader, and the means to end it early."""
+
+    def __init__(self, turn_id: str) -> None:
+        self.turn_id = turn_id
+        self.started_at = time.time()
+        self._clock = time.monotonic()
+        self._prompt_seconds = 0.0
+        self._first_token_seconds: float | None = None
+        self._events: asyncio.Queue[TurnEvent | None] = asyncio.Queue()
+        self._deadline: asyncio.Timeout | None = None
+        self._cut_at: float | None = None
+        self._task: asyncio.Task[TurnFinished] | None = None
+
+    def emit(self, event: TurnEvent) -> None:
+        """Tell the reader."""
+        if isinstance(event, TurnStarted):
+            self._prompt_seconds = time.monotonic() - self._clock
+        elif isinstance(event, TurnProgress) and self._first_token_seconds is None:
+            self._first_token_seconds = time.monotonic() - self._clock
+        self._events.put_nowait(event)
+
+    def times(self) -> TurnTimes:
+        """How long it took so far."""
+        return TurnTimes(self._prompt_seconds, self._first_token_seconds, time.monotonic() - self._clock)
+
+    async def events(self) -> AsyncGenerator[TurnEvent, None]:
+        """Events up to TurnFinished; raises what ended the turn instead."""
+        while (event := await self._events.get()) is not None:
+            yield event
+        if self._task is not None:
+            yield await asyncio.shield(self._task)
+
+    async def finished(self) -> TurnFinished:
+        """Skip to the end."""
+        async for event in self.events():
+            if isinstance(event, TurnFinished):
+                return event
+        raise SessionSealed("the turn was cut before it began")
+
+    async def settled(self) -> None:
+        """Wait for the end, however it comes."""
+        if self._task is not None:
+            await asyncio.wait([self._task])
+
+    def abandon(self, *, grace_seconds: float) -> None:
+        """Nobody waits for the reply any more: sample on for the grace, then record what there is."""
+        if self._task is None or not self._task.done():
+            self._cut_at = asyncio.get_running_loop().time() + grace_seconds
+            self._apply_cut()
+
+    def cut(self) -> None:
+        """End sampling now."""
+        self.abandon(grace_seconds=0.0)
+
+    @property
+    def was_cut(self) -> bool:
+        """Whether someone asked to end it early, and the time has come."""
+        return self._cut_at is not None and asyncio.get_running_loop().time() >= self._cut_at
+
+    def limit(self, deadline: asyncio.Timeout | None) -> None:
+        """The timeout that sampling runs under now (None: it is over)."""
+        self._deadline = deadline
+        self._apply_cut()
+
+    def run(self, work: asyncio.Task[TurnFinished]) -> None:
+        """Follow the task that does the work."""
+        self._task = work
+        work.add_done_callback(lambda _: self._events.put_nowait(None))
+
+    def _apply_cut(self) -> None:
+        if self._deadline is None or self._cut_at is None or self._deadline.expired():
+            return
+        when = self._deadline.when()
+        self._deadline.reschedule(self._cut_at if when is None else min(when, self._cut_at))
+
+
+class TurnRunner:
+    """Starts turns, owns their tasks and waits for them at the end."""
+
+    def __init__(self, parts: TurnParts) -> None:
+        self.parts = parts
+        self._turns: dict[Turn, asyncio.Task[TurnFinished]] = {}
+
+    @property
+    def num_running(self) -> int:
+        """Turns under way."""
+        return len(self._turns)
+
+    def start(self, session: Session, request: ChatRequest) -> Turn:
+        """Begin a turn; raises SessionSealed for a finished session."""
+        session.check_open()
+        turn = Turn(f"turn-{secrets.token_hex(12)}")
+        task = asyncio.create_task(run_turn(self.parts, session, request, turn), name=turn.turn_id)
+        self._turns[turn] = task
+        session.running.add(turn)
+        task.add_done_callback(lambda _: self._forget(session, turn))
+        turn.run(task)
+        return turn
+
+    def abandon(self, turn: Turn) -> None:
+        """The client of a turn has gone."""
+        turn.abandon(grace_seconds=self.parts.settings.disconnect_grace_seconds)
+
+    async def delivered(self, session: Session, finished: TurnFinished) -> None:
+        """The last byte of a reply has left."""
+        delivered_at = time.time()
+        session.tree.mark_delivered(finished.record.turn_id, delivered_at)
+        await self.parts.ledger.mark_delivered(finished.record.session_id, finished.record.turn_id, delivered_at)
+
+    async def aclose(self) -> None:
+        """Cut what runs and wait until it is recorded."""
+        for turn in list(self._turns):
+            turn.cut()
+        if self._turns:
+            await asyncio.wait(list(self._turns.values()))
+
+    def _forget(self, session: Session, turn: Turn) -> None:
+        session.running.discard(turn)
+        task = self._turns.pop(turn)
+        # Retrieved here too, because the reader may have gone; what is no VerbatimError is a bug and is logged as one.
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not isinstance(error, VerbatimError):
+            _log.error("session %s %s failed", session.record.session_id, turn.turn_id, exc_info=error)
+
+
+async def _build_prompt(parts: TurnParts, request: ChatRequest, root: RootContext, place: Place) -> _Prompt:
+    conversation = Conversation(restore_reasoning(place, request.messages), root.tools, root.template_arguments)
+    parent = _parent_turn(place)
+    prompts, reason = parts.model.prompts, place.reason or SegmentReason.UNCERTIFIED
+    if request.num_bytes <= parts.settings.inline_prompt_bytes:
+        built = prompts.build(conversation, parent, reason=reason)
+    else:
+        built = await asyncio.to_thread(prompts.build, conversation, parent, reason=reason)
+    if parent is None or built.segment_reason is not None:
+        token_ids = built.token_ids
+    else:
+        token_ids = np.concatenate([parent.token_ids, built.token_ids])
+    _check_vocabulary(parts, token_ids)
+    return _Prompt(place, root, built, token_ids)
+
+
+def _parent_turn(place: Place) -> ParentTurn | None:
+    if place.parent is None:
+        return None
+    record = place.parent.record
+    return ParentTurn(
+        token_ids=place.parent.token_ids(),
+        num_output_tokens=len(record.output_token_ids),
+        num_messages=place.num_matched,
+        finish=record.finish,
+    )
+
+
+def _check_vocabulary(parts: TurnParts, token_ids: TokenIds) -> None:
+    """An id that the engine does not have kills some engines; it must never leave."""
+    vocab_size = parts.pool.vocab_size or parts.model.tokenizer.vocab_size
+    if not len(token_ids) or int(token_ids.min()) < 0 or int(token_ids.max()) >= vocab_size:
+        raise IntegrityError(f"a prompt holds ids outside [0, {vocab_size}): engine and tokenizer do not fit")
+
+
+def _sampling(parts: TurnParts, session: Session, request: ChatRequest, *, num_prompt_tokens: int) -> SamplingParams:
+    """Request, then the session's overrides; the rest of the context where nobody limits the reply."""
+    fields = {**request.sampling, **sampling_fields(session.record.sampling)}
+    lengths = [length for length in (parts.pool.context_length, parts.model.context_length) if length]
+    left = min(lengths) - num_prompt_tokens if lengths else None
+    asked = fields.get("max_new_tokens")
+    if asked is None:
+        asked = parts.settings.default_max_new_tokens if left is None else left
+    if left is not None and (left < 1 or asked > left):
+        raise ContextOverflow(
+            f"This model's maximum context length is {min(lengths)} tokens. However, you requested "
+            f"{num_prompt_tokens + max(asked, 1)} tokens ({num_prompt_tokens} in the messages, "
+            f"{max(asked, 1)} in the completion). Please reduce the length of the messages or completion."
+        )
+    params = sampling_params(fields, max_new_tokens=asked)
+    if params.ignore_eos:
+        return params
+    return replace(
+        params, stop_token_ids=tuple(dict.fromkeys((*params.stop_token_ids, *parts.model.tokenizer.eos_token_ids)))
+    )
+
+
+async def _sample(
+    parts: TurnParts, session: Session, request: ChatRequest, prompt: _Prompt, sampling: SamplingParams, turn: Turn
+) -> _Sampled:
+    """Stream from the engines; whatever ends it, what was sampled comes back. If nothing was, the failure is raised."""
+    parser = parts.model.parsing.start(
+        tools=request.calls_tools,
+        reasoning_open=parts.model.prompts.opens_reasoning(prompt.token_ids),
+        stop=sampling.stop,
+        stop_token_ids=sampling.stop_token_ids,
+    )
+    progress = Continuation(_generate_request(request, prompt, sampling))
+    finish, failure = Finish(FinishReason.ABORT), None
+    try:
+        async with asyncio.timeout(parts.settings.timeout_seconds) as deadline:
+            turn.limit(deadline)
+            async with aclosing(parts.pool.generate(progress, session_id=session.record.session_id)) as stream:
+                async for item in stream:
+                    if isinstance(item, Finish):
+                        finish = item
+                    else:
+                        deltas = parser.feed(item.token_ids.tolist())
+                        turn.emit(TurnProgress(item.token_ids, item.logprobs, deltas))
+    except TimeoutError:
+        failure = _cut_or_timed_out(parts, turn)
+    except EngineError as error:
+        failure = _overflow_or_same(error)
+    finally:
+        turn.limit(None)
+    generated = progress.generated(finish)
+    if failure is not None and not len(generated.token_ids):
+        raise failure
+    late_deltas, reply = parser.finish(finish)
+    none = np.zeros(0, dtype=np.int32)
+    turn.emit(TurnProgress(none, none.astype(np.float32), late_deltas))
+    return _Sampled(generated, reply, failure)
+
+
+def _generate_request(request: ChatRequest, prompt: _Prompt, sampling: SamplingParams) -> GenerateRequest:
+    """Rows are wanted from the last token of the parent on: it had none until now (I2)."""
+    extends = prompt.built.segment_reason is None and prompt.place.parent is not None
+    first_row = len(prompt.token_ids) - len(prompt.built.token_ids) - 1 if extends else 0
+    return GenerateRequest(
+        request_id="",
+        token_ids=prompt.token_ids,
+        sampling=sampling,
+        routed_experts_start=first_row,
+        passthrough=request.passthrough,
+    )
+
+
+def _cut_or_timed_out(parts: TurnParts, turn: Turn) -> VerbatimError:
+    if turn.was_cut:
+        return SessionSealed("the turn was cut: its session was finished, its client left, or the gateway stops")
+    return EngineTimeout(f"no whole reply within {parts.settings.timeout_seconds:g} s")
+
+
+def _overflow_or_same(error: EngineError) -> VerbatimError:
+    """An engine's refusal for length, in the words and with the status that agents know."""
+    text = error.message.lower()
+    if isinstance(error, EngineRejected) and "context" in text and "length" in text:
+        return ContextOverflow(f"maximum context length exceeded: {error.message}")
+    return error
+
+
+def _record(
+    parts: TurnParts,
+    session: Session,
+    request: ChatRequest,
+    prompt: _Prompt,
+    sampling: SamplingParams,
+    sampled: _Sampled,
+    turn: Turn,
+) -> TurnRecord:
+    generated, attachment = sampled.generated, _attachment(prompt)
+    num_matched = prompt.place.num_matched if attachment.parent_id is not None else 0
+    rows, sampler = generated.experts, generated.engines[-1]
+    routing = sampler.routing or parts.model.routing
+    return TurnRecord(
+        session_id=session.record.session_id,
+        turn_id=turn.turn_id,
+        index=session.tree.take_index(),
+        attachment=attachment,
+        root=prompt.root if attachment.parent_id is None else None,
+        added_messages=tuple(request.messages[num_matched:]),
+        reply=sampled.reply.message(),
+        prompt_token_ids=prompt.built.token_ids,
+        output_token_ids=generated.token_ids,
+        output_logprobs=generated.logprobs,
+        version_spans=generated.version_spans,
+        finish=generated.finish,
+        logprob_kind=sampler.logprob_kind,
+        sampling=_sampling_json(sampling),
+        num_layers=0 if rows is None else rows.ids.shape[1],
+        num_experts=0 if rows is None or routing is None else routing.num_experts,
+        top_k=0 if rows is None else rows.ids.shape[2],
+        experts_start=0 if rows is None else rows.start,
+        experts_stop=0 if rows is None else rows.stop,
+        engine_id=sampler.engine_id,
+        model=parts.model.name,
+        request_digest=request.digest,
+        cached_tokens=generated.cached_tokens,
+        num_retractions=generated.num_retractions,
+        meta=_meta(request, prompt, sampled),
+        untrainable_reason=_untrainable_reason(generated),
+        created_at=turn.started_at,
+        delivered_at=None,
+    )
+
+
+def _attachment(prompt: _Prompt) -> Attachment:
+    place = prompt.place
+    follows_id = None if place.follows is None else place.follows.record.turn_id
+    if place.parent is not None and prompt.built.segment_reason is None:
+        return Attachment(place.parent.record.turn_id, follows_id, place.tier, None)
+    return Attachment(None, follows_id, place.tier, prompt.built.segment_reason or place.reason)
+
+
+def _sampling_json(sampling: SamplingParams) -> dict[str, JsonValue]:
+    return asdict(sampling) | {
+        "stop": list(sampling.stop),
+        "stop_token_ids": list(sampling.stop_token_ids),
+        "extra": dict(sampling.extra),
+    }
+
+
+def _meta(request: ChatRequest, prompt: _Prompt, sampled: _Sampled) -> dict[str, JsonValue]:
+    generated = sampled.generated
+    return {
+        "certified_by": prompt.built.certified_by,
+        "flags": [flag.value for flag in sampled.reply.flags],
+        "num_reasoning_tokens": sampled.reply.num_reasoning_tokens,
+        "engine_ids": [engine.engine_id for engine in generated.engines],
+        "num_attempts": generated.num_attempts,
+        "lost_attempts": generated.lost_attempts,
+        "passthrough": dict(request.passthrough),
+        "ignored_fields": list(request.ignored_fields),
+        "error": None if sampled.failure is None else sampled.failure.code,
+        "engine": dict(generated.meta_info),
+    }
+
+
+def _untrainable_reason(generated: Generated) -> str | None:
+    """I9: what cannot be proved is kept and answered, not trained (a missing log-prob excludes its token only)."""
+    if not generated.versions_certain:
+        return "policy_version_uncertain"
+    kinds = {engine.logprob_kind for engine in generated.engines}
+    return "logprob_kinds_mixed" if len(kinds) > 1 else None
