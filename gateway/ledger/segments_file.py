@@ -1,7 +1,7 @@
 """Routing rows in append-only segment files beside the SQLite store.
 
 A folder holds `routing-00000001.seg`, `routing-00000002.seg`, …; one writer appends to the last. Every record carries
-its own key, lengths and checksum, so that a reader trusts nothing but the bytes and an index can be made anew from them:
+its own key, lengths and checksum, so that a reader trusts nothing but the bytes and an index can be remade from them:
 
     magic "VRX1" · crc32 u32 · key length u32 · payload length u64 · key (JSON) · payload        (little-endian)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import math
 import os
 import queue
 import sqlite3
@@ -188,7 +189,10 @@ class SqliteLedger:
 
     async def finish(self, finish: FinishRecord) -> FinishRecord:
         """Seal a session; an equal repetition (times and snapshot aside) returns the first record, another one is a
-        Conflict. Raises NotFound for an unknown session."""
+        Conflict. Raises NotFound for an unknown session, InvalidRequest for a reward that is no number."""
+        if finish.reward is not None and not math.isfinite(finish.reward):
+            raise InvalidRequest(f"reward is {finish.reward}; give a finite number, or null where there is none")
+        _check_text("outcome", finish.outcome)
 
         def seal(connection: sqlite3.Connection) -> FinishRecord:
             stored = _finish(connection, finish.session_id)
