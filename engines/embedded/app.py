@@ -78,9 +78,7 @@ class EngineServer:
             routed_start=request.routed_start,
             on_progress=on_progress,
         )
-        reply = Reply(
-            request, generation, self.tokenizer, incremental=self.settings.incremental_streaming_output
-        )
+        reply = Reply(request, generation, self.tokenizer, incremental=self.settings.incremental_streaming_output)
         self.open_rids.add(request.rid)
         self.engine.submit(generation)
         return OpenGeneration(request, progress, generation, reply)
@@ -167,7 +165,7 @@ def _open_all(server: EngineServer, call: GenerateCall) -> list[OpenGeneration]:
     opened: list[OpenGeneration] = []
     try:
         for request in call.inputs:
-            opened.append(server.open(request))  # noqa: PERF401
+            opened.append(server.open(request))
     except InvalidRequest:
         for entry in opened:
             server.close(entry)
@@ -196,9 +194,7 @@ async def _events(server: EngineServer, call: GenerateCall, opened: list[OpenGen
             server.close(entry)
 
 
-async def _interleaved(
-    server: EngineServer, opened: list[OpenGeneration]
-) -> AsyncIterator[tuple[int, dict[str, Any]]]:
+async def _interleaved(server: EngineServer, opened: list[OpenGeneration]) -> AsyncIterator[tuple[int, dict[str, Any]]]:
     replies: asyncio.Queue[tuple[int, dict[str, Any] | None]] = asyncio.Queue()
 
     async def forward(index: int) -> None:
@@ -227,13 +223,12 @@ def _with_prompt(reply: dict[str, Any], call: GenerateCall, opened: OpenGenerati
     return reply
 
 
-async def _whole(
-    server: EngineServer, call: GenerateCall, opened: list[OpenGeneration], request: Request
-) -> Response:
+async def _whole(server: EngineServer, call: GenerateCall, opened: list[OpenGeneration], request: Request) -> Response:
     gone = asyncio.create_task(_disconnected(request))
     work = asyncio.gather(*(server.complete(entry) for entry in opened))
+    either: set[asyncio.Future[Any]] = {gone, work}
     try:
-        await asyncio.wait({gone, work}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if not work.done():
             return Response(status_code=499)
         replies = [_with_prompt(reply, call, entry) for reply, entry in zip(work.result(), opened, strict=True)]
@@ -281,8 +276,8 @@ def _add_information(app: FastAPI, server: EngineServer) -> None:
     @app.get("/get_server_info")
     async def server_info() -> Response:
         """Settings and state; `weight_version` stays the one of the start, as in SGLang."""
-        settings = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(server.settings).items()}
-        settings.pop("model")
+        settings = asdict(server.settings)
+        del settings["model"]
         return _json(
             settings
             | {
@@ -424,6 +419,12 @@ def _add_weights(app: FastAPI, server: EngineServer) -> None:
 
 def _bad_request(message: str) -> Response:
     return _json(
-        {"object": "error", "message": f"1 validation error:\n  {message}", "type": "Bad Request", "param": None, "code": 400},
+        {
+            "object": "error",
+            "message": f"1 validation error:\n  {message}",
+            "type": "Bad Request",
+            "param": None,
+            "code": 400,
+        },
         400,
     )

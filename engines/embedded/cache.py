@@ -1,4 +1,4 @@
-"""The slotted KV cache: one slot a sequence, keys and values written at (slot, position), attention straight over slots.
+"""The slotted KV cache: one slot a sequence, keys and values written at (slot, position), attention over slots.
 
 `SlotCache` is a transformers `Cache`, and `slot_attention` a transformers attention function: the model's own modules
 project, normalise and rotate; this file only says where keys and values live and which of them a token looks at.
@@ -108,7 +108,14 @@ class SlotCache(Cache):
     """
 
     def __init__(
-        self, *, num_layers: int, num_slots: int, num_kv_heads: int, context_length: int, head_dim: int, dtype: torch.dtype
+        self,
+        *,
+        num_layers: int,
+        num_slots: int,
+        num_kv_heads: int,
+        context_length: int,
+        head_dim: int,
+        dtype: torch.dtype,
     ) -> None:
         super().__init__(layers=[DynamicLayer() for _ in range(num_layers)])
         shape = (num_slots, num_kv_heads, context_length, head_dim)
@@ -147,7 +154,8 @@ def slot_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention of packed tokens over their slots.
 
-    query [1, heads, N, head_dim]; key, value: all slots as `SlotCache.update` returns them. Result [1, N, heads, head_dim].
+    query [1, heads, N, head_dim]; key, value: all slots as `SlotCache.update` returns them.
+    Result [1, N, heads, head_dim].
     """
     num_heads, num_tokens, head_dim = query.shape[1:]
     packed = query[0].transpose(0, 1)

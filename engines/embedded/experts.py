@@ -37,7 +37,7 @@ class RouterCapture:
                 module.register_forward_hook(self._hook(int(match[1])))
         if not layers or len(set(layers)) != len(layers):
             raise ConfigurationError(
-                f"{type(model).__name__}: found routers in layers {layers}; the embedded engine cannot record its experts"
+                f"{type(model).__name__}: routers found in layers {layers}; this engine cannot record its experts"
             )
         return tuple(layers)
 

@@ -60,9 +60,7 @@ class Draw:
     forbidden: list[int] = field(default_factory=list)
 
 
-def sample(
-    logits_BV: torch.Tensor, draws: Sequence[Draw], *, kind: LogprobKind
-) -> tuple[list[int], list[float]]:
+def sample(logits_BV: torch.Tensor, draws: Sequence[Draw], *, kind: LogprobKind) -> tuple[list[int], list[float]]:
     """Tokens and log-probs, one for each of B rows. Overwrites nothing of `logits_BV`.
 
     A sequence's tokens depend on its logits and its own random numbers only, never on its neighbours in the batch.
@@ -113,9 +111,7 @@ def _inverse_transform(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Te
     return torch.searchsorted(cumulative, threshold[:, None], right=True)[:, 0]
 
 
-def _sample_filtered(
-    probs: torch.Tensor, uniform: torch.Tensor, settings: Sequence[SamplingSettings]
-) -> torch.Tensor:
+def _sample_filtered(probs: torch.Tensor, uniform: torch.Tensor, settings: Sequence[SamplingSettings]) -> torch.Tensor:
     """top-k, then top-p, then min-p over the sorted distribution, as SGLang's PyTorch backend orders them."""
     ordered, indices = probs.sort(dim=-1, descending=True)
     before = ordered.cumsum(dim=-1) - ordered

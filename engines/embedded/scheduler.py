@@ -29,7 +29,8 @@ class Generation:
 
     token_ids: prompt and output together. num_computed: how many of them have keys and values.
     logprob_start: first prompt position whose log-prob is wanted (prompt length: none). routed_start: first routing row
-    wanted, None for none. version_starts: (label, first output token it sampled). finish: SGLang's finish_reason, set last.
+    wanted, None for none. version_starts: (label, first output token it sampled). finish: SGLang's finish_reason, the
+    last field to be set.
     """
 
     rid: str
@@ -66,7 +67,7 @@ class Generation:
 
 
 class SlotTable:
-    """What every slot holds: token_ids int32[slots, context], routing [slots, context, layers, top_k], valid lengths."""
+    """What every slot holds: token_ids int32[slots, context], routing [slots, context, layers, top_k], lengths."""
 
     def __init__(self, *, num_slots: int, context_length: int, routing: RoutingShape | None) -> None:
         self.num_slots = num_slots
@@ -185,7 +186,7 @@ class Scheduler:
         return StepWork(tuple(decode), tuple(prompts))
 
     def _admit(self, generation: Generation) -> None:
-        """Find a slot: the one that holds the longest prefix if it can be had, else a cold one with the prefix copied."""
+        """Find a slot: the one with the longest prefix if it can be had, else a cold one with the prefix copied."""
         token_ids = np.array(generation.token_ids, dtype=np.int32)
         # The last token must be computed to sample; wanted prompt log-probs need their positions computed too.
         limit = len(token_ids) - 1

@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import signal
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,12 +55,16 @@ def run(arguments: argparse.Namespace) -> int:
     os.environ["OMP_NUM_THREADS"] = str(settings.threads)
     listener = bind(settings.host, settings.port)
     engine = make_engine(settings)
-    return asyncio.run(serve(engine, settings, listener))
+    import uvloop
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(serve(engine, settings, listener))
 
 
 def read_settings(arguments: argparse.Namespace) -> EngineSettings:
     """Flags over `--set` over the file."""
-    flags = [f"{name}={_toml_text(getattr(arguments, name))}" for _, name, _, _ in _FLAGS if getattr(arguments, name) is not None]
+    given = {name: getattr(arguments, name) for _, name, _, _ in _FLAGS}
+    flags = [f"{name}={_toml_text(value)}" for name, value in given.items() if value is not None]
     return load_settings(EngineSettings, file=arguments.config, overrides=[*arguments.overrides, *flags])
 
 
@@ -101,27 +108,38 @@ def make_engine(settings: EngineSettings) -> EmbeddedEngine:
 
 
 async def serve(engine: EmbeddedEngine, settings: EngineSettings, listener: socket.socket) -> int:
-    """Serve on `listener` until a signal (0) or until the engine's thread fails (1)."""
+    """Serve on `listener` until SIGTERM or SIGINT (0) or until the engine's thread fails (1)."""
     import uvicorn
 
     from engines.embedded.app import build_app
 
-    config = uvicorn.Config(
-        build_app(engine, settings), log_level="warning", access_log=False, timeout_graceful_shutdown=5
-    )
-    server = uvicorn.Server(config)
+    class Server(uvicorn.Server):
+        """Says when it is ready; leaves signals to us, as uvicorn's own handling ends the process by the signal."""
+
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            host, port = listener.getsockname()[:2]
+            sys.stdout.write(ready_line("engine", f"http://{host}:{port}") + "\n")
+            sys.stdout.flush()
+
+        @contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            yield
+
+    app = build_app(engine, settings)
+    server = Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=5))
     loop = asyncio.get_running_loop()
 
     def stop_serving() -> None:
-        loop.call_soon_threadsafe(setattr, server, "should_exit", True)
+        engine.abort("", everything=True)  # open streams end with what they have
+        server.should_exit = True
 
-    engine.start(on_failure=stop_serving)
-    host, port = listener.getsockname()[:2]
-    serving = asyncio.create_task(server.serve(sockets=[listener]))
-    while not server.started and not serving.done():
-        await asyncio.sleep(0.01)
-    sys.stdout.write(ready_line("engine", f"http://{host}:{port}") + "\n")
-    sys.stdout.flush()
-    await serving
+    def failed() -> None:
+        loop.call_soon_threadsafe(stop_serving)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop_serving)
+    engine.start(on_failure=failed)
+    await server.serve(sockets=[listener])
     engine.stop()
     return 0 if engine.failure is None else 1

@@ -23,8 +23,8 @@ _TORCHVISION_SCHEMAS = torch.library.Library("torchvision", "DEF")
 for _operator in ("nms", "qnms"):
     _TORCHVISION_SCHEMAS.define(f"{_operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
-import sglang.srt.layers.rotary_embedding.base as rotary_embedding
-import sglang.srt.mem_cache.pool_host.common as host_pool
+import sglang.srt.layers.rotary_embedding.base as rotary_embedding  # noqa: E402
+import sglang.srt.mem_cache.pool_host.common as host_pool  # noqa: E402
 
 
 def _leave_memory_pageable(*_args: object, **_kwargs: object) -> None:

@@ -1,0 +1,166 @@
+"""HTTP to an engine, with every foreign failure translated once.
+
+Connections that fail, 5xx and streams that end early → EngineUnavailable; silence → EngineTimeout; 4xx →
+ContextOverflow or EngineRejected; bodies that are not what HTTP said → EngineProtocolError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+import aiohttp
+import orjson
+
+from gateway.contracts.errors import (
+    ContextOverflow,
+    EngineProtocolError,
+    EngineRejected,
+    EngineTimeout,
+    EngineUnavailable,
+    VerbatimError,
+)
+
+_OVERFLOW_MARKS = ("maximum context length", "longer than the model's context length", "is longer than the maximum")
+_END_OF_EVENT = b"\n\n"
+
+
+class EngineHttp:
+    """One engine's HTTP connections; `idle_timeout_seconds` bounds the silence between two pieces of an answer."""
+
+    def __init__(
+        self, url: str, *, engine_id: str, connect_timeout_seconds: float, idle_timeout_seconds: float
+    ) -> None:
+        self.url = url.rstrip("/")
+        self.engine_id = engine_id
+        self._connect_timeout_seconds = connect_timeout_seconds
+        self._idle_timeout_seconds = idle_timeout_seconds
+        self._session: aiohttp.ClientSession | None = None
+
+    async def get_json(self, path: str, *, timeout_seconds: float) -> Any:
+        """GET a JSON document."""
+        async with self._request("GET", path, None, timeout_seconds) as response:
+            return _parsed(await response.read(), self._named(path))
+
+    async def get_status(self, path: str, *, timeout_seconds: float) -> int:
+        """The status of a GET, whatever it is."""
+        async with (
+            self._translated(path),
+            self._opened().get(self.url + path, timeout=self._timeout(timeout_seconds)) as response,
+        ):
+            return response.status
+
+    async def post(self, path: str, body: Mapping[str, Any], *, timeout_seconds: float) -> bytes:
+        """POST JSON and return the body of the answer."""
+        async with self._request("POST", path, body, timeout_seconds) as response:
+            return await response.read()
+
+    async def events(self, path: str, body: Mapping[str, Any]) -> AsyncIterator[Any]:
+        """POST JSON and yield the parsed `data:` events of the answer, up to `[DONE]`.
+
+        Raises EngineUnavailable if the stream ends without `[DONE]`.
+        """
+        async with self._request("POST", path, body, None) as response:
+            buffered = bytearray()
+            async for piece in response.content.iter_any():
+                searched = max(0, len(buffered) - 1)
+                buffered += piece
+                while (end := buffered.find(_END_OF_EVENT, searched)) >= 0:
+                    payload = bytes(buffered[:end]).removeprefix(b"data:").strip()
+                    del buffered[: end + len(_END_OF_EVENT)]
+                    searched = 0
+                    if payload == b"[DONE]":
+                        return
+                    if payload:
+                        yield _parsed(payload, self._named(path))
+        raise EngineUnavailable(f"{self._named(path)}: the stream ended early")
+
+    async def aclose(self) -> None:
+        """Close all connections."""
+        if self._session is not None:
+            await self._session.close()
+
+    def _opened(self) -> aiohttp.ClientSession:
+        if self._session is None or self._session.closed:
+            connector = aiohttp.TCPConnector(limit=0)
+            self._session = aiohttp.ClientSession(connector=connector, json_serialize=_serialised)
+        return self._session
+
+    def _timeout(self, total_seconds: float | None) -> aiohttp.ClientTimeout:
+        return aiohttp.ClientTimeout(
+            total=total_seconds, sock_connect=self._connect_timeout_seconds, sock_read=self._idle_timeout_seconds
+        )
+
+    def _named(self, path: str) -> str:
+        return f"engine {self.engine_id} at {self.url}{path}"
+
+    @asynccontextmanager
+    async def _request(
+        self, method: str, path: str, body: Mapping[str, Any] | None, timeout_seconds: float | None
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        async with (
+            self._translated(path),
+            self._opened().request(
+                method, self.url + path, json=body, timeout=self._timeout(timeout_seconds)
+            ) as response,
+        ):
+            if response.status >= 400:
+                raise refusal(response.status, await response.read(), self._named(path))
+            yield response
+
+    @asynccontextmanager
+    async def _translated(self, path: str) -> AsyncIterator[None]:
+        named = self._named(path)
+        try:
+            yield
+        except TimeoutError as error:  # first: aiohttp's timeouts are both a TimeoutError and a ClientError
+            raise EngineTimeout(f"{named} did not answer in time") from error
+        except aiohttp.ClientPayloadError as error:
+            raise EngineUnavailable(f"{named}: the answer broke off: {error}") from error
+        except (aiohttp.ClientConnectionError, OSError) as error:
+            raise EngineUnavailable(f"{named} is not reachable: {error}") from error
+        except aiohttp.ClientError as error:
+            raise EngineProtocolError(f"{named}: not HTTP as promised: {error}") from error
+
+
+def refusal(status: int, body: bytes, named: str) -> VerbatimError:
+    """The error that an engine's answer of 400 and above stands for."""
+    message = _message(body) or f"HTTP {status}"
+    if status >= 500:
+        return EngineUnavailable(f"{named} failed with {status}: {message}")
+    return refused(message, named)
+
+
+def refused(message: str, named: str) -> ContextOverflow | EngineRejected:
+    """The error of a request that the engine will not serve; a context overflow is told by its message."""
+    if any(mark in message for mark in _OVERFLOW_MARKS):
+        hint = "" if "maximum context length" in message else " (maximum context length exceeded)"
+        return ContextOverflow(f"{message}{hint}")
+    return EngineRejected(f"{named} refused the request: {message}")
+
+
+def _message(body: bytes) -> str:
+    """The text of SGLang's or OpenAI's error body; the body itself where it is neither."""
+    try:
+        content = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return body.decode(errors="replace").strip()[:500]
+    if isinstance(content, dict):
+        error = content.get("error", content)
+        if isinstance(error, dict):
+            error = error.get("message") or error.get("detail")
+        if isinstance(error, str):
+            return error
+    return body.decode(errors="replace").strip()[:500]
+
+
+def _parsed(body: bytes, named: str) -> Any:
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise EngineProtocolError(f"{named}: the answer is not JSON: {body[:80]!r}") from error
+
+
+def _serialised(body: Any) -> str:
+    return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY).decode()

@@ -1,0 +1,385 @@
+"""Client of one engine that speaks SGLang's HTTP protocol: the real one, or the embedded one.
+
+`/generate` streams cumulative (or incremental) output; `_Stream` turns either into new tokens and checks, chunk by
+chunk, that ids, log-probs, versions and routing rows line up (I2, I9). What is missing stays missing; what contradicts
+itself is an EngineProtocolError.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import binascii
+import logging
+from collections.abc import AsyncGenerator, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import pybase64
+
+from engines.http import EngineHttp, refused
+from engines.identity import UNKNOWN_FOLDER, FolderIdentity, read_folder
+from gateway.contracts.errors import (
+    EngineError,
+    EngineProtocolError,
+    EngineRejected,
+    EngineUnavailable,
+    ExpertsMismatch,
+    LengthMismatch,
+    RequestError,
+    VerbatimError,
+)
+from gateway.contracts.experts import RoutedExperts, RoutingShape, narrow
+from gateway.contracts.generation import (
+    EngineIdentity,
+    Finish,
+    FinishReason,
+    GenerateChunk,
+    GenerateEnd,
+    GenerateRequest,
+    JsonValue,
+    LogprobKind,
+    SamplingParams,
+)
+from gateway.contracts.ports import PauseMode
+from gateway.contracts.versions import VersionSpan, join_spans
+
+logger = logging.getLogger(__name__)
+
+_KNOWN_META = frozenset(
+    (
+        "id",
+        "finish_reason",
+        "prompt_tokens",
+        "weight_version",
+        "weight_versions",
+        "num_retractions",
+        "input_token_logprobs",
+        "output_token_logprobs",
+        "output_token_logprobs_length",
+        "completion_tokens",
+        "cached_tokens",
+        "routed_experts",
+    )
+)
+_KNOWN_TOP = frozenset(("text", "output_ids", "meta_info", "index"))
+_NOT_FOR_PASSTHROUGH = frozenset(("text", "input_embeds"))
+"""Another prompt beside `input_ids` would leave it to the engine which one counts (I1)."""
+
+_CONTROL_SECONDS = 60.0
+_ABORT_SECONDS = 5.0
+
+
+class SglangEngine:
+    """One engine process behind SGLang's protocol (implements `gateway.contracts.ports.Engine`).
+
+    routing: the model's shape, None for a dense model or to learn it from the engine's own folder. policy_version_of:
+    the engine's weight label → our version; raises EngineProtocolError for labels it does not know. context_length: 0
+    asks the engine. idle_timeout_seconds: longest silence of a stream (a paused engine is silent).
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        engine_id: str,
+        routing: RoutingShape | None,
+        policy_version_of: Callable[[str], int],
+        context_length: int = 0,
+        connect_timeout_seconds: float = 5.0,
+        idle_timeout_seconds: float = 600.0,
+    ) -> None:
+        self._http = EngineHttp(
+            url,
+            engine_id=engine_id,
+            connect_timeout_seconds=connect_timeout_seconds,
+            idle_timeout_seconds=idle_timeout_seconds,
+        )
+        self._routing = routing
+        self._policy_version_of = policy_version_of
+        self._context_length = context_length
+
+    @property
+    def engine_id(self) -> str:
+        """The name given to this engine."""
+        return self._http.engine_id
+
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+        return self._http.url
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[GenerateChunk | GenerateEnd, None]:
+        """Stream new tokens, then exactly one GenerateEnd; closing early aborts the request at the engine."""
+        if request.routed_experts_start is not None and self._routing is None:
+            self._routing = (await self.identity()).routing
+        stream = _Stream(request, self._routing, self._policy_version_of, self.engine_id)
+        ended = False
+        try:
+            async for event in self._http.events("/generate", _body(request)):
+                chunk = stream.read(event)
+                if chunk is not None:
+                    yield chunk
+                if stream.end is not None:
+                    ended = True
+                    yield stream.end
+                    return
+            raise EngineUnavailable(f"engine {self.engine_id}: the stream ended before the request did")
+        except (EngineRejected, RequestError):
+            ended = True
+            raise
+        finally:
+            if not ended:
+                await self._abort_quietly(request.request_id)
+
+    async def _abort_quietly(self, request_id: str) -> None:
+        try:
+            await self.abort(request_id)
+        except EngineError as error:
+            logger.info("request %s may go on at its engine: %s", request_id, error)
+
+    async def identity(self) -> EngineIdentity:
+        """Ask the engine who it is; files of its model folder are read where this machine has them."""
+        model = _object(await self._http.get_json("/model_info", timeout_seconds=_CONTROL_SECONDS), "/model_info")
+        server = _object(await self._http.get_json("/server_info", timeout_seconds=_CONTROL_SECONDS), "/server_info")
+        weight_version = str(model.get("weight_version") or "default")
+        folder = await _folder(str(model.get("tokenizer_path") or model.get("model_path") or ""))
+        captures = bool(server.get("enable_return_routed_experts"))
+        raw = bool(server.get("return_original_logprob"))
+        return EngineIdentity(
+            engine_id=self.engine_id,
+            url=self.url,
+            kind="sglang",
+            model_path=str(model.get("model_path") or ""),
+            served_model_name=str(model.get("served_model_name") or ""),
+            weight_version=weight_version,
+            policy_version=self._policy_version_of(weight_version),
+            logprob_kind=LogprobKind.RAW if raw else LogprobKind.TEMPERATURE_SCALED,
+            captures_experts=captures,
+            routing=self._routing or folder.routing,
+            context_length=self._context_length or await self._longest_context(),
+            vocab_size=folder.vocab_size,
+            fingerprints=folder.fingerprints,
+        )
+
+    async def _longest_context(self) -> int:
+        cards = await self._http.get_json("/v1/models", timeout_seconds=_CONTROL_SECONDS)
+        match cards:
+            case {"data": [{"max_model_len": int(length)}, *_]}:
+                return length
+        return 0
+
+    async def healthy(self) -> bool:
+        """Whether the engine says that it takes requests; a paused one does."""
+        try:
+            # Not /health: SGLang's generates a token there, which takes a second and fails while paused.
+            status = await self._http.get_status("/ready", timeout_seconds=_ABORT_SECONDS)
+            if status == 404:
+                status = await self._http.get_status("/health", timeout_seconds=_CONTROL_SECONDS)
+        except EngineError:
+            return False
+        return status == 200
+
+    async def abort(self, request_id: str) -> None:
+        """Stop one request (and those whose id it begins: SGLang matches by prefix); unknown ids are fine."""
+        await self._http.post("/abort_request", {"rid": request_id}, timeout_seconds=_ABORT_SECONDS)
+
+    async def pause(self, mode: PauseMode) -> None:
+        """Stop generating; new requests wait at the engine."""
+        await self._http.post("/pause_generation", {"mode": mode.value}, timeout_seconds=_CONTROL_SECONDS)
+
+    async def resume(self) -> None:
+        """Go on."""
+        await self._http.post("/continue_generation", {}, timeout_seconds=_CONTROL_SECONDS)
+
+    async def aclose(self) -> None:
+        """Close all connections."""
+        await self._http.aclose()
+
+
+def _body(request: GenerateRequest) -> dict[str, JsonValue]:
+    passed = {key: value for key, value in request.passthrough.items() if key not in _NOT_FOR_PASSTHROUGH}
+    # I7: what is recorded is ours to ask for, whatever the agent's own fields say.
+    body = passed | {
+        "rid": request.request_id,
+        "input_ids": request.token_ids.tolist(),
+        "sampling_params": _sampling(request.sampling),
+        "stream": True,
+        "return_logprob": True,
+        "logprob_start_len": -1,
+    }
+    body.pop("return_routed_experts", None)
+    body.pop("routed_experts_start_len", None)
+    if request.routed_experts_start is not None:
+        body |= {"return_routed_experts": True, "routed_experts_start_len": request.routed_experts_start}
+    return body
+
+
+def _sampling(sampling: SamplingParams) -> dict[str, JsonValue]:
+    parameters: dict[str, JsonValue] = dict(sampling.extra) | {
+        "max_new_tokens": sampling.max_new_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
+        "ignore_eos": sampling.ignore_eos,
+    }
+    if sampling.stop:
+        parameters["stop"] = list(sampling.stop)
+    if sampling.stop_token_ids:
+        parameters["stop_token_ids"] = list(sampling.stop_token_ids)
+    if sampling.seed is not None:
+        parameters["sampling_seed"] = sampling.seed
+    return parameters
+
+
+class _Stream:
+    """One `/generate` stream as it is read; `end` is set by the event that finished the request."""
+
+    def __init__(
+        self,
+        request: GenerateRequest,
+        routing: RoutingShape | None,
+        policy_version_of: Callable[[str], int],
+        engine_id: str,
+    ) -> None:
+        self._request = request
+        self._routing = routing
+        self._policy_version_of = policy_version_of
+        self._named = f"engine {engine_id}, request {request.request_id}"
+        self._output_ids: list[int] = []
+        self.end: GenerateEnd | None = None
+
+    def read(self, event: Any) -> GenerateChunk | None:
+        """The new tokens of one event, None if it brought none."""
+        try:
+            if "error" in event:
+                raise self._error(event["error"])
+            meta = event["meta_info"]
+            finish = meta["finish_reason"]
+            self._refuse_failed(finish)
+            chunk = self._new_tokens(event["output_ids"], meta)
+            if finish is not None:
+                self.end = self._ended(event, meta, finish)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise EngineProtocolError(f"{self._named}: unreadable event ({type(error).__name__}: {error})") from error
+        except (LengthMismatch, ExpertsMismatch) as error:
+            raise EngineProtocolError(f"{self._named}: {error.message}") from error
+        return chunk if len(chunk.token_ids) else None
+
+    def _error(self, error: Any) -> VerbatimError:
+        message = error["message"] if isinstance(error, dict) else str(error)
+        code = error.get("code", 400) if isinstance(error, dict) else 400
+        if isinstance(code, int) and code >= 500:
+            return EngineUnavailable(f"{self._named}: {message}")
+        return refused(message, self._named)
+
+    def _refuse_failed(self, finish: Any) -> None:
+        """SGLang reports some refusals as an abort with a status (an ordinary abort has none)."""
+        status = finish.get("status_code") if finish is not None and finish["type"] == "abort" else None
+        if status is None:
+            return
+        if int(status) >= 500:
+            raise EngineUnavailable(f"{self._named}: {finish.get('message')}")
+        raise refused(str(finish.get("message")), self._named)
+
+    def _new_tokens(self, output_ids: list[int], meta: Mapping[str, Any]) -> GenerateChunk:
+        total, seen = int(meta["completion_tokens"]), len(self._output_ids)
+        if len(output_ids) == total:  # cumulative
+            fresh = output_ids[seen:]
+            if output_ids[:seen] != self._output_ids:
+                raise EngineProtocolError(f"{self._named}: the engine changed tokens that it had already sent")
+        elif len(output_ids) == total - seen:  # incremental
+            fresh = output_ids
+        else:
+            raise EngineProtocolError(
+                f"{self._named}: {len(output_ids)} ids in an event that claims {total} tokens, {seen} seen before"
+            )
+        logprobs = self._new_logprobs(fresh, meta.get("output_token_logprobs"))
+        self._output_ids += fresh
+        token_ids = np.array(fresh, dtype=np.int64)
+        if token_ids.size and (token_ids.min() < 0 or token_ids.max() > np.iinfo(np.int32).max):
+            raise EngineProtocolError(f"{self._named}: token ids out of range")
+        return GenerateChunk(token_ids.astype(np.int32), logprobs)
+
+    def _new_logprobs(self, fresh: list[int], triples: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """float32[n]; NaN where the engine gave none (I9)."""
+        if not fresh or triples is None:
+            return np.full(len(fresh), np.nan, dtype=np.float32)
+        if len(triples) < len(fresh):
+            raise EngineProtocolError(f"{self._named}: {len(triples)} log-probs for {len(fresh)} new tokens (I2)")
+        newest = triples[-len(fresh) :]
+        if [triple[1] for triple in newest] != fresh:
+            raise EngineProtocolError(f"{self._named}: log-probs are of other tokens than output_ids (I2)")
+        return np.array([np.nan if triple[0] is None else triple[0] for triple in newest], dtype=np.float32)
+
+    def _ended(self, event: Mapping[str, Any], meta: Mapping[str, Any], finish: Mapping[str, Any]) -> GenerateEnd:
+        prompt_tokens, num_output = int(meta["prompt_tokens"]), len(self._output_ids)
+        if prompt_tokens != len(self._request.token_ids):
+            raise EngineProtocolError(
+                f"{self._named}: the engine read {prompt_tokens} prompt tokens of {len(self._request.token_ids)} (I1)"
+            )
+        unknown = {key: value for key, value in event.items() if key not in _KNOWN_TOP}
+        unknown |= {key: value for key, value in meta.items() if key not in _KNOWN_META}
+        return GenerateEnd(
+            finish=Finish(FinishReason(finish["type"]), finish.get("matched")),
+            version_spans=self._version_spans(meta, num_output),
+            routed_experts=self._routed_experts(meta.get("routed_experts"), prompt_tokens + num_output - 1),
+            prompt_tokens=prompt_tokens,
+            completion_tokens=num_output,
+            cached_tokens=int(meta.get("cached_tokens") or 0),
+            num_retractions=int(meta.get("num_retractions") or 0),
+            meta_info=unknown,
+        )
+
+    def _version_spans(self, meta: Mapping[str, Any], num_output: int) -> tuple[VersionSpan, ...]:
+        spans = meta.get("weight_versions")
+        if spans is None:  # engines before spans: one label for the whole answer
+            spans = [{"version": meta["weight_version"], "start": 0, "end": num_output}]
+        return join_spans(
+            VersionSpan(int(span["start"]), int(span["end"]), self._policy_version_of(str(span["version"])))
+            for span in spans
+        )
+
+    def _routed_experts(self, encoded: str | None, stop: int) -> RoutedExperts | None:
+        start = self._request.routed_experts_start
+        if start is None or encoded is None:
+            return None  # I9: missing stays missing
+        if self._routing is None:
+            raise EngineProtocolError(f"{self._named}: routing came, but the model's routing shape is not known")
+        return decode_routing(encoded, self._routing, start=start, stop=stop)
+
+
+def decode_routing(encoded: str, shape: RoutingShape, *, start: int, stop: int) -> RoutedExperts:
+    """SGLang's base64 of raw little-endian int32 → rows [start, stop) in the stored type.
+
+    Raises ExpertsMismatch if the number of rows or an id's range is not what the request and the model imply.
+    """
+    try:
+        raw = pybase64.b64decode(encoded, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ExpertsMismatch(f"routed experts are not base64: {error}") from error
+    row_bytes = 4 * shape.num_layers * shape.top_k
+    if len(raw) != (stop - start) * row_bytes:
+        raise ExpertsMismatch(
+            f"{len(raw)} bytes of routing for tokens {start} to {stop}, expected {stop - start} rows of {row_bytes}"
+        )
+    ids = np.frombuffer(raw, dtype="<i4").reshape(stop - start, shape.num_layers, shape.top_k)
+    return RoutedExperts(narrow(ids, shape), start)
+
+
+async def _folder(path: str) -> FolderIdentity:
+    if not path or not Path(path).is_absolute():
+        return UNKNOWN_FOLDER
+    try:
+        return await asyncio.to_thread(read_folder, Path(path))
+    except (OSError, orjson.JSONDecodeError, ValueError) as error:
+        logger.info("model folder %s cannot be read here: %s", path, error)
+        return UNKNOWN_FOLDER
+
+
+def _object(content: Any, path: str) -> Mapping[str, Any]:
+    if not isinstance(content, dict):
+        raise EngineProtocolError(f"{path} answered {type(content).__name__}, expected an object")
+    return content

@@ -1,0 +1,40 @@
+"""Policy versions and the engines' weight labels: ours is `policy-000012`; others are translated where known."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from gateway.contracts.errors import EngineProtocolError
+
+_OUR_LABEL = re.compile(r"policy-(\d{6,})")
+_INITIAL_LABEL = "default"
+"""What SGLang calls weights that nobody labelled: those it was started with."""
+
+
+def weight_label(policy_version: int) -> str:
+    """The label of a policy version.
+
+    >>> weight_label(12)
+    'policy-000012'
+    """
+    if policy_version < 0:
+        raise ValueError(f"policy version {policy_version} is negative")
+    return f"policy-{policy_version:06d}"
+
+
+def policy_version_of(label: str, known: Mapping[str, int]) -> int:
+    """The version of an engine's label: as remembered in `known`, else of our form, a plain number, or "default" (0).
+
+    Raises EngineProtocolError for any other label: a version is never guessed (I5, I9).
+    """
+    if label in known:
+        return known[label]
+    ours = _OUR_LABEL.fullmatch(label)
+    if ours is not None:
+        return int(ours[1])
+    if label.isdecimal() and label.isascii():
+        return int(label)
+    if label == _INITIAL_LABEL:
+        return 0
+    raise EngineProtocolError(f"weight version {label!r} of the engine stands for no policy version that is known")
