@@ -232,7 +232,7 @@ class ReplicaPool:
     ) -> AsyncGenerator[GenerateChunk | GenerateEnd, None]:
         """One engine request; whatever ends it, its tokens and their versions are in `progress` afterwards."""
         version = replica.identity.policy_version
-        request = progress.next_request(replica.engine.engine_id, captures_experts=replica.identity.captures_experts)
+        request = progress.next_request(replica.identity)
         replica.running += 1
         try:
             async with aclosing(replica.engine.generate(request)) as stream:

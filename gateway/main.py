@@ -1,0 +1,335 @@
+"""`verbatim serve`: the gateway's composition root. It chooses the classes, wires them, and owns their lives."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import ipaddress
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TypeAlias
+from urllib.parse import urlsplit
+
+import uvicorn
+import uvloop
+from fastapi import FastAPI, Request
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+
+from engines.sglang import SglangEngine
+from engines.weights.names import policy_version_of
+from gateway.contracts.errors import ConfigurationError, EngineError, IdentityMismatch, VerbatimError
+from gateway.contracts.ports import Engine, Ledger
+from gateway.contracts.settings import load_settings, settings_toml
+from gateway.contracts.telemetry import ready_line
+from gateway.ledger.sqlite import SqliteLedger
+from gateway.replicas.health import watch_health
+from gateway.replicas.pool import ReplicaPool
+from gateway.routes.access import Access
+from gateway.routes.admin import admin_router, status_router
+from gateway.routes.bodies import json_reply
+from gateway.routes.chat import chat_router
+from gateway.routes.feed import feed_router
+from gateway.routes.metrics import GatewayMetrics
+from gateway.routes.paths import SessionPaths
+from gateway.routes.sessions import session_router
+from gateway.sessions.model import ServedModel
+from gateway.sessions.registry import SessionRegistry
+from gateway.sessions.turns import TurnParts, TurnRunner
+from gateway.settings import OPERATOR_KEY_VARIABLE, GatewaySettings, UnknownSessions, split_engine
+from gateway.wire.errors import error_body, error_headers
+
+_log = logging.getLogger(__name__)
+
+EngineMaker: TypeAlias = Callable[[str, str, ServedModel, Mapping[str, int]], Engine]
+"""(engine_id, url, model, known policies) → a client of that engine."""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """The flags of `verbatim serve`."""
+    parser.add_argument("--engine", action="append", metavar="KIND=URL", help="an engine, repeatable: sglang=http://…")
+    parser.add_argument("--model", type=Path, metavar="PATH", help="folder with tokenizer.json and the chat template")
+    parser.add_argument("--host", help="address to listen on (127.0.0.1)")
+    parser.add_argument("--port", type=int, help="port to listen on (8600; 0 takes a free one)")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="the ledger's folder (verbatim-data)")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="settings as TOML")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override one setting, repeatable")
+    parser.add_argument("--print-config", action="store_true", help="show the settings and stop")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serve until SIGTERM or SIGINT; raises ConfigurationError for what must be set right first."""
+    settings = _settings(arguments)
+    if arguments.print_config:
+        sys.stdout.write(settings_toml(settings))
+        return 0
+    serve(settings, operator_key=os.environ.get(OPERATOR_KEY_VARIABLE) or None)
+    return 0
+
+
+def serve(
+    settings: GatewaySettings, *, operator_key: str | None, engine_kinds: Mapping[str, EngineMaker] | None = None
+) -> None:
+    """Run the gateway in this process; `engine_kinds` adds kinds of engines to those that ship."""
+    kinds = {"sglang": _sglang, **(engine_kinds or {})}
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_serve(settings, operator_key, kinds))
+
+
+async def _serve(settings: GatewaySettings, operator_key: str | None, kinds: Mapping[str, EngineMaker]) -> None:
+    _check_exposure(settings, operator_key)
+    with _listening_socket(settings) as listener:
+        async with open_gateway(settings, kinds) as gateway:
+            app = build_app(gateway, Access(operator_key))
+            config = uvicorn.Config(
+                app,
+                http="httptools",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                timeout_keep_alive=75,
+                timeout_graceful_shutdown=settings.drain_seconds,
+            )
+            host, port = listener.getsockname()[:2]
+            url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+            await _Server(config, on_ready=partial(_announce, url)).serve(sockets=[listener])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Gateway:
+    """All live parts of one gateway process. `policies`: the engines' labels and the versions they mean."""
+
+    settings: GatewaySettings
+    model: ServedModel
+    ledger: Ledger
+    pool: ReplicaPool
+    registry: SessionRegistry
+    runner: TurnRunner
+    metrics: GatewayMetrics
+    policies: dict[str, int]
+    kinds: Mapping[str, EngineMaker]
+
+    def connect(self, kind: str, url: str, engine_id: str | None = None) -> Engine:
+        """A client of one engine; raises ConfigurationError for a kind that we do not know."""
+        if kind not in self.kinds:
+            raise ConfigurationError(f"engine kind {kind!r} is none of {', '.join(sorted(self.kinds))}")
+        return self.kinds[kind](engine_id or _engine_id(kind, url), url, self.model, self.policies)
+
+    async def learn_policy(self, policy_version: int, weight_version: str) -> None:
+        """Store what an engine's label means, on disk first."""
+        await self.ledger.set_policy(policy_version, weight_version)
+        self.policies[weight_version] = policy_version
+
+
+@asynccontextmanager
+async def open_gateway(settings: GatewaySettings, kinds: Mapping[str, EngineMaker]) -> AsyncIterator[Gateway]:
+    """Build all parts, check the engines, watch their health; on the way out every turn is settled first."""
+    if settings.model is None:
+        raise ConfigurationError("the gateway needs a model folder (tokenizer and chat template): give --model PATH")
+    model = ServedModel.load(settings.model, history_policy=settings.history_policy, name=settings.served_name)
+    metrics = GatewayMetrics(feed_consumer=settings.feed_consumer)
+    pool = ReplicaPool(
+        settings.replicas,
+        check_identity=model.check_engine,
+        stop_token_ids=frozenset(model.tokenizer.eos_token_ids),
+        on_interruption=metrics.observe_interruption,
+    )
+    ledger = SqliteLedger.open(settings.data)
+    parts = TurnParts(model, pool, ledger, settings.turns, metrics.observe_turn)
+    gateway = Gateway(
+        settings=settings,
+        model=model,
+        ledger=ledger,
+        pool=pool,
+        registry=SessionRegistry(ledger, capacity=settings.sessions_in_memory),
+        runner=TurnRunner(parts),
+        metrics=metrics,
+        policies={},
+        kinds=kinds,
+    )
+    try:
+        gateway.policies.update(await ledger.policies())
+        await _connect_engines(gateway)
+        async with _background(watch_health(pool)):
+            yield gateway
+    finally:
+        await gateway.runner.aclose()
+        await pool.aclose()
+        await ledger.aclose()
+
+
+def build_app(gateway: Gateway, access: Access) -> FastAPI:
+    """The HTTP application around a gateway's parts."""
+    settings, max_bytes = gateway.settings, gateway.settings.max_body_bytes
+    app = FastAPI(title="Verbatim gateway", docs_url=None, redoc_url=None)
+    app.include_router(status_router(gateway.pool, gateway.ledger, gateway.runner, gateway.registry, gateway.metrics))
+    app.include_router(session_router(gateway.registry, gateway.ledger, access, max_body_bytes=max_bytes))
+    app.include_router(feed_router(gateway.ledger, authorize=access.check_operator))
+    app.include_router(
+        admin_router(
+            gateway.pool,
+            gateway.model,
+            access,
+            connect=gateway.connect,
+            learn_policy=gateway.learn_policy,
+        )
+    )
+    app.include_router(
+        chat_router(
+            gateway.runner,
+            gateway.registry,
+            access,
+            creates_unknown=settings.unknown_sessions is UnknownSessions.CREATE,
+            max_body_bytes=max_bytes,
+        )
+    )
+    app.add_middleware(SessionPaths)
+    app.add_exception_handler(VerbatimError, _verbatim_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _bug)
+    return app
+
+
+class _Server(uvicorn.Server):
+    """uvicorn that says when it takes requests, and for which SIGTERM is a regular end."""
+
+    def __init__(self, config: uvicorn.Config, *, on_ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_ready = on_ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start, then tell."""
+        await super().startup(sockets)
+        if self.started:
+            self._on_ready()
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Stop cleanly on a signal; uvicorn itself would raise it again afterwards."""
+        loop = asyncio.get_running_loop()
+        signals = (signal.SIGTERM, signal.SIGINT)
+        for number in signals:
+            loop.add_signal_handler(number, self.handle_exit, number, None)
+        try:
+            yield
+        finally:
+            for number in signals:
+                loop.remove_signal_handler(number)
+
+
+def _settings(arguments: argparse.Namespace) -> GatewaySettings:
+    """File, then `--set`, then flags."""
+    settings = load_settings(GatewaySettings, file=arguments.config, overrides=arguments.set)
+    flags = {
+        "engines": None if arguments.engine is None else tuple(arguments.engine),
+        "model": arguments.model,
+        "host": arguments.host,
+        "port": arguments.port,
+        "data": arguments.data,
+    }
+    return replace(settings, **{name: value for name, value in flags.items() if value is not None})
+
+
+def _check_exposure(settings: GatewaySettings, operator_key: str | None) -> None:
+    if operator_key is None and not _is_loopback(settings.host):
+        raise ConfigurationError(
+            f"{settings.host} can be reached from outside: set {OPERATOR_KEY_VARIABLE}, or listen on 127.0.0.1"
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+@contextmanager
+def _listening_socket(settings: GatewaySettings) -> Iterator[socket.socket]:
+    """Bound before anything else is opened, so that a taken port is told at once."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((settings.host, settings.port))
+        except OSError as error:
+            raise ConfigurationError(
+                f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}; choose another --port"
+            ) from error
+        yield listener
+
+
+async def _connect_engines(gateway: Gateway) -> None:
+    for text in gateway.settings.engines:
+        kind, url = split_engine(text)
+        engine = gateway.connect(kind, url)
+        try:
+            await gateway.pool.add(engine)
+        except (EngineError, IdentityMismatch) as error:
+            await engine.aclose()
+            raise ConfigurationError(f"engine {text}: {error.message}") from error
+    if not gateway.settings.engines:
+        _log.warning("no engine yet: turns wait until one is added with POST /admin/engines")
+
+
+@asynccontextmanager
+async def _background(work: Coroutine[None, None, None]) -> AsyncIterator[None]:
+    """Run a coroutine beside the body; it ends with it."""
+    task = asyncio.create_task(work)
+    try:
+        yield
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+
+def _sglang(engine_id: str, url: str, model: ServedModel, policies: Mapping[str, int]) -> Engine:
+    return SglangEngine(
+        url,
+        engine_id=engine_id,
+        routing=model.routing,
+        policy_version_of=partial(policy_version_of, known=policies),
+        context_length=model.context_length,
+    )
+
+
+def _engine_id(kind: str, url: str) -> str:
+    """The same engine has the same id in every gateway process (replica selection hashes it)."""
+    return f"{kind}-{urlsplit(url).netloc or url}"
+
+
+def _announce(url: str) -> None:
+    sys.stdout.write(ready_line("serve", url) + "\n")
+    sys.stdout.flush()
+
+
+async def _verbatim_error(request: Request, error: Exception) -> Response:
+    if not isinstance(error, VerbatimError):
+        raise error
+    if error.http_status >= 500:
+        _log.warning("%s %s: %s", request.method, request.url.path, error)
+    return json_reply(error_body(error), status=error.http_status, headers=error_headers(error))
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    if not isinstance(error, HTTPException):
+        raise error
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    body = {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": "not_found"}}
+    return json_reply(body, status=error.status_code, headers=error.headers)
+
+
+async def _bug(request: Request, error: Exception) -> Response:
+    """The trace goes to the log (uvicorn writes it), not to the client."""
+    return json_reply(error_body(VerbatimError(f"internal error: {type(error).__name__}")), status=500)

@@ -1,0 +1,98 @@
+"""Who may do what: an agent's key opens its own session only, the operator's key opens everything (design 5).
+
+A session's key is `vbs-<id>.<secret>`: it names its session, the secret is random, and only its sha256 is stored.
+Without an operator's key all checks are off; the composition root allows that on loopback only.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+import secrets
+from dataclasses import dataclass
+
+from fastapi import Request
+
+from gateway.contracts.errors import Forbidden, Unauthorized
+from gateway.contracts.records import SessionRecord
+
+_PREFIX = "vbs-"
+_OPEN_SECRET = "open"
+
+
+@dataclass(frozen=True, slots=True)
+class SessionKey:
+    """A new key: `text` for the agent, `stored` (sha256 hex, "" where keys are off) for the ledger."""
+
+    text: str
+    stored: str
+
+
+class Access:
+    """Checks requests against `operator_key` (None: keys are off)."""
+
+    def __init__(self, operator_key: str | None) -> None:
+        self._operator_key = operator_key
+
+    @property
+    def keys_are_on(self) -> bool:
+        """Whether anything is checked."""
+        return self._operator_key is not None
+
+    async def check_operator(self, request: Request) -> None:
+        """Raise Unauthorized without a key, Forbidden for a key that is not the operator's."""
+        if not self.keys_are_on or self._is_operator(_presented(request)):
+            return
+        if _presented(request) is None:
+            raise Unauthorized("this call needs the operator's key as a bearer token")
+        raise Forbidden("this call needs the operator's key; the key that was sent is another one")
+
+    def check_agent(self, request: Request, session: SessionRecord) -> None:
+        """Raise Unauthorized or Forbidden unless the key is this session's or the operator's."""
+        key = _presented(request)
+        if not self.keys_are_on or self._is_operator(key):
+            return
+        if key is None:
+            raise Unauthorized("this session needs its key as a bearer token (POST /sessions returned it as api_key)")
+        if not session.key_hash or not hmac.compare_digest(_digest(key), session.key_hash):
+            raise Forbidden("the key that was sent does not open this session")
+
+    def new_key(self, session_id: str) -> SessionKey:
+        """A key for a new session."""
+        name = base64.urlsafe_b64encode(session_id.encode()).decode().rstrip("=")
+        if not self.keys_are_on:
+            return SessionKey(f"{_PREFIX}{name}.{_OPEN_SECRET}", "")
+        text = f"{_PREFIX}{name}.{secrets.token_urlsafe(24)}"
+        return SessionKey(text, _digest(text))
+
+    def _is_operator(self, key: str | None) -> bool:
+        return (
+            key is not None
+            and self._operator_key is not None
+            and hmac.compare_digest(key.encode(), self._operator_key.encode())
+        )
+
+
+def session_of_key(request: Request) -> str | None:
+    """The session that a request's key names, None if it is no session's key; says nothing about its secret."""
+    key = _presented(request)
+    if key is None or not key.startswith(_PREFIX):
+        return None
+    name = key.removeprefix(_PREFIX).partition(".")[0]
+    try:
+        return base64.b64decode(name + "=" * (-len(name) % 4), altchars=b"-_", validate=True).decode()
+    except (binascii.Error, UnicodeDecodeError):
+        return None
+
+
+def _presented(request: Request) -> str | None:
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer" and token.strip():
+        return token.strip()
+    return request.headers.get("x-api-key") or None
+
+
+def _digest(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()

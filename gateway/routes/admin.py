@@ -1,0 +1,200 @@
+"""For operators: engines, pausing, policies, identity, health and metrics."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import Response
+
+from gateway.contracts.errors import InvalidRequest
+from gateway.contracts.generation import JsonValue
+from gateway.contracts.ports import Engine, Ledger
+from gateway.replicas.pause import GatewayPause
+from gateway.replicas.pool import Replica, ReplicaPool
+from gateway.routes.access import Access
+from gateway.routes.bodies import json_reply, read_fields, typed
+from gateway.routes.metrics import GatewayMetrics
+from gateway.sessions.model import ServedModel
+from gateway.sessions.registry import SessionRegistry
+from gateway.sessions.turns import TurnRunner
+
+_log = logging.getLogger(__name__)
+
+_MAX_BODY_BYTES = 2**20
+_METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+def admin_router(
+    pool: ReplicaPool,
+    model: ServedModel,
+    access: Access,
+    *,
+    connect: Callable[[str, str, str | None], Engine],
+    learn_policy: Callable[[int, str], Awaitable[None]],
+) -> APIRouter:
+    """Routes under `/admin`. connect(kind, url, engine_id) makes an engine's client; learn_policy stores a label."""
+    routes = _AdminRoutes(pool, model, connect, learn_policy)
+    router = APIRouter(prefix="/admin", tags=["admin"], dependencies=[Depends(access.check_operator)])
+    router.add_api_route("/engines", routes.engines, methods=["GET"])
+    router.add_api_route("/engines", routes.add_engine, methods=["POST"])
+    router.add_api_route("/engines/{engine_id:path}", routes.remove_engine, methods=["DELETE"])
+    router.add_api_route("/generation/pause", routes.pause, methods=["POST"])
+    router.add_api_route("/generation/resume", routes.resume, methods=["POST"])
+    router.add_api_route("/policy", routes.policy, methods=["POST"])
+    router.add_api_route("/identity", routes.identity, methods=["GET"])
+    return router
+
+
+def status_router(
+    pool: ReplicaPool, ledger: Ledger, runner: TurnRunner, registry: SessionRegistry, metrics: GatewayMetrics
+) -> APIRouter:
+    """`/health`, `/ready` and `/metrics`: open to everybody, they tell no content."""
+    routes = _StatusRoutes(pool, ledger, runner, registry, metrics)
+    router = APIRouter(tags=["status"])
+    router.add_api_route("/health", routes.health, methods=["GET"])
+    router.add_api_route("/ready", routes.ready, methods=["GET"])
+    router.add_api_route("/metrics", routes.metrics, methods=["GET"])
+    return router
+
+
+class _AdminRoutes:
+    """The operators' functions."""
+
+    def __init__(
+        self,
+        pool: ReplicaPool,
+        model: ServedModel,
+        connect: Callable[[str, str, str | None], Engine],
+        learn_policy: Callable[[int, str], Awaitable[None]],
+    ) -> None:
+        self._pool = pool
+        self._model = model
+        self._connect = connect
+        self._learn_policy = learn_policy
+
+    async def engines(self, request: Request) -> Response:
+        """`{"engines": […], "paused": mode or null}`."""
+        return json_reply({"engines": [_replica_json(r) for r in self._pool.replicas], "paused": self._pool.paused})
+
+    async def add_engine(self, request: Request) -> Response:
+        """Take an engine in; a wrong or silent one is refused and says why."""
+        fields = await read_fields(request, max_bytes=_MAX_BODY_BYTES, known=("kind", "url", "engine_id"))
+        url = typed(fields, "url", str, "the engine's address")
+        if not url:
+            raise InvalidRequest("url: is required")
+        kind = typed(fields, "kind", str, "a kind of engine") or "sglang"
+        engine = self._connect(kind, url.rstrip("/"), typed(fields, "engine_id", str, "a string"))
+        try:
+            await self._pool.add(engine)
+        except BaseException:
+            await engine.aclose()
+            raise
+        _log.info("engine %s was added", engine.engine_id)
+        return json_reply(_replica_json(self._pool.replica(engine.engine_id)), status=201)
+
+    async def remove_engine(self, request: Request) -> Response:
+        """Take an engine out; `drain=true` lets its running requests end first."""
+        engine_id = request.path_params["engine_id"]
+        drain = request.query_params.get("drain", "false") in ("1", "true")
+        await self._pool.remove(engine_id, drain=drain)
+        _log.info("engine %s was removed", engine_id)
+        return json_reply({"engine_id": engine_id})
+
+    async def pause(self, request: Request) -> Response:
+        """`{"mode": "abort" | "keep" | "drain"}`; returns when generation stands still."""
+        fields = await read_fields(request, max_bytes=_MAX_BODY_BYTES, known=("mode",))
+        name = fields.get("mode", GatewayPause.ABORT.value)
+        if name not in list(GatewayPause):
+            raise InvalidRequest(f"mode: expected one of {', '.join(GatewayPause)}")
+        await self._pool.pause(GatewayPause(name))
+        return json_reply({"paused": name})
+
+    async def resume(self, request: Request) -> Response:
+        """Let generation go on."""
+        await self._pool.resume()
+        return json_reply({"paused": None})
+
+    async def policy(self, request: Request) -> Response:
+        """`{"policy_version": 4, "weight_version": "step-4"}`: what the engines' label means."""
+        fields = await read_fields(request, max_bytes=_MAX_BODY_BYTES, known=("policy_version", "weight_version"))
+        policy_version = typed(fields, "policy_version", int, "a whole number")
+        weight_version = typed(fields, "weight_version", str, "the engines' label")
+        if policy_version is None or policy_version < 0 or not weight_version:
+            raise InvalidRequest("policy_version (0 or more) and weight_version are required")
+        await self._learn_policy(policy_version, weight_version)
+        await self._pool.refresh_identities()
+        return json_reply({"policy_version": policy_version, "weight_version": weight_version})
+
+    async def identity(self, request: Request) -> Response:
+        """What gateway and engines say of their model."""
+        model = self._model
+        return json_reply(
+            {
+                "model": model.name,
+                "fingerprints": model.fingerprints,
+                "vocab_size": model.tokenizer.vocab_size,
+                "context_length": model.context_length,
+                "routing": None if model.routing is None else asdict(model.routing),
+                "engines": [asdict(replica.identity) for replica in self._pool.replicas],
+            }
+        )
+
+
+class _StatusRoutes:
+    """The open functions."""
+
+    def __init__(
+        self,
+        pool: ReplicaPool,
+        ledger: Ledger,
+        runner: TurnRunner,
+        registry: SessionRegistry,
+        metrics: GatewayMetrics,
+    ) -> None:
+        self._pool = pool
+        self._ledger = ledger
+        self._runner = runner
+        self._registry = registry
+        self._metrics = metrics
+
+    async def health(self, request: Request) -> Response:
+        """200 while the process serves."""
+        return json_reply(self._status())
+
+    async def ready(self, request: Request) -> Response:
+        """200 if an engine can sample, else 503."""
+        status = self._status()
+        return json_reply(status, status=200 if status["engines_healthy"] else 503)
+
+    async def metrics(self, request: Request) -> Response:
+        """Prometheus' text format."""
+        text = await self._metrics.exposition(
+            self._ledger,
+            self._pool,
+            num_running=self._runner.num_running,
+            num_sessions=len(self._registry.loaded),
+        )
+        return Response(text, media_type=_METRICS_TYPE)
+
+    def _status(self) -> dict[str, JsonValue]:
+        return {
+            "status": "ok",
+            "engines": len(self._pool.replicas),
+            "engines_healthy": sum(replica.healthy for replica in self._pool.replicas),
+            "turns_running": self._runner.num_running,
+            "paused": self._pool.paused,
+        }
+
+
+def _replica_json(replica: Replica) -> dict[str, JsonValue]:
+    return {
+        **asdict(replica.identity),
+        "healthy": replica.healthy,
+        "draining": replica.draining,
+        "running": replica.running,
+        "failures": replica.failures,
+        "last_error": replica.last_error,
+    }

@@ -1,0 +1,89 @@
+"""What the gateway counts, as Prometheus reads it."""
+
+from __future__ import annotations
+
+import time
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from gateway.contracts.ports import Ledger
+from gateway.replicas.continuation import Generated
+from gateway.replicas.pool import Interruption, ReplicaPool
+from gateway.sessions.turns import TurnFinished, TurnTimes
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+
+
+class GatewayMetrics:
+    """Counters of one gateway; `exposition` is the text of `/metrics`."""
+
+    def __init__(self, *, feed_consumer: str) -> None:
+        self._feed_consumer = feed_consumer
+        self._registry = registry = CollectorRegistry()
+        self._turns = Counter(
+            "verbatim_turns", "Recorded turns by finish reason.", ["finish_reason"], registry=registry
+        )
+        self._matches = Counter("verbatim_matches", "Turns by how they were found.", ["tier"], registry=registry)
+        self._segments = Counter("verbatim_segments", "Turns that opened one.", ["reason"], registry=registry)
+        self._prompt_tokens = Counter("verbatim_prompt_tokens", "Prompt tokens sent.", registry=registry)
+        self._cached_tokens = Counter("verbatim_cached_tokens", "Prompt tokens from the cache.", registry=registry)
+        self._output_tokens = Counter("verbatim_output_tokens", "Tokens sampled.", registry=registry)
+        self._untrainable = Counter("verbatim_untrainable_turns", "Not to be trained.", ["reason"], registry=registry)
+        self._without_experts = Counter(
+            "verbatim_turns_without_experts", "Turns whose routing rows were asked for and are not all there.",
+            registry=registry,
+        )  # fmt: skip
+        self._interruptions = Counter(
+            "verbatim_interruptions", "Engine requests that did not finish their turn.", ["engine", "cause"],
+            registry=registry,
+        )  # fmt: skip
+        self._prompt_seconds = _seconds("verbatim_prompt_seconds", "Until the prompt stands.", registry)
+        self._first_token_seconds = _seconds("verbatim_first_token_seconds", "Until the first tokens.", registry)
+        self._turn_seconds = _seconds("verbatim_turn_seconds", "Until the record is on disk.", registry)
+        self._running = Gauge("verbatim_turns_running", "Turns under way.", registry=registry)
+        self._sessions = Gauge("verbatim_sessions_in_memory", "Sessions in memory.", registry=registry)
+        self._engines = Gauge("verbatim_engines", "Engines by state.", ["state"], registry=registry)
+        self._feed = Gauge("verbatim_feed_rollouts", "Rollouts in the feed by state.", ["state"], registry=registry)
+        self._oldest = Gauge("verbatim_feed_oldest_unleased_seconds", "Age of the oldest.", registry=registry)
+
+    def observe_turn(self, finished: TurnFinished, generated: Generated, times: TurnTimes) -> None:
+        """Count one recorded turn."""
+        record = finished.record
+        self._turns.labels(record.finish.reason.value).inc()
+        self._matches.labels(record.attachment.tier.value).inc()
+        if record.attachment.segment_reason is not None:
+            self._segments.labels(record.attachment.segment_reason.value).inc()
+        if record.untrainable_reason is not None:
+            self._untrainable.labels(record.untrainable_reason).inc()
+        self._prompt_tokens.inc(len(finished.prompt_token_ids))
+        self._cached_tokens.inc(record.cached_tokens)
+        self._output_tokens.inc(len(record.output_token_ids))
+        if not generated.experts_complete and any(engine.captures_experts for engine in generated.engines):
+            self._without_experts.inc()
+        self._prompt_seconds.observe(times.prompt_seconds)
+        self._turn_seconds.observe(times.total_seconds)
+        if times.first_token_seconds is not None:
+            self._first_token_seconds.observe(times.first_token_seconds)
+
+    def observe_interruption(self, interruption: Interruption) -> None:
+        """Count one attempt that did not finish its turn."""
+        self._interruptions.labels(interruption.engine_id, interruption.cause).inc()
+
+    async def exposition(self, ledger: Ledger, pool: ReplicaPool, *, num_running: int, num_sessions: int) -> bytes:
+        """All figures as of now."""
+        self._running.set(num_running)
+        self._sessions.set(num_sessions)
+        healthy = sum(replica.healthy for replica in pool.replicas)
+        self._engines.labels("healthy").set(healthy)
+        self._engines.labels("ejected").set(len(pool.replicas) - healthy)
+        counts = await ledger.counts(self._feed_consumer, time.time())
+        self._feed.labels("finished").set(counts.finished)
+        self._feed.labels("leased").set(counts.leased)
+        self._feed.labels("acknowledged").set(counts.acknowledged)
+        self._feed.labels("unleased").set(counts.finished - counts.leased - counts.acknowledged)
+        self._oldest.set(counts.oldest_unleased_seconds)
+        return generate_latest(self._registry)
+
+
+def _seconds(name: str, text: str, registry: CollectorRegistry) -> Histogram:
+    return Histogram(name, text, buckets=_SECONDS, registry=registry)

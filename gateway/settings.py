@@ -1,0 +1,62 @@
+"""The gateway's settings, as `--config FILE` (TOML), flags and `--set a.b=c` give them; secrets are not among them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+
+from gateway.contracts.errors import ConfigurationError
+from gateway.replicas.pool import ReplicaSettings
+from gateway.sessions.turns import TurnSettings
+from gateway.tito.conversation import HistoryPolicy
+
+OPERATOR_KEY_VARIABLE = "VERBATIM_OPERATOR_KEY"
+"""Environment variable with the operator's key; without it keys are off, which only loopback allows."""
+
+
+class UnknownSessions(StrEnum):
+    """What a chat under an id that nobody made does."""
+
+    CREATE = "create"
+    REJECT = "reject"
+
+
+@dataclass(frozen=True, slots=True)
+class GatewaySettings:
+    """Of one gateway process.
+
+    model: folder with tokenizer and chat template (weights are not needed). engines: `KIND=URL`, for example
+    `sglang=http://127.0.0.1:30000`. data: the ledger's folder. served_name: the model's name for agents (default: the
+    folder's name). drain_seconds: how long a stop waits for running replies. feed_consumer: whose feed figures are in
+    `/metrics`.
+    """
+
+    model: Path | None = None
+    engines: tuple[str, ...] = ()
+    host: str = "127.0.0.1"
+    port: int = 8600
+    data: Path = Path("verbatim-data")
+    served_name: str = ""
+    history_policy: HistoryPolicy = HistoryPolicy.KEEP
+    unknown_sessions: UnknownSessions = UnknownSessions.CREATE
+    sessions_in_memory: int = 10_000
+    max_body_bytes: int = 64 * 2**20
+    drain_seconds: int = 30
+    feed_consumer: str = "trainer"
+    turns: TurnSettings = field(default_factory=TurnSettings)
+    replicas: ReplicaSettings = field(default_factory=ReplicaSettings)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 65536:
+            raise ConfigurationError(f"port {self.port} is none")
+        for engine in self.engines:
+            split_engine(engine)
+
+
+def split_engine(text: str) -> tuple[str, str]:
+    """`KIND=URL` as (kind, url); raises ConfigurationError."""
+    kind, equals, url = text.partition("=")
+    if not equals or not kind or not url:
+        raise ConfigurationError(f"engine {text!r}: write it as KIND=URL, for example sglang=http://127.0.0.1:30000")
+    return kind, url.rstrip("/")
