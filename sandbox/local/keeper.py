@@ -1,0 +1,67 @@
+"""A small shell process beside a driver that outlives its sudden death, and then leaves nothing behind.
+
+It does two things that only a second process can: it removes the driver's empty control groups when the driver's
+process was killed, and it holds a mount namespace in which the interpreter lies at a place that an unprivileged user
+may read (an interpreter below /root may not be read by the user that a sandbox started by root runs as).
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from gateway.contracts.errors import SandboxUnavailable
+
+MOUNT_POINT = Path("/mnt")
+"""Where the interpreter's prefix lies in the keeper's own mount namespace; the host's /mnt is untouched."""
+
+# Standard input closes when the driver ends, however it ends; then its groups are empty within a moment.
+_SCRIPT = """
+if [ -n "$1" ]; then mount --bind -o ro "$1" "$2" || exit 1; fi
+shift 2
+echo ready
+read -r _
+for _ in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
+  left=
+  for folder; do
+    [ -d "$folder" ] || continue
+    rmdir "$folder"/*/ "$folder" 2>/dev/null
+    [ -d "$folder" ] && left=1
+  done
+  [ -z "$left" ] && exit 0
+  sleep 0.25
+done
+"""
+
+
+class Keeper:
+    """The keeper process of one driver."""
+
+    def __init__(self, *, prefix: Path | None, folders: Sequence[Path]) -> None:
+        """`prefix`: an interpreter to make readable (needs root); `folders`: control groups to remove at the end.
+
+        Raises SandboxUnavailable if the private mount cannot be made.
+        """
+        script = ["/bin/sh", "-c", _SCRIPT, "sandbox-keeper", str(prefix or ""), str(MOUNT_POINT), *map(str, folders)]
+        private = ["unshare", "--mount", "--propagation", "private", "--"] if prefix else []
+        self._process = subprocess.Popen(
+            [*private, *script],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        assert self._process.stdout is not None
+        if self._process.stdout.readline() != b"ready\n":
+            _, reason = self._process.communicate()
+            raise SandboxUnavailable(f"cannot make {prefix} readable to sandboxes: {reason.decode().strip()}")
+
+    @property
+    def enter(self) -> list[str]:
+        """The command prefix that runs a program in the keeper's mount namespace."""
+        return ["nsenter", f"--mount=/proc/{self._process.pid}/ns/mnt", "--"]
+
+    def close(self) -> None:
+        """End the keeper; it has removed the groups when this returns (at most some seconds, usually a millisecond)."""
+        self._process.communicate()
