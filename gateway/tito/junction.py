@@ -19,7 +19,7 @@ from gateway.contracts.errors import TemplateRaised
 from gateway.contracts.generation import JsonValue
 from gateway.contracts.records import SegmentReason
 from gateway.tito.conversation import Conversation
-from gateway.tito.lookalikes import absent_characters
+from gateway.tito.lookalikes import Brackets, absent_characters
 from gateway.tito.template import REASONING_KEYS, ChatTemplate
 
 
@@ -37,10 +37,12 @@ class Junction:
 
 @dataclass(frozen=True, slots=True)
 class TurnTokens:
-    """Texts of added tokens: `stops` end sampling, `special` are all control tokens."""
+    """Texts of added tokens: `stops` end sampling, `special` are all control tokens. `brackets` stand around what is
+    none of them but only looks it."""
 
     stops: tuple[str, ...]
     special: tuple[str, ...]
+    brackets: Brackets | None
 
 
 def learn_junction(
@@ -78,7 +80,7 @@ def text_turn_close(template: ChatTemplate, stops: Sequence[str]) -> str:
     except TemplateRaised:
         return ""
     _, found, tail = text.rpartition(sentinel)
-    stop = _earliest(tail, stops) if found else None
+    stop = _earliest(tail, stops, brackets=None) if found else None
     return tail[: stop.start()] if stop is not None else ""
 
 
@@ -132,11 +134,11 @@ def _certified(tail: str, kind: _ProbeKind, marks: str, full_text: str, tokens: 
     """Split `tail` = call syntax + stop + suffix, and hold it against the full render."""
     first_mark = min((at for mark in marks if (at := tail.find(mark)) >= 0), default=len(tail))
     region = tail[:first_mark]
-    stop = _earliest(region, tokens.stops)
+    stop = _earliest(region, tokens.stops, brackets=tokens.brackets)
     is_engine_stop = stop is not None
     if stop is None and kind is _ProbeKind.TEXT:
         # A stop that only history has (gpt-oss <|end|>, the next role's opener after a GLM text turn).
-        stop = _earliest(region, tokens.special)
+        stop = _earliest(region, tokens.special, brackets=tokens.brackets)
     if stop is None:
         return SegmentReason.UNCERTIFIED
     marked_suffix = tail[stop.end() :]
@@ -148,13 +150,13 @@ def _certified(tail: str, kind: _ProbeKind, marks: str, full_text: str, tokens: 
     return Junction(stop.group(), suffix, is_engine_stop)
 
 
-def _earliest(text: str, tokens: Sequence[str]) -> re.Match[str] | None:
-    """The first occurrence of any of `tokens`; of two at one place the longer."""
+def _earliest(text: str, tokens: Sequence[str], *, brackets: Brackets | None) -> re.Match[str] | None:
+    """The first occurrence of any of `tokens` that is not bracketed; of two at one place the longer."""
     longest_first = sorted((token for token in tokens if token), key=len, reverse=True)
     if not longest_first:
         return None
-    # What a noncharacter closes is a lookalike in somebody's text (see `lookalikes`), not the template's.
-    return re.search(f"(?:{'|'.join(map(re.escape, longest_first))})(?![\ufdd0-\ufdef]|\\\\ufd[de])", text)
+    pattern = f"(?:{'|'.join(map(re.escape, longest_first))})"
+    return re.search(f"(?<!{brackets.opening}){pattern}(?!{brackets.closing})" if brackets else pattern, text)
 
 
 def _marked_messages(messages: Sequence[JsonValue], marks: str) -> tuple[list[JsonValue], str]:

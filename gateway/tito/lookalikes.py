@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -23,15 +23,18 @@ from gateway.tito.conversation import Conversation
 from gateway.tito.template import ChatTemplate
 from gateway.tito.tokenizer import ChatTokenizer
 
-_FIRST_NONCHARACTER, _NUM_NONCHARACTERS = 0xFDD0, 32
+_NONCHARACTERS = tuple(chr(code) for code in range(0xFDD0, 0xFDF0))
+_CONTROL_SHAPE = re.compile(r"<[|｜].+[|｜]>")
 
 
 @dataclass(frozen=True, slots=True)
 class Brackets:
-    """What stands around a lookalike in the rendered text; `opening` "" where a template looks at how texts begin."""
+    """What stands around a lookalike. `open_edges`: not outside one that begins or ends its text, because the template
+    looks at how texts begin and end."""
 
     opening: str
     closing: str
+    open_edges: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,29 +48,33 @@ class GuardedConversation:
 class LookalikeGuard:
     """Brackets lookalikes in a conversation, and encodes the text that the template makes of it.
 
-    Control tokens are the added tokens that are special, plus those that the template writes.
+    Control tokens are the added tokens that are special or look it, `markup` (what replies are parsed by), and those
+    that the template writes. Other added tokens (runs of space, HTML in some vocabularies) are language.
     """
 
-    def __init__(self, tokenizer: ChatTokenizer, template: ChatTemplate) -> None:
+    def __init__(self, tokenizer: ChatTokenizer, template: ChatTemplate, *, markup: Iterable[str] = ()) -> None:
         self._tokenizer = tokenizer
         self._template = template
-        added = tokenizer.added_tokens.values()
-        turn_tokens = {t.text for t in added if t.special} | {tokenizer.token_text(i) for i in tokenizer.eos_token_ids}
-        written = {t.text for t in added if t.text in template.source and not t.text.isspace()}
-        self._control = _any_of(turn_tokens | written)
-        self._turn = _any_of(turn_tokens)
+        added = {token.text for token in tokenizer.added_tokens.values()}
+        turn = {token.text for token in tokenizer.added_tokens.values() if token.special}
+        turn |= {tokenizer.token_text(token_id) for token_id in tokenizer.eos_token_ids} & added
+        shaped = {text for text in added if _CONTROL_SHAPE.fullmatch(text)}
+        written = {text for text in added if text in template.source and not text.isspace()}
+        self._control = _any_of(turn | shaped | written | (set(markup) & added))
+        self._turn = _any_of(turn)
 
     def guard(self, conversation: Conversation) -> GuardedConversation:
-        """The conversation with its lookalikes bracketed so that the template makes the same text of it.
+        """The conversation with its lookalikes bracketed, so that the template makes the same text of it.
 
-        A template that looks into texts (`startswith`) may not; then the brackets are what stays, never the lookalike.
+        Where no bracketing does, what stays is the brackets, never the lookalike.
         """
         if not any(pattern.search(text) for pattern, text in self._texts(conversation)):
             return GuardedConversation(conversation, None)
         expected = self._template.render(conversation)
-        pair = _absent_pair(text for _, text in self._texts(conversation))
+        opening, closing = _absent_pair(text for _, text in self._texts(conversation))
         candidates: list[GuardedConversation] = []
-        for brackets in (pair, replace(pair, opening="")):
+        for open_edges in (False, True):
+            brackets = Brackets(opening, closing, open_edges)
             guarded = GuardedConversation(self._bracketed(conversation, brackets), brackets)
             try:
                 rendered = self._template.render(guarded.conversation)
@@ -85,20 +92,30 @@ class LookalikeGuard:
             return self._tokenizer.encode(text)
         parts: list[TokenIds] = []
         for piece, is_lookalike in self._pieces(text, brackets):
-            if is_lookalike:
-                parts.append(self._tokenizer.encode_plain(piece))
-            elif piece:
-                parts.append(self._tokenizer.encode_after(piece) if parts else self._tokenizer.encode(piece))
+            if parts:
+                parts.append(self._tokenizer.encode_after(piece, plain=is_lookalike))
+            else:
+                parts.append(self._tokenizer.encode_plain(piece) if is_lookalike else self._tokenizer.encode(piece))
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
 
     def _pieces(self, text: str, brackets: Brackets) -> Iterator[tuple[str, bool]]:
-        """(piece, is_lookalike) in order; brackets that lost their partner vanish."""
-        opening, closing = _as_written(brackets.opening), _as_written(brackets.closing)
-        lone = f"{opening}|{closing}" if brackets.opening else closing
-        split = re.split(f"{opening}({self._control.pattern}){closing}|{lone}", text)
-        for i, piece in enumerate(split):
-            if piece:
-                yield piece, i % 2 == 1
+        """(piece, is_lookalike) in order; brackets that lost their token vanish."""
+        at = 0
+        for match in self._bracketed_tokens(brackets).finditer(text):
+            if match.start() > at:
+                yield text[at : match.start()], False
+            if match.lastgroup is not None:
+                yield match.group(match.lastgroup), True
+            at = match.end()
+        if at < len(text):
+            yield text[at:], False
+
+    def _bracketed_tokens(self, brackets: Brackets) -> re.Pattern[str]:
+        opening, closing, token = _as_printed(brackets.opening), _as_printed(brackets.closing), self._control.pattern
+        forms = [f"{opening}(?P<inside>{token}){closing}"]
+        if brackets.open_edges:
+            forms += [f"(?P<first>{token}){closing}", f"{opening}(?P<last>{token})"]
+        return re.compile("|".join([*forms, opening, closing]))
 
     def _texts(self, conversation: Conversation) -> Iterator[tuple[re.Pattern[str], str]]:
         for message in conversation.messages:
@@ -111,7 +128,7 @@ class LookalikeGuard:
 
     def _bracketed(self, conversation: Conversation, brackets: Brackets) -> Conversation:
         def bracket(value: JsonValue, pattern: re.Pattern[str]) -> JsonValue:
-            return _map_strings(value, lambda text: pattern.sub(rf"{brackets.opening}\g<0>{brackets.closing}", text))
+            return _map_strings(value, lambda text: _bracketed_text(text, pattern, brackets))
 
         return Conversation(
             messages=tuple(bracket(message, self._pattern_for(message)) for message in conversation.messages),
@@ -132,25 +149,33 @@ def absent_characters(text: str, count: int) -> str | None:
     return None
 
 
+def _bracketed_text(text: str, pattern: re.Pattern[str], brackets: Brackets) -> str:
+    def bracket(match: re.Match[str]) -> str:
+        is_first = brackets.open_edges and not text[: match.start()].strip()
+        is_last = brackets.open_edges and not is_first and not text[match.end() :].strip()
+        return ("" if is_first else brackets.opening) + match.group() + ("" if is_last else brackets.closing)
+
+    return pattern.sub(bracket, text)
+
+
 def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
     longest_first = sorted((text for text in texts if text), key=len, reverse=True)
     return re.compile("|".join(re.escape(text) for text in longest_first) or "(?!)")
 
 
-def _as_written(character: str) -> str:
+def _as_printed(character: str) -> str:
     """A pattern for one bracket as a template may print it: itself, or as JSON's escape."""
-    return f"(?:{character}|\\\\u{ord(character):04x})" if character else ""
+    return f"(?:{character}|\\\\u{ord(character):04x})"
 
 
-def _absent_pair(texts: Iterable[str]) -> Brackets:
+def _absent_pair(texts: Iterable[str]) -> tuple[str, str]:
     taken: set[str] = set()
-    noncharacters = [chr(_FIRST_NONCHARACTER + i) for i in range(_NUM_NONCHARACTERS)]
     for text in texts:
-        taken.update(character for character in noncharacters if character in text)
-    free = [character for character in noncharacters if character not in taken]
+        taken.update(character for character in _NONCHARACTERS if character in text)
+    free = [character for character in _NONCHARACTERS if character not in taken]
     # All 32 in one conversation is somebody's test of us; two of them then break text but build no token.
-    opening, closing = (free + noncharacters)[:2]
-    return Brackets(opening, closing)
+    opening, closing = [*free, *_NONCHARACTERS][:2]
+    return opening, closing
 
 
 def _strings(value: JsonValue) -> Iterator[str]:

@@ -46,7 +46,7 @@ class PromptBuilder:
         self._template = template
         self._history_policy = history_policy
         self._parsing = choose_parsing(template, tokenizer)
-        self._guard = LookalikeGuard(tokenizer, template)
+        self._guard = LookalikeGuard(tokenizer, template, markup=[marker.text for marker in self._parsing.markers])
         self._stop_token_ids = tuple(dict.fromkeys((*stop_token_ids, *tokenizer.eos_token_ids)))
         self._special = tuple(token.text for token in tokenizer.added_tokens.values() if token.special)
         self._rendered = RenderedPrompts()
@@ -71,7 +71,7 @@ class PromptBuilder:
             guarded.conversation,
             num_messages=parent.num_messages,
             full_text=full_text,
-            tokens=TurnTokens(self._stop_texts(parent), self._special),
+            tokens=TurnTokens(self._stop_texts(parent), self._special, guarded.brackets),
         )
         if isinstance(junction, SegmentReason):
             return self._whole(full_text, guarded, self._reason_of(parent, junction))

@@ -91,24 +91,16 @@ class ChatTokenizer:
 
         Raises IdentityMismatch where the vocabulary has no other spelling (no tokenizer that we know of).
         """
-        ids = np.array(self._without_added.encode(text, add_special_tokens=False).ids, dtype=np.int32)
-        if not self._has_added(ids):
-            return ids
-        # Unigram vocabularies hold control tokens as ordinary pieces; single characters have another spelling.
-        pieces = [self._without_added.encode(character, add_special_tokens=False).ids for character in text]
-        ids = np.array([token_id for piece in pieces for token_id in piece], dtype=np.int32)
-        if self._has_added(ids):
-            raise IdentityMismatch(f"the tokenizer cannot spell {text!r} without a control token")
-        return ids
+        return self._plain_ids(text)
 
-    def encode_after(self, text: str) -> TokenIds:
+    def encode_after(self, text: str, *, plain: bool = False) -> TokenIds:
         """int32[T] ids of `text` that continues earlier text: without the prefix space that SentencePiece-style
-        tokenizers put at the start of a string."""
+        tokenizers put at the start of a string. `plain` as in `encode_plain`."""
+        encode = self._plain_ids if plain else self.encode
         if not self._adds_prefix:
-            return self.encode(text)
-        newline = self.encode("\n")
-        ids = self.encode("\n" + text)
-        return ids[len(newline) :] if np.array_equal(ids[: len(newline)], newline) else self.encode(text)
+            return encode(text)
+        newline, ids = encode("\n"), encode("\n" + text)
+        return ids[len(newline) :] if np.array_equal(ids[: len(newline)], newline) else encode(text)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, special tokens kept; bytes that are no character come out as U+FFFD."""
@@ -158,6 +150,17 @@ class ChatTokenizer:
         if "ByteLevel" in kinds:
             return _ByteStyle.BYTE_LEVEL
         return _ByteStyle.BYTE_FALLBACK if kinds & {"ByteFallback", "Metaspace"} else _ByteStyle.OTHER
+
+    def _plain_ids(self, text: str) -> TokenIds:
+        ids = np.array(self._without_added.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+        if not self._has_added(ids):
+            return ids
+        # Unigram vocabularies hold control tokens as ordinary pieces; single characters have another spelling.
+        pieces = [self._without_added.encode(character, add_special_tokens=False).ids for character in text]
+        ids = np.array([token_id for piece in pieces for token_id in piece], dtype=np.int32)
+        if self._has_added(ids):
+            raise IdentityMismatch(f"the tokenizer cannot spell {text!r} without a control token")
+        return ids
 
     def _has_added(self, ids: TokenIds) -> bool:
         return any(int(token_id) in self.added_tokens for token_id in ids)

@@ -36,6 +36,11 @@ class ReplyParsing:
     reasoning: ReasoningMarkers | None
     calls: CallSyntax | None
 
+    @property
+    def markers(self) -> tuple[Marker, ...]:
+        """All of this model's markup."""
+        return (*_reasoning_pair(self.reasoning), *_call_pair(self.calls))
+
     def start(
         self,
         *,
@@ -51,6 +56,14 @@ class ReplyParsing:
         """
         calls = self.calls if tools else None
         return ReplyParser(self, calls, reasoning_open=reasoning_open, stop=stop, stop_token_ids=stop_token_ids)
+
+
+def _reasoning_pair(reasoning: ReasoningMarkers | None) -> tuple[Marker, ...]:
+    return () if reasoning is None else (reasoning.opener, reasoning.closer)
+
+
+def _call_pair(calls: CallSyntax | None) -> tuple[Marker, ...]:
+    return () if calls is None else (calls.opener, calls.closer)
 
 
 class _State(Enum):
@@ -73,7 +86,8 @@ class ReplyParser:
     ) -> None:
         self._reasoning_markers = parsing.reasoning
         self._calls = calls
-        self._scanner = TokenScanner(parsing.tokenizer, self._markers(), stop_token_ids=stop_token_ids, stop=stop)
+        markers = (*_reasoning_pair(parsing.reasoning), *_call_pair(calls))
+        self._scanner = TokenScanner(parsing.tokenizer, markers, stop_token_ids=stop_token_ids, stop=stop)
         self._state = _State.REASONING if reasoning_open and parsing.reasoning is not None else _State.CONTENT
         self._content = _JoinedText(holds_space=calls is not None)
         self._reasoning = _JoinedText(holds_space=True)
@@ -117,11 +131,6 @@ class ReplyParser:
         if self._state is _State.REASONING and self._reasoning_markers is not None:
             return self._reasoning_markers.closer
         return self._calls.closer if self._state is _State.CALL and self._calls is not None else None
-
-    def _markers(self) -> list[Marker]:
-        reasoning, calls = self._reasoning_markers, self._calls
-        markers = [reasoning.opener, reasoning.closer] if reasoning is not None else []
-        return [*markers, *([calls.opener, calls.closer] if calls is not None else [])]
 
     def _read(self, scanned: Iterable[Scanned]) -> None:
         for item in scanned:
