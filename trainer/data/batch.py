@@ -1,0 +1,99 @@
+"""Rollouts → StepBatch: which rollouts a step trains on (each exclusion counted), their advantages, their samples."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from gateway.contracts.records import Outcome
+from gateway.contracts.rollouts import FinishedRollout
+from trainer.algorithms.advantages import grpo_advantages, has_zero_variance
+from trainer.data.assemble import TrainSample, assemble
+from trainer.data.source import group_of
+from trainer.replay.validate import RoutedLayers
+
+_WITHOUT_LESSON = frozenset({Outcome.FAILED, Outcome.ABANDONED})
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepBatch:
+    """One step's samples, one advantage a sample; a rollout's segments share its advantage.
+
+    tokens_sampled counts the rollouts that are in; staleness_mean is over their tokens, in policy versions.
+    Groups whose rewards are all equal stay in with advantage 0: their tokens count as trained, and teach nothing.
+    """
+
+    samples: tuple[TrainSample, ...]
+    advantages: tuple[float, ...]
+    rollouts: int
+    groups: int
+    zero_variance_groups: int
+    dropped_rollouts: int
+    reward_mean: float | None
+    tokens_sampled: int
+    tokens_dropped: int
+    staleness_mean: float | None
+
+
+def step_batch(
+    rollouts: Sequence[FinishedRollout],
+    *,
+    routed: RoutedLayers | None,
+    policy_version: int,
+    max_staleness: int,
+    normalize: bool,
+) -> StepBatch:
+    """Choose, score and assemble; the order of rollouts is kept.
+
+    Left out by policy: a rollout without reward (which is not a reward of zero), one that failed or was abandoned, and
+    one with a token older than `max_staleness` versions (or newer than the trainer: sampled from another history).
+    """
+    kept = [rollout for rollout in rollouts if _is_kept(rollout, policy_version, max_staleness)]
+    advantage_of, zero_variance_groups, groups = _advantages(kept, normalize=normalize)
+    samples = [(sample, advantage_of[i]) for i, rollout in enumerate(kept) for sample in assemble(rollout, routed)]
+    rewards = [rollout.finish.reward for rollout in kept if rollout.finish.reward is not None]
+    tokens_sampled = sum(rollout.num_sampled_tokens for rollout in kept)
+    staleness = [policy_version - _trained_versions(rollout) for rollout in kept]
+    return StepBatch(
+        samples=tuple(sample for sample, _ in samples),
+        advantages=tuple(advantage for _, advantage in samples),
+        rollouts=len(kept),
+        groups=groups,
+        zero_variance_groups=zero_variance_groups,
+        dropped_rollouts=len(rollouts) - len(kept),
+        reward_mean=sum(rewards) / len(rewards) if rewards else None,
+        tokens_sampled=tokens_sampled,
+        tokens_dropped=sum(rollout.num_sampled_tokens for rollout in rollouts) - tokens_sampled,
+        staleness_mean=float(np.concatenate(staleness).mean()) if tokens_sampled else None,
+    )
+
+
+def _is_kept(rollout: FinishedRollout, policy_version: int, max_staleness: int) -> bool:
+    if rollout.finish.reward is None or rollout.finish.outcome in _WITHOUT_LESSON:
+        return False
+    staleness = policy_version - _trained_versions(rollout)
+    return bool(((staleness >= 0) & (staleness <= max_staleness)).all())
+
+
+def _trained_versions(rollout: FinishedRollout) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """int64: the version of each trained token."""
+    versions = [segment.policy_version[segment.loss_mask] for segment in rollout.segments]
+    return np.concatenate([np.empty(0, np.int64), *versions])
+
+
+def _advantages(rollouts: Sequence[FinishedRollout], *, normalize: bool) -> tuple[dict[int, float], int, int]:
+    """Advantage by index in `rollouts`, how many groups have equal rewards, and how many groups there are."""
+    members: defaultdict[str, list[int]] = defaultdict(list)
+    for i, rollout in enumerate(rollouts):
+        members[group_of(rollout)].append(i)
+    advantage_of: dict[int, float] = {}
+    zero_variance_groups = 0
+    for indices in members.values():
+        rewards_G = torch.tensor([rollouts[i].finish.reward for i in indices], dtype=torch.float32)
+        zero_variance_groups += has_zero_variance(rewards_G)
+        advantage_of |= dict(zip(indices, grpo_advantages(rewards_G, normalize=normalize).tolist(), strict=True))
+    return advantage_of, zero_variance_groups, len(members)

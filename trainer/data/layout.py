@@ -1,0 +1,126 @@
+"""TokenLayout: tokens, labels, masks, versions and routes on one axis, so that they cannot drift apart (I2).
+
+The axis is *input positions*: position i feeds token i, predicts token i+1 and is routed by row i. A segment of T
+tokens has N = T-1 positions; its last token is a label only. Everything that is known of the predicted token (its log-prob,
+mask, version, temperature) is shifted here, once, and never again.
+
+    token_ids      a    b    c    d          segment, T = 4
+    input_ids      a    b    c               layout, N = 3
+    labels         b    c    d
+    experts        r0   r1   r2              row i made the log-prob of label i
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import numpy.typing as npt
+
+from gateway.contracts.errors import ExpertsMismatch, LengthMismatch
+from gateway.contracts.experts import ExpertIds
+from gateway.contracts.generation import LogprobKind, TokenIds
+from gateway.contracts.samples import Segment
+from gateway.contracts.versions import NOT_SAMPLED
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenLayout:
+    """Aligned arrays over N input positions.
+
+    input_ids, labels, position_ids: int32[N]; positions count from 0 in each sample. trained: bool[N], the label is a
+    sampled token that carries loss here. rollout_logprobs: float32[N] of the label (NaN where not sampled).
+    policy_version: int32[N] of the label (-1 where not sampled). temperature: float32[N], by which logits are divided
+    before their softmax (1 where not sampled, or where log-probs are raw).
+    experts: uint8/uint16[N, L, K] or None. routed_valid: bool[N], rows that may be replayed.
+    """
+
+    input_ids: TokenIds
+    labels: TokenIds
+    position_ids: npt.NDArray[np.int32]
+    trained: npt.NDArray[np.bool_]
+    rollout_logprobs: npt.NDArray[np.float32]
+    policy_version: npt.NDArray[np.int32]
+    temperature: npt.NDArray[np.float32]
+    experts: ExpertIds | None
+    routed_valid: npt.NDArray[np.bool_]
+
+    def __post_init__(self) -> None:
+        num_positions = len(self.input_ids)
+        for field in fields(self):
+            array = getattr(self, field.name)
+            if array is not None and len(array) != num_positions:
+                raise LengthMismatch(f"layout: {field.name} has {len(array)} positions, input_ids {num_positions} (I2)")
+        if self.experts is None and bool(self.routed_valid.any()):
+            raise ExpertsMismatch("layout: rows are marked as recorded, but there are no experts (I9)")
+
+    @property
+    def num_positions(self) -> int:
+        """N."""
+        return len(self.input_ids)
+
+    @property
+    def num_trained(self) -> int:
+        """Positions whose label carries loss."""
+        return int(self.trained.sum())
+
+
+def segment_layout(segment: Segment, routed_valid: npt.NDArray[np.bool_]) -> TokenLayout:
+    """The layout of one segment; `routed_valid` bool[T-1] says which of its rows may be replayed."""
+    num_positions = segment.num_tokens - 1
+    return TokenLayout(
+        input_ids=segment.token_ids[:-1],
+        labels=segment.token_ids[1:],
+        position_ids=np.arange(num_positions, dtype=np.int32),
+        trained=segment.loss_mask[1:],
+        rollout_logprobs=segment.rollout_logprobs[1:],
+        policy_version=segment.policy_version[1:],
+        temperature=_temperatures(segment)[1:],
+        experts=segment.routed_experts,
+        routed_valid=routed_valid,
+    )
+
+
+def concatenate(layouts: Sequence[TokenLayout]) -> TokenLayout:
+    """Samples one behind the other on one axis; a sample without experts gets rows that are not valid.
+
+    Raises ExpertsMismatch where two samples' rows differ in layers, experts per token or type.
+    """
+
+    def joined(name: str) -> npt.NDArray[np.generic]:
+        return np.concatenate([getattr(layout, name) for layout in layouts])
+
+    return TokenLayout(
+        experts=_joined_experts(layouts),
+        **{field.name: joined(field.name) for field in fields(TokenLayout) if field.name != "experts"},
+    )
+
+
+def _joined_experts(layouts: Sequence[TokenLayout]) -> ExpertIds | None:
+    """One array of all rows, written once (no second copy: experts are the largest part of a batch)."""
+    recorded = [layout.experts for layout in layouts if layout.experts is not None]
+    if not recorded:
+        return None
+    kinds = {(rows.shape[1:], rows.dtype) for rows in recorded}
+    if len(kinds) != 1:
+        raise ExpertsMismatch(f"one batch has routing rows of several shapes: {sorted(map(str, kinds))}")
+    joined: ExpertIds = np.zeros((sum(lo.num_positions for lo in layouts), *recorded[0].shape[1:]), recorded[0].dtype)
+    start = 0
+    for layout in layouts:
+        if layout.experts is not None:
+            joined[start : start + layout.num_positions] = layout.experts
+        start += layout.num_positions
+    return joined
+
+
+def _temperatures(segment: Segment) -> npt.NDArray[np.float32]:
+    """float32[T]: by what the logits of each token were divided when it was sampled."""
+    temperatures = np.ones(segment.num_tokens, dtype=np.float32)
+    if segment.logprob_kind is LogprobKind.RAW:
+        return temperatures
+    for turn in segment.turns:
+        if turn.temperature > 0:  # 0 is greedy: engines sample the largest and report the unscaled log-prob
+            temperatures[turn.output_start : turn.stop] = turn.temperature
+    temperatures[segment.policy_version == NOT_SAMPLED] = 1.0
+    return temperatures

@@ -1,0 +1,42 @@
+"""Which recorded routing rows may be replayed. numpy only; rows are looked at once, when they come in.
+
+A row is valid iff it was recorded and, in every routed layer, all its ids are in range and distinct: that also finds
+the zero-filled and duplicated rows that engines are known to return. Invalid rows are not repaired: the live router decides
+for them, and they are counted (I9).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from gateway.contracts.errors import ExpertsMismatch
+from gateway.contracts.experts import RoutingShape, valid_rows
+from gateway.contracts.samples import Segment
+
+
+@dataclass(frozen=True, slots=True)
+class RoutedLayers:
+    """The routing of a model: its shape, and the global indices of the decoder layers that route, ascending."""
+
+    shape: RoutingShape
+    layers: tuple[int, ...]
+
+
+def replayable_rows(segment: Segment, routed: RoutedLayers | None) -> npt.NDArray[np.bool_]:
+    """bool[T-1]: the rows of a segment that may be replayed; none without recorded rows, or with `routed` None.
+
+    Raises ExpertsMismatch where the rows have other layers, experts per token or id type than the model.
+    """
+    rows = segment.routed_experts
+    if rows is None or routed is None:
+        return np.zeros(segment.num_tokens - 1, dtype=np.bool_)
+    shape = routed.shape
+    if rows.shape[1:] != (shape.num_layers, shape.top_k) or rows.dtype != shape.dtype:
+        raise ExpertsMismatch(
+            f"segment {segment.segment_id}: routing rows are {rows.dtype} [{rows.shape[1]} layers, {rows.shape[2]} ids],"
+            f" the model routes {shape.dtype} [{shape.num_layers}, {shape.top_k}]"
+        )
+    return segment.routed_valid & valid_rows(rows, shape.num_experts, routed.layers)
