@@ -50,6 +50,7 @@ def make_checkpoint(folder: Path, *, corpus: Iterable[str], seed: int, shape: Ti
     tokenizer = train_tokenizer(corpus, vocab_size=shape.vocab_size)
     tokenizer.chat_template = CHAT_TEMPLATE_FILE.read_text()
     tokenizer.save_pretrained(folder)
+    end_of_text, turn_end = (tokenizer.vocab[token] for token in (END_OF_TEXT, TURN_END))
     config = Qwen3MoeConfig(
         vocab_size=len(tokenizer),
         hidden_size=shape.hidden_size,
@@ -58,25 +59,27 @@ def make_checkpoint(folder: Path, *, corpus: Iterable[str], seed: int, shape: Ti
         num_hidden_layers=shape.num_layers,
         num_attention_heads=shape.num_heads,
         num_key_value_heads=shape.num_kv_heads,
-        head_dim=shape.hidden_size // shape.num_heads,
+        head_dim=shape.hidden_size // shape.num_heads,  # type: ignore[call-arg]  # a field that its annotations lack
         num_experts=shape.num_experts,
         num_experts_per_tok=shape.top_k,
         norm_topk_prob=True,
         decoder_sparse_step=1,
         max_position_embeddings=shape.context_length,
-        rope_theta=10_000.0,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        # Three times the usual 0.02: so small a model learns to copy in a third of the steps.
+        initializer_range=0.06,
         router_aux_loss_coef=0.0,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=tokenizer.convert_tokens_to_ids(TURN_END),
-        pad_token_id=tokenizer.convert_tokens_to_ids(END_OF_TEXT),
+        eos_token_id=turn_end,
+        pad_token_id=end_of_text,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen3MoeForCausalLM(config)
     model.generation_config = GenerationConfig(
-        eos_token_id=[tokenizer.convert_tokens_to_ids(TURN_END), tokenizer.convert_tokens_to_ids(END_OF_TEXT)],
-        pad_token_id=tokenizer.convert_tokens_to_ids(END_OF_TEXT),
+        eos_token_id=[turn_end, end_of_text],
+        pad_token_id=end_of_text,
     )
     model.save_pretrained(folder)
 

@@ -1,0 +1,128 @@
+"""The calculator recipe: one or two calculations of a GSM8K answer, to be worked out with a tool in a sandbox.
+
+A rollout: the user writes `48/2, then 48+x`; the agent calls the calculator with `48/2`, reads 24, calls it with
+`48+24`, reads 72, and answers `#### 72`. The reward is 1.0 if the answer is the true result and the calculator gave at
+least one result, else 0.0.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from gateway.contracts.errors import SandboxLost
+from gateway.contracts.generation import JsonValue
+from gateway.contracts.ports import ExecOutcome, Sandbox
+from trainer.rollouts.tasks import Task
+
+QUESTIONS_FILE = Path(__file__).parent / "data" / "calculations.jsonl.gz"
+TOOL_FILE = Path(__file__).parent / "calculator_tool.py"
+
+SYSTEM_PROMPT = "Use the calculator. Then answer after ####."
+TOOL_NAME = "calculator"
+TOOL: JsonValue = {
+    "type": "function",
+    "function": {
+        "name": TOOL_NAME,
+        "parameters": {"type": "object", "properties": {"expression": {"type": "string"}}},
+    },
+}
+
+_ANSWER = re.compile(r"####\s*(-?[0-9.]+)\s*$")
+_TOOL_SECONDS = 10.0
+
+
+class Question(NamedTuple):
+    """Calculations in order; a second expression may use the first's result as x. All as text."""
+
+    question_id: str
+    expressions: tuple[str, ...]
+    results: tuple[str, ...]
+
+
+class CalculatorRecipe:
+    """Tasks, tool and reward of the demo (a `trainer.rollouts.recipe.Recipe`)."""
+
+    name = "calculator"
+    tools: Sequence[JsonValue] = (TOOL,)
+
+    @property
+    def sandbox_files(self) -> Mapping[str, bytes]:
+        """The calculator script."""
+        return {"calculator.py": TOOL_FILE.read_bytes()}
+
+    def train_tasks(self, seed: int, step: int, count: int) -> Sequence[Task]:
+        """`count` questions drawn with seed and step alone, so that a step taken again draws the same."""
+        draw = random.Random(f"train/{seed}/{step}")
+        return [_task(_draw(draw, questions("train"))) for _ in range(count)]
+
+    def eval_tasks(self, count: int) -> Sequence[Task]:
+        """`count` held-out questions, the same in every run."""
+        draw = random.Random("heldout")
+        return [_task(_draw(draw, questions("heldout"))) for _ in range(count)]
+
+    async def run_tool(self, sandbox: Sandbox, name: str, arguments: JsonValue) -> str:
+        """Run the calculator script in the sandbox."""
+        if name != TOOL_NAME:
+            return f"error: no tool {name!r}"
+        if not isinstance(arguments, dict) or not isinstance(arguments.get("expression"), str):
+            return 'error: call it with {"expression": "…"}'
+        command = ("python3", "-I", "-S", "calculator.py", arguments["expression"])
+        result = await sandbox.execute(command, timeout_seconds=_TOOL_SECONDS)
+        if result.outcome is not ExecOutcome.EXITED or result.exit_code != 0:
+            # The script itself always exits with 0, so this is the sandbox's doing and not an answer.
+            raise SandboxLost(f"calculator ended as {result.outcome} {result.exit_code}: {result.stderr[-200:]!r}")
+        return result.stdout.decode().strip()
+
+    def reward(self, task: Task, messages: Sequence[JsonValue]) -> float:
+        """1.0 iff the last message's answer is the true result and the calculator gave at least one result."""
+        last = messages[-1]
+        answer = _ANSWER.search(last.get("content") or "") if last["role"] == "assistant" else None
+        calculated = any(m["role"] == "tool" and not m["content"].startswith("error") for m in messages)
+        return float(calculated and answer is not None and answer.group(1) == task.facts["answer"])
+
+
+def demonstrations(seed: int, count: int) -> list[list[JsonValue]]:
+    """Faultless conversations on training questions, for the supervised warm-up."""
+    draw = random.Random(f"demonstrations/{seed}")
+    return [_demonstration(_draw(draw, questions("train"))) for _ in range(count)]
+
+
+@cache
+def questions(split: str) -> tuple[Question, ...]:
+    """All questions of a split ("train" or "heldout") in the file's order."""
+    with gzip.open(QUESTIONS_FILE, "rt") as lines:
+        rows = [row for line in lines if (row := json.loads(line))["split"] == split]
+    return tuple(
+        Question(f"{split}/{i}", tuple(row["expressions"]), tuple(row["results"])) for i, row in enumerate(rows)
+    )
+
+
+def _draw(draw: random.Random, rows: Sequence[Question]) -> Question:
+    return rows[draw.randrange(len(rows))]
+
+
+def _task(question: Question) -> Task:
+    messages = ({"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": _wording(question)})
+    return Task(question.question_id, messages, {"answer": question.results[-1]})
+
+
+def _wording(question: Question) -> str:
+    return ", then ".join(question.expressions)
+
+
+def _demonstration(question: Question) -> list[JsonValue]:
+    messages: list[JsonValue] = list(_task(question).messages)
+    for expression, result in zip(question.expressions, question.results, strict=True):
+        arguments = json.dumps({"expression": expression.replace("x", question.results[0])})
+        call = {"type": "function", "function": {"name": TOOL_NAME, "arguments": arguments}}
+        messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
+        messages.append({"role": "tool", "content": result})
+    messages.append({"role": "assistant", "content": f"#### {question.results[-1]}"})
+    return messages
