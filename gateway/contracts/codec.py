@@ -56,6 +56,13 @@ def decode_rollout(body: bytes) -> FinishedRollout:
     Raises SchemaMismatch for another schema version, IntegrityError for a damaged body.
     """
     header, data = _split(body)
+    try:
+        return _rollout(header, data)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise IntegrityError(f"rollout body does not describe a rollout: {error}") from error
+
+
+def _rollout(header: dict[str, Any], data: memoryview) -> FinishedRollout:
     metadata = header.pop("__metadata__", {})
     version = metadata.get("schema_version")
     if version != str(SCHEMA_VERSION):
@@ -118,6 +125,8 @@ def _split(body: bytes) -> tuple[dict[str, Any], memoryview]:
         header = json.loads(body[_HEADER_LENGTH.size : start])
     except ValueError as error:
         raise IntegrityError(f"rollout body has no readable safetensors header: {error}") from error
+    if not isinstance(header, dict):
+        raise IntegrityError("rollout body has a header that is no JSON object")
     return header, memoryview(body)[start:]
 
 

@@ -1,0 +1,567 @@
+"""The contract of `gateway.contracts.ports.Ledger`, run against every implementation."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gateway.contracts.errors import (
+    Conflict,
+    ExpertsMismatch,
+    InvalidRequest,
+    LedgerError,
+    NotFound,
+    SessionSealed,
+)
+from gateway.contracts.experts import RoutedExperts
+from gateway.contracts.generation import Finish, FinishReason, JsonValue, LogprobKind
+from gateway.contracts.ports import Ledger
+from gateway.contracts.records import (
+    Attachment,
+    FinishRecord,
+    MatchTier,
+    RootContext,
+    SegmentReason,
+    SessionOrigin,
+    SessionRecord,
+    TurnRecord,
+)
+from gateway.contracts.rollouts import FeedCounts, Lease
+from gateway.contracts.versions import VersionSpan
+from gateway.ledger.sqlite import SqliteLedger
+
+OPENERS: dict[str, Callable[[Path], Ledger]] = {"sqlite": SqliteLedger.open}
+
+
+@pytest.fixture(params=OPENERS)
+def reopen(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], Ledger]:
+    """Open the same store once more."""
+    return lambda: OPENERS[request.param](tmp_path / "data")
+
+
+@pytest.fixture
+async def ledger(reopen: Callable[[], Ledger]) -> AsyncIterator[Ledger]:
+    opened = reopen()
+    yield opened
+    await opened.aclose()
+
+
+def a_session(session_id: str = "s", **changes: JsonValue) -> SessionRecord:
+    record = SessionRecord(
+        session_id=session_id,
+        group=None,
+        group_size=None,
+        task={"question": "48/2"},
+        labels={},
+        metadata={"big": 2**80, "half": 0.1},
+        sampling={},
+        ttl_seconds=None,
+        key_hash="",
+        origin=SessionOrigin.CREATED,
+        complete=True,
+        created_at=1.0,
+    )
+    return replace(record, **changes)
+
+
+def a_turn(session_id: str = "s", index: int = 0, *, parent_id: str | None = None, **changes: JsonValue) -> TurnRecord:
+    record = TurnRecord(
+        session_id=session_id,
+        turn_id=f"t{index}",
+        index=index,
+        attachment=Attachment(
+            parent_id=parent_id,
+            follows_id=parent_id,
+            tier=MatchTier.SEMANTIC if parent_id else MatchTier.NONE,
+            segment_reason=None if parent_id else SegmentReason.FIRST,
+        ),
+        root=None if parent_id else RootContext(tools=({"name": "calculator"},), template_arguments={"a": None}),
+        added_messages=({"role": "user", "content": "q \ud800 🙂"},),
+        reply={"role": "assistant", "content": None},
+        prompt_token_ids=np.array([5, 6, 7], dtype=np.int32),
+        output_token_ids=np.array([8, 2**31 - 1], dtype=np.int32),
+        output_logprobs=np.array([-0.1, np.nan], dtype=np.float32),
+        version_spans=(VersionSpan(0, 1, 3), VersionSpan(1, 2, 4)),
+        finish=Finish(FinishReason.STOP, 2),
+        logprob_kind=LogprobKind.TEMPERATURE_SCALED,
+        sampling={"temperature": 0.7},
+        num_layers=2,
+        num_experts=8,
+        top_k=2,
+        experts_start=0,
+        experts_stop=0,
+        engine_id="sglang-0",
+        model="tiny",
+        request_digest="ab",
+        cached_tokens=0,
+        num_retractions=0,
+        meta={"nested": [1, None, {"x": 1e300}]},
+        untrainable_reason=None,
+        created_at=2.0,
+        delivered_at=None,
+    )
+    return replace(record, **changes)
+
+
+def routing(start: int, stop: int, *, num_layers: int = 2, top_k: int = 2) -> RoutedExperts:
+    generator = np.random.default_rng(start * 1000 + stop)
+    return RoutedExperts(generator.integers(0, 8, (stop - start, num_layers, top_k), dtype=np.uint8), start)
+
+
+def a_finish(session_id: str = "s", **changes: JsonValue) -> FinishRecord:
+    record = FinishRecord(session_id, f"snapshot-{session_id}", 1.0, "completed", {"n": 1}, finished_at=10.0)
+    return replace(record, **changes)
+
+
+async def finished(ledger: Ledger, session_id: str, *, at: float = 10.0, **properties: JsonValue) -> None:
+    await ledger.create_session(a_session(session_id, **properties))
+    await ledger.append_turn(a_turn(session_id), None)
+    await ledger.finish(a_finish(session_id, finished_at=at))
+
+
+async def lease(
+    ledger: Ledger,
+    *,
+    consumer: str = "trainer",
+    limit: int = 100,
+    now: float = 100.0,
+    whole_groups: bool = True,
+    labels: dict[str, str] | None = None,
+) -> Lease | None:
+    return await ledger.lease(
+        consumer=consumer, limit=limit, lease_seconds=60.0, whole_groups=whole_groups, labels=labels, now=now
+    )
+
+
+def ids(found: Lease | None) -> list[str]:
+    return [] if found is None else [rollout.session_id for rollout in found.rollouts]
+
+
+def assert_same_turn(found: TurnRecord, stored: TurnRecord) -> None:
+    for name in TurnRecord.__slots__:
+        mine, theirs = getattr(found, name), getattr(stored, name)
+        if isinstance(mine, np.ndarray):
+            assert mine.dtype == theirs.dtype, name
+            np.testing.assert_array_equal(mine, theirs, err_msg=name)
+        else:
+            assert mine == theirs, name
+
+
+# ---- sessions and turns ----
+
+
+async def test_what_was_stored_is_read_back_equal_after_reopening(reopen: Callable[[], Ledger]) -> None:
+    """I1, I5, I8: ids, log-probs (NaN too), versions and unknown JSON come back as they were."""
+    ledger = reopen()
+    session = a_session(group="g", labels={"run": "é"}, ttl_seconds=3.5)
+    turns = [a_turn(), a_turn(index=1, parent_id="t0", experts_start=4, experts_stop=9)]
+    rows = routing(4, 9)
+    await ledger.create_session(session)
+    await ledger.append_turn(turns[0], None)
+    await ledger.append_turn(turns[1], rows)
+    await ledger.finish(a_finish(reward=None))
+    await ledger.set_policy(4, "w-4")
+    await ledger.aclose()
+
+    again = reopen()
+    assert await again.session("s") == session
+    for found, stored in zip(await again.turns("s"), turns, strict=True):
+        assert_same_turn(found, stored)
+    found_rows = await again.experts("s", "t1")
+    assert found_rows is not None
+    assert found_rows.start == 4
+    assert found_rows.ids.dtype == np.uint8
+    np.testing.assert_array_equal(found_rows.ids, rows.ids)
+    assert await again.experts("s", "t0") is None
+    assert await again.finish_record("s") == a_finish(reward=None)
+    assert await again.policies() == {"w-4": 4}
+    await again.aclose()
+
+
+async def test_wide_expert_ids_are_stored_as_sixteen_bits(ledger: Ledger) -> None:
+    await ledger.create_session(a_session())
+    wide = RoutedExperts(np.array([[[300, 65_535], [0, 256]]], dtype=np.uint16), start=7)
+    await ledger.append_turn(a_turn(num_experts=65_536, experts_start=7, experts_stop=8), wide)
+    found = await ledger.experts("s", "t0")
+    assert found is not None
+    assert found.ids.dtype == np.uint16
+    np.testing.assert_array_equal(found.ids, wide.ids)
+
+
+async def test_an_equal_session_is_returned_and_another_of_its_id_is_refused(ledger: Ledger) -> None:
+    first = await ledger.create_session(a_session("a/b é", group="g"))
+    assert await ledger.create_session(a_session("a/b é", group="g", created_at=99.0)) == first
+    with pytest.raises(Conflict):
+        await ledger.create_session(a_session("a/b é", group="other"))
+
+
+async def test_a_session_id_that_is_no_unicode_text_is_refused_as_a_request(ledger: Ledger) -> None:
+    with pytest.raises(InvalidRequest, match="session_id"):
+        await ledger.create_session(a_session("\ud800"))
+
+
+async def test_sessions_are_listed_in_order_of_id_by_label_and_page(ledger: Ledger) -> None:
+    for name in ("c", "a", "b", "d"):
+        await ledger.create_session(a_session(name, labels={"ru'n \"é": "x" if name != "b" else "y", "z": "1"}))
+    listed = await ledger.sessions(labels={"ru'n \"é": "x", "z": "1"}, limit=2)
+    assert [session.session_id for session in listed] == ["a", "c"]
+    listed = await ledger.sessions(labels={"ru'n \"é": "x"}, limit=2, after="c")
+    assert [session.session_id for session in listed] == ["d"]
+
+
+async def test_appending_the_same_turn_again_changes_nothing(ledger: Ledger) -> None:
+    """I3: a retried append is no second turn; also after the session was sealed."""
+    await ledger.create_session(a_session())
+    turn = a_turn(experts_start=0, experts_stop=4)
+    await asyncio.gather(*(ledger.append_turn(turn, routing(0, 4)) for _ in range(5)))
+    await ledger.finish(a_finish())
+    await ledger.append_turn(turn, routing(0, 4))
+    assert len(await ledger.turns("s")) == 1
+
+
+async def test_a_turn_id_with_another_content_is_refused(ledger: Ledger) -> None:
+    """I9: what an agent saw is never replaced silently by something else of the same name."""
+    await ledger.create_session(a_session())
+    await ledger.append_turn(a_turn(), None)
+    with pytest.raises(Conflict):
+        await ledger.append_turn(a_turn(output_token_ids=np.array([8, 9], dtype=np.int32)), None)
+
+
+async def test_a_turn_of_an_unknown_session_or_parent_is_refused(ledger: Ledger) -> None:
+    with pytest.raises(NotFound):
+        await ledger.append_turn(a_turn(), None)
+    await ledger.create_session(a_session())
+    with pytest.raises(Conflict, match="parent"):
+        await ledger.append_turn(a_turn(index=1, parent_id="t0"), None)
+
+
+async def test_rows_that_do_not_fit_their_turn_are_refused_before_anything_is_stored(ledger: Ledger) -> None:
+    """I2, I9."""
+    await ledger.create_session(a_session())
+    turn = a_turn(experts_start=0, experts_stop=4)
+    for rows in (None, routing(0, 3), routing(1, 4), routing(0, 4, num_layers=3), routing(0, 4, top_k=1)):
+        with pytest.raises(ExpertsMismatch):
+            await ledger.append_turn(turn, rows)
+    assert await ledger.turns("s") == []
+
+
+async def test_turns_come_in_order_of_index_whatever_the_order_of_arrival(ledger: Ledger) -> None:
+    await ledger.create_session(a_session())
+    await asyncio.gather(*(ledger.append_turn(a_turn(index=index), None) for index in (3, 1, 0, 2)))
+    assert [turn.index for turn in await ledger.turns("s")] == [0, 1, 2, 3]
+
+
+async def test_delivery_is_noted_on_the_turn(ledger: Ledger) -> None:
+    await ledger.create_session(a_session())
+    await ledger.append_turn(a_turn(), None)
+    await ledger.mark_delivered("s", "t0", 12.5)
+    assert (await ledger.turns("s"))[0].delivered_at == 12.5
+    with pytest.raises(NotFound):
+        await ledger.mark_delivered("s", "t1", 12.5)
+
+
+async def test_hundreds_of_concurrent_appends_are_all_stored(ledger: Ledger) -> None:
+    """I4: whatever was answered is there."""
+    await asyncio.gather(*(ledger.create_session(a_session(f"s{n}")) for n in range(20)))
+    await asyncio.gather(
+        *(
+            ledger.append_turn(a_turn(f"s{n % 20}", n // 20, experts_start=0, experts_stop=4), routing(0, 4))
+            for n in range(400)
+        )
+    )
+    for n in range(20):
+        assert [turn.index for turn in await ledger.turns(f"s{n}")] == list(range(20))
+        assert await ledger.experts(f"s{n}", "t19") is not None
+
+
+# ---- finish and delete ----
+
+
+async def test_a_finished_session_takes_no_more_turns(ledger: Ledger) -> None:
+    await finished(ledger, "s")
+    with pytest.raises(SessionSealed):
+        await ledger.append_turn(a_turn(index=1, parent_id="t0"), None)
+
+
+async def test_an_append_that_races_with_finish_is_counted_or_refused(ledger: Ledger) -> None:
+    """I3: a turn is either in the snapshot or its caller knows that it is not."""
+    for n in range(20):
+        session_id = f"s{n}"
+        await ledger.create_session(a_session(session_id))
+        results = await asyncio.gather(
+            *(ledger.append_turn(a_turn(session_id, index), None) for index in range(3)),
+            ledger.finish(a_finish(session_id)),
+            *(ledger.append_turn(a_turn(session_id, index), None) for index in range(3, 6)),
+            return_exceptions=True,
+        )
+        refused = [result for result in results if isinstance(result, SessionSealed)]
+        assert len(await ledger.turns(session_id)) == 6 - len(refused)
+    found = await lease(ledger)
+    assert found is not None
+    for rollout in found.rollouts:
+        assert rollout.num_tokens == 5 * len(await ledger.turns(rollout.session_id))
+
+
+async def test_an_equal_finish_returns_the_first_and_another_is_refused(ledger: Ledger) -> None:
+    await ledger.create_session(a_session())
+    first = await ledger.finish(a_finish())
+    assert await ledger.finish(a_finish(snapshot="later", finished_at=99.0)) == first
+    with pytest.raises(Conflict):
+        await ledger.finish(a_finish(reward=0.0))
+    with pytest.raises(NotFound):
+        await ledger.finish(a_finish("unknown"))
+    with pytest.raises(InvalidRequest, match="reward"):
+        await ledger.finish(a_finish(reward=float("nan")))
+
+
+async def test_a_session_is_deleted_only_when_nobody_waits_for_its_rollout(ledger: Ledger) -> None:
+    """I3: an unread rollout cannot be deleted by mistake."""
+    await ledger.create_session(a_session("open"))
+    await ledger.delete_session("open")
+    assert await ledger.session("open") is None
+    await finished(ledger, "s")
+    with pytest.raises(Conflict):
+        await ledger.delete_session("s")
+    found = await lease(ledger)
+    assert found is not None
+    with pytest.raises(Conflict):
+        await ledger.delete_session("s")
+    await ledger.acknowledge(found.lease_id)
+    await ledger.delete_session("s")
+    assert await ledger.turns("s") == []
+    assert await ledger.finish_record("s") is None
+    with pytest.raises(NotFound):
+        await ledger.delete_session("s")
+
+
+async def test_a_deleted_session_can_be_made_anew_and_is_lent_anew(ledger: Ledger) -> None:
+    await finished(ledger, "s")
+    first = await lease(ledger)
+    assert first is not None
+    await ledger.acknowledge(first.lease_id)
+    await ledger.delete_session("s")
+    await finished(ledger, "s")
+    assert ids(await lease(ledger)) == ["s"]
+
+
+async def test_drop_needs_the_snapshot_that_was_read_and_frees_the_turns(ledger: Ledger) -> None:
+    await finished(ledger, "s")
+    with pytest.raises(Conflict):
+        await ledger.drop_rollout("s", "another")
+    with pytest.raises(NotFound):
+        await ledger.drop_rollout("unknown", "x")
+    await ledger.drop_rollout("s", "snapshot-s")
+    await ledger.drop_rollout("s", "snapshot-s")
+    assert await ledger.turns("s") == []
+    record = await ledger.finish_record("s")
+    assert record is not None
+    assert record.dropped_at is not None
+    assert await lease(ledger) is None
+    with pytest.raises(SessionSealed):
+        await ledger.append_turn(a_turn(index=1), None)
+    await ledger.delete_session("s")
+
+
+# ---- leases ----
+
+
+async def test_rollouts_are_lent_oldest_first_and_once(ledger: Ledger) -> None:
+    for at, name in ((3.0, "c"), (1.0, "a"), (2.0, "b")):
+        await finished(ledger, name, at=at)
+    await ledger.create_session(a_session("open"))
+    assert ids(await lease(ledger, limit=2)) == ["a", "b"]
+    assert ids(await lease(ledger, limit=2)) == ["c"]
+    assert await lease(ledger) is None
+
+
+async def test_a_lease_says_what_is_needed_to_plan_with(ledger: Ledger) -> None:
+    await ledger.create_session(a_session("s", group="g"))
+    await ledger.append_turn(a_turn(), None)
+    await ledger.append_turn(a_turn(index=1, untrainable_reason="junction"), None)
+    await ledger.finish(a_finish(reward=0.5, outcome="truncated"))
+    found = await lease(ledger)
+    assert found is not None
+    (rollout,) = found.rollouts
+    assert (rollout.snapshot, rollout.group, rollout.reward, rollout.outcome) == ("snapshot-s", "g", 0.5, "truncated")
+    assert (rollout.num_tokens, rollout.num_sampled_tokens) == (10, 1)  # a token without log-prob cannot be trained
+    assert found.expires_at == 160.0
+
+
+async def test_two_consumers_each_get_everything(ledger: Ledger) -> None:
+    await finished(ledger, "s")
+    mine, theirs = await lease(ledger, consumer="one"), await lease(ledger, consumer="two")
+    assert ids(mine) == ids(theirs) == ["s"]
+    assert mine is not None
+    await ledger.acknowledge(mine.lease_id)
+    assert await lease(ledger, consumer="one", now=1000.0) is None
+    assert ids(await lease(ledger, consumer="two", now=1000.0)) == ["s"]
+
+
+async def test_concurrent_leases_never_lend_a_rollout_twice(ledger: Ledger) -> None:
+    """I3."""
+    await asyncio.gather(*(finished(ledger, f"s{n}") for n in range(30)))
+    found = await asyncio.gather(*(lease(ledger, limit=4) for _ in range(12)))
+    lent = [session_id for one in found for session_id in ids(one)]
+    assert sorted(lent) == sorted(f"s{n}" for n in range(30))
+
+
+async def test_an_expired_lease_returns_its_rollouts(ledger: Ledger) -> None:
+    await finished(ledger, "s")
+    first = await lease(ledger, now=100.0)
+    assert await lease(ledger, now=159.9) is None
+    second = await lease(ledger, now=160.0)
+    assert ids(second) == ["s"]
+    assert first is not None
+    assert second is not None
+    with pytest.raises(Conflict):
+        await ledger.acknowledge(first.lease_id)
+    assert await ledger.acknowledge(second.lease_id) == ["s"]
+    with pytest.raises(Conflict):
+        await ledger.acknowledge(first.lease_id)
+
+
+async def test_a_late_acknowledgement_counts_if_nobody_else_took_the_rollouts(ledger: Ledger) -> None:
+    await finished(ledger, "s")
+    first = await lease(ledger, now=100.0)
+    assert first is not None
+    assert await ledger.acknowledge(first.lease_id) == ["s"]
+    assert await ledger.acknowledge(first.lease_id) == ["s"]
+    assert await lease(ledger, now=1000.0) is None
+    with pytest.raises(NotFound):
+        await ledger.acknowledge("unknown")
+
+
+async def test_released_rollouts_come_back_at_once_and_cannot_be_acknowledged(ledger: Ledger) -> None:
+    await finished(ledger, "s")
+    first = await lease(ledger)
+    assert first is not None
+    await ledger.release(first.lease_id)
+    await ledger.release(first.lease_id)
+    await ledger.release("unknown")
+    with pytest.raises(Conflict):
+        await ledger.acknowledge(first.lease_id)
+    assert ids(await lease(ledger)) == ["s"]
+
+
+async def test_a_restarted_consumer_gets_back_what_it_held_and_nothing_else(ledger: Ledger) -> None:
+    for name in ("a", "b", "c"):
+        await finished(ledger, name)
+    done = await lease(ledger, limit=1)
+    await lease(ledger, limit=1)
+    await lease(ledger, limit=1, consumer="other")
+    assert done is not None
+    await ledger.acknowledge(done.lease_id)
+    assert await ledger.release_consumer("trainer") == 1
+    assert await ledger.release_consumer("trainer") == 0
+    assert ids(await lease(ledger)) == ["b", "c"]
+    assert ids(await lease(ledger, consumer="other")) == ["b", "c"]
+
+
+async def test_leases_survive_reopening(reopen: Callable[[], Ledger]) -> None:
+    ledger = reopen()
+    await finished(ledger, "a")
+    await finished(ledger, "b")
+    found = await lease(ledger, limit=1)
+    await ledger.aclose()
+    again = reopen()
+    assert ids(await lease(again)) == ["b"]
+    assert found is not None
+    assert await again.acknowledge(found.lease_id) == ["a"]
+    await again.aclose()
+
+
+async def test_a_group_is_lent_when_all_of_it_has_ended_never_in_part(ledger: Ledger) -> None:
+    for n in range(2):
+        await finished(ledger, f"g{n}", at=float(n), group="g", group_size=3)
+    assert await lease(ledger) is None  # the third one does not exist yet
+    await ledger.create_session(a_session("g2", group="g", group_size=3))
+    assert await lease(ledger) is None  # it is still open
+    await finished(ledger, "alone", at=50.0)
+    assert ids(await lease(ledger)) == ["alone"]
+    await ledger.finish(a_finish("g2", finished_at=60.0))
+    assert ids(await lease(ledger)) == ["g0", "g1", "g2"]
+
+
+async def test_a_group_of_unknown_size_is_whole_when_all_that_exist_have_ended(ledger: Ledger) -> None:
+    await finished(ledger, "g0", group="g")
+    await ledger.create_session(a_session("g1", group="g"))
+    assert await lease(ledger) is None
+    await ledger.finish(a_finish("g1", finished_at=60.0))
+    assert ids(await lease(ledger)) == ["g0", "g1"]
+
+
+async def test_groups_fill_a_lease_up_to_its_limit_and_a_larger_one_goes_alone(ledger: Ledger) -> None:
+    for n in range(2):
+        await finished(ledger, f"a{n}", at=1.0 + n, group="a")
+    for n in range(5):
+        await finished(ledger, f"b{n}", at=10.0 + n, group="b")
+    await finished(ledger, "c", at=20.0)
+    assert ids(await lease(ledger, limit=3)) == ["a0", "a1"]
+    assert ids(await lease(ledger, limit=3)) == [f"b{n}" for n in range(5)]
+    assert ids(await lease(ledger, limit=3)) == ["c"]
+
+
+async def test_without_whole_groups_every_finished_rollout_is_lent(ledger: Ledger) -> None:
+    await finished(ledger, "g0", group="g", group_size=2)
+    first = await lease(ledger, whole_groups=False)
+    assert ids(first) == ["g0"]
+    await finished(ledger, "g1", group="g", group_size=2)
+    assert await lease(ledger) is None  # the group's other half is lent at the moment
+    assert first is not None
+    await ledger.release(first.lease_id)
+    assert ids(await lease(ledger)) == ["g0", "g1"]
+
+
+async def test_labels_choose_what_is_lent_and_what_belongs_to_a_group(ledger: Ledger) -> None:
+    await finished(ledger, "train", group="g", labels={"split": "train"})
+    await ledger.create_session(a_session("test", group="g", labels={"split": "test"}))
+    assert await lease(ledger, labels={"split": "other"}) is None
+    assert await lease(ledger) is None
+    assert ids(await lease(ledger, labels={"split": "train"})) == ["train"]
+
+
+async def test_counts_add_up(ledger: Ledger) -> None:
+    assert await ledger.counts("trainer", 100.0) == FeedCounts(0, 0, 0, 0.0)
+    for n in range(4):
+        await finished(ledger, f"s{n}", at=10.0 + n)
+    first = await lease(ledger, limit=1)
+    await lease(ledger, limit=1)
+    assert first is not None
+    await ledger.acknowledge(first.lease_id)
+    await ledger.drop_rollout("s0", "snapshot-s0")
+    assert await ledger.counts("trainer", 100.0) == FeedCounts(4, 1, 1, 88.0)
+    assert await ledger.counts("trainer", 1000.0) == FeedCounts(4, 0, 1, 989.0)
+    await ledger.drop_rollout("s3", "snapshot-s3")
+    assert (await ledger.counts("trainer", 100.0)).finished == 3
+
+
+async def test_a_lease_needs_positive_numbers(ledger: Ledger) -> None:
+    with pytest.raises(InvalidRequest):
+        await lease(ledger, limit=0)
+
+
+async def test_a_closed_ledger_says_so(reopen: Callable[[], Ledger]) -> None:
+    ledger = reopen()
+    await ledger.aclose()
+    await ledger.aclose()
+    with pytest.raises(LedgerError, match="closed"):
+        await ledger.create_session(a_session())
+    with pytest.raises(LedgerError, match="closed"):
+        await ledger.session("s")
+
+
+async def test_closing_stores_what_was_queued(reopen: Callable[[], Ledger]) -> None:
+    """I4."""
+    ledger = reopen()
+    queued = [asyncio.ensure_future(ledger.create_session(a_session(f"s{n}"))) for n in range(50)]
+    await asyncio.sleep(0)
+    await ledger.aclose()
+    await asyncio.gather(*queued)
+    again = reopen()
+    assert len(await again.sessions()) == 50
+    await again.aclose()

@@ -1,0 +1,71 @@
+"""Routed experts and policy versions: the smallest type, no wrapping, rows that were never captured are found."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from gateway.contracts.errors import ExpertsMismatch
+from gateway.contracts.experts import RoutedExperts, RoutingShape, expert_dtype, narrow, valid_rows
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "dtype"), [(1, np.uint8), (256, np.uint8), (257, np.uint16), (65_536, np.uint16)]
+)
+def test_ids_are_stored_in_the_smallest_type_that_holds_them(num_experts: int, dtype: type) -> None:
+    assert expert_dtype(num_experts) == np.dtype(dtype)
+
+
+def test_more_experts_than_sixteen_bits_are_refused() -> None:
+    with pytest.raises(ExpertsMismatch, match="65537"):
+        expert_dtype(65_537)
+
+
+@pytest.mark.parametrize("shape", [(0, 8, 2), (4, 0, 2), (4, 8, 0), (4, 8, 9)])
+def test_impossible_routing_shapes_are_refused(shape: tuple[int, int, int]) -> None:
+    with pytest.raises(ExpertsMismatch):
+        RoutingShape(*shape)
+
+
+def test_narrowing_keeps_every_id_and_never_wraps() -> None:
+    """I9: an id out of range is an error, not another expert."""
+    shape = RoutingShape(num_layers=1, num_experts=256, top_k=2)
+    ids = np.array([[[0, 255]], [[128, 7]]], dtype=np.int32)
+    stored = narrow(ids, shape)
+    assert stored.dtype == np.uint8
+    np.testing.assert_array_equal(stored, ids)
+    for wrong in (256, -1):
+        with pytest.raises(ExpertsMismatch, match=str(wrong)):
+            narrow(np.array([[[0, wrong]]], dtype=np.int32), shape)
+
+
+def test_narrowing_no_rows_gives_no_rows() -> None:
+    shape = RoutingShape(num_layers=4, num_experts=300, top_k=2)
+    assert narrow(np.empty((0, 4, 2), dtype=np.int32), shape).dtype == np.uint16
+
+
+def test_rows_are_valid_where_ids_are_distinct_and_in_range() -> None:
+    """I9: zero-filled rows (an uncaptured slot), repeated ids and ids out of range are found."""
+    ids = np.array([[[0, 1], [3, 2]], [[0, 0], [0, 0]], [[0, 1], [5, 5]], [[0, 1], [2, 8]]], dtype=np.uint8)
+    assert valid_rows(ids, 8).tolist() == [True, False, False, False]
+
+
+def test_layers_without_experts_are_not_looked_at() -> None:
+    ids = np.array([[[0, 0], [3, 2]], [[0, 0], [0, 0]]], dtype=np.uint8)
+    assert valid_rows(ids, 8, routed_layers=(1,)).tolist() == [True, False]
+
+
+def test_rows_say_where_they_start_and_end() -> None:
+    rows = RoutedExperts(np.zeros((3, 2, 2), dtype=np.uint8), start=4)
+    assert (rows.start, rows.stop) == (4, 7)
+
+
+@pytest.mark.parametrize("ids", [np.zeros((3, 2), dtype=np.uint8), np.zeros((3, 2, 2), dtype=np.int32)])
+def test_rows_of_another_shape_or_type_are_refused(ids: np.ndarray) -> None:  # type: ignore[type-arg]
+    with pytest.raises(ExpertsMismatch):
+        RoutedExperts(ids, start=0)
+
+
+def test_rows_before_the_first_token_are_refused() -> None:
+    with pytest.raises(ExpertsMismatch, match="-1"):
+        RoutedExperts(np.zeros((1, 2, 2), dtype=np.uint8), start=-1)
