@@ -1,0 +1,56 @@
+"""Runs the real gateway with scripted engines, as a process of its own: `python gateway_with_script.py <serve flags>`.
+
+An engine `scripted=FILE` answers by the rules of a JSON file: `[{"after": …, "reply": …, …}]`; the rule whose `after`
+stands latest in the prompt's text decides, the first one if none does. Other keys are those of ScriptedReply.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+
+from engines.scripted import ScriptedEngine, ScriptedReply
+from gateway import main
+from gateway.contracts.errors import ConfigurationError
+from gateway.contracts.generation import GenerateRequest
+from gateway.contracts.ports import Engine
+from gateway.sessions.model import ServedModel
+
+
+def scripted_engine(engine_id: str, url: str, model: ServedModel, policies: Mapping[str, int]) -> Engine:
+    rules: list[dict[str, Any]] = json.loads(Path(url).read_text())
+
+    def reply(request: GenerateRequest) -> ScriptedReply:
+        prompt = model.tokenizer.decode(request.token_ids)
+        rule = max(rules, key=lambda rule: prompt.rfind(rule["after"]))
+        options = {name: value for name, value in rule.items() if name not in ("after", "reply")}
+        stop = model.tokenizer.eos_token_ids[:1]
+        return ScriptedReply((*model.tokenizer.encode(rule["reply"]).tolist(), *stop), **options)
+
+    return ScriptedEngine(
+        reply,
+        engine_id=engine_id,
+        routing=model.routing,
+        vocab_size=model.tokenizer.vocab_size,
+        context_length=model.context_length,
+    )
+
+
+KINDS = {"scripted": scripted_engine}
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    main.configure(parser)
+    settings = main._settings(parser.parse_args())
+    try:
+        main.serve(settings, operator_key=os.environ.get("VERBATIM_OPERATOR_KEY"), engine_kinds=KINDS)
+    except ConfigurationError as error:
+        sys.stderr.write(f"verbatim: {error.message}\n")
+        sys.exit(2)
