@@ -1,8 +1,8 @@
 """The training loop: take → check → advantage → loss → step → checkpoint → acknowledge → publish.
 
 Rollouts may come from anywhere: `produce` is asked for a step's rollouts when the feed does not hold enough groups yet,
-and returns when they have ended. What a step consumes is decided by the feed alone, so a restarted trainer first takes what
-its predecessor had produced.
+and returns when they have ended. What a step consumes is decided by the feed alone, so a restarted trainer first
+takes what its predecessor had produced.
 """
 
 from __future__ import annotations

@@ -15,12 +15,16 @@ from trainer.rollouts.settings import RolloutSettings
 
 @dataclass(frozen=True, slots=True)
 class RunSettings:
-    """`name` labels the run's sessions and is its consumer group at the feed; `dir` holds checkpoints and metrics."""
+    """`name` labels the run's sessions and is its consumer group at the feed; `dir` holds checkpoints and metrics.
+
+    `threads`: of torch. More than one only on a machine that runs nothing else: OpenMP threads spin on shared cores.
+    """
 
     dir: Path
     name: str
     steps: int
     seed: int = 0
+    threads: int = 1
 
     def __post_init__(self) -> None:
         _require(self.steps >= 1, f"run.steps is {self.steps}; it must be at least 1")

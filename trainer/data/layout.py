@@ -1,8 +1,8 @@
 """TokenLayout: tokens, labels, masks, versions and routes on one axis, so that they cannot drift apart (I2).
 
 The axis is *input positions*: position i feeds token i, predicts token i+1 and is routed by row i. A segment of T
-tokens has N = T-1 positions; its last token is a label only. Everything that is known of the predicted token (its log-prob,
-mask, version, temperature) is shifted here, once, and never again.
+tokens has N = T-1 positions; its last token is a label only. Everything that is known of the predicted token (its
+log-prob, mask, version, temperature) is shifted here, once, and never again.
 
     token_ids      a    b    c    d          segment, T = 4
     input_ids      a    b    c               layout, N = 3
@@ -87,13 +87,16 @@ def concatenate(layouts: Sequence[TokenLayout]) -> TokenLayout:
 
     Raises ExpertsMismatch where two samples' rows differ in layers, experts per token or type.
     """
-
-    def joined(name: str) -> npt.NDArray[np.generic]:
-        return np.concatenate([getattr(layout, name) for layout in layouts])
-
     return TokenLayout(
+        input_ids=np.concatenate([layout.input_ids for layout in layouts]),
+        labels=np.concatenate([layout.labels for layout in layouts]),
+        position_ids=np.concatenate([layout.position_ids for layout in layouts]),
+        trained=np.concatenate([layout.trained for layout in layouts]),
+        rollout_logprobs=np.concatenate([layout.rollout_logprobs for layout in layouts]),
+        policy_version=np.concatenate([layout.policy_version for layout in layouts]),
+        temperature=np.concatenate([layout.temperature for layout in layouts]),
         experts=_joined_experts(layouts),
-        **{field.name: joined(field.name) for field in fields(TokenLayout) if field.name != "experts"},
+        routed_valid=np.concatenate([layout.routed_valid for layout in layouts]),
     )
 
 

@@ -1,8 +1,8 @@
 """Which recorded routing rows may be replayed. numpy only; rows are looked at once, when they come in.
 
 A row is valid iff it was recorded and, in every routed layer, all its ids are in range and distinct: that also finds
-the zero-filled and duplicated rows that engines are known to return. Invalid rows are not repaired: the live router decides
-for them, and they are counted (I9).
+the zero-filled and duplicated rows that engines are known to return. Invalid rows are not repaired: the live router
+decides for them, and they are counted (I9).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def replayable_rows(segment: Segment, routed: RoutedLayers | None) -> npt.NDArra
     shape = routed.shape
     if rows.shape[1:] != (shape.num_layers, shape.top_k) or rows.dtype != shape.dtype:
         raise ExpertsMismatch(
-            f"segment {segment.segment_id}: routing rows are {rows.dtype} [{rows.shape[1]} layers, {rows.shape[2]} ids],"
+            f"segment {segment.segment_id}: routing rows are {rows.dtype} [{rows.shape[1]} layers, {rows.shape[2]}],"
             f" the model routes {shape.dtype} [{shape.num_layers}, {shape.top_k}]"
         )
     return segment.routed_valid & valid_rows(rows, shape.num_experts, routed.layers)
