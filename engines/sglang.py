@@ -18,7 +18,7 @@ import numpy as np
 import orjson
 import pybase64
 
-from engines.http import EngineHttp, refused
+from engines.connection import EngineHttp, refused
 from engines.identity import UNKNOWN_FOLDER, FolderIdentity, read_folder
 from gateway.contracts.errors import (
     EngineError,

@@ -190,6 +190,7 @@ class EmbeddedEngine:
                     self._apply_updates()
                     if not self.paused and not self._scheduler.idle:
                         self._step()
+                        self._apply_updates()
         except BaseException as error:
             self.failure = error
             logger.critical("the engine's thread ended", exc_info=error)

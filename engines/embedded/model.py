@@ -59,7 +59,7 @@ def load_model(folder: Path, dtype: torch.dtype) -> LoadedModel:
 def load_weights(model: LoadedModel, folder: Path) -> None:
     """Copy a checkpoint's weights into a serving model; on TransportError nothing has changed."""
     if not (folder / "config.json").is_file():
-        raise TransportError(f"no checkpoint at {folder} (no config.json there)")
+        raise TransportError(f"no checkpoint at {folder}: no config.json there")
     try:
         fresh = _read_network(folder, model.dtype).state_dict()
     except (OSError, ValueError, KeyError, RuntimeError) as error:

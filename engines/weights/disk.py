@@ -10,7 +10,7 @@ from typing import Any
 
 import orjson
 
-from engines.http import EngineHttp
+from engines.connection import EngineHttp
 from engines.weights.names import weight_label
 from gateway.contracts.errors import EngineError, EngineRejected, RequestError, TransportError
 from gateway.contracts.ports import PauseMode
