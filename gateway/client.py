@@ -18,7 +18,7 @@ import aiohttp
 from yarl import URL
 
 from gateway.contracts.codec import decode_rollout
-from gateway.contracts.errors import InvalidRequest, LedgerError, RequestError, VerbatimError
+from gateway.contracts.errors import Conflict, InvalidRequest, LedgerError, RequestError, VerbatimError
 from gateway.contracts.generation import JsonValue
 from gateway.contracts.rollouts import FeedCounts, FinishedRollout, Lease, LeasedRollout
 
@@ -69,7 +69,10 @@ class GatewayClient:
         metadata: Mapping[str, JsonValue] | None = None,
         sampling: Mapping[str, JsonValue] | None = None,
     ) -> SessionHandle:
-        """Open a session; repeating it with an id of your own is safe."""
+        """Open a session; repeating it with an id of your own is safe where keys are off.
+
+        With keys on, the key of a session is told once: raises Conflict for a session that exists already.
+        """
         body = {
             "session_id": session_id,
             "group": group,
@@ -82,6 +85,8 @@ class GatewayClient:
         reply = await self._json(
             "POST", "/sessions", {name: value for name, value in body.items() if value is not None}
         )
+        if reply["api_key"] is None:
+            raise Conflict(f"session {reply['session_id']} exists already and its key is not told again")
         return SessionHandle(reply["session_id"], reply["base_url"], reply["api_key"])
 
     async def finish_session(

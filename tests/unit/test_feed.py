@@ -261,42 +261,40 @@ async def test_every_route_wants_the_operators_key(served: Served) -> None:
                 await call
 
 
-@pytest.mark.parametrize(
-    ("body", "message"),
-    [
-        (b"{", "not JSON"),
-        (b"\xff", "not JSON"),
-        (b"[]", "JSON object"),
-        (b"{}", "consumer and limit is required"),
-        (b'{"consumer": "c"}', "limit is required"),
-        (b'{"consumer": "", "limit": 1}', "consumer"),
-        (b'{"consumer": 3, "limit": 1}', "consumer"),
-        (b'{"consumer": "c", "limit": 0}', "limit"),
-        (b'{"consumer": "c", "limit": true}', "limit"),
-        (b'{"consumer": "c", "limit": 1.5}', "limit"),
-        (b'{"consumer": "c", "limit": 1, "wait_seconds": "1"}', "wait_seconds"),
-        (b'{"consumer": "c", "limit": 1, "wait_seconds": NaN}', "wait_seconds"),
-        (b'{"consumer": "c", "limit": 1, "lease_seconds": 0}', "lease_seconds"),
-        (b'{"consumer": "c", "limit": 1, "whole_groups": "yes"}', "whole_groups"),
-        (b'{"consumer": "c", "limit": 1, "labels": {"a": 1}}', "labels"),
-        (b'{"consumer": "c", "limit": 1, "lables": {}}', "unknown field lables"),
-        (b'{"consumer": "\\ud800", "limit": 1}', "Unicode"),
-    ],
-)
-async def test_a_wrong_lease_request_says_in_one_line_what_is_wrong(served: Served, body: bytes, message: str) -> None:
-    status, reply = await raw(served, "POST", "/feed/leases", body)
-    assert status == 400
-    assert message in reply["error"]["message"]
-    assert "\n" not in reply["error"]["message"]
+WRONG_LEASE_REQUESTS = [
+    (b"{", "not JSON"),
+    (b"\xff", "not JSON"),
+    (b"[]", "JSON object"),
+    (b"{}", "consumer and limit is required"),
+    (b'{"consumer": "c"}', "limit is required"),
+    (b'{"consumer": "", "limit": 1}', "consumer"),
+    (b'{"consumer": 3, "limit": 1}', "consumer"),
+    (b'{"consumer": "c", "limit": 0}', "limit"),
+    (b'{"consumer": "c", "limit": true}', "limit"),
+    (b'{"consumer": "c", "limit": 1.5}', "limit"),
+    (b'{"consumer": "c", "limit": 1, "wait_seconds": "1"}', "wait_seconds"),
+    (b'{"consumer": "c", "limit": 1, "wait_seconds": NaN}', "wait_seconds"),
+    (b'{"consumer": "c", "limit": 1, "lease_seconds": 0}', "lease_seconds"),
+    (b'{"consumer": "c", "limit": 1, "whole_groups": "yes"}', "whole_groups"),
+    (b'{"consumer": "c", "limit": 1, "labels": {"a": 1}}', "labels"),
+    (b'{"consumer": "c", "limit": 1, "lables": {}}', "unknown field lables"),
+    (b'{"consumer": "\\ud800", "limit": 1}', "Unicode"),
+]
 
 
-@pytest.mark.parametrize(
-    ("method", "path"), [("GET", "/feed/rollouts/s"), ("DELETE", "/feed/rollouts/s"), ("GET", "/feed/counts")]
-)
-async def test_a_missing_query_parameter_is_named(served: Served, method: str, path: str) -> None:
-    status, reply = await raw(served, method, path, None)
-    assert status == 400
-    assert "required" in reply["error"]["message"]
+async def test_a_wrong_lease_request_says_in_one_line_what_is_wrong(served: Served) -> None:
+    for body, message in WRONG_LEASE_REQUESTS:
+        status, reply = await raw(served, "POST", "/feed/leases", body)
+        assert status == 400, body
+        assert message in reply["error"]["message"], body
+        assert "\n" not in reply["error"]["message"], body
+
+
+async def test_a_missing_query_parameter_is_named(served: Served) -> None:
+    for method, path in (("GET", "/feed/rollouts/s"), ("DELETE", "/feed/rollouts/s"), ("GET", "/feed/counts")):
+        status, reply = await raw(served, method, path, None)
+        assert status == 400, path
+        assert "required" in reply["error"]["message"]
 
 
 async def raw(served: Served, method: str, path: str, body: bytes | None) -> tuple[int, Any]:
