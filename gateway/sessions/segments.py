@@ -20,7 +20,7 @@ from gateway.contracts.errors import Conflict, ExpertsMismatch, LedgerCorrupt, N
 from gateway.contracts.experts import ExpertIds, RoutedExperts, expert_dtype, valid_rows
 from gateway.contracts.generation import JsonValue, LogprobKind
 from gateway.contracts.ports import Ledger
-from gateway.contracts.records import TurnRecord
+from gateway.contracts.records import FinishRecord, TurnRecord
 from gateway.contracts.rollouts import FinishedRollout
 from gateway.contracts.samples import Segment, TurnSpan
 from gateway.contracts.versions import NOT_SAMPLED, expand_spans
@@ -50,16 +50,13 @@ async def load_rollout(ledger: Ledger, session_id: str, snapshot: str) -> Finish
 
     Raises NotFound (no such rollout, or it was dropped), Conflict (another snapshot), IntegrityError.
     """
-    session, finish = await asyncio.gather(ledger.session(session_id), ledger.finish_record(session_id))
-    if session is None or finish is None:
-        raise NotFound(f"session {session_id} has no finished rollout")
-    if finish.snapshot != snapshot:
-        raise Conflict(f"rollout {session_id} has snapshot {finish.snapshot}, not {snapshot}")
-    if finish.dropped_at is not None:
-        raise NotFound(f"the rollout of session {session_id} was dropped")
-    turns = await ledger.turns(session_id)
+    finish = await _readable(ledger, session_id, snapshot)
+    session, turns = await asyncio.gather(ledger.session(session_id), ledger.turns(session_id))
     routed = [turn for turn in turns if turn.experts_stop > turn.experts_start]
     rows = await asyncio.gather(*(ledger.experts(session_id, turn.turn_id) for turn in routed))
+    await _readable(ledger, session_id, snapshot)  # a drop while we read must not pass for a rollout without turns
+    if session is None:
+        raise NotFound(f"no session {session_id}")
     experts = {turn.turn_id: turn_rows for turn, turn_rows in zip(routed, rows, strict=True)}
     segments = await asyncio.to_thread(build_segments, turns, experts)
     return FinishedRollout(
@@ -69,6 +66,17 @@ async def load_rollout(ledger: Ledger, session_id: str, snapshot: str) -> Finish
         num_experts=max((turn.num_experts for turn in routed), default=0),
         reports=tree_reports(turns),
     )
+
+
+async def _readable(ledger: Ledger, session_id: str, snapshot: str) -> FinishRecord:
+    finish = await ledger.finish_record(session_id)
+    if finish is None:
+        raise NotFound(f"session {session_id} has no finished rollout")
+    if finish.snapshot != snapshot:
+        raise Conflict(f"rollout {session_id} has snapshot {finish.snapshot}, not {snapshot}")
+    if finish.dropped_at is not None:
+        raise NotFound(f"the rollout of session {session_id} was dropped")
+    return finish
 
 
 def tree_reports(turns: Sequence[TurnRecord]) -> dict[str, JsonValue]:
