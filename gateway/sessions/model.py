@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from gateway.contracts.errors import ConfigurationError, IdentityMismatch
+from gateway.contracts.errors import IdentityMismatch
 from gateway.contracts.experts import RoutingShape
 from gateway.contracts.generation import EngineIdentity
 from gateway.tito.conversation import HistoryPolicy
@@ -65,26 +64,10 @@ class ServedModel:
             )
         if self.routing is not None and engine.routing is not None and engine.routing != self.routing:
             raise IdentityMismatch(f"{who} routes as {engine.routing}, the model in {self.path} as {self.routing}")
-        theirs = _readable_fingerprints(engine)
         for part, ours in self.fingerprints.items():
-            if part in theirs and theirs[part] != ours:
+            theirs = engine.fingerprints.get(part, ours)  # absent where the engine's files cannot be read
+            if theirs != ours:
                 raise IdentityMismatch(
-                    f"{who} has another {part} ({theirs[part][:12]}) than {self.path} ({ours[:12]}): "
+                    f"{who} has another {part} ({theirs[:12]}) than {self.path} ({ours[:12]}): "
                     "point --model at the engine's own model"
                 )
-
-
-def _readable_fingerprints(engine: EngineIdentity) -> dict[str, str]:
-    """Of the engine's own files, where this process can read them."""
-    path = Path(engine.model_path)
-    fingerprints: dict[str, str] = {}
-    if not engine.model_path or not path.is_dir():
-        return fingerprints
-    tokenizer_file = path / "tokenizer.json"
-    if tokenizer_file.is_file():
-        fingerprints["tokenizer"] = hashlib.sha256(tokenizer_file.read_bytes()).hexdigest()
-        try:
-            fingerprints["template"] = ChatTemplate.load(path).fingerprint
-        except ConfigurationError:
-            return fingerprints  # an engine may serve weights whose folder holds no template
-    return fingerprints
