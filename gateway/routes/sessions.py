@@ -16,7 +16,7 @@ from fastapi.responses import Response
 from gateway.contracts.errors import InvalidRequest, NotFound
 from gateway.contracts.generation import JsonValue
 from gateway.contracts.ports import Ledger
-from gateway.contracts.records import Outcome, SessionOrigin, SessionRecord, TurnRecord
+from gateway.contracts.records import FinishRecord, Outcome, SessionOrigin, SessionRecord, TurnRecord
 from gateway.contracts.samples import Segment
 from gateway.routes.access import Access
 from gateway.routes.bodies import json_reply, path_id, read_fields, typed
@@ -66,14 +66,20 @@ class _SessionRoutes:
         return json_reply(reply, status=201 if is_new else 200)
 
     async def list(self, request: Request) -> Response:
-        """`{"sessions": […]}` in order of id; `label=key:value` (repeatable), `limit`, `after`."""
+        """`{"sessions": […]}` in order of id, each with `state`, `outcome` and `reward`.
+
+        Query: `label=key:value` (repeatable), `limit`, `after`.
+        """
         labels = dict(_label(text) for text in request.query_params.getlist("label"))
         limit = request.query_params.get("limit", "100")
         if not limit.isdecimal() or not 1 <= int(limit) <= _MAX_PAGE:
             raise InvalidRequest(f"limit: expected 1 to {_MAX_PAGE}")
         after = request.query_params.get("after")
         records = await self._ledger.sessions(labels=labels or None, limit=int(limit), after=after)
-        return json_reply({"sessions": [_session_json(record) for record in records]})
+        finishes = [await self._ledger.finish_record(record.session_id) for record in records]
+        return json_reply(
+            {"sessions": [_session_json(r) | _state_json(f) for r, f in zip(records, finishes, strict=True)]}
+        )
 
     async def show(self, request: Request) -> Response:
         """One session with the figures of its turn tree."""
@@ -185,6 +191,12 @@ def _session_json(record: SessionRecord) -> dict[str, JsonValue]:
     fields = asdict(record)
     del fields["key_hash"]
     return fields
+
+
+def _state_json(finish: FinishRecord | None) -> dict[str, JsonValue]:
+    if finish is None:
+        return {"state": "open", "outcome": None, "reward": None}
+    return {"state": "finished", "outcome": finish.outcome, "reward": finish.reward}
 
 
 def _turn_json(turn: TurnRecord, *, arrays: bool) -> dict[str, JsonValue]:

@@ -25,6 +25,8 @@ from trainer.rollouts.recipe import Recipe
 from trainer.rollouts.settings import RolloutSettings
 from trainer.rollouts.tasks import Task
 
+_PAGE = 1000
+
 
 class Sandboxes(Protocol):
     """Lends a fresh sandbox for the length of a rollout."""
@@ -118,7 +120,7 @@ class RolloutController:
 
     async def abandon_open_sessions(self) -> int:
         """Finish what an interrupted process of this run left open, without a reward; returns how many there were."""
-        sessions = await self._gateway.sessions(labels={"run": self._run_name})
+        sessions = await self._sessions({"run": self._run_name})
         open_ids = [session["session_id"] for session in sessions if session["state"] == "open"]
         for session_id in open_ids:
             await self._gateway.finish_session(session_id, reward=None, outcome=Outcome.ABANDONED, metadata={})
@@ -133,8 +135,17 @@ class RolloutController:
         ]
 
     async def _ended_earlier(self, labels: Mapping[str, str]) -> dict[str, float | None]:
-        sessions = await self._gateway.sessions(labels=labels)
-        return {s["session_id"]: s.get("reward") for s in sessions if s["state"] != "open"}
+        sessions = await self._sessions(labels)
+        return {session["session_id"]: session["reward"] for session in sessions if session["state"] == "finished"}
+
+    async def _sessions(self, labels: Mapping[str, str]) -> list[dict[str, JsonValue]]:
+        """All sessions with these labels, page by page."""
+        found: list[dict[str, JsonValue]] = []
+        while page := await self._gateway.sessions(
+            labels=labels, limit=_PAGE, after=found[-1]["session_id"] if found else None
+        ):
+            found += page
+        return found
 
     async def _run_attempt(
         self, attempt: _Attempt, client: AsyncOpenAI, group_size: int, labels: Mapping[str, str]
