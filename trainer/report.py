@@ -10,11 +10,13 @@ import asyncio
 import json
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
+from rich.table import Table
 
 from gateway.client import GatewayClient
 from gateway.contracts.errors import LedgerError
@@ -51,6 +53,91 @@ class MetricsFigures:
     kl_without_replay: float | None
     extreme_share_with_replay: float | None
     extreme_share_without_replay: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class DemoReport:
+    """The demo's result; its fields are those of `verbatim demo --json`.
+
+    Rewards are means over held-out tasks before the first and after the last step. `tokens_sampled` and
+    `tokens_trained` are equal unless something was lost (I3). KL in nats a token. None where nothing was measured.
+    """
+
+    seed: int
+    steps: int
+    reward_before: float | None
+    reward_after: float | None
+    tokens_sampled: int
+    tokens_trained: int
+    tokens_unrewarded: int
+    rollouts: int
+    rows_verified_share: float | None
+    kl_with_replay: float | None
+    kl_without_replay: float | None
+    extreme_share_with_replay: float | None
+    extreme_share_without_replay: float | None
+    policy_versions: tuple[int, ...]
+    seconds: float
+    peak_rss_bytes: int
+
+    def with_costs(self, *, seconds: float, peak_rss_bytes: int) -> DemoReport:
+        """The same report with what the call cost."""
+        return replace(self, seconds=seconds, peak_rss_bytes=peak_rss_bytes)
+
+
+async def make_report(gateway_url: str, *, run_name: str, metrics_file: Path, seed: int) -> DemoReport:
+    """Read ledger and metrics; time and memory are 0 until `with_costs`."""
+    ledger = await read_ledger(gateway_url, run_name=run_name)
+    metrics = read_metrics(metrics_file)
+    versions = sorted(ledger.eval_rewards)
+    return DemoReport(
+        seed=seed,
+        steps=metrics.steps,
+        reward_before=ledger.eval_rewards.get(0),
+        reward_after=ledger.eval_rewards[versions[-1]] if versions and versions[-1] > 0 else None,
+        tokens_sampled=ledger.tokens_sampled,
+        tokens_trained=metrics.tokens_trained,
+        tokens_unrewarded=ledger.tokens_unrewarded,
+        rollouts=ledger.num_rollouts,
+        rows_verified_share=metrics.rows_verified_share,
+        kl_with_replay=metrics.kl_with_replay,
+        kl_without_replay=metrics.kl_without_replay,
+        extreme_share_with_replay=metrics.extreme_share_with_replay,
+        extreme_share_without_replay=metrics.extreme_share_without_replay,
+        policy_versions=ledger.policy_versions,
+        seconds=0.0,
+        peak_rss_bytes=0,
+    )
+
+
+def show_report(report: DemoReport, *, folder: Path, console: Console) -> None:
+    """The report for people, and what to type next."""
+    table = Table(title="Verbatim demo", show_header=False, title_justify="left")
+    equal = "equal" if report.tokens_sampled == report.tokens_trained else "NOT EQUAL"
+    versions = report.policy_versions
+    seen = f"{len(versions)} ({versions[0]} to {versions[-1]})" if versions else "none"
+    rows = (
+        ("held-out reward", f"{_figure(report.reward_before)} before, {_figure(report.reward_after)} after"),
+        ("tokens", f"{report.tokens_sampled} sampled (ledger), {report.tokens_trained} trained (trainer): {equal}"),
+        ("replayed rows verified", _percent(report.rows_verified_share)),
+        ("KL rollout to train", f"{_figure(report.kl_with_replay)} with replay, "
+         f"{_figure(report.kl_without_replay)} without"),
+        ("extreme tokens", f"{_percent(report.extreme_share_with_replay)} with replay, "
+         f"{_percent(report.extreme_share_without_replay)} without"),
+        ("policy versions seen", seen),
+        ("steps, rollouts", f"{report.steps}, {report.rollouts} (seed {report.seed})"),
+        ("time, peak memory", f"{report.seconds:.0f} s, {report.peak_rss_bytes / 2**30:.2f} GiB of all processes"),
+        ("ledger", str(folder / "ledger")),
+        ("checkpoints", str(folder / "run" / "checkpoints")),
+    )  # fmt: skip
+    for name, value in rows:
+        table.add_row(name, value)
+    console.print(table)
+    for line in (
+        f"next: `verbatim demo --data {folder} --steps {report.steps * 2}` trains on from here; --keep leaves servers up",
+        "      `verbatim train --config trainer/recipes/gsm8k.toml --print-config` shows a run with a real model",
+    ):
+        console.print(line, soft_wrap=True)
 
 
 async def read_ledger(gateway_url: str, *, run_name: str, operator_key: str | None = None) -> LedgerFigures:
@@ -122,6 +209,14 @@ def _rewards_by_version(rollouts: Iterable[FinishedRollout]) -> dict[int, float]
         if rollout.finish.reward is not None:
             rewards.setdefault(max(_versions(rollout), default=0), []).append(rollout.finish.reward)
     return {version: sum(values) / len(values) for version, values in sorted(rewards.items())}
+
+
+def _figure(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.3g}"
+
+
+def _percent(value: float | None) -> str:
+    return "not measured" if value is None else f"{100 * value:.4g} %"
 
 
 def _mean(steps: Sequence[Mapping[str, Any]], name: str) -> float | None:

@@ -36,6 +36,7 @@ TOOL: JsonValue = {
 
 _ANSWER = re.compile(r"####\s*(-?[0-9.]+)\s*$")
 _TOOL_SECONDS = 10.0
+_CORPUS_SIZE = 2000
 
 
 class Question(NamedTuple):
@@ -92,6 +93,11 @@ def demonstrations(seed: int, count: int) -> list[list[JsonValue]]:
     """Faultless conversations on training questions, for the supervised warm-up."""
     draw = random.Random(f"demonstrations/{seed}")
     return [_demonstration(_draw(draw, questions("train"))) for _ in range(count)]
+
+
+def corpus() -> list[str]:
+    """Text to train a tokenizer on: what these conversations are made of."""
+    return [json.dumps(conversation) for conversation in demonstrations(0, _CORPUS_SIZE)]
 
 
 @cache

@@ -24,8 +24,8 @@ _IGNORED = -100
 class WarmupSettings:
     """`learning_rate` is reached after `ramp_steps` and then held."""
 
-    steps: int = 100
-    batch_size: int = 32
+    steps: int = 300
+    batch_size: int = 16
     learning_rate: float = 2e-3
     ramp_steps: int = 10
 

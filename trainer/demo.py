@@ -1,0 +1,243 @@
+"""`verbatim demo`: the whole loop on this machine's CPU, each part a process of its own.
+
+    checkpoint → warm-up → [engine] ◀── [gateway] ◀── agents, trainer [train] → report, read back from the ledger
+
+What is finished in the data folder is not done again, so a run that was stopped goes on with `--data`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from gateway.contracts.errors import ConfigurationError
+from trainer.processes import Children, PeakMemory, environment, free_port
+from trainer.report import make_report, show_report
+
+DEFAULT_STEPS = 25
+DEFAULT_WARMUP_STEPS = 300
+
+_RECIPE = Path(__file__).parent / "recipes" / "calculator.toml"
+_DATA_HOME = Path("demo-run")
+_READY_SECONDS = 120.0
+_PROBE = "from sandbox.local.driver import LocalDriver; LocalDriver().check()"
+
+
+@dataclass(frozen=True, slots=True)
+class DemoRun:
+    """What a data folder was made with; a later call with the same folder must agree (steps may grow)."""
+
+    seed: int
+    warmup_steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class DemoPlan:
+    """One call of the demo. `overrides`: settings of `verbatim train`, as `a.b=c`."""
+
+    folder: Path
+    run: DemoRun
+    steps: int
+    sandbox: str
+    overrides: tuple[str, ...]
+
+    @property
+    def model(self) -> Path:
+        """The warmed-up checkpoint."""
+        return self.folder / "model"
+
+    @property
+    def run_name(self) -> str:
+        """Names the run's sessions in the ledger."""
+        return f"demo-{self.run.seed}"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """The flags of `verbatim demo`."""
+    parser.add_argument("--seed", type=int, metavar="N", help="of model, tasks and sampling (0)")
+    parser.add_argument("--steps", type=int, default=DEFAULT_STEPS, metavar="N", help=f"training ({DEFAULT_STEPS})")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="where all is kept; a run found there goes on")
+    parser.add_argument("--keep", action="store_true", help="leave engine and gateway up until Ctrl-C")
+    parser.add_argument("--json", action="store_true", help="the last line of standard output is the report as JSON")
+    parser.add_argument("--sandbox", choices=("local", "subprocess"), help="how tools are isolated (local)")
+    parser.add_argument("--warmup-steps", type=int, metavar="N", help=f"supervised steps ({DEFAULT_WARMUP_STEPS})")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="a setting of `verbatim train`")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the demo; raises ConfigurationError for a folder of another run, ChildFailed if a part dies."""
+    started = time.monotonic()
+    os.environ.update(environment())  # before torch is imported here, for the warm-up
+    plan = _plan(arguments)
+    console = Console(stderr=True, highlight=False)
+    with _ended_by_signals(), PeakMemory() as memory, Children(plan.folder / "logs") as children:
+        _prepare_model(plan, console)
+        engine_url, gateway_url = _start_servers(plan, children)
+        console.print(f"engine {engine_url}, gateway {gateway_url}, all data in {plan.folder}")
+        _train(plan, children, gateway_url)
+        report = asyncio.run(
+            make_report(
+                gateway_url,
+                run_name=plan.run_name,
+                metrics_file=plan.folder / "run" / "metrics.jsonl",
+                seed=plan.run.seed,
+            )
+        )
+        report = report.with_costs(seconds=time.monotonic() - started, peak_rss_bytes=memory.peak_rss_bytes)
+        show_report(report, folder=plan.folder, console=Console(stderr=arguments.json, highlight=False))
+        if arguments.json:
+            sys.stdout.write(json.dumps(asdict(report)) + "\n")
+            sys.stdout.flush()
+        if arguments.keep:
+            _keep(children, console, engine_url, gateway_url)
+    return 0
+
+
+def _plan(arguments: argparse.Namespace) -> DemoPlan:
+    if arguments.steps < 1:
+        raise ConfigurationError(f"--steps is {arguments.steps}; it must be at least 1")
+    folder = arguments.data or _DATA_HOME / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    recorded = _recorded(folder)
+    seed = _agreed("--seed", arguments.seed, recorded and recorded.seed, 0, folder)
+    warmup = _agreed(
+        "--warmup-steps", arguments.warmup_steps, recorded and recorded.warmup_steps, DEFAULT_WARMUP_STEPS, folder
+    )
+    made_with = DemoRun(seed, warmup)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "demo.json").write_text(json.dumps(asdict(made_with)) + "\n")
+    return DemoPlan(folder, made_with, arguments.steps, _usable_sandbox(arguments.sandbox), tuple(arguments.set))
+
+
+def _recorded(folder: Path) -> DemoRun | None:
+    file = folder / "demo.json"
+    return DemoRun(**json.loads(file.read_text())) if file.exists() else None
+
+
+def _agreed(flag: str, asked: int | None, recorded: int | None, default: int, folder: Path) -> int:
+    if asked is not None and recorded is not None and asked != recorded:
+        raise ConfigurationError(f"{folder} holds a run with {flag} {recorded}, not {asked}; choose another --data")
+    return next(value for value in (asked, recorded, default) if value is not None)
+
+
+def _usable_sandbox(asked: str | None) -> str:
+    """`local`, or where this machine does not permit namespaces and none was asked for, a plain process, loudly."""
+    if asked is not None:
+        return asked
+    probe = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True, check=False)
+    if probe.returncode == 0:
+        return "local"
+    reason = (probe.stderr.strip().splitlines() or ["unknown"])[-1]
+    sys.stderr.write(f"WARNING: NO ISOLATION: the demo's calculator runs as a plain process, because: {reason}\n")
+    return "subprocess"
+
+
+def _prepare_model(plan: DemoPlan, console: Console) -> None:
+    """Make and warm up the checkpoint, unless the folder has it."""
+    done = plan.model / "warmup.json"
+    if done.exists():
+        console.print(f"model found in {plan.model}")
+        return
+    import torch
+
+    from trainer.recipes.calculator import CalculatorRecipe, corpus, demonstrations
+    from trainer.recipes.checkpoint import TinyMoeShape, checkpoint_summary, make_checkpoint
+    from trainer.recipes.warmup import WarmupSettings, warm_up
+
+    torch.set_num_threads(1)
+    settings = WarmupSettings(steps=plan.run.warmup_steps)
+    make_checkpoint(plan.model, corpus=corpus(), seed=plan.run.seed, shape=TinyMoeShape())
+    console.print(f"new checkpoint: {checkpoint_summary(plan.model)}")
+    with _bar(console, "warm-up", settings.steps) as advance:
+        warm_up(
+            plan.model,
+            demonstrations(plan.run.seed, settings.steps * settings.batch_size),
+            tools=CalculatorRecipe.tools,
+            seed=plan.run.seed,
+            settings=settings,
+            on_step=advance,
+        )
+    done.write_text(json.dumps(asdict(settings)) + "\n")
+
+
+def _start_servers(plan: DemoPlan, children: Children) -> tuple[str, str]:
+    """The engine in bfloat16 (the trainer is in float32, as in real stacks) and the gateway; returns their URLs."""
+    port = free_port()
+    engine = ["--model", str(plan.model), "--port", str(port), "--dtype", "bfloat16", "--seed", str(plan.run.seed)]
+    engine += ["--max-running-requests", "64"]
+    engine_url = children.start_server("engine", engine, timeout_seconds=_READY_SECONDS)
+    gateway = ["--engine", f"sglang={engine_url}", "--model", str(plan.model), "--port", str(free_port(port))]
+    gateway += ["--data", str(plan.folder / "ledger")]
+    return engine_url, children.start_server("serve", gateway, timeout_seconds=_READY_SECONDS)
+
+
+def _train(plan: DemoPlan, children: Children, gateway_url: str) -> None:
+    overrides = (
+        f"run.dir='{plan.folder / 'run'}'",
+        f"run.name={plan.run_name}",
+        f"run.seed={plan.run.seed}",
+        f"run.steps={plan.steps}",
+        f"model.path='{plan.model}'",
+        f"gateway.url={gateway_url}",
+        f"sandbox.driver={plan.sandbox}",
+        *plan.overrides,
+    )
+    children.run("train", ["--config", str(_RECIPE), *(word for o in overrides for word in ("--set", o))])
+
+
+def _keep(children: Children, console: Console, engine_url: str, gateway_url: str) -> None:
+    console.print(f"engine {engine_url} and gateway {gateway_url} stay up; Ctrl-C ends them")
+    try:
+        children.wait()
+    except KeyboardInterrupt:
+        return
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP end us as Ctrl-C does, so that children are stopped."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Advance:
+    """Follows the warm-up: a bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, bars: Progress, name: str, total: int) -> None:
+        self._bars = bars
+        self._name = name
+        self._total = total
+        self._task = bars.add_task(name, total=total)
+
+    def __call__(self, done: int, loss: float) -> None:
+        self._bars.update(self._task, completed=done, description=f"{self._name}, loss {loss:.3f}")
+        if not self._bars.console.is_terminal and (done % 50 == 0 or done == self._total):
+            self._bars.console.print(f"{self._name} {done}/{self._total}  loss {loss:.3f}")
+
+
+@contextmanager
+def _bar(console: Console, name: str, total: int) -> Iterator[_Advance]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        yield _Advance(bars, name, total)
