@@ -105,8 +105,9 @@ def _message_without_reasoning(message: JsonValue, reasoning: ReasoningMarkers) 
 
 
 def _without_empty_blocks(text: str, reasoning: ReasoningMarkers) -> str:
-    """Some templates write an empty block where there is no reasoning, and only in some turns."""
-    return re.sub(rf"{re.escape(reasoning.opener.text)}\s*{re.escape(reasoning.closer.text)}\s*", "", text)
+    """Some templates write an empty block where there is no reasoning, and only in some turns; with it go newlines."""
+    block = rf"{re.escape(reasoning.opener.text)}\s*{re.escape(reasoning.closer.text)}\n*"
+    return re.sub(r"\n+", "\n", re.sub(block, "", text))
 
 
 def _digest(content: bytes) -> bytes:

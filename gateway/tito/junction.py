@@ -22,6 +22,8 @@ from gateway.tito.conversation import Conversation
 from gateway.tito.lookalikes import Brackets, absent_characters
 from gateway.tito.template import REASONING_KEYS, ChatTemplate
 
+_WORDS = re.compile(r"(?:^|(?<=>))[^<]+")
+
 
 @dataclass(frozen=True, slots=True)
 class Junction:
@@ -211,11 +213,14 @@ def _marked_content(content: JsonValue, mark: str) -> JsonValue | None:
 
 
 def _marked_text(text: JsonValue, mark: str) -> str | None:
-    """The mark goes into the middle: templates look at how a text begins and ends, and trim it there."""
+    """The mark goes into the middle of the last words outside of tags: templates look at how a text begins and ends,
+    trim it there, and cut it at tags (reasoning is dropped, what follows it is not)."""
     if not isinstance(text, str) or not text.strip():
         return None
-    start = len(text) - len(text.lstrip())
-    middle = start + max(1, len(text.strip()) // 2)
+    words = [match for match in _WORDS.finditer(text) if match.group().strip()]
+    start, stop = words[-1].span() if words else (0, len(text))
+    start += len(text[start:stop]) - len(text[start:stop].lstrip())
+    middle = start + max(1, len(text[start:stop].strip()) // 2)
     return text[:middle] + mark + text[middle:]
 
 
