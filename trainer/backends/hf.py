@@ -96,7 +96,7 @@ class HFBackend:
             terms = objective(forward.logprobs, _trained_tokens(batch))
             part = token_mean(terms.loss, num_trained_tokens=num_trained)
             part.backward()
-            loss += float(part)
+            loss += float(part.detach())
             num_clipped += int(terms.clipped.sum())
             forwards.append(forward._replace(logprobs=forward.logprobs.detach()))
         grad_norm = self._clipped_grad_norm()
