@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
 
@@ -112,11 +112,11 @@ def _plan(arguments: argparse.Namespace) -> DemoPlan:
         raise ConfigurationError(f"--steps is {arguments.steps}; it must be at least 1")
     folder = arguments.data or _DATA_HOME / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     recorded = _recorded(folder)
-    seed = _agreed("--seed", arguments.seed, recorded and recorded.seed, 0, folder)
-    warmup = _agreed(
-        "--warmup-steps", arguments.warmup_steps, recorded and recorded.warmup_steps, DEFAULT_WARMUP_STEPS, folder
-    )
-    made_with = DemoRun(seed, warmup)
+    made_with = recorded or DemoRun(seed=0, warmup_steps=DEFAULT_WARMUP_STEPS)
+    asked = {"seed": arguments.seed, "warmup_steps": arguments.warmup_steps}
+    made_with = replace(made_with, **{name: value for name, value in asked.items() if value is not None})
+    if recorded not in (None, made_with):
+        raise ConfigurationError(f"{folder} holds {recorded}, which is not {made_with}; choose another --data")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "demo.json").write_text(json.dumps(asdict(made_with)) + "\n")
     return DemoPlan(folder, made_with, arguments.steps, _usable_sandbox(arguments.sandbox), tuple(arguments.set))
@@ -125,12 +125,6 @@ def _plan(arguments: argparse.Namespace) -> DemoPlan:
 def _recorded(folder: Path) -> DemoRun | None:
     file = folder / "demo.json"
     return DemoRun(**json.loads(file.read_text())) if file.exists() else None
-
-
-def _agreed(flag: str, asked: int | None, recorded: int | None, default: int, folder: Path) -> int:
-    if asked is not None and recorded is not None and asked != recorded:
-        raise ConfigurationError(f"{folder} holds a run with {flag} {recorded}, not {asked}; choose another --data")
-    return next(value for value in (asked, recorded, default) if value is not None)
 
 
 def _usable_sandbox(asked: str | None) -> str:

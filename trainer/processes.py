@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import psutil
+import psutil  # type: ignore[import-untyped]  # has no types of its own
 
 from gateway.contracts.errors import VerbatimError
 from gateway.contracts.telemetry import ready_line
