@@ -77,7 +77,7 @@ async def run_training(settings: TrainSettings, progress: Progress) -> RunState:
         backend = await asyncio.to_thread(
             HFBackend, settings.model, settings.optimizer, replay=settings.replay.mode, seed=settings.run.seed
         )
-        sandboxes = await stack.enter_async_context(_open_sandboxes(settings.sandbox.driver))
+        sandboxes = await stack.enter_async_context(_open_sandboxes(settings))
         controller = RolloutController(
             gateway=gateway,
             sandboxes=sandboxes,
@@ -175,10 +175,14 @@ async def _open_gateway(url: str) -> AsyncIterator[GatewayClient]:
 
 
 @asynccontextmanager
-async def _open_sandboxes(driver_name: str) -> AsyncIterator[SandboxPool]:
-    driver = make_driver(driver_name)
+async def _open_sandboxes(settings: TrainSettings) -> AsyncIterator[SandboxPool]:
+    driver = make_driver(settings.sandbox.driver)
     try:
-        yield SandboxPool(driver)
+        pool = SandboxPool(driver, size=settings.rollouts.concurrency)
+        try:
+            yield pool
+        finally:
+            await pool.aclose()
     finally:
         await driver.aclose()
 
