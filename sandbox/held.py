@@ -38,19 +38,15 @@ _SHELL_SIGNALLED = 128  # A shell's exit code for a command that a signal ended 
 _CREDENTIALS = struct.Struct("iII")
 
 
-class ControlGroup(Protocol):
-    """The kernel's limits on one sandbox as a whole."""
-
-    def add(self, pid: int) -> None:
-        """Put a process, and all that it starts from now on, under the limits."""
-        ...
+class Enclosure(Protocol):
+    """What surrounds one sandbox as a whole and outlives its processes: a control group, a folder."""
 
     def out_of_memory_kills(self) -> int:
         """How many processes were killed so far because the sandbox's memory was used up."""
         ...
 
     async def remove(self) -> None:
-        """Forget the group; all of its processes have ended."""
+        """Leave nothing of it; all of its processes have ended."""
         ...
 
 
@@ -144,7 +140,7 @@ class HeldSandbox:
         started: StartedHolder,
         *,
         env: Mapping[str, str],
-        group: ControlGroup | None,
+        enclosure: Enclosure | None,
         on_destroyed: Callable[[], None],
         ends_itself: bool = False,
     ) -> None:
@@ -153,7 +149,7 @@ class HeldSandbox:
         self._limits = limits
         self._control, self._process, _, self._pidfd = started
         self._env = dict(env)
-        self._group = group
+        self._enclosure = enclosure
         self._on_destroyed = on_destroyed
         self._ends_itself = ends_itself
         self._ending: asyncio.Task[None] | None = None
@@ -186,28 +182,28 @@ class HeldSandbox:
         argv = ["/bin/sh", "-c", command] if isinstance(command, str) else list(command)
         variables = [f"{name}={value}" for name, value in {**self._env, **(env or {})}.items()]
         fields = (cwd or ".", _joined(argv, "an argument"), _joined(variables, "a variable"), stdin)
-        kills_before = self._group.out_of_memory_kills() if self._group else 0
+        kills_before = self._enclosure.out_of_memory_kills() if self._enclosure else 0
         reply = await self._request(holder.EXECUTE, timeout_seconds, self._limits.output_bytes, *fields)
-        if reply.kind == holder.FAILED:
+        if reply.kind == holder.NOT_STARTED:
             # No process or no memory is left for one more command: its own doing, so it is data.
             return _exited(126, b"", b"sandbox: " + reply.stderr + b"\n", reply.seconds)
-        out_of_memory = self._group is not None and self._group.out_of_memory_kills() > kills_before
+        out_of_memory = self._enclosure is not None and self._enclosure.out_of_memory_kills() > kills_before
         outcome, exit_code = _outcome(reply, out_of_memory=out_of_memory)
         return ExecResult(
             outcome, exit_code, reply.stdout, reply.stderr, reply.stdout_total, reply.stderr_total, reply.seconds
         )
 
     async def write_file(self, path: str, content: bytes) -> None:
-        """Write a file, making its folders; raises SandboxError if the sandbox's disk is full or the place read-only."""
+        """Write a file, making its folders; raises SandboxError if the disk is full or the place read-only."""
         reply = await self._request(holder.WRITE_FILE, FILE_SECONDS, 0, _named(path), b"", b"", content)
-        if reply.kind == holder.FAILED:
+        if reply.kind in (holder.FAILED, holder.NOT_STARTED):
             raise SandboxError(f"sandbox {self._id}: cannot write {path}: {reply.stderr.decode(errors='replace')}")
 
     async def read_file(self, path: str) -> bytes:
         """A regular file's content; raises NotFound if there is none, SandboxError if it is larger than the disk."""
         most = max(self._limits.disk_bytes, 2**20)
         reply = await self._request(holder.READ_FILE, FILE_SECONDS, most, _named(path), b"", b"", b"")
-        if reply.kind != holder.FAILED:
+        if reply.kind == holder.ENDED:
             return reply.stdout
         reason = f"sandbox {self._id}: cannot read {path}: {reply.stderr.decode(errors='replace')}"
         if reply.status in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP):
@@ -228,8 +224,8 @@ class HeldSandbox:
             if self._ends_itself and not await _ended(self._pidfd, 2 * holder.KILL_SECONDS):
                 _kill(self._pidfd)
             await _reap(self._process)
-            if self._group is not None:
-                await self._group.remove()
+            if self._enclosure is not None:
+                await self._enclosure.remove()
         finally:
             os.close(self._pidfd)
             self._on_destroyed()
@@ -243,7 +239,6 @@ class HeldSandbox:
         head = holder.REQUEST.pack(
             operation,
             timeout_seconds,
-            self._limits.cpu_seconds_per_command,
             output_bytes,
             len(name),
             len(argv),
@@ -257,7 +252,9 @@ class HeldSandbox:
                     return await _exchange(channel, head + name + argv + env + body, most_bytes=2 * output_bytes + 4096)
         except TimeoutError:
             await self.destroy()
-            raise SandboxLost(f"sandbox {self._id} did not answer within {backup_seconds:.0f} s and was ended") from None
+            raise SandboxLost(
+                f"sandbox {self._id} did not answer within {backup_seconds:.0f} s and was ended"
+            ) from None
         except _ChannelClosed:
             return await self._explain_closed_channel(operation)
 
@@ -312,7 +309,9 @@ async def _exchange(channel: socket.socket, request: bytes, *, most_bytes: int) 
         await loop.sock_sendall(channel, request)
         *figures, stdout_bytes, stderr_bytes = holder.REPLY.unpack(await _receive(channel, holder.REPLY.size))
         if stdout_bytes + stderr_bytes > most_bytes:
-            raise SandboxError(f"a sandbox announced {stdout_bytes + stderr_bytes} bytes where {most_bytes} are allowed")
+            raise SandboxError(
+                f"a sandbox announced {stdout_bytes + stderr_bytes} bytes where {most_bytes} are allowed"
+            )
         body = await _receive(channel, stdout_bytes + stderr_bytes)
     except ConnectionError as error:
         raise _ChannelClosed from error
@@ -380,7 +379,7 @@ async def _reap(process: subprocess.Popen[bytes]) -> None:
         if not await _ended(pidfd, DESTROY_SECONDS):
             process.kill()
             if not await _ended(pidfd, DESTROY_SECONDS):
-                raise SandboxError(f"process {process.pid} of a sandbox does not end (state D?); see ps -p {process.pid}")
+                raise SandboxError(f"process {process.pid} of a sandbox does not end; see ps -p {process.pid}")
     finally:
         os.close(pidfd)
     process.wait()  # It has ended, so this returns at once.

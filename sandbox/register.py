@@ -16,17 +16,18 @@ class Mortal(Sandbox, Protocol):
     def alive(self) -> bool: ...
 
 
-AnySandbox = TypeVar("AnySandbox", bound=Mortal)
+AnySandbox = TypeVar("AnySandbox", bound=Sandbox)
+MortalSandbox = TypeVar("MortalSandbox", bound=Mortal)
 
 
-class Register(Generic[AnySandbox]):
+class Register(Generic[MortalSandbox]):
     """Key → living sandbox, for drivers; belongs to one event loop."""
 
     def __init__(self) -> None:
-        self._living: dict[str, AnySandbox] = {}
+        self._living: dict[str, MortalSandbox] = {}
         self._making: dict[str, asyncio.Event] = {}
 
-    async def obtain(self, key: str, make: Callable[[], Awaitable[AnySandbox]]) -> AnySandbox:
+    async def obtain(self, key: str, make: Callable[[], Awaitable[MortalSandbox]]) -> MortalSandbox:
         """The living sandbox of this key, else a new one; callers that ask at the same time get the same one."""
         while True:
             if key in self._making:

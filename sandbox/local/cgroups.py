@@ -64,7 +64,7 @@ class GroupTree:
 
 
 class SandboxGroup:
-    """The limits of one sandbox (`held.ControlGroup`)."""
+    """The limits of one sandbox (`held.Enclosure`)."""
 
     def __init__(self, version: int, folders: Mapping[str, Path]) -> None:
         self._version = version

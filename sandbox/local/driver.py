@@ -112,7 +112,7 @@ class LocalDriver:
             await asyncio.to_thread(ground.close)
 
     async def _make(self, spec: SandboxSpec) -> HeldSandbox:
-        ground = self._ground or await asyncio.to_thread(self._lay_ground_once)
+        ground = await asyncio.to_thread(self._lay_ground_once) if self._ground is None else self._ground
         in_groups = ground.groups is not None
         group = ground.groups.create(spec.limits) if ground.groups is not None else None
         try:
@@ -122,9 +122,7 @@ class LocalDriver:
                 niceness=0 if in_groups else _NICENESS_WITHOUT_GROUPS,
                 address_space_bytes=0 if in_groups else spec.limits.memory_bytes,
             ) as (argv, descriptors):
-                started = await start_holder(
-                    ground.command(argv, descriptors), deadline_seconds=START_SECONDS
-                )
+                started = await start_holder(ground.command(argv, descriptors), deadline_seconds=START_SECONDS)
         except BaseException:
             if group is not None:
                 await asyncio.shield(group.remove())
@@ -134,7 +132,7 @@ class LocalDriver:
             spec.limits,
             started,
             env=ground.rootfs.environment,
-            group=group,
+            enclosure=group,
             on_destroyed=lambda: self._register.forget(spec.key),
         )
         try:
@@ -186,7 +184,9 @@ def _require_bubblewrap() -> None:
     answer = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=START_SECONDS, check=False)
     numbers = tuple(int(number) for number in re.findall(r"\d+", answer.stdout)[:2])
     if numbers < _OLDEST_BUBBLEWRAP:
-        raise SandboxUnavailable(f"{program} is version {answer.stdout.strip()!r}; sandboxes need bubblewrap 0.8 or newer")
+        raise SandboxUnavailable(
+            f"{program} is version {answer.stdout.strip()!r}; sandboxes need bubblewrap 0.8 or newer"
+        )
 
 
 def _as_this_user() -> _Ground:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import marshal
+import math
 import os
 import sys
 import sysconfig
@@ -115,7 +116,8 @@ class Rootfs:
             argv += ["--", self.interpreter.program, "-I", "-S", _HOLDER]
             argv += ["{control}", holder.SANDBOX_HOME, "0"]
             # Beside the commands' processes the holder and one supervisor belong to the same user.
-            bounds = holder.HolderLimits(limits.num_processes + 2, address_space_bytes, limits.disk_bytes, niceness)
+            cpu_seconds = math.ceil(limits.cpu_seconds_per_command)
+            bounds = (limits.num_processes + 2, address_space_bytes, limits.disk_bytes, cpu_seconds, niceness)
             yield [*argv, *(str(value) for value in bounds)], descriptors
 
     def close(self) -> None:

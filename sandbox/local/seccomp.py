@@ -12,6 +12,7 @@ import errno
 import platform
 import socket
 import struct
+from collections.abc import Mapping
 from typing import NamedTuple
 
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
@@ -25,52 +26,70 @@ _SOCKET_FAMILIES = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6, socket.AF_N
 
 
 class _Machine(NamedTuple):
-    """Of one architecture: its audit number, and the numbers of the calls that this module names."""
+    """Of one architecture: its audit number, the numbers of the calls whose arguments matter, its column below."""
 
     audit: int
     clone: int
     clone3: int
     socket: int
-    refused: tuple[int, ...]
+    column: int
 
 
 _MACHINES = {
-    "x86_64": _Machine(
-        audit=0xC000003E,
-        clone=56,
-        clone3=435,
-        socket=41,
-        # fmt: off
-        refused=(
-            165, 166, 155, 161, 428, 429, 430, 431, 432, 433, 442,  # mount, umount2, pivot_root, chroot, new mount calls
-            272, 308,                                               # unshare, setns
-            248, 249, 250,                                          # add_key, request_key, keyctl
-            321, 298, 323, 425, 426, 427,                           # bpf, perf_event_open, userfaultfd, io_uring
-            303, 304, 300,                                          # name_to_handle_at, open_by_handle_at, fanotify_init
-            175, 176, 313, 246, 320, 169,                           # modules, kexec, reboot
-            167, 168, 163, 179, 443, 103,                           # swapon, swapoff, acct, quotactl, syslog
-            164, 227, 159, 305, 170, 171, 153, 172, 173, 154, 279,  # clocks, host names, vhangup, I/O ports, ldt
-        ),
-        # fmt: on
-    ),
-    "aarch64": _Machine(
-        audit=0xC00000B7,
-        clone=220,
-        clone3=435,
-        socket=198,
-        # fmt: off
-        refused=(
-            40, 39, 41, 51, 428, 429, 430, 431, 432, 433, 442,
-            97, 268,
-            217, 218, 219,
-            280, 241, 282, 425, 426, 427,
-            264, 265, 262,
-            105, 106, 273, 104, 294, 142,
-            224, 225, 89, 60, 443, 116,
-            170, 112, 171, 266, 161, 162, 58, 239,
-        ),
-        # fmt: on
-    ),
+    "x86_64": _Machine(audit=0xC000003E, clone=56, clone3=435, socket=41, column=0),
+    "aarch64": _Machine(audit=0xC00000B7, clone=220, clone3=435, socket=198, column=1),
+}
+
+# name: numbers on x86_64 and aarch64
+_REFUSED: Mapping[str, tuple[int, int | None]] = {
+    "mount": (165, 40),
+    "umount2": (166, 39),
+    "pivot_root": (155, 41),
+    "chroot": (161, 51),
+    "open_tree": (428, 428),
+    "move_mount": (429, 429),
+    "fsopen": (430, 430),
+    "fsconfig": (431, 431),
+    "fsmount": (432, 432),
+    "fspick": (433, 433),
+    "mount_setattr": (442, 442),
+    "unshare": (272, 97),
+    "setns": (308, 268),
+    "add_key": (248, 217),
+    "request_key": (249, 218),
+    "keyctl": (250, 219),
+    "bpf": (321, 280),
+    "perf_event_open": (298, 241),
+    "userfaultfd": (323, 282),
+    "io_uring_setup": (425, 425),
+    "io_uring_enter": (426, 426),
+    "io_uring_register": (427, 427),
+    "name_to_handle_at": (303, 264),
+    "open_by_handle_at": (304, 265),
+    "fanotify_init": (300, 262),
+    "init_module": (175, 105),
+    "delete_module": (176, 106),
+    "finit_module": (313, 273),
+    "kexec_load": (246, 104),
+    "kexec_file_load": (320, 294),
+    "reboot": (169, 142),
+    "swapon": (167, 224),
+    "swapoff": (168, 225),
+    "acct": (163, 89),
+    "quotactl": (179, 60),
+    "quotactl_fd": (443, 443),
+    "syslog": (103, 116),
+    "settimeofday": (164, 170),
+    "clock_settime": (227, 112),
+    "adjtimex": (159, 171),
+    "clock_adjtime": (305, 266),
+    "sethostname": (170, 161),
+    "setdomainname": (171, 162),
+    "vhangup": (153, 58),
+    "move_pages": (279, 239),
+    "iopl": (172, None),
+    "ioperm": (173, None),
+    "modify_ldt": (154, None),
 }
 
 
@@ -87,7 +106,9 @@ def filter_program(machine: str = platform.machine()) -> bytes | None:
     ]
     if machine == "x86_64":
         code += [_step(_AT_LEAST, _X32_CALLS, if_false=1), _step(_RETURN, _ERROR | errno.ENOSYS)]
-    for number in known.refused:
+    for numbers in _REFUSED.values():
+        if (number := numbers[known.column]) is None:
+            continue
         code += [_step(_EQUAL, number, if_false=1), _step(_RETURN, _ERROR | errno.EPERM)]
     # clone3 hides its flags behind a pointer; libraries then fall back to clone.
     code += [_step(_EQUAL, known.clone3, if_false=1), _step(_RETURN, _ERROR | errno.ENOSYS)]
