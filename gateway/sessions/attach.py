@@ -6,7 +6,7 @@ A different tool list or other template arguments are another root, whatever the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -52,10 +52,10 @@ def attach(tree: TurnTree, messages: Sequence[JsonValue], root: RootContext) -> 
         matches = _matches(tree, keys[:num_matched], chains[num_matched])
         here = [match for match in matches if match[1].root_digest == wanted_root]
         if here:
-            tier, node = min(here, key=lambda match: _preference(tree, *match))
+            tier, node = min(here, key=lambda match: _preference(tree, match, messages[num_matched - 1]))
             return Place(node, elsewhere or node, num_matched, tier, None)
         if matches and elsewhere is None:
-            elsewhere = min(matches, key=lambda match: _preference(tree, *match))[1]
+            elsewhere = min(matches, key=lambda match: _preference(tree, match, messages[num_matched - 1]))[1]
     return Place(None, elsewhere, 0, MatchTier.NONE, _reason(elsewhere, root))
 
 
@@ -96,9 +96,14 @@ def _forgives(recorded: MessageKey, sent: MessageKey) -> bool:
     return recorded.semantic == sent.semantic or (recorded.core == sent.core and not sent.has_reasoning)
 
 
-def _preference(tree: TurnTree, tier: MatchTier, node: Node) -> tuple[int, float, int]:
-    """Between equals the closest spelling (tool-call ids are part of the exact form), then the latest delivery."""
-    return (_RANK[tier], -(tree.delivered_at(node.record.turn_id) or 0.0), -node.record.index)
+def _preference(
+    tree: TurnTree, match: tuple[MatchTier, Node], last: Mapping[str, JsonValue]
+) -> tuple[bool, int, float, int]:
+    """Between equals: whose tool-call ids the replay has, then the closest spelling, then the latest delivery."""
+    tier, node = match
+    sent_ids = {call.get("id") for call in last.get("tool_calls") or ()}
+    other_ids = sent_ids != set(node.calls)
+    return (other_ids, _RANK[tier], -(tree.delivered_at(node.record.turn_id) or 0.0), -node.record.index)
 
 
 def _reason(elsewhere: Node | None, root: RootContext) -> SegmentReason:

@@ -1,0 +1,140 @@
+"""OpenAI's wire format: what is known is typed, what is not stays as it is, what would forge the record is left out."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gateway.contracts.errors import ContextOverflow, EngineUnavailable, InvalidRequest, Unauthorized
+from gateway.contracts.experts import RoutedExperts
+from gateway.wire.errors import error_body, error_headers
+from gateway.wire.json_text import dump_json, load_json_object
+from gateway.wire.openai import (
+    ChatRequest,
+    Choice,
+    ChunkWriter,
+    ReplyTokens,
+    Usage,
+    completion_body,
+    content_delta,
+    parse_chat_request,
+    sampling_params,
+)
+
+USER = {"role": "user", "content": "x"}
+
+
+def parse(**fields: Any) -> ChatRequest:
+    return parse_chat_request(json.dumps({"messages": [USER], **fields}).encode())
+
+
+def choice() -> Choice:
+    tokens = ReplyTokens(np.array([5, 6], dtype=np.int32), np.array([-0.5, np.nan], dtype=np.float32), ["a", "b"])
+    experts = RoutedExperts(np.zeros((3, 4, 2), dtype=np.uint8), 1)
+    return Choice({"role": "assistant", "content": "ab"}, "stop", tokens, experts, {"seen": 2**70}, Usage(3, 2, 1, 0))
+
+
+@pytest.mark.parametrize("value", [2**70, 1.0, 1, None, {"b": 1, "a": [None, {"c": -0.0}]}, "ü", True])
+def test_unknown_fields_pass_with_equal_value(value: Any) -> None:
+    """I8: same numbers, same nesting, same nulls, same order of keys."""
+    passed = parse(unheard_of=value).passthrough["unheard_of"]
+    assert json.dumps(passed) == json.dumps(value)
+    assert dump_json(passed) == json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def test_unknown_keys_of_messages_and_tools_stay_in_place() -> None:
+    request = parse(messages=[USER | {"cache_control": {"n": 1.0}}], tools=[{"type": "function", "x": [None]}])
+    assert request.messages == ({"role": "user", "content": "x", "cache_control": {"n": 1.0}},)
+    assert request.tools == ({"type": "function", "x": [None]},)
+
+
+def test_fields_that_would_forge_the_record_do_not_reach_the_engine() -> None:
+    """I7."""
+    request = parse(input_ids=[1], lora_path="x", weight_version="9", rid="r", return_logprob=False, sampling_params={})
+    assert request.passthrough == {}
+    assert request.ignored_fields == (
+        "input_ids", "lora_path", "return_logprob", "rid", "sampling_params", "weight_version",
+    )  # fmt: skip
+
+
+def test_sampling_fields_come_under_one_name() -> None:
+    request = parse(max_completion_tokens=7, temperature=0, top_k=5, stop="x", seed=3, min_new_tokens=2)
+    params = sampling_params(request.sampling, max_new_tokens=7)
+    assert (params.max_new_tokens, params.temperature, params.top_k, params.stop) == (7, 0.0, 5, ("x",))
+    assert params.extra == {"min_new_tokens": 2}
+    assert request.passthrough == {}
+
+
+def test_response_format_becomes_a_constraint() -> None:
+    schema = {"type": "object", "properties": {"b": {}, "a": {}}}
+    request = parse(response_format={"type": "json_schema", "json_schema": {"name": "n", "schema": schema}})
+    assert json.loads(request.sampling["json_schema"]) == schema
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"tools": {}}, "tools"),
+        ({"tools": [1]}, "tools[0]"),
+        ({"stream": "yes"}, "stream"),
+        ({"n": 0}, "n:"),
+        ({"n": True}, "n:"),
+        ({"seed": 2**64}, "seed"),
+        ({"stop": [1]}, "stop"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids"),
+        ({"stream_options": []}, "stream_options"),
+        ({"chat_template_kwargs": []}, "chat_template_kwargs"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"messages": [{"role": "assistant", "tool_calls": [1]}]}, "messages[0].tool_calls"),
+    ],
+)
+def test_wrong_field_is_named(fields: dict[str, Any], named: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        parse(**fields)
+    assert named in caught.value.message
+
+
+@pytest.mark.parametrize("body", [b"", b"NaN", b'{"a": NaN}', b'{"a": Infinity}', b"\xff{}", b'{"a": "\\ud800"}'])
+def test_what_is_no_json_object_is_refused(body: bytes) -> None:
+    with pytest.raises(InvalidRequest):
+        load_json_object(body)
+
+
+def test_reply_holds_captured_arrays_only_where_asked_for() -> None:
+    """I7; a missing log-prob is null, never a number (I9)."""
+    prompt = np.array([1, 2, 3], dtype=np.int32)
+    plain = completion_body("id", "m", prompt, [choice()], parse().wanted)
+    assert "prompt_token_ids" not in plain
+    assert not {"token_ids", "routed_experts"} & plain["choices"][0].keys()
+    assert plain["choices"][0]["meta_info"] == {"seen": 2**70}
+    asked = parse(return_token_ids=True, return_routed_experts=True).wanted
+    full = completion_body("id", "m", prompt, [choice()], asked)
+    assert full["prompt_token_ids"] == [1, 2, 3]
+    assert full["choices"][0]["token_ids"] == [5, 6]
+    assert [entry["logprob"] for entry in full["choices"][0]["logprobs"]["content"]] == [-0.5, None]
+    assert full["choices"][0]["routed_experts"]["shape"] == [3, 4, 2]
+    assert full["choices"][0]["routed_experts"]["start"] == 1
+
+
+def test_chunks_carry_each_token_once_even_where_text_is_held_back() -> None:
+    writer = ChunkWriter("id", "m", parse(return_token_ids=True).wanted)
+    tokens = choice().tokens
+    held = writer.progress([], tokens)
+    shown = writer.progress([content_delta("a"), content_delta("b")], tokens)
+    assert [chunk["choices"][0].get("token_ids") for chunk in (*held, *shown)] == [[5, 6], [5, 6], None]
+    assert ChunkWriter("id", "m", parse().wanted).progress([], tokens) == []
+
+
+def test_errors_take_openai_shape() -> None:
+    overflow = error_body(ContextOverflow("maximum context length"))["error"]
+    assert overflow == {
+        "message": "maximum context length",
+        "type": "invalid_request_error",
+        "param": None,
+        "code": "context_length_exceeded",
+    }
+    assert error_headers(EngineUnavailable("x")) == {"Retry-After": "1"}
+    assert error_headers(Unauthorized("x")) == {"WWW-Authenticate": "Bearer"}
