@@ -165,9 +165,13 @@ class PromptBuilder:
         return SegmentReason.TRUNCATED if was_cut and reason is SegmentReason.UNCERTIFIED else reason
 
     def _stops_of(self, parent: ParentTurn) -> tuple[int, ...]:
-        """Ids that end a turn; what the engine says it stopped at is one, whatever the files say."""
+        """Ids that end a turn: of the files, and the added token that the engine says it stopped at.
+
+        An ordinary token that an agent asked to stop at ends the sampling, not the turn."""
         matched = parent.finish.matched
-        return (*self._stop_token_ids, matched) if isinstance(matched, int) else self._stop_token_ids
+        if isinstance(matched, int) and matched in self._tokenizer.added_tokens:
+            return (*self._stop_token_ids, matched)
+        return self._stop_token_ids
 
     def _stop_texts(self, parent: ParentTurn) -> tuple[str, ...]:
         return tuple(self._tokenizer.token_text(token_id) for token_id in self._stops_of(parent))

@@ -57,6 +57,7 @@ class ChatTokenizer:
         }
         own_eos = self._tokenizer.token_to_id(eos_token) if eos_token is not None else None
         known = dict.fromkeys([*eos_token_ids, *([own_eos] if own_eos is not None else [])])
+        self._bytes_of_token: dict[int, bytes | None] = {}
         self.eos_token_ids: tuple[int, ...] = tuple(token_id for token_id in known if 0 <= token_id < self.vocab_size)
 
     @classmethod
@@ -117,17 +118,9 @@ class ChatTokenizer:
 
     def token_bytes(self, token_id: int) -> bytes | None:
         """The bytes that a token stands for inside a text; None where the decoder does not work by bytes."""
-        added = self.added_tokens.get(token_id)
-        if added is not None:
-            return added.text.encode()
-        if self._byte_style is _ByteStyle.OTHER:
-            return None
-        text = self.token_text(token_id)
-        if self._byte_style is _ByteStyle.BYTE_LEVEL:
-            return _byte_level_bytes(text)
-        if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
-            return bytes.fromhex(text[3:5])
-        return text.replace("▁", " ").encode()
+        if token_id not in self._bytes_of_token:
+            self._bytes_of_token[token_id] = self._spelled_bytes(token_id)
+        return self._bytes_of_token[token_id]
 
     @cached_property
     def _without_added(self) -> Tokenizer:
@@ -150,6 +143,19 @@ class ChatTokenizer:
         if "ByteLevel" in kinds:
             return _ByteStyle.BYTE_LEVEL
         return _ByteStyle.BYTE_FALLBACK if kinds & {"ByteFallback", "Metaspace"} else _ByteStyle.OTHER
+
+    def _spelled_bytes(self, token_id: int) -> bytes | None:
+        added = self.added_tokens.get(token_id)
+        if added is not None:
+            return added.text.encode()
+        if self._byte_style is _ByteStyle.OTHER:
+            return None
+        text = self.token_text(token_id)
+        if self._byte_style is _ByteStyle.BYTE_LEVEL:
+            return _byte_level_bytes(text)
+        if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
+            return bytes.fromhex(text[3:5])
+        return text.replace("▁", " ").encode()
 
     def _plain_ids(self, text: str) -> TokenIds:
         ids = np.array(self._without_added.encode(text, add_special_tokens=False).ids, dtype=np.int32)

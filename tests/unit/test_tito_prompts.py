@@ -374,6 +374,18 @@ def test_the_engines_word_on_a_stop_token_counts(byte_level_json: bytes) -> None
     assert (built.segment_reason, built.certified_by) == (None, "probe")
 
 
+def test_an_ordinary_token_that_an_agent_stops_at_does_not_end_the_turn(byte_level_tokenizer: ChatTokenizer) -> None:
+    """I3: the token stays where it is, and the turn is closed behind it."""
+    builder = PromptBuilder(byte_level_tokenizer, chat_template("own"))
+    first = builder.build(Conversation(QUESTION), None).token_ids
+    output = byte_level_tokenizer.encode("24!")
+    finish = Finish(FinishReason.STOP, matched=int(output[-1]))
+    parent = ParentTurn(np.concatenate([first, output]), len(output), 3, finish)
+    built = builder.build(Conversation((*QUESTION, said("24"), user("Sure?"))), parent)
+    assert (built.segment_reason, built.certified_by) == (None, "close")
+    assert byte_level_tokenizer.decode(built.token_ids).startswith("<|im_end|>\n<|im_start|>user\nSure?")
+
+
 def test_a_template_that_raises_gives_its_own_message(byte_level_tokenizer: ChatTokenizer) -> None:
     """Design 4: as the engine would answer."""
     builder = PromptBuilder(byte_level_tokenizer, chat_template("instructions"))
