@@ -146,12 +146,14 @@ def _prepare_model(plan: DemoPlan, console: Console) -> None:
         console.print(f"model found in {plan.model}")
         return
     import torch
+    from transformers.utils import logging as transformers_logging
 
     from trainer.recipes.calculator import CalculatorRecipe, corpus, demonstrations
     from trainer.recipes.checkpoint import TinyMoeShape, checkpoint_summary, make_checkpoint
     from trainer.recipes.warmup import WarmupSettings, warm_up
 
     torch.set_num_threads(1)
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     settings = WarmupSettings(steps=plan.run.warmup_steps)
     make_checkpoint(plan.model, corpus=corpus(), seed=plan.run.seed, shape=TinyMoeShape())
     console.print(f"new checkpoint: {checkpoint_summary(plan.model)}")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 CHAT_TEMPLATE_FILE = Path(__file__).parent / "data" / "chat_template.jinja"
 
@@ -81,7 +81,7 @@ def make_checkpoint(folder: Path, *, corpus: Iterable[str], seed: int, shape: Ti
         eos_token_id=[turn_end, end_of_text],
         pad_token_id=end_of_text,
     )
-    model.save_pretrained(folder)
+    save_model(model, folder)
 
 
 def train_tokenizer(corpus: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
@@ -108,6 +108,18 @@ def train_tokenizer(corpus: Iterable[str], *, vocab_size: int) -> PreTrainedToke
         pad_token=END_OF_TEXT,
         clean_up_tokenization_spaces=False,
     )
+
+
+def save_model(model: PreTrainedModel, folder: Path) -> None:
+    """Write weights and configuration in the form of published Qwen3-MoE checkpoints.
+
+    Those call the number of experts `num_experts`, which other programs read; transformers 5 reads that name too but
+    writes another.
+    """
+    model.save_pretrained(folder)
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"num_experts": config["num_local_experts"]}, indent=2, sort_keys=True) + "\n")
 
 
 def checkpoint_summary(folder: Path) -> str:

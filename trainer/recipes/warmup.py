@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gateway.contracts.generation import JsonValue
+from trainer.recipes.checkpoint import save_model
 
 _ASSISTANT = re.compile(r"<\|im_start\|>assistant\n(.*?<\|im_end\|>)", re.DOTALL)
 _IGNORED = -100
@@ -58,7 +59,7 @@ def warm_up(
         optimizer.step()
         optimizer.zero_grad()
         on_step(step + 1, loss.item())
-    model.save_pretrained(folder)
+    save_model(model, folder)
 
 
 def rendered(
