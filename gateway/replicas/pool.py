@@ -160,8 +160,8 @@ class ReplicaPool:
 
     async def resume(self) -> None:
         """Let generation go on, with what the engines say of their weights now."""
-        if self._paused is not None and self._paused is not GatewayPause.DRAIN:
-            await asyncio.gather(*(r.engine.resume() for r in self.replicas if r.healthy))
+        if self._paused is not GatewayPause.DRAIN:
+            await asyncio.gather(*map(self._resume, self.replicas))
         await self.refresh_identities()
         self._paused = None
         self._gate.open()
@@ -273,6 +273,13 @@ class ReplicaPool:
                 f"engine {replica.engine.engine_id} still runs {replica.running} requests after "
                 f"{self.settings.drain_seconds:g} s of draining; it gets no new ones"
             ) from error
+
+    async def _resume(self, replica: Replica) -> None:
+        """An engine that does not answer must not hold the others; it is ejected instead."""
+        try:
+            await replica.engine.resume()
+        except EngineError as error:
+            self.eject(replica, error)
 
     def _readmit(self, replica: Replica) -> None:
         if not replica.healthy:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from gateway.contracts.errors import Conflict, NotFound, SessionSealed
+from gateway.contracts.errors import Conflict, NotFound, SessionSealed, VerbatimError
 from gateway.contracts.generation import JsonValue
 from gateway.contracts.ports import Ledger
 from gateway.contracts.records import FinishRecord, SessionOrigin, SessionRecord
@@ -20,8 +20,8 @@ from gateway.sessions.tree import TurnTree
 class RunningTurn(Protocol):
     """A turn under way, as its session sees it."""
 
-    def cut(self) -> None:
-        """End sampling now; what was sampled is recorded."""
+    def cut(self, reason: VerbatimError) -> None:
+        """End sampling now, with `reason` for who still waits; what was sampled is recorded."""
         ...
 
     async def settled(self) -> None:
@@ -172,7 +172,7 @@ def new_session(
 async def _settle(session: Session) -> None:
     running = list(session.running)
     for turn in running:
-        turn.cut()
+        turn.cut(SessionSealed(f"session {session.record.session_id} was finished under this turn"))
     await asyncio.gather(*(turn.settled() for turn in running))
 
 

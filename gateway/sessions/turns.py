@@ -23,8 +23,10 @@ from gateway.contracts.errors import (
     EngineError,
     EngineRejected,
     EngineTimeout,
+    EngineUnavailable,
     IntegrityError,
-    SessionSealed,
+    LedgerError,
+    NotFound,
     VerbatimError,
 )
 from gateway.contracts.experts import RoutedExperts
@@ -162,6 +164,7 @@ class Turn:
         self._events: asyncio.Queue[TurnEvent | None] = asyncio.Queue()
         self._deadline: asyncio.Timeout | None = None
         self._cut_at: float | None = None
+        self._cut_reason: VerbatimError = EngineTimeout("the client left, and its grace is over")
         self._task: asyncio.Task[TurnFinished] | None = None
 
     def emit(self, event: TurnEvent) -> None:
@@ -188,7 +191,7 @@ class Turn:
         async for event in self.events():
             if isinstance(event, TurnFinished):
                 return event
-        raise SessionSealed("the turn was cut before it began")
+        raise EngineUnavailable("the turn ended before it began")
 
     async def settled(self) -> None:
         """Wait for the end, however it comes."""
@@ -201,14 +204,14 @@ class Turn:
             self._cut_at = asyncio.get_running_loop().time() + grace_seconds
             self._apply_cut()
 
-    def cut(self) -> None:
-        """End sampling now."""
+    def cut(self, reason: VerbatimError) -> None:
+        """End sampling now; who still waits for the reply is told `reason`."""
+        self._cut_reason = reason
         self.abandon(grace_seconds=0.0)
 
-    @property
-    def was_cut(self) -> bool:
-        """Whether someone asked to end it early, and the time has come."""
-        return self._cut_at is not None and asyncio.get_running_loop().time() >= self._cut_at
+    def cut_reason(self) -> VerbatimError | None:
+        """Why it was ended early, None if nobody asked for that."""
+        return self._cut_reason if self._cut_at is not None else None
 
     def limit(self, deadline: asyncio.Timeout | None) -> None:
         """The timeout that sampling runs under now (None: it is over)."""
@@ -255,15 +258,18 @@ class TurnRunner:
         turn.abandon(grace_seconds=self.parts.settings.disconnect_grace_seconds)
 
     async def delivered(self, session: Session, finished: TurnFinished) -> None:
-        """The last byte of a reply has left."""
+        """The last byte of a reply has left; nobody is there any more to be told of a failure to note that."""
         delivered_at = time.time()
         session.tree.mark_delivered(finished.record.turn_id, delivered_at)
-        await self.parts.ledger.mark_delivered(finished.record.session_id, finished.record.turn_id, delivered_at)
+        try:
+            await self.parts.ledger.mark_delivered(finished.record.session_id, finished.record.turn_id, delivered_at)
+        except (LedgerError, NotFound) as error:
+            _log.warning("the delivery of %s is not noted: %s", finished.record.turn_id, error)
 
     async def aclose(self) -> None:
         """Cut what runs and wait until it is recorded."""
         for turn in list(self._turns):
-            turn.cut()
+            turn.cut(EngineUnavailable("the gateway stops; try again"))
         if self._turns:
             await asyncio.wait(list(self._turns.values()))
 
@@ -384,9 +390,7 @@ def _generate_request(request: ChatRequest, prompt: _Prompt, sampling: SamplingP
 
 
 def _cut_or_timed_out(parts: TurnParts, turn: Turn) -> VerbatimError:
-    if turn.was_cut:
-        return SessionSealed("the turn was cut: its session was finished, its client left, or the gateway stops")
-    return EngineTimeout(f"no whole reply within {parts.settings.timeout_seconds:g} s")
+    return turn.cut_reason() or EngineTimeout(f"no whole reply within {parts.settings.timeout_seconds:g} s")
 
 
 def _overflow_or_same(error: EngineError) -> VerbatimError:

@@ -123,6 +123,16 @@ async def test_concurrent_calls_become_siblings(gateway: RunningGateway, session
     assert {turn["attachment"]["parent_id"] for turn in turns[1:]} == {turns[0]["turn_id"]}
 
 
+async def test_first_calls_of_a_new_session_may_come_at_once(gateway: RunningGateway, session_id: str) -> None:
+    url = f"{gateway.url}/sessions/{session_id}/v1/chat/completions"
+    past = [{"role": "user", "content": "quick"}, {"role": "assistant", "content": "unknown"}]
+    bodies = [{"messages": [*(past if i % 2 else []), {"role": "user", "content": "quick"}]} for i in range(8)]
+    async with httpx.AsyncClient(timeout=30) as client:
+        replies = await asyncio.gather(*(client.post(url, json=body) for body in bodies))
+    assert {reply.status_code for reply in replies} == {200}
+    assert len(gateway.turns(session_id)) == 8
+
+
 def test_choices_of_one_request_become_siblings(gateway: RunningGateway, session_id: str) -> None:
     reply = ask(gateway, session_id, [{"role": "user", "content": "quick"}], n=3, seed=1)
     assert [choice.index for choice in reply.choices] == [0, 1, 2]
