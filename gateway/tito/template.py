@@ -3,8 +3,9 @@
 The environment is transformers' (5.23) in behaviour: an immutable sandbox, trimmed blocks, `tojson` without HTML
 escaping, `raise_exception`, `strftime_now`, loop controls, generation blocks, named special tokens as variables, keys
 of a message that are null left out, reasoning visible under each of its three names. Equality is property-tested.
-One thing is added, which engines do and templates expect: arguments of tool calls, which agents send as JSON text, are
-given as objects to a template that cannot show text.
+Two things are added, which engines do and templates expect: arguments of tool calls, which agents send as JSON text,
+are given as objects to a template that cannot show text; and where a template raises because an assistant has no
+content, it gets "".
 
 A template is untrusted input: it sees plain JSON values only and reaches no file and no attribute of Python objects.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -85,11 +86,10 @@ class ChatTemplate:
         try:
             return self._render(conversation, messages, add_generation_prompt=add_generation_prompt)
         except TemplateRaised:
-            if not self.wants_argument_objects:
+            completed = self._completed(messages)
+            if completed == messages:
                 raise
-        # Arguments that are not JSON must not refuse a history (I6): the template gets them as one field.
-        messages = [_with_argument_objects(message, _parsed_or_wrapped) for message in messages]
-        return self._render(conversation, messages, add_generation_prompt=add_generation_prompt)
+        return self._render(conversation, completed, add_generation_prompt=add_generation_prompt)
 
     @cached_property
     def wants_argument_objects(self) -> bool:
@@ -107,6 +107,14 @@ class ChatTemplate:
         """Whether an assistant message's `tool_calls` appear in the text at all."""
         shown = self._try_call({"key": "needle7"} if self.wants_argument_objects else json.dumps({"key": "needle7"}))
         return shown is not None and "needle7" in shown
+
+    def _completed(self, messages: Sequence[dict[str, JsonValue]]) -> list[dict[str, JsonValue]]:
+        """I6: what agents may leave out, and some templates cannot do without. Absent content of an assistant is "",
+        as engines have it; arguments that are not JSON are one field of an object."""
+        completed = [{"content": "", **m} if m.get("role") == "assistant" else m for m in messages]
+        if self.wants_argument_objects:
+            completed = [_with_argument_objects(message, _parsed_or_wrapped) for message in completed]
+        return completed
 
     def _try_call(self, arguments: JsonValue) -> str | None:
         call = {"id": "call00001", "type": "function", "function": {"name": "probe", "arguments": arguments}}
