@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import random
 import selectors
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -36,6 +38,18 @@ class EngineProcess:
             return self.process.wait()
 
 
+def free_port() -> int:
+    """A loopback port that nothing listens on, below the range from which outgoing connections take theirs."""
+    for port in random.sample(range(20_000, 32_000), 200):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise EngineUnavailable("found no free port between 20000 and 32000")
+
+
 @contextmanager
 def running_engine(
     model: Path,
@@ -48,7 +62,7 @@ def running_engine(
 
     Raises ConfigurationError if it refused its settings, EngineUnavailable or EngineTimeout if it did not come up.
     """
-    command = [sys.executable, "-c", _ENTRY, "engine", "--model", str(model), "--port", "0", *flags]
+    command = [sys.executable, "-c", _ENTRY, "engine", "--model", str(model), "--port", str(free_port()), *flags]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"} | dict(environment or {})
     )

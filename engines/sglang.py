@@ -171,10 +171,11 @@ class SglangEngine:
         return 0
 
     async def healthy(self) -> bool:
-        """Whether the engine says that it takes requests; a paused one does."""
+        """Whether the engine says that it lives; a paused one does."""
         try:
-            # Not /health: SGLang's generates a token there, which takes a second and fails while paused.
-            status = await self._http.get_status("/ready", timeout_seconds=_ABORT_SECONDS)
+            # Not /health, where SGLang generates a token (a second, and it fails while paused); not /ready, which is
+            # false while paused.
+            status = await self._http.get_status("/ping", timeout_seconds=_ABORT_SECONDS)
             if status == 404:
                 status = await self._http.get_status("/health", timeout_seconds=_CONTROL_SECONDS)
         except EngineError:

@@ -310,8 +310,12 @@ def _add_information(app: FastAPI, server: EngineServer) -> None:
         }
         return _json({"object": "list", "data": [card]})
 
-    @app.get("/health")
     @app.get("/ready")
+    async def ready() -> Response:
+        """Whether a new request would be generated now."""
+        return Response(status_code=200 if engine.alive and not engine.paused else 503)
+
+    @app.get("/health")
     @app.get("/ping")
     async def health() -> Response:
         """Cheap: the engine's thread lives (SGLang with SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION=false)."""

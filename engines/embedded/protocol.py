@@ -274,6 +274,7 @@ class Reply:
         self._request = request
         self._generation = generation
         self._tokenizer = tokenizer
+        self._num_known = 0 if tokenizer is None else tokenizer.get_vocab_size()
         self._incremental = incremental
         self._sent_tokens = 0
         self._text = ""
@@ -303,7 +304,9 @@ class Reply:
         settings = generation.settings
         matched = finish.get("matched") if finish is not None else None
         trimmed = output_ids[:-1] if settings.stop_trim and isinstance(matched, int) else output_ids
-        text = tokenizer.decode(trimmed, skip_special_tokens=settings.skip_special_tokens)
+        # Models often have more ids than their tokenizer knows; SGLang shows token 0 for those.
+        known = [token if token < self._num_known else 0 for token in trimmed]
+        text = tokenizer.decode(known, skip_special_tokens=settings.skip_special_tokens)
         if settings.stop_trim and isinstance(matched, str):
             text = text.partition(matched)[0]
         if finish is None and text.endswith("\N{REPLACEMENT CHARACTER}"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import itertools
 import socket
 import subprocess
 import sys
@@ -136,7 +137,7 @@ async def test_routing_rows_start_where_asked_and_leave_out_the_last_token(api: 
 async def test_streams_are_cumulative_and_only_the_last_event_is_complete(api: Api) -> None:
     events = await api.events(return_logprob=True, return_routed_experts=True)
     whole = await api.generate(return_logprob=True, return_routed_experts=True)
-    for before, after in zip(events, events[1:], strict=False):
+    for before, after in itertools.pairwise(events):
         assert after["output_ids"][: len(before["output_ids"])] == before["output_ids"]
         assert before["meta_info"]["finish_reason"] is None
         assert not {"routed_experts", "weight_versions", "e2e_latency"} & set(before["meta_info"])
