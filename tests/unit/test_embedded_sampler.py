@@ -1,0 +1,102 @@
+"""The sampler's distribution and its log-probs."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engines.embedded.sampler import NO_TOP_K, Draw, SamplingSettings, sample
+from gateway.contracts.generation import LogprobKind
+
+torch.set_num_threads(1)
+
+LOGITS = torch.tensor([2.0, 1.5, 1.0, 0.0, -1.0, -3.0])
+KIND = LogprobKind.TEMPERATURE_SCALED
+
+
+def drawn(how: SamplingSettings, times: int, *, seed: int = 0) -> list[int]:
+    draws = [Draw(how, random.Random(seed * 100_003 + i)) for i in range(times)]
+    tokens, _ = sample(LOGITS.expand(times, -1), draws, kind=KIND)
+    return tokens
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_tokens_come_as_often_as_the_scaled_distribution_says(temperature: float) -> None:
+    tokens = drawn(SamplingSettings(temperature=temperature), 20_000)
+    shares = np.bincount(tokens, minlength=6) / len(tokens)
+    np.testing.assert_allclose(shares, torch.softmax(LOGITS / temperature, dim=-1).numpy(), atol=0.015)
+
+
+@pytest.mark.parametrize(
+    ("how", "allowed"),
+    [
+        (SamplingSettings(top_k=2), {0, 1}),
+        (SamplingSettings(top_p=0.5), {0, 1}),
+        (SamplingSettings(top_p=0.4), {0}),
+        (SamplingSettings(min_p=0.3), {0, 1, 2}),
+        (SamplingSettings(top_k=3, min_p=0.5), {0, 1}),
+        (SamplingSettings(top_k=1), {0}),
+        (SamplingSettings(temperature=0.0), {0}),
+    ],
+)
+def test_filters_leave_what_sglangs_leave(how: SamplingSettings, allowed: set[int]) -> None:
+    assert set(drawn(how, 2_000)) == allowed
+
+
+def test_filters_of_one_request_do_not_touch_its_neighbours() -> None:
+    """Every row is sampled by its own settings and random numbers."""
+    kinds = [
+        SamplingSettings(),
+        SamplingSettings(top_k=2),
+        SamplingSettings(temperature=0.0),
+        SamplingSettings(min_p=0.3),
+    ]
+    alone = [drawn(how, 1, seed=i)[0] for i, how in enumerate(kinds)]
+    draws = [Draw(how, random.Random(i * 100_003)) for i, how in enumerate(kinds)]
+    together, _ = sample(LOGITS.expand(len(kinds), -1), draws, kind=KIND)
+    assert together == alone
+
+
+def test_logprobs_are_scaled_or_raw_as_asked_and_greedy_ones_are_at_temperature_one() -> None:
+    """The record names what a log-prob is of; a mixed batch does not change it."""
+    for kind, temperature in ((LogprobKind.TEMPERATURE_SCALED, 0.5), (LogprobKind.RAW, 1.0)):
+        draws = [
+            Draw(SamplingSettings(temperature=0.5), random.Random(1)),
+            Draw(SamplingSettings(temperature=0.0), random.Random(2)),
+        ]
+        tokens, logprobs = sample(LOGITS.expand(2, -1), draws, kind=kind)
+        scaled = torch.log_softmax(LOGITS / temperature, dim=-1)
+        assert logprobs[0] == pytest.approx(float(scaled[tokens[0]]), abs=1e-6)
+        assert logprobs[1] == pytest.approx(float(torch.log_softmax(LOGITS, dim=-1)[0]), abs=1e-6)
+
+
+def test_forbidden_tokens_are_not_sampled() -> None:
+    draws = [Draw(SamplingSettings(), random.Random(i), forbidden=[0, 1]) for i in range(500)]
+    tokens, _ = sample(LOGITS.expand(500, -1), draws, kind=KIND)
+    assert not {0, 1} & set(tokens)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    logits=st.lists(st.floats(-60, 60), min_size=2, max_size=40),
+    temperature=st.sampled_from([0.0, 0.05, 1.0, 3.0]),
+    top_p=st.sampled_from([0.01, 0.9, 1.0]),
+    top_k=st.sampled_from([1, 3, NO_TOP_K]),
+    seed=st.integers(0, 1_000),
+)
+def test_any_settings_give_a_possible_token_and_its_logprob(
+    logits: list[float], temperature: float, top_p: float, top_k: int, seed: int
+) -> None:
+    """I9: a log-prob is finite and belongs to the token that came."""
+    how = SamplingSettings(temperature=temperature, top_p=top_p, top_k=top_k)
+    row = torch.tensor([logits])
+    tokens, logprobs = sample(row, [Draw(how, random.Random(seed))], kind=KIND)
+    scale = 1.0 if how.greedy else temperature
+    expected = torch.log_softmax(row / scale, dim=-1)[0, tokens[0]]
+    assert logprobs[0] == pytest.approx(float(expected), abs=1e-5)
+    assert np.isfinite(logprobs[0])
