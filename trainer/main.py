@@ -15,14 +15,14 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import torch
-from sandbox.drivers import make_driver
-from sandbox.pool import SandboxPool
 
 from engines.weights.disk import DiskTransport
 from gateway.client import GatewayClient
 from gateway.contracts.errors import ConfigurationError, LedgerError, VerbatimError
 from gateway.contracts.ports import WeightTransport
 from gateway.contracts.settings import load_settings, settings_toml
+from sandbox.drivers import make_driver
+from sandbox.pool import SandboxPool
 from trainer.algorithms.losses import PpoObjective
 from trainer.backends.hf import HFBackend
 from trainer.checkpoint import CheckpointStore, RunState
@@ -70,14 +70,14 @@ async def run_training(settings: TrainSettings, progress: Progress) -> RunState:
     torch.set_num_threads(settings.run.threads)
     recipe = load_recipe(settings.rollouts.recipe, settings.rollouts.data)
     async with AsyncExitStack() as stack:
-        gateway = await stack.enter_async_context(_open_gateway(settings.gateway.url))
+        # The cheap ones first: a wrong name should cost nothing.
         transport = _make_transport(settings.engines.transport)
         stack.push_async_callback(transport.aclose)
-        # The model before the sandboxes: a wrong path should cost nothing.
+        sandboxes = await stack.enter_async_context(_open_sandboxes(settings))
+        gateway = await stack.enter_async_context(_open_gateway(settings.gateway.url))
         backend = await asyncio.to_thread(
             HFBackend, settings.model, settings.optimizer, replay=settings.replay.mode, seed=settings.run.seed
         )
-        sandboxes = await stack.enter_async_context(_open_sandboxes(settings))
         controller = RolloutController(
             gateway=gateway,
             sandboxes=sandboxes,
