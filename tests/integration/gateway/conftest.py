@@ -27,6 +27,7 @@ RULES: list[dict[str, Any]] = [
     {"after": "What is 48/2?", "reply": f"<think>\nlet me see\n</think>\n{CALL}"},
     {"after": "<|im_start|>tool", "reply": "<think>\nso\n</think>\nThe answer is 24."},
     {"after": "count slowly", "reply": "one two three four five six", "delay_seconds": 0.03},
+    {"after": "count very slowly", "reply": "one two three four five six", "delay_seconds": 0.3},
     {"after": "quick", "reply": "the quick answer", "chunk_size": 100},
 ]
 TOOLS = [{"type": "function", "function": {"name": "calculator", "description": "", "parameters": {"type": "object"}}}]
@@ -85,13 +86,13 @@ def spawn(flags: Sequence[str], *, environment: Mapping[str, str] | None = None)
     )
 
 
-def wait_ready(process: subprocess.Popen[str]) -> str:
+def wait_ready(process: subprocess.Popen[str], *, name: str = "serve") -> str:
     assert process.stdout is not None
     with selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ)
-        assert selector.select(30), "the gateway did not become ready"
+        assert selector.select(60), f"verbatim {name} did not become ready"
     line = process.stdout.readline()
-    assert line.startswith("verbatim serve ready at "), f"{line!r}, {process.stderr.read() if process.stderr else ''}"
+    assert line.startswith(f"verbatim {name} ready at "), f"{line!r}, {process.stderr.read() if process.stderr else ''}"
     return line.split()[-1]
 
 

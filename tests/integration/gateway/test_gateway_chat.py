@@ -106,7 +106,6 @@ def test_stream_is_real(gateway: RunningGateway, session_id: str) -> None:
         if chunk.choices[0].finish_reason:
             assert len(gateway.turns(session_id)) == 1
     assert arrivals[-1] - arrivals[0] > 0.3
-    assert arrivals[0] < arrivals[-1] / 2
 
 
 async def test_concurrent_calls_become_siblings(gateway: RunningGateway, session_id: str) -> None:
