@@ -55,7 +55,6 @@ class StartedHolder(NamedTuple):
 
     control: socket.socket
     process: subprocess.Popen[bytes]
-    pid: int
     pidfd: int
 
 
@@ -68,9 +67,12 @@ class HolderCommand:
     CONTROL = "{control}"
 
 
-async def start_holder(command: HolderCommand, *, deadline_seconds: float) -> StartedHolder:
+async def start_holder(
+    command: HolderCommand, *, admit: Callable[[int], None], deadline_seconds: float
+) -> StartedHolder:
     """Start a holder and wait until it answers; raises SandboxUnavailable with what its start printed.
 
+    `admit` is called with its process id before it may start any other process, and puts its limits into force.
     Must be called on a thread that lives as long as the sandbox: the kernel ends a sandbox when the thread ends that
     started it (`bwrap --die-with-parent`).
     """
@@ -95,10 +97,15 @@ async def start_holder(command: HolderCommand, *, deadline_seconds: float) -> St
         pid = await _hello(ours, deadline_seconds)
         if pid is None:
             raise SandboxUnavailable(f"a sandbox did not start: {_report(reports)}")
-        return StartedHolder(ours, process, pid, os.pidfd_open(pid))
-    except FileNotFoundError as error:
+        admit(pid)
+        ours.send(holder.ADMITTED)
+        return StartedHolder(ours, process, os.pidfd_open(pid))
+    except OSError as error:
         ours.close()
-        raise SandboxUnavailable(f"{error.filename} is not installed") from error
+        if process is not None:
+            process.kill()
+            await asyncio.shield(_reap(process))
+        raise SandboxUnavailable(f"a sandbox did not start: {error.strerror}: {error.filename}") from error
     except BaseException:
         ours.close()
         if process is not None:
@@ -147,7 +154,7 @@ class HeldSandbox:
         """`ends_itself`: closing its control socket is enough, and lets the holder clean up (no namespaces do it)."""
         self._id = sandbox_id
         self._limits = limits
-        self._control, self._process, _, self._pidfd = started
+        self._control, self._process, self._pidfd = started
         self._env = dict(env)
         self._enclosure = enclosure
         self._on_destroyed = on_destroyed

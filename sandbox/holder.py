@@ -71,7 +71,8 @@ CONTROL = struct.Struct("<d")
 EXECUTE, READ_FILE, WRITE_FILE = 1, 2, 3
 ENDED, TIMED_OUT, FAILED, NOT_STARTED = 1, 2, 3, 4
 
-HELLO = b"ready"
+HELLO = b"ready"  # from the holder, when it has started
+ADMITTED = b"admitted"  # from the controlling side, when its limits are in force
 SANDBOX_HOME = "/workspace"
 KILL_SECONDS = 2.0
 
@@ -95,7 +96,9 @@ def main(argv: Sequence[str]) -> int:
     holder = _Holder(control, place, Limits(*(int(value) for value in argv[3:8])))
     control.send(HELLO)
     _forget_start_streams()
-    holder.serve()
+    if control.recv(len(ADMITTED)) == ADMITTED:
+        # Not before: what this process forks belongs to its control group from the start.
+        holder.serve()
     _kill_all()
     if place.confined:
         place.remove()
@@ -350,7 +353,7 @@ def _serve_as_supervisor(link: socket, place: Place, limits: Limits) -> None:
         if not ancillary:
             raise OSError(errno.EMFILE, "no descriptor for a channel")
         channel = socket(fileno=struct.unpack("i", ancillary[0][2][:4])[0])
-        command = _serve_request(channel, wake, place)
+        command = _serve_request(channel, link, wake, place)
         channel.close()
         # This process's own CPU time counts towards the limit that its commands inherit.
         tired = time.process_time() > limits.cpu_seconds / 4
@@ -362,12 +365,12 @@ def _serve_as_supervisor(link: socket, place: Place, limits: Limits) -> None:
         link.send(_IDLE)
 
 
-def _serve_request(channel: socket, wake: int, place: Place) -> _Command | None:
+def _serve_request(channel: socket, link: socket, wake: int, place: Place) -> _Command | None:
     """Do what one channel asks for and reply; returns the command, if it was one that started."""
     try:
         request = Request(channel)
         if request.operation == EXECUTE:
-            return _run_command(channel, wake, request, place)
+            return _run_command(channel, link, wake, request, place)
         if request.operation == READ_FILE:
             _reply(channel, ENDED, 0, _read_file(place.resolve(request.path), request.output_bytes), b"")
         else:
@@ -380,10 +383,10 @@ def _serve_request(channel: socket, wake: int, place: Place) -> _Command | None:
     return None
 
 
-def _run_command(channel: socket, wake: int, request: Request, place: Place) -> _Command | None:
+def _run_command(channel: socket, link: socket, wake: int, request: Request, place: Place) -> _Command | None:
     """Start the command and run it to its reply; what cannot be started is told as a shell tells it."""
     try:
-        command = _Command(channel, wake, request, place)
+        command = _Command(channel, link, wake, request, place)
     except OSError as error:
         name = error.filename if isinstance(error.filename, str) else request.argv[0]
         text = f"sandbox: {name}: {error.strerror}\n".encode(errors="surrogateescape")
@@ -397,19 +400,23 @@ def _run_command(channel: socket, wake: int, request: Request, place: Place) -> 
 class _Command:
     """One command from its start to its reply, and its background processes until they end."""
 
-    def __init__(self, channel: socket, wake: int, request: Request, place: Place) -> None:
-        """Starts it; raises OSError with the path that is missing or not executable."""
+    def __init__(self, channel: socket, link: socket, wake: int, request: Request, place: Place) -> None:
+        """Starts it; raises OSError with the path that is missing or not executable.
+
+        `link` to the holder is silent while a command runs, so that what can be read from it is its end.
+        """
         self._started = time.monotonic()
         self._channel = channel
         self._wake = wake
         self._timeout_seconds = request.timeout_seconds
         self._status: int | None = None
+        self._abandoned = False
         self._pid, self._stdin, out, err = _spawn(request, place)
         self._out, self._err = HeadTail(request.output_bytes), HeadTail(request.output_bytes)
         self._outputs = {out: self._out, err: self._err}
         self._unwritten = memoryview(request.content)
         self._poller = select.poll()
-        for descriptor in (wake, channel.fileno(), out, err):
+        for descriptor in (wake, channel.fileno(), link.fileno(), out, err):
             self._poller.register(descriptor, select.POLLIN)
         if self._stdin is not None:
             self._poller.register(self._stdin, select.POLLOUT)
@@ -417,11 +424,14 @@ class _Command:
     def run(self) -> None:
         """Wait for the end or the deadline, and reply; a tree that cannot be killed ends this supervisor as broken."""
         deadline = self._started + self._timeout_seconds
-        while self._status is None and (left := deadline - time.monotonic()) > 0:
+        while self._status is None and not self._abandoned and (left := deadline - time.monotonic()) > 0:
             self._turn(left)
         timed_out = self._status is None
         if timed_out and not _kill_tree():
             os._exit(1)
+        self._poller.unregister(self._channel.fileno())
+        if self._abandoned:
+            return
         self._drain()
         seconds = time.monotonic() - self._started
         stdout, stderr = self._out.render(), self._err.render()
@@ -435,7 +445,6 @@ class _Command:
             len(stderr),
         )
         _send(self._channel, head + stdout + stderr)
-        self._poller.unregister(self._channel.fileno())
 
     def reap(self) -> bool:
         """Collect ended processes; False when none of the command's processes is left (pipes are closed then)."""
@@ -453,8 +462,10 @@ class _Command:
         """Stay the reaper of background processes, and drop what they print: a closed pipe would end them."""
         for descriptor in self._outputs:
             self._outputs[descriptor] = HeadTail(0)
-        while self.reap():
+        while self.reap() and not self._abandoned:
             self._turn(3600.0)
+        if self._abandoned:
+            _kill_tree()
 
     def _turn(self, seconds: float) -> None:
         for descriptor, event in self._poller.poll(seconds * 1000 + 1):
@@ -465,8 +476,7 @@ class _Command:
             elif descriptor in self._outputs:
                 self._take(descriptor)
             else:
-                # The caller closed its channel (it gave up, or died): nobody wants this command any more.
-                os._exit(0 if _kill_tree() else 1)
+                self._abandoned = True  # The caller gave up, or the holder was killed: nobody wants this any more.
 
     def _note_end(self) -> None:
         for pid, status in _ended_children(self._wake):

@@ -59,7 +59,7 @@ class PlainProcessDriver:
         try:
             tasks = await asyncio.to_thread(_tasks_of_this_user)
             command = HolderCommand(_holder_argv(folder.path, spec.limits, tasks))
-            started = await start_holder(command, deadline_seconds=START_SECONDS)
+            started = await start_holder(command, admit=_no_group, deadline_seconds=START_SECONDS)
         except BaseException:
             await asyncio.shield(folder.remove())
             raise
@@ -99,6 +99,10 @@ def _holder_argv(folder: Path, limits: SandboxLimits, tasks_of_user: int) -> lis
     )
     program = [sys.executable, "-I", "-S", holder.__file__, HolderCommand.CONTROL]
     return [*program, str(folder), "1", *(str(value) for value in bounds)]
+
+
+def _no_group(pid: int) -> None:
+    """Nothing bounds a plain sandbox as a whole."""
 
 
 def _environment(folder: Path) -> dict[str, str]:

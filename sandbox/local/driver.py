@@ -115,6 +115,11 @@ class LocalDriver:
         ground = await asyncio.to_thread(self._lay_ground_once) if self._ground is None else self._ground
         in_groups = ground.groups is not None
         group = ground.groups.create(spec.limits) if ground.groups is not None else None
+
+        def admit(pid: int) -> None:
+            if group is not None:
+                group.add(pid)
+
         try:
             with ground.rootfs.arguments(
                 spec.limits,
@@ -122,7 +127,8 @@ class LocalDriver:
                 niceness=0 if in_groups else _NICENESS_WITHOUT_GROUPS,
                 address_space_bytes=0 if in_groups else spec.limits.memory_bytes,
             ) as (argv, descriptors):
-                started = await start_holder(ground.command(argv, descriptors), deadline_seconds=START_SECONDS)
+                command = ground.command(argv, descriptors)
+                started = await start_holder(command, admit=admit, deadline_seconds=START_SECONDS)
         except BaseException:
             if group is not None:
                 await asyncio.shield(group.remove())
@@ -135,12 +141,6 @@ class LocalDriver:
             enclosure=group,
             on_destroyed=lambda: self._register.forget(spec.key),
         )
-        try:
-            if group is not None:
-                group.add(started.pid)
-        except OSError as error:
-            await sandbox.destroy()
-            raise SandboxUnavailable(f"a sandbox did not start: {error.strerror} at {error.filename}") from error
         return await furnish(sandbox, spec.files)
 
     def _lay_ground_once(self) -> _Ground:
