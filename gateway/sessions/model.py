@@ -10,7 +10,8 @@ from gateway.contracts.experts import RoutingShape
 from gateway.contracts.generation import EngineIdentity
 from gateway.tito.conversation import HistoryPolicy
 from gateway.tito.model_files import read_model_files
-from gateway.tito.parsing import ReplyParsing, choose_parsing
+from gateway.tito.parsing.choice import choose_parsing
+from gateway.tito.parsing.reply import ReplyParsing
 from gateway.tito.prompt import PromptBuilder
 from gateway.tito.template import ChatTemplate
 from gateway.tito.tokenizer import ChatTokenizer

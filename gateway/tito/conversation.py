@@ -44,8 +44,11 @@ class ParentTurn:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BuiltPrompt:
-    """Tokens for one turn. With `segment_reason` None they are added to the parent's ids; else they are a whole new
-    prompt. `certified_by`: how equality with the template was established ("full_render", "probe", "close")."""
+    """Tokens for one turn. With `segment_reason` None they are added to the parent's ids; else they are a whole prompt.
+
+    certified_by: how equality with the template was established ("full_render", "probe", "close" for a parent that was
+    cut), or "probe_kept_history" where the template would have dropped old reasoning and the policy kept it.
+    """
 
     token_ids: TokenIds
     segment_reason: SegmentReason | None

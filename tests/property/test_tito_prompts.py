@@ -15,7 +15,7 @@ from gateway.contracts.errors import TemplateRaised
 from gateway.contracts.generation import Finish, FinishReason, JsonValue, TokenIds
 from gateway.contracts.records import SegmentReason
 from gateway.tito.conversation import Conversation, HistoryPolicy, ParentTurn
-from gateway.tito.parsing import choose_parsing
+from gateway.tito.parsing.choice import choose_parsing
 from gateway.tito.prompt import PromptBuilder
 from gateway.tito.template import ChatTemplate
 from gateway.tito.tokenizer import ChatTokenizer

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from gateway.contracts.generation import Finish, FinishReason
 from gateway.tito.conversation import ContentDelta, ParsedReply, ReasoningDelta, ReplyDelta, ToolCallDelta
-from gateway.tito.parsing import ReplyParsing, choose_parsing
+from gateway.tito.parsing.choice import choose_parsing
+from gateway.tito.parsing.reply import ReplyParsing
 from gateway.tito.template import ChatTemplate
 from gateway.tito.tokenizer import ChatTokenizer
 

@@ -10,9 +10,10 @@ from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 
 from gateway.contracts.generation import Finish, FinishReason
 from gateway.tito.conversation import ContentDelta, ParsedReply, ReasoningDelta, ReplyFlag, ToolCallDelta
-from gateway.tito.parsing import ReplyParsing, choose_parsing
+from gateway.tito.parsing.choice import choose_parsing
 from gateway.tito.parsing.hermes import HermesCalls
 from gateway.tito.parsing.markers import Marker
+from gateway.tito.parsing.reply import ReplyParsing
 from gateway.tito.template import ChatTemplate
 from gateway.tito.tokenizer import ChatTokenizer
 
