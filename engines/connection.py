@@ -6,7 +6,7 @@ ContextOverflow or EngineRejected; bodies that are not what HTTP said → Engine
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -56,7 +56,7 @@ class EngineHttp:
         async with self._request("POST", path, body, timeout_seconds) as response:
             return await response.read()
 
-    async def events(self, path: str, body: Mapping[str, Any]) -> AsyncIterator[Any]:
+    async def events(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[Any, None]:
         """POST JSON and yield the parsed `data:` events of the answer, up to `[DONE]`.
 
         Raises EngineUnavailable if the stream ends without `[DONE]`.

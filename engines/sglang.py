@@ -11,6 +11,7 @@ import asyncio
 import binascii
 import logging
 from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -117,14 +118,15 @@ class SglangEngine:
         stream = _Stream(request, self._routing, self._policy_version_of, self.engine_id)
         ended = False
         try:
-            async for event in self._http.events("/generate", _body(request)):
-                chunk = stream.read(event)
-                if chunk is not None:
-                    yield chunk
-                if stream.end is not None:
-                    ended = True
-                    yield stream.end
-                    return
+            async with aclosing(self._http.events("/generate", _body(request))) as events:
+                async for event in events:
+                    chunk = stream.read(event)
+                    if chunk is not None:
+                        yield chunk
+                    if stream.end is not None:
+                        ended = True
+                        yield stream.end
+                        return
             raise EngineUnavailable(f"engine {self.engine_id}: the stream ended before the request did")
         except (EngineRejected, RequestError):
             ended = True

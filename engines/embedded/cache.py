@@ -8,6 +8,8 @@ sequence, then the chunks of prompts. `StepPlan` says which is which.
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -119,8 +121,8 @@ class SlotCache(Cache):
     ) -> None:
         super().__init__(layers=[DynamicLayer() for _ in range(num_layers)])
         shape = (num_slots, num_kv_heads, context_length, head_dim)
-        self.slot_keys = [torch.zeros(shape, dtype=dtype) for _ in range(num_layers)]
-        self.slot_values = [torch.zeros(shape, dtype=dtype) for _ in range(num_layers)]
+        self.slot_keys = [_lazy_zeros(shape, dtype) for _ in range(num_layers)]
+        self.slot_values = [_lazy_zeros(shape, dtype) for _ in range(num_layers)]
         self.plan: StepPlan | None = None
 
     def update(
@@ -139,6 +141,12 @@ class SlotCache(Cache):
         """Give slot `target` the first `length` positions of slot `source`."""
         for stored in (*self.slot_keys, *self.slot_values):
             stored[target, :, :length] = stored[source, :, :length]
+
+
+def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros that take no memory until written: torch.zeros writes, numpy's take huge pages. Not torch.empty, where a
+    masked position could hold a NaN, and zero times NaN is NaN."""
+    return torch.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
 
 
 def slot_attention(
