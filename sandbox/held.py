@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import io
 import os
 import select
 import signal
@@ -17,7 +18,7 @@ import socket
 import struct
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -76,44 +77,44 @@ async def start_holder(
     Must be called on a thread that lives as long as the sandbox: the kernel ends a sandbox when the thread ends that
     started it (`bwrap --die-with-parent`).
     """
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    ours.setblocking(False)
-    ours.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-    reports = os.memfd_create("sandbox-start")
-    process: subprocess.Popen[bytes] | None = None
-    try:
-        with theirs:
-            number = theirs.fileno()
-            # ASYNC: fork and exec without a shell take about a millisecond and must happen on this very thread.
-            process = subprocess.Popen(  # noqa: ASYNC220
-                [argument.replace(HolderCommand.CONTROL, str(number)) for argument in command.argv],
-                stdin=subprocess.DEVNULL,
-                stdout=reports,
-                stderr=reports,
-                pass_fds=(number, *command.pass_fds),
-                start_new_session=True,
-                env={"PATH": os.environ.get("PATH", os.defpath)},
-            )
-        pid = await _hello(ours, deadline_seconds)
-        if pid is None:
-            raise SandboxUnavailable(f"a sandbox did not start: {_report(reports)}")
-        admit(pid)
-        ours.send(holder.ADMITTED)
-        return StartedHolder(ours, process, os.pidfd_open(pid))
-    except OSError as error:
-        ours.close()
-        if process is not None:
-            process.kill()
-            await asyncio.shield(_reap(process))
-        raise SandboxUnavailable(f"a sandbox did not start: {error.strerror}: {error.filename}") from error
-    except BaseException:
-        ours.close()
-        if process is not None:
-            process.kill()
-            await asyncio.shield(_reap(process))
-        raise
-    finally:
-        os.close(reports)
+    async with AsyncExitStack() as undo:
+        try:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            undo.callback(ours.close)
+            ours.setblocking(False)
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+            with _memory_file() as reports:
+                with theirs:
+                    process = _fork(command, theirs.fileno(), reports.fileno())
+                undo.push_async_callback(_kill_child, process)
+                pid = await _hello(ours, deadline_seconds)
+                if pid is None:
+                    raise SandboxUnavailable(f"a sandbox did not start: {_report(reports.fileno())}")
+            admit(pid)
+            ours.send(holder.ADMITTED)
+            started = StartedHolder(ours, process, os.pidfd_open(pid))
+        except OSError as error:
+            what = f" ({error.filename})" if error.filename else ""
+            raise SandboxUnavailable(f"a sandbox did not start: {error.strerror}{what}") from error
+        undo.pop_all()
+    return started
+
+
+def _memory_file() -> io.FileIO:
+    return io.FileIO(os.memfd_create("sandbox-start"), "r+")
+
+
+def _fork(command: HolderCommand, control: int, reports: int) -> subprocess.Popen[bytes]:
+    """Blocks for about a millisecond: it must happen on the calling thread (see `start_holder`)."""
+    return subprocess.Popen(
+        [argument.replace(HolderCommand.CONTROL, str(control)) for argument in command.argv],
+        stdin=subprocess.DEVNULL,
+        stdout=reports,
+        stderr=reports,
+        pass_fds=(control, *command.pass_fds),
+        start_new_session=True,
+        env={"PATH": os.environ.get("PATH", os.defpath)},
+    )
 
 
 async def _hello(control: socket.socket, deadline_seconds: float) -> int | None:
@@ -266,8 +267,11 @@ class HeldSandbox:
             return await self._explain_closed_channel(operation)
 
     async def _open_channel(self, backup_seconds: float) -> socket.socket:
-        """A fresh stream to a supervisor of its own; raises SandboxLost if there is no holder any more."""
-        ours, theirs = socket.socketpair()
+        """A fresh stream to a supervisor; raises SandboxLost, or SandboxUnavailable if no descriptor is free."""
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError as error:
+            raise SandboxUnavailable(f"no command can start: {error.strerror} (raise ulimit -n)") from error
         ours.setblocking(False)
         with theirs:
             while True:
@@ -375,6 +379,11 @@ def _named(path: str) -> str:
 def _kill(pidfd: int) -> None:
     with suppress(ProcessLookupError):
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+
+
+async def _kill_child(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    await asyncio.shield(_reap(process))
 
 
 async def _reap(process: subprocess.Popen[bytes]) -> None:

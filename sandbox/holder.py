@@ -114,7 +114,8 @@ class Limits:
         self.cpu_seconds: Final = cpu_seconds
         self._niceness = niceness
         self._values = (
-            (resource.RLIMIT_CORE, 0, 0),
+            # 1 and not 0: a core pattern that is a program of the host ignores 0.
+            (resource.RLIMIT_CORE, 1, 1),
             (resource.RLIMIT_NOFILE, 1024, 1024),
             # The second step kills what ignores the first one.
             (resource.RLIMIT_CPU, cpu_seconds, cpu_seconds + 1),
@@ -126,7 +127,7 @@ class Limits:
     def apply(self) -> None:
         """To this process and its later children, for good."""
         for kind, soft, hard in self._values:
-            if hard or kind == resource.RLIMIT_CORE:
+            if hard:
                 most = resource.getrlimit(kind)[1]
                 if most != resource.RLIM_INFINITY:
                     soft, hard = min(soft, most), min(hard, most)
@@ -166,7 +167,8 @@ class Request:
     def __init__(self, channel: socket) -> None:
         head = REQUEST.unpack(_receive(channel, REQUEST.size))
         self.operation, self.timeout_seconds, self.output_bytes, *lengths = head
-        path, argv, env, self.content = (_receive(channel, length) for length in lengths)
+        path, argv, env = (bytes(_receive(channel, length)) for length in lengths[:3])
+        self.content = _receive(channel, lengths[3])
         self.path = os.fsdecode(path)
         self.argv = os.fsdecode(argv).split("\0")
         variables = (entry.partition("=") for entry in os.fsdecode(env).split("\0") if entry)
@@ -444,7 +446,7 @@ class _Command:
             len(stdout),
             len(stderr),
         )
-        _send(self._channel, head + stdout + stderr)
+        _send(self._channel, head, stdout, stderr)
 
     def reap(self) -> bool:
         """Collect ended processes; False when none of the command's processes is left (pipes are closed then)."""
@@ -692,7 +694,7 @@ def _read_file(path: str, limit: int) -> bytes:
     return content
 
 
-def _write_file(path: str, content: bytes) -> None:
+def _write_file(path: str, content: bytearray) -> None:
     os.makedirs(os.path.dirname(path), exist_ok=True)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NONBLOCK, 0o644)
     with open(descriptor, "wb") as file:
@@ -701,24 +703,25 @@ def _write_file(path: str, content: bytes) -> None:
         file.write(content)
 
 
-def _receive(channel: socket, count: int) -> bytes:
+def _receive(channel: socket, count: int) -> bytearray:
     parts = bytearray()
     while len(parts) < count:
         part = channel.recv(min(count - len(parts), 1 << 20))
         if not part:
             raise ConnectionError("the caller gave up")
         parts += part
-    return bytes(parts)
+    return parts
 
 
 def _reply(channel: socket, kind: int, status: int, stdout: bytes, stderr: bytes) -> None:
     sizes = (len(stdout), len(stderr))
-    _send(channel, REPLY.pack(kind, status, 0.0, *sizes, *sizes) + stdout + stderr)
+    _send(channel, REPLY.pack(kind, status, 0.0, *sizes, *sizes), stdout, stderr)
 
 
-def _send(channel: socket, message: bytes) -> None:
+def _send(channel: socket, *messages: bytes) -> None:
     try:
-        channel.sendall(message)
+        for message in messages:
+            channel.sendall(message)
     except ConnectionError:
         return  # The caller is gone; nobody is there to be told.
 

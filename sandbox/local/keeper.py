@@ -64,4 +64,4 @@ class Keeper:
 
     def close(self) -> None:
         """End the keeper; it has removed the groups when this returns (at most some seconds, usually a millisecond)."""
-        self._process.communicate()
+        self._process.communicate(b"\n")  # a line, as the pipe may be open in forks of this process too

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -133,6 +134,11 @@ for family in (socket.AF_VSOCK, socket.AF_PACKET, socket.AF_ALG):
 """
         told = (await python(sandbox, program)).stdout.decode().split()
     assert told == ["ConnectionRefusedError", "OSError", "OSError", "ConnectionRefusedError", "open", *["refused"] * 3]
+
+
+async def test_command_inherits_no_descriptor_but_its_streams(sandbox: Sandbox) -> None:
+    listed = await asyncio.gather(*(python(sandbox, "import os; print(os.listdir('/proc/self/fd'))") for _ in range(4)))
+    assert {result.stdout for result in listed} == {b"['0', '1', '2', '3']\n"}  # the fourth lists them
 
 
 async def test_only_its_own_processes_are_visible(sandbox: Sandbox) -> None:
@@ -434,6 +440,43 @@ async def test_two_hundred_sandboxes_leave_nothing_behind(driver: LocalDriver) -
     assert traces() == working
     await driver.aclose()
     assert traces() == before
+
+
+async def test_cancelled_creation_leaves_nothing_behind(driver: LocalDriver) -> None:
+    await (await driver.create(SandboxSpec("first"))).destroy()
+    before = traces()
+    for number in range(24):
+        creation = asyncio.create_task(driver.create(SandboxSpec(f"s{number}")))
+        await asyncio.sleep(0.003 * number)
+        creation.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await (await creation).destroy()
+    assert traces() == before
+
+
+async def test_missing_bubblewrap_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SandboxUnavailable, match=r"^bubblewrap is not installed \(Debian") as caught:
+        LocalDriver().check()
+    assert "\n" not in caught.value.message
+
+
+async def test_machine_without_user_namespaces_is_one_clear_line(driver: LocalDriver) -> None:
+    program = "from sandbox.local.driver import LocalDriver; LocalDriver().check()"
+    forbidding = ["bwrap", "--dev-bind", "/", "/", "--unshare-user", "--disable-userns", "--", sys.executable]
+    tried = await asyncio.to_thread(
+        subprocess.run,
+        [*forbidding, "-c", program],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert tried.stderr.splitlines()[-1].startswith(
+        "gateway.contracts.errors.SandboxUnavailable: this machine does not let"
+    )
+    assert "subprocess" in tried.stderr.splitlines()[-1]
 
 
 async def test_killing_the_controlling_process_leaves_nothing(tmp_path: Path) -> None:
