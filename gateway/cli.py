@@ -22,6 +22,7 @@ COMMANDS = {
     "serve": ("gateway.main", "the gateway"),
     "engine": ("engines.embedded.server", "the embedded engine (speaks SGLang's protocol)"),
     "train": ("trainer.main", "the trainer"),
+    "sessions": ("gateway.inspection", "look at recorded sessions and turns"),
 }
 """name → (module, one line of help)"""
 
