@@ -1,0 +1,226 @@
+"""The SGLang client against servers that break their protocol, over real HTTP: nothing wrong is passed on as right."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import numpy as np
+import orjson
+import pytest
+from aiohttp import web
+
+from engines.launch import free_port
+from engines.sglang import SglangEngine
+from engines.weights.names import policy_version_of
+from gateway.contracts.errors import (
+    EngineError,
+    EngineProtocolError,
+    EngineRejected,
+    EngineTimeout,
+    EngineUnavailable,
+)
+from gateway.contracts.experts import RoutingShape
+from gateway.contracts.generation import GenerateChunk, GenerateEnd, GenerateRequest, SamplingParams
+from gateway.contracts.versions import VersionSpan
+
+SHAPE = RoutingShape(num_layers=2, num_experts=4, top_k=2)
+PROMPT = np.array([1, 2, 3], dtype=np.int32)
+LENGTH = {"type": "length", "length": 2}
+
+
+def event(output_ids: list[int], *, finish: Any = None, **meta: Any) -> dict[str, Any]:
+    """One event of a cumulative stream, well-formed unless `meta` says otherwise."""
+    facts: dict[str, Any] = {
+        "finish_reason": finish,
+        "prompt_tokens": 3,
+        "completion_tokens": len(output_ids),
+        "weight_version": "default",
+        "output_token_logprobs": [[-0.5, token, None] for token in output_ids],
+    }
+    return {"text": "", "output_ids": output_ids, "meta_info": facts | meta}
+
+
+def rows(count: int, *, highest: int = 3) -> str:
+    """Base64 of `count` routing rows."""
+    ids = np.tile(np.array([[0, highest], [1, 2]], dtype="<i4"), (count, 1, 1))
+    return base64.b64encode(ids.tobytes()).decode()
+
+
+@asynccontextmanager
+async def served(
+    answer: Callable[[web.Request], Awaitable[web.StreamResponse]], *, idle_timeout_seconds: float = 30.0
+) -> AsyncIterator[SglangEngine]:
+    """A client of a server whose `/generate` is `answer`."""
+    app = web.Application()
+    app.router.add_post("/generate", answer)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    port = free_port()
+    await web.TCPSite(runner, "127.0.0.1", port).start()
+    engine = SglangEngine(
+        f"http://127.0.0.1:{port}",
+        engine_id="e0",
+        routing=SHAPE,
+        policy_version_of=lambda label: policy_version_of(label, {}),
+        idle_timeout_seconds=idle_timeout_seconds,
+    )
+    try:
+        yield engine
+    finally:
+        await engine.aclose()
+        await runner.cleanup()
+
+
+def streaming(*events: Any, done: bool = True) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+    async def answer(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        for content in events:
+            await response.write(
+                b"data: " + (content if isinstance(content, bytes) else orjson.dumps(content)) + b"\n\n"
+            )
+        if done:
+            await response.write(b"data: [DONE]\n\n")
+        return response
+
+    return answer
+
+
+async def ask(engine: SglangEngine, **fields: Any) -> tuple[list[GenerateChunk], GenerateEnd]:
+    request = GenerateRequest("r" * 32, PROMPT, SamplingParams(max_new_tokens=2), **fields)
+    items = [item async for item in engine.generate(request)]
+    *chunks, end = items
+    assert isinstance(end, GenerateEnd)
+    return [chunk for chunk in chunks if isinstance(chunk, GenerateChunk)], end
+
+
+@pytest.mark.parametrize(
+    ("events", "words"),
+    [
+        ([event([7]), event([8, 9], finish=LENGTH)], "changed tokens"),
+        ([event([7, 8], finish=LENGTH, completion_tokens=5)], "2 ids in an event that claims 5"),
+        ([event([7, 8], finish=LENGTH, prompt_tokens=4)], "read 4 prompt tokens of 3"),
+        ([event([7, 8], finish=LENGTH, output_token_logprobs=[[-0.5, 7, None]])], "1 log-probs for 2"),
+        ([event([7, 8], finish=LENGTH, output_token_logprobs=[[-1, 7, None], [-1, 9, None]])], "of other tokens"),
+        ([event([7, 8], finish=LENGTH, weight_version="who-knows")], "no policy version"),
+        (
+            [event([7, 8], finish=LENGTH, weight_versions=[{"version": "1", "start": 0, "end": 1}])],
+            "cover 1 tokens of 2",
+        ),
+        ([event([7, 8], finish=LENGTH, routed_experts=rows(3))], "expected 4 rows"),
+        ([event([7, 8], finish=LENGTH, routed_experts=rows(4, highest=9))], "the model has 4 experts"),
+        ([event([7, 8], finish=LENGTH, routed_experts="§§§")], "not base64"),
+        ([event([-7], finish=LENGTH)], "out of range"),
+        ([event([7], finish={"type": "bored"})], "unreadable event"),
+        ([{"meta_info": {}}], "unreadable event"),
+        ([[1]], "unreadable event"),
+        ([b"{not json"], "not JSON"),
+    ],
+)
+async def test_an_answer_that_contradicts_itself_is_a_protocol_error(events: list[Any], words: str) -> None:
+    """I2, I9: lengths, ids, versions and rows are checked, never repaired."""
+    async with served(streaming(*events)) as engine:
+        with pytest.raises(EngineProtocolError, match=words):
+            await ask(engine, routed_experts_start=0)
+
+
+async def test_incremental_streams_say_the_same_as_cumulative_ones() -> None:
+    """I2: deltas are taken as deltas; spans, rows and unknown fields come with the end (I8)."""
+    spans = [{"version": "3", "start": 0, "end": 1}, {"version": "policy-000004", "start": 1, "end": 3}]
+    last = {
+        "weight_versions": spans,
+        "routed_experts": rows(5),
+        "completion_tokens": 3,
+        "spec_accept": {"a": [1, None]},
+    }
+    cumulative = [event([7]), event([7, 8]), event([7, 8, 9], finish=LENGTH, **last)]
+    incremental = [event([7]), event([8], completion_tokens=2), event([9], finish=LENGTH, **last)]
+    seen = []
+    for events in (cumulative, incremental):
+        async with served(streaming(*events)) as engine:
+            chunks, end = await ask(engine, routed_experts_start=0)
+        assert end.version_spans == (VersionSpan(0, 1, 3), VersionSpan(1, 3, 4))
+        assert end.routed_experts is not None
+        assert end.routed_experts.ids.shape == (5, 2, 2)
+        assert end.meta_info["spec_accept"] == {"a": [1, None]}
+        seen.append([chunk.token_ids.tolist() for chunk in chunks])
+    assert seen == [[[7], [8], [9]]] * 2
+
+
+async def test_what_is_missing_stays_missing() -> None:
+    """I9: no log-prob is NaN, no rows are None."""
+    bare = event([7, 8], finish=LENGTH, output_token_logprobs=None)
+    async with served(streaming(bare)) as engine:
+        chunks, end = await ask(engine, routed_experts_start=0)
+    assert np.isnan(chunks[0].logprobs).all()
+    assert end.routed_experts is None
+
+
+async def test_a_stream_that_ends_early_leaves_its_tokens_valid() -> None:
+    """I3: what came before the break was yielded; then the engine counts as unavailable."""
+    for done in (True, False):
+        async with served(streaming(event([7]), done=done)) as engine:
+            stream = engine.generate(GenerateRequest("r" * 32, PROMPT, SamplingParams(max_new_tokens=2)))
+            first = await anext(stream)
+            assert isinstance(first, GenerateChunk)
+            assert first.token_ids.tolist() == [7]
+            with pytest.raises(EngineUnavailable):
+                await anext(stream)
+
+
+async def test_silence_is_a_timeout() -> None:
+    async def answer(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        await response.write(b"data: " + orjson.dumps(event([7])) + b"\n\n")
+        await asyncio.sleep(1.5)
+        return response
+
+    async with served(answer, idle_timeout_seconds=0.3) as engine:
+        with pytest.raises(EngineTimeout):
+            await ask(engine)
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "error"),
+    [
+        (503, "starting", EngineUnavailable),
+        (500, '{"error":{"message":"scheduler died"}}', EngineUnavailable),
+        (400, '{"error":"unknown field `x`"}', EngineRejected),
+        (400, '{"object":"error","message":"1 validation error"}', EngineRejected),
+        (404, "", EngineRejected),
+    ],
+)
+async def test_refusals_and_failures_are_told_apart(status: int, body: str, error: type[EngineError]) -> None:
+    async def answer(_request: web.Request) -> web.StreamResponse:
+        return web.Response(status=status, text=body)
+
+    async with served(answer) as engine:
+        with pytest.raises(error):
+            await ask(engine)
+
+
+async def test_an_agents_fields_cannot_change_what_is_captured() -> None:
+    """I7: passed-through fields reach the engine, but never those that capture depends on."""
+    bodies: list[Any] = []
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        bodies.append(await request.json())
+        return await streaming(event([7, 8], finish=LENGTH))(request)
+
+    forged = {
+        "return_logprob": False, "stream": False, "input_ids": [9], "rid": "x", "text": "other prompt",
+        "return_routed_experts": True, "custom": {"kept": [1, None]},
+    }  # fmt: skip
+    async with served(answer) as engine:
+        await ask(engine, passthrough=forged)
+    (body,) = bodies
+    assert body["custom"] == {"kept": [1, None]}
+    assert body["input_ids"] == [1, 2, 3]
+    assert body["rid"] == "r" * 32
+    assert body["stream"] is body["return_logprob"] is True
+    assert not {"text", "return_routed_experts"} & set(body)
