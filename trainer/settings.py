@@ -113,10 +113,11 @@ class ReplaySettings:
 
 @dataclass(frozen=True, slots=True)
 class BatchSettings:
-    """`tokens_per_microbatch`: input tokens packed into one forward. `max_staleness`: policy versions a trained token
-    may be behind the trainer; older rollouts are dropped and counted."""
+    """`tokens_per_microbatch`: input tokens packed into one forward; attention costs their square on CPU, where about
+    the length of the longest sample is best. `max_staleness`: policy versions a trained token may be behind the
+    trainer; older rollouts are dropped and counted."""
 
-    tokens_per_microbatch: int = 4096
+    tokens_per_microbatch: int = 2048
     max_staleness: int = 1
 
     def __post_init__(self) -> None:
