@@ -291,7 +291,9 @@ class HeldSandbox:
         """No reply: the whole sandbox is gone, or a command killed its own supervisor."""
         # Channels close a moment before the holder itself has ended.
         if self._ending is not None or await _ended(self._pidfd, _END_SECONDS):
-            raise SandboxLost(f"sandbox {self._id} is gone: its first process ended")
+            killed = self._enclosure is not None and self._enclosure.out_of_memory_kills() > 0
+            reason = "its memory was used up" if killed else "its first process ended"
+            raise SandboxLost(f"sandbox {self._id} is gone: {reason}")
         if operation != holder.EXECUTE:
             raise SandboxError(f"sandbox {self._id}: a file operation was killed from inside")
         return _Reply(holder.ENDED, signal.SIGKILL, 0.0, 0, 0, b"", b"")

@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 from gateway.contracts.errors import ConfigurationError, InvalidRequest
 from gateway.contracts.ports import SandboxLimits, SandboxSpec
 
-# The holder and one supervisor are Python processes of about 10 MiB that live in the sandbox too.
-LEAST_MEMORY_BYTES = 32 * 2**20
-TEMPORARY_BYTES = 16 * 2**20
-"""Size of /tmp and of /dev/shm, each beside the `disk_bytes` of the home folder (never larger than that)."""
+# The holder and its supervisors are Python processes of about 10 MiB that live in the sandbox too.
+LEAST_MEMORY_BYTES = 48 * 2**20
+_RESERVED_BYTES = 32 * 2**20
+_MOST_TEMPORARY_BYTES = 16 * 2**20
+
+
+class FileSystemSizes(NamedTuple):
+    """Of the file systems in memory: /workspace, and each of /tmp and /dev/shm."""
+
+    home_bytes: int
+    temporary_bytes: int
+
+
+def file_system_sizes(limits: SandboxLimits) -> FileSystemSizes:
+    """What is asked for, but never so much that files alone could use up the sandbox's memory: then no process could
+    run in it any more, not even the one that runs commands."""
+    free_bytes = limits.memory_bytes - _RESERVED_BYTES
+    home_bytes = min(limits.disk_bytes, free_bytes // 2)
+    return FileSystemSizes(home_bytes, min(_MOST_TEMPORARY_BYTES, home_bytes, free_bytes // 8))
 
 
 def check_spec(spec: SandboxSpec) -> None:
@@ -34,8 +50,3 @@ def check_timeout(timeout_seconds: float) -> None:
     """Raises InvalidRequest for a deadline that is no time at all or no number."""
     if not (math.isfinite(timeout_seconds) and timeout_seconds > 0):
         raise InvalidRequest(f"timeout_seconds is {timeout_seconds}; it must be a finite number above 0")
-
-
-def temporary_bytes(limits: SandboxLimits) -> int:
-    """How large /tmp and /dev/shm are."""
-    return min(TEMPORARY_BYTES, limits.disk_bytes)

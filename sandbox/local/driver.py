@@ -96,8 +96,9 @@ class LocalDriver:
     async def create(self, spec: SandboxSpec) -> HeldSandbox:
         """An isolated sandbox, ready to run commands; the same one while a sandbox of the same key lives.
 
-        Files live in memory: /workspace holds `disk_bytes`, /tmp and /dev/shm at most 16 MiB each, and where control
-        groups are in force all of them count towards `memory_bytes`. NONE and LOOPBACK are the same here: an own
+        Files live in memory: /workspace holds `disk_bytes`, but at most about half of `memory_bytes` (see
+        `file_system_sizes`), /tmp and /dev/shm at most 16 MiB each; where control groups are in force all of them count
+        towards `memory_bytes`. NONE and LOOPBACK are the same here: an own
         loopback and nothing else. Raises SandboxUnavailable with what to do about it, ConfigurationError for limits
         that no sandbox can have.
         """

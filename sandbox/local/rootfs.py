@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from gateway.contracts.ports import SandboxLimits
 from sandbox import holder
-from sandbox.limits import temporary_bytes
+from sandbox.limits import file_system_sizes
 from sandbox.local.seccomp import filter_program
 
 USER_ID = 1000
@@ -156,13 +156,14 @@ def _programs() -> list[str]:
 
 
 def _file_systems(limits: SandboxLimits) -> list[str]:
-    small = str(temporary_bytes(limits))
+    sizes = file_system_sizes(limits)
+    small = str(sizes.temporary_bytes)
     return [
         *("--proc", "/proc", "--dev", "/dev"),
         *("--size", small, "--tmpfs", "/dev/shm", "--remount-ro", "/dev"),
         *("--perms", "1777", "--size", small, "--tmpfs", "/tmp"),
         *("--dir", "/var", "--symlink", "/tmp", "/var/tmp"),
-        *("--size", str(limits.disk_bytes), "--tmpfs", holder.SANDBOX_HOME),
+        *("--size", str(sizes.home_bytes), "--tmpfs", holder.SANDBOX_HOME),
         *("--chdir", holder.SANDBOX_HOME),
         *("--remount-ro", "/"),
     ]

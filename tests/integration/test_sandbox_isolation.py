@@ -306,6 +306,13 @@ time.sleep(1.5)
     assert (await sandbox.execute("echo well", timeout_seconds=10)).stdout == b"well\n"
 
 
+async def test_files_alone_cannot_use_up_the_memory_of_a_sandbox(driver: LocalDriver) -> None:
+    sandbox = await driver.create(SandboxSpec("a", limits=SandboxLimits(memory_bytes=64 * MIB)))
+    fill = "for f in /workspace /tmp /dev/shm; do head -c 100M /dev/zero > $f/big; done"
+    await sandbox.execute(f"{fill}; {fill}", timeout_seconds=20)
+    assert (await sandbox.execute("echo well", timeout_seconds=10)).stdout == b"well\n"
+
+
 async def test_fork_bomb_is_contained_and_ended_by_the_deadline(driver: LocalDriver) -> None:
     bomber = await driver.create(SandboxSpec("bomber", limits=SandboxLimits(num_processes=32)))
     neighbour = await driver.create(SandboxSpec("neighbour"))
