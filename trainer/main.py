@@ -10,8 +10,9 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,7 +39,9 @@ from trainer.settings import TrainSettings
 OPERATOR_KEY_VARIABLE = "VERBATIM_OPERATOR_KEY"
 """Environment variable with the operator's key of the gateway, where keys are on."""
 
-_TRANSPORTS: Mapping[str, type[DiskTransport]] = {"disk": DiskTransport}
+# The publisher pauses generation at the gateway; a transport that paused and resumed engines by itself would let
+# turns go on before the gateway knows what the new label means.
+_TRANSPORTS: Mapping[str, Callable[[], WeightTransport]] = {"disk": partial(DiskTransport, pause=None)}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -2,7 +2,8 @@
 
     backend ──export──▶ policies/policy-000003 ──transport──▶ engines ──label──▶ gateway (policy 3)
 
-Generation is paused meanwhile with requests kept: their turns go on under the new weights, version by token (I5).
+Generation is paused meanwhile. Running requests end with what they have, and the gateway goes on from those tokens
+under the new weights: one reply to the agent, versions by token (I5), and no routing row from a cache of other weights.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Publisher:
         urls = [str(engine["url"]) for engine in await self._gateway.engines()]
         if not urls:
             raise TransportError(f"policy {policy_version}: the gateway has no engine to publish to")
-        await self._gateway.pause("keep")
+        await self._gateway.pause("abort")
         try:
             label = await self._transport.publish(checkpoint, policy_version=policy_version, engine_urls=urls)
             await self._gateway.set_policy(policy_version, label)

@@ -129,7 +129,7 @@ def loop_parts(settings: TrainSettings, gateway: GatewayClient, *, produce: Any)
         objective=PpoObjective(settings.loss),
         source=RolloutSource(gateway, run_name=settings.run.name, group_size=settings.rollouts.group_size),
         produce=produce,
-        publisher=Publisher(gateway=gateway, transport=DiskTransport(), folder=settings.run.dir / "policies"),
+        publisher=Publisher(gateway=gateway, transport=DiskTransport(pause=None), folder=settings.run.dir / "policies"),
         checkpoints=CheckpointStore(settings.run.dir / "checkpoints", keep=settings.checkpoint.keep),
         metrics=MetricsLog(settings.run.dir / "metrics.jsonl"),
     )
@@ -225,7 +225,9 @@ async def _run_until(point: str, settings: TrainSettings, gateway: GatewayClient
     elif point == "publish":
         parts = replace(
             parts,
-            publisher=_DyingPublisher(gateway=gateway, transport=DiskTransport(), folder=settings.run.dir / "policies"),
+            publisher=_DyingPublisher(
+                gateway=gateway, transport=DiskTransport(pause=None), folder=settings.run.dir / "policies"
+            ),
         )
     if point == "end":
         await train(settings, parts, stop=asyncio.Event())
