@@ -69,7 +69,7 @@ def make_checkpoint(folder: Path, *, corpus: Iterable[str], seed: int, shape: Ti
         # Three times the usual 0.02: so small a model learns to copy in a third of the steps.
         initializer_range=0.06,
         router_aux_loss_coef=0.0,
-        tie_word_embeddings=True,
+        tie_word_embeddings=False,  # SGLang 0.5.23 reads this architecture as untied whatever the config says
         bos_token_id=None,
         eos_token_id=turn_end,
         pad_token_id=end_of_text,
