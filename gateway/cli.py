@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from gateway.contracts.errors import ConfigurationError, VerbatimError
 from gateway.contracts.telemetry import configure_logging
@@ -70,8 +71,15 @@ def check_packages() -> None:
             )
 
 
+class _Parser(argparse.ArgumentParser):
+    """Wrong flags are one line like every other error, not a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigurationError(f"{message} (`{self.prog} --help` shows what there is)")
+
+
 def _parser(name: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="verbatim", description="Token-exact gateway for agentic RL.")
+    parser = _Parser(prog="verbatim", description="Token-exact gateway for agentic RL.")
     commands = parser.add_subparsers(dest="command", metavar="command")
     for command, (module, summary) in COMMANDS.items():
         sub = commands.add_parser(command, help=summary, description=summary)

@@ -34,6 +34,9 @@ def test_no_command_shows_help_and_exits_2() -> None:
         (("engine", "--model", "nowhere", "--port", "1"), "nowhere"),
         (("serve", "--model", "nowhere", "--engine", "sglang=http://127.0.0.1:9", "--port", "1"), "nowhere"),
         (("train", "--config", "nowhere.toml"), "nowhere.toml: no such settings file"),
+        (("serve", "--port", "abc"), "--port: invalid int value: 'abc'"),
+        (("demo", "--steps", "0"), "--steps is 0"),
+        (("bogus",), "invalid choice: 'bogus'"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(words: tuple[str, ...], says: str, tmp_path: Path) -> None:
