@@ -26,6 +26,7 @@ TOOL_FILE = Path(__file__).parent / "calculator_tool.py"
 
 SYSTEM_PROMPT = "Use the calculator. Then answer after ####."
 TOOL_NAME = "calculator"
+CARELESS_SHARE = 0.45
 TOOL: JsonValue = {
     "type": "function",
     "function": {
@@ -90,9 +91,19 @@ class CalculatorRecipe:
 
 
 def demonstrations(seed: int, count: int) -> list[list[JsonValue]]:
-    """Faultless conversations on training questions, for the supervised warm-up."""
+    """Conversations on training questions for the supervised warm-up, in order.
+
+    First faultless ones, which teach form and copying. Of the last sixth some are careless: they guess without the
+    calculator, or answer a question of two calculations with the first's result; habits that the reward can break.
+    """
     draw = random.Random(f"demonstrations/{seed}")
-    return [_demonstration(_draw(draw, questions("train"))) for _ in range(count)]
+    num_faultless = count - count // 6
+    return [
+        _careless(_draw(draw, questions("train")), draw)
+        if i >= num_faultless and draw.random() < CARELESS_SHARE
+        else _faultless(_draw(draw, questions("train")))
+        for i in range(count)
+    ]
 
 
 def corpus() -> list[str]:
@@ -123,12 +134,30 @@ def _wording(question: Question) -> str:
     return ", then ".join(question.expressions)
 
 
-def _demonstration(question: Question) -> list[JsonValue]:
+def _faultless(question: Question) -> list[JsonValue]:
     messages: list[JsonValue] = list(_task(question).messages)
     for expression, result in zip(question.expressions, question.results, strict=True):
-        arguments = json.dumps({"expression": expression.replace("x", question.results[0])})
-        call = {"type": "function", "function": {"name": TOOL_NAME, "arguments": arguments}}
-        messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
-        messages.append({"role": "tool", "content": result})
-    messages.append({"role": "assistant", "content": f"#### {question.results[-1]}"})
-    return messages
+        messages += _calculation(expression.replace("x", question.results[0]), result)
+    return [*messages, _answer(question.results[-1])]
+
+
+def _careless(question: Question, draw: random.Random) -> list[JsonValue]:
+    messages = list(_task(question).messages)
+    if len(question.expressions) == 1:
+        digits = len(question.results[0])
+        return [*messages, _answer(str(draw.randrange(10**digits)))]
+    first = question.results[0]
+    return [*messages, *_calculation(question.expressions[0], first), _answer(first)]
+
+
+def _calculation(expression: str, result: str) -> list[JsonValue]:
+    """A call of the calculator and its result."""
+    function = {"name": TOOL_NAME, "arguments": json.dumps({"expression": expression})}
+    return [
+        {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]},
+        {"role": "tool", "content": result},
+    ]
+
+
+def _answer(result: str) -> JsonValue:
+    return {"role": "assistant", "content": f"#### {result}"}
