@@ -17,6 +17,7 @@ import signal
 import socket
 import struct
 import subprocess
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
@@ -61,10 +62,14 @@ class StartedHolder(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class HolderCommand:
-    """How to start a holder; `argv` gets the control descriptor's number in place of CONTROL."""
+    """How to start a holder; `argv` gets the control descriptor's number in place of CONTROL.
+
+    It starts in the process group `process_group` (of this session), or in a session of its own if that is None.
+    """
 
     argv: Sequence[str]
     pass_fds: Sequence[int] = ()
+    process_group: int | None = None
     CONTROL = "{control}"
 
 
@@ -86,7 +91,7 @@ async def start_holder(
             with _memory_file() as reports:
                 with theirs:
                     process = _fork(command, theirs.fileno(), reports.fileno())
-                undo.push_async_callback(_kill_child, process)
+                undo.push_async_callback(_kill_starting, process)
                 pid = await _hello(ours, deadline_seconds)
                 if pid is None:
                     raise SandboxUnavailable(f"a sandbox did not start: {_report(reports.fileno())}")
@@ -112,7 +117,8 @@ def _fork(command: HolderCommand, control: int, reports: int) -> subprocess.Pope
         stdout=reports,
         stderr=reports,
         pass_fds=(control, *command.pass_fds),
-        start_new_session=True,
+        start_new_session=command.process_group is None,
+        process_group=command.process_group,
         env={"PATH": os.environ.get("PATH", os.defpath)},
     )
 
@@ -383,9 +389,26 @@ def _kill(pidfd: int) -> None:
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
 
 
-async def _kill_child(process: subprocess.Popen[bytes]) -> None:
-    process.kill()
-    await asyncio.shield(_reap(process))
+async def _kill_starting(process: subprocess.Popen[bytes]) -> None:
+    """End a start half-way, with what it has started: bwrap's second process would wait for ever for the first."""
+
+    async def end() -> None:
+        process.send_signal(signal.SIGSTOP)
+        for _ in range(round(DESTROY_SECONDS * 1000)):
+            if process.poll() is not None or _has_stopped(process.pid):
+                break  # Only now it can start no other.
+            await asyncio.sleep(0.001)
+        if process.poll() is None:
+            for pid in (*holder.descendants(process.pid), process.pid):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        await _reap(process)
+
+    await asyncio.shield(asyncio.create_task(end(), name=f"end start of process {process.pid}"))
+
+
+def _has_stopped(child: int) -> bool:
+    return os.waitid(os.P_PID, child, os.WSTOPPED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 async def _reap(process: subprocess.Popen[bytes]) -> None:

@@ -612,11 +612,11 @@ def _kill_tree() -> bool:
     """
     deadline = time.monotonic() + KILL_SECONDS
     stopped: set[int] = set()
-    while (new := _descendants(os.getpid()) - stopped) and time.monotonic() < deadline:
+    while (new := descendants(os.getpid()) - stopped) and time.monotonic() < deadline:
         for pid in new:
             _send_signal(pid, SIGSTOP)
         stopped |= new
-    while left := _descendants(os.getpid()):
+    while left := descendants(os.getpid()):
         for pid in left:
             _send_signal(pid, SIGKILL)
         _reap_all()
@@ -634,7 +634,7 @@ def _reap_all() -> None:
         return
 
 
-def _descendants(root: int) -> set[int]:
+def descendants(root: int) -> set[int]:
     """Process ids below `root`, from /proc."""
     children: dict[int, list[int]] = {}
     for name in os.listdir("/proc"):

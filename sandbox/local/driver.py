@@ -49,12 +49,12 @@ class _Ground:
 
     rootfs: Rootfs
     groups: cgroups.GroupTree | None
-    keeper: Keeper | None
+    keeper: Keeper
     interpreter_source: Path | None
     as_user: Callable[[], Sequence[str]]
 
     def command(self, argv: Sequence[str], descriptors: Sequence[int]) -> HolderCommand:
-        return HolderCommand([*self.as_user(), *argv], descriptors)
+        return HolderCommand([*self.as_user(), *argv], descriptors, self.keeper.process_group)
 
     def describe(self) -> str:
         calls = "filtered system calls" if self.rootfs.filters_calls else "no filter of system calls"
@@ -66,8 +66,7 @@ class _Ground:
         self.rootfs.close()
         if self.groups is not None:
             self.groups.close()
-        if self.keeper is not None:
-            self.keeper.close()
+        self.keeper.close()
 
 
 class LocalDriver:
@@ -192,7 +191,7 @@ def _require_bubblewrap() -> None:
 
 def _as_this_user() -> _Ground:
     rootfs, groups = Rootfs(), cgroups.open_tree()
-    keeper = Keeper(prefix=None, folders=groups.folders) if groups is not None else None
+    keeper = Keeper(prefix=None, folders=_folders(groups))
     return _Ground(rootfs, groups, keeper, rootfs.interpreter.prefix, as_user=tuple)
 
 
@@ -204,19 +203,24 @@ def _as_unprivileged_users() -> _Ground:
     rootfs, groups = Rootfs(), cgroups.open_tree()
     prefix = rootfs.interpreter.prefix
     hidden = prefix if prefix is not None and not _everybody_reaches(prefix) else None
-    folders = groups.folders if groups is not None else ()
     try:
-        keeper = Keeper(prefix=hidden, folders=folders) if hidden or folders else None
+        keeper = Keeper(prefix=hidden, folders=_folders(groups))
     except SandboxUnavailable:
-        _Ground(rootfs, groups, None, None, as_user=tuple).close()
+        rootfs.close()
+        if groups is not None:
+            groups.close()
         raise
-    enter = keeper.enter if keeper is not None and hidden else []
+    enter = keeper.enter if hidden else []
 
     def as_user() -> list[str]:
         user = str(_FIRST_USER + next(_users) % _NUM_USERS)
         return [*enter, "setpriv", "--reuid", user, "--regid", user, "--clear-groups", "--"]
 
     return _Ground(rootfs, groups, keeper, MOUNT_POINT if hidden else prefix, as_user)
+
+
+def _folders(groups: cgroups.GroupTree | None) -> Sequence[Path]:
+    return () if groups is None else groups.folders
 
 
 def _everybody_reaches(folder: Path) -> bool:

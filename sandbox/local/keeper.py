@@ -1,8 +1,11 @@
 """A small shell process beside a driver that outlives its sudden death, and then leaves nothing behind.
 
-It does two things that only a second process can: it removes the driver's empty control groups when the driver's
-process was killed, and it holds a mount namespace in which the interpreter lies at a place that an unprivileged user
-may read (an interpreter below /root may not be read by the user that a sandbox started by root runs as).
+It does what only a second process can:
+- It leads the process group in which sandboxes start, and at its end kills what is in it. A running sandbox has left
+  the group and ends with the driver's process; one that was about to start when that was killed would wait for ever.
+- It removes the driver's control groups, which are empty then.
+- It holds a mount namespace in which the interpreter lies where unprivileged users may read it, if only root may reach
+  its own place.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from gateway.contracts.errors import SandboxUnavailable
 MOUNT_POINT = Path("/mnt")
 """Where the interpreter's prefix lies in the keeper's own mount namespace; the host's /mnt is untouched."""
 
-# Standard input closes when the driver ends, however it ends; then its groups are empty within a moment.
+# Standard input closes when the driver ends, however it ends; a moment later its groups are empty.
 _SCRIPT = """
 if [ -n "$1" ]; then mount --bind -o ro "$1" "$2" || exit 1; fi
 shift 2
@@ -29,9 +32,10 @@ for _ in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
     rmdir "$folder"/*/ "$folder" 2>/dev/null
     [ -d "$folder" ] && left=1
   done
-  [ -z "$left" ] && exit 0
+  [ -z "$left" ] && break
   sleep 0.25
 done
+kill -9 0
 """
 
 
@@ -50,12 +54,17 @@ class Keeper:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            start_new_session=True,
+            process_group=0,
         )
         assert self._process.stdout is not None
         if self._process.stdout.readline() != b"ready\n":
             _, reason = self._process.communicate()
             raise SandboxUnavailable(f"cannot make {prefix} readable to sandboxes: {reason.decode().strip()}")
+
+    @property
+    def process_group(self) -> int:
+        """The group in which sandboxes are to be started."""
+        return self._process.pid
 
     @property
     def enter(self) -> list[str]:

@@ -452,13 +452,15 @@ async def test_two_hundred_sandboxes_leave_nothing_behind(driver: LocalDriver) -
 async def test_cancelled_creation_leaves_nothing_behind(driver: LocalDriver) -> None:
     await (await driver.create(SandboxSpec("first"))).destroy()
     before = traces()
-    for number in range(24):
-        creation = asyncio.create_task(driver.create(SandboxSpec(f"s{number}")))
-        await asyncio.sleep(0.003 * number)
+    marked = SandboxLimits(disk_bytes=MIB + os.getpid() * 4096)
+    for number in range(60):
+        creation = asyncio.create_task(driver.create(SandboxSpec(f"s{number}", limits=marked)))
+        await asyncio.sleep(0.001 * number)
         creation.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await (await creation).destroy()
     assert traces() == before
+    assert await eventually_gone(str(marked.disk_bytes))
 
 
 async def test_missing_bubblewrap_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -514,6 +516,31 @@ asyncio.run(main())
             return
         await asyncio.sleep(0.05)
     pytest.fail(f"left behind: {control_groups(name)}")
+
+
+async def test_killing_the_controlling_process_while_it_creates_leaves_nothing() -> None:
+    marked = MIB + os.getpid() * 4096
+    program = f"""
+import asyncio
+from gateway.contracts.ports import SandboxLimits, SandboxSpec
+from sandbox.local.driver import LocalDriver
+async def main():
+    driver = LocalDriver()
+    print(await driver.create(SandboxSpec("first")), flush=True)
+    limits = SandboxLimits(disk_bytes={marked})
+    await asyncio.gather(*(driver.create(SandboxSpec(str(n), limits=limits)) for n in range(40)))
+asyncio.run(main())
+"""
+    for number in range(6):
+        owner = await asyncio.to_thread(start_python, program)
+        assert owner.stdout is not None
+        assert await asyncio.to_thread(owner.stdout.readline)
+        await asyncio.sleep(0.02 * number)
+        owner.kill()
+        owner.communicate()
+        assert await eventually_gone(f"verbatim-{owner.pid}-", 10)  # the keeper, which has the groups' names
+        assert control_groups(f"verbatim-{owner.pid}-") == []
+        assert await eventually_gone(str(marked))
 
 
 def start_python(program: str) -> subprocess.Popen[bytes]:
