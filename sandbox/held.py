@@ -17,7 +17,6 @@ import signal
 import socket
 import struct
 import subprocess
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
