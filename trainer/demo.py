@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from gateway.contracts.errors import ConfigurationError
-from trainer.processes import Children, PeakMemory, environment, free_port
+from trainer.processes import Children, PeakMemory, free_port
 from trainer.report import make_report, show_report
 
 DEFAULT_STEPS = 25
@@ -79,15 +79,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the demo; raises ConfigurationError for a folder of another run, ChildFailed if a part dies."""
+    """Run the demo; raises ConfigurationError for a folder of another run, ProcessFailed if a part dies."""
     started = time.monotonic()
-    os.environ.update(environment())  # before torch is imported here, for the warm-up
     plan = _plan(arguments)
     console = Console(stderr=True, highlight=False)
     with _ended_by_signals(), PeakMemory() as memory, Children(plan.folder / "logs") as children:
-        _prepare_model(plan, console)
+        _prepare_model(plan, children, console)
         engine_url, gateway_url = _start_servers(plan, children)
-        console.print(f"engine {engine_url}, gateway {gateway_url}, all data in {plan.folder}")
+        console.print(f"engine {engine_url}, gateway {gateway_url}, all data in {plan.folder}", soft_wrap=True)
         _train(plan, children, gateway_url)
         report = asyncio.run(
             make_report(
@@ -139,34 +138,20 @@ def _usable_sandbox(asked: str | None) -> str:
     return "subprocess"
 
 
-def _prepare_model(plan: DemoPlan, console: Console) -> None:
-    """Make and warm up the checkpoint, unless the folder has it."""
-    done = plan.model / "warmup.json"
+def _prepare_model(plan: DemoPlan, children: Children, console: Console) -> None:
+    """Make and warm up the checkpoint in a process of its own, unless the folder has it."""
+    done = plan.folder / "warmed-up"
     if done.exists():
-        console.print(f"model found in {plan.model}")
+        console.print(f"model found in {plan.model}", soft_wrap=True)
         return
-    import torch
-    from transformers.utils import logging as transformers_logging
-
-    from trainer.recipes.calculator import CalculatorRecipe, corpus, demonstrations
-    from trainer.recipes.checkpoint import TinyMoeShape, checkpoint_summary, make_checkpoint
-    from trainer.recipes.warmup import WarmupSettings, warm_up
-
-    torch.set_num_threads(1)
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    settings = WarmupSettings(steps=plan.run.warmup_steps)
-    make_checkpoint(plan.model, corpus=corpus(), seed=plan.run.seed, shape=TinyMoeShape())
-    console.print(f"new checkpoint: {checkpoint_summary(plan.model)}")
-    with _bar(console, "warm-up", settings.steps) as advance:
-        warm_up(
-            plan.model,
-            demonstrations(plan.run.seed, settings.steps * settings.batch_size),
-            tools=CalculatorRecipe.tools,
-            seed=plan.run.seed,
-            settings=settings,
-            on_step=advance,
-        )
-    done.write_text(json.dumps(asdict(settings)) + "\n")
+    steps = plan.run.warmup_steps
+    words = ("-m", "trainer.recipes.warmup", str(plan.model), str(plan.run.seed), str(steps))
+    with _bar(console, "warm-up", steps) as advance:
+        for line in children.lines_of("warm-up", words):
+            step, loss = line.split()
+            advance(int(step), float(loss))
+    console.print(f"warmed up in {steps} supervised steps: {plan.model}", soft_wrap=True)
+    done.touch()
 
 
 def _start_servers(plan: DemoPlan, children: Children) -> tuple[str, str]:

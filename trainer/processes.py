@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -35,12 +35,6 @@ _POLL_SECONDS = 0.05
 _LOG_LINES = 5
 
 
-class ChildFailed(VerbatimError):
-    """A child process ended that should not have; the message has its log's last lines."""
-
-    code = "child_failed"
-
-
 class Children:
     """Starts `verbatim …` commands as processes; leaving the context stops all, the latest first."""
 
@@ -61,12 +55,12 @@ class Children:
     def start_server(self, name: str, arguments: Sequence[str], *, timeout_seconds: float) -> str:
         """Start `verbatim NAME ARGUMENTS` with its output in a log file; returns its URL once it is ready.
 
-        Raises ChildFailed if it ends, or is not ready in time.
+        Raises ProcessFailed if it ends, or is not ready in time.
         """
         log = self._log_folder / f"{name}.log"
         with log.open("ab") as stream:
             begin = stream.tell()
-            process = self._start(name, arguments, output=stream.fileno())
+            process = self._start(name, (*_COMMAND, name, *arguments), output=stream.fileno(), errors=stream.fileno())
         deadline = time.monotonic() + timeout_seconds
         ready = re.compile(re.escape(ready_line(name, "")) + r"(\S+)")
         while time.monotonic() < deadline:
@@ -76,37 +70,54 @@ class Children:
             if process.poll() is not None:
                 break
             time.sleep(_POLL_SECONDS)
-        raise ChildFailed(self._obituary(name, process))
+        raise ProcessFailed(self._obituary(name, process))
 
     def run(self, name: str, arguments: Sequence[str]) -> None:
         """Run `verbatim NAME ARGUMENTS` to its end, on our standard error; the servers must outlive it.
 
-        Raises ChildFailed if it fails, or if a server dies meanwhile.
+        Raises ProcessFailed if it fails, or if a server dies meanwhile.
         """
-        process = self._start(name, arguments, output=sys.stderr.fileno())
+        argv = (*_COMMAND, name, *arguments)
+        process = self._start(name, argv, output=sys.stderr.fileno(), errors=sys.stderr.fileno())
         while (status := process.poll()) is None:
             for server, other in self._running[:-1]:
                 if other.poll() is not None:
-                    raise ChildFailed(self._obituary(server, other))
+                    raise ProcessFailed(self._obituary(server, other))
             time.sleep(_POLL_SECONDS)
         self._running.pop()
         if status != 0:
-            raise ChildFailed(f"verbatim {name} ended with {_status(status)}; what it said stands above")
+            raise ProcessFailed(f"{name} ended with {_status(status)}; what it said stands above")
+
+    def lines_of(self, name: str, words: Sequence[str]) -> Iterator[str]:
+        """Run Python with these words to its end and yield the lines of its standard output; the rest goes to its log.
+
+        Raises ProcessFailed if it fails.
+        """
+        with (self._log_folder / f"{name}.log").open("ab") as log:
+            process = self._start(name, (sys.executable, *words), output=subprocess.PIPE, errors=log.fileno())
+        assert process.stdout is not None
+        with process.stdout:
+            for line in process.stdout:
+                yield line.decode().rstrip("\n")
+        process.wait()
+        self._running.pop()
+        if process.returncode != 0:
+            raise ProcessFailed(self._obituary(name, process))
 
     def wait(self) -> None:
-        """Until a server dies; raises ChildFailed then. Interrupt it to go on."""
+        """Until a server dies; raises ProcessFailed then. Interrupt it to go on."""
         while True:
             for name, process in self._running:
                 if process.poll() is not None:
-                    raise ChildFailed(self._obituary(name, process))
+                    raise ProcessFailed(self._obituary(name, process))
             time.sleep(1.0)
 
-    def _start(self, name: str, arguments: Sequence[str], *, output: int) -> subprocess.Popen[bytes]:
+    def _start(self, name: str, argv: Sequence[str], *, output: int, errors: int) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(
-            [*_COMMAND, name, *arguments],
+            argv,
             stdin=subprocess.DEVNULL,
             stdout=output,
-            stderr=output,
+            stderr=errors,
             env=os.environ | _ENVIRONMENT,
             # Ctrl-C reaches us alone; we end our children in order.
             start_new_session=True,
@@ -119,7 +130,7 @@ class Children:
         what = "is not ready in time" if status is None else f"ended with {_status(status)}"
         log = self._log_folder / f"{name}.log"
         lines = log.read_text(errors="replace").splitlines()[-_LOG_LINES:]
-        return f"verbatim {name} {what}; the end of {log}: " + " | ".join(lines)
+        return f"{name} {what}; the end of {log}: " + " | ".join(lines)
 
 
 class PeakMemory:
@@ -163,12 +174,7 @@ def free_port(*taken: int) -> int:
             except OSError:
                 continue
             return port
-    raise ChildFailed(f"no free port between {_FIRST_PORT} and {_LAST_PORT}")
-
-
-def environment() -> Mapping[str, str]:
-    """What each child gets on top of our own environment."""
-    return _ENVIRONMENT
+    raise ProcessFailed(f"no free port between {_FIRST_PORT} and {_LAST_PORT}")
 
 
 def _resident_bytes(process: psutil.Process) -> int:

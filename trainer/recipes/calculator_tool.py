@@ -44,9 +44,11 @@ def _value(node: ast.expr, source: str) -> Fraction:
         return result
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         return -_value(node.operand, source)
-    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-        # From the text, not from the parsed float: 0.1 is one tenth here.
-        return Fraction(ast.get_source_segment(source, node) or "")
+    if isinstance(node, ast.Constant):
+        # From the text, not from the parsed float: 0.1 is one tenth here. No exponents: 1e999999999 would never end.
+        text = ast.get_source_segment(source, node) or ""
+        if text.strip("0123456789.") == "":
+            return Fraction(text)
     raise ValueError("not arithmetic")
 
 

@@ -6,6 +6,7 @@ conversations → chat template → token ids, loss on what assistants wrote (th
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -14,9 +15,11 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from gateway.contracts.generation import JsonValue
-from trainer.recipes.checkpoint import save_model
+from trainer.recipes.calculator import CalculatorRecipe, corpus, demonstrations
+from trainer.recipes.checkpoint import TinyMoeShape, make_checkpoint, save_model
 
 _ASSISTANT = re.compile(r"<\|im_start\|>assistant\n(.*?<\|im_end\|>)", re.DOTALL)
 _IGNORED = -100
@@ -111,3 +114,26 @@ def _padded(rows: Sequence[Rendered], pad_token_id: int) -> dict[str, torch.Tens
         "attention_mask": stacked(([1] * len(row.ids) for row in rows), 0),
         "labels": stacked((row.labels for row in rows), _IGNORED),
     }
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`python -m trainer.recipes.warmup FOLDER SEED STEPS`: a new checkpoint, warmed up on the calculator's
+    demonstrations; prints `step loss` lines."""
+    folder, seed, steps = Path(arguments[0]), int(arguments[1]), int(arguments[2])
+    torch.set_num_threads(1)
+    transformers_logging.disable_progress_bar()
+    settings = WarmupSettings(steps=steps)
+    make_checkpoint(folder, corpus=corpus(), seed=seed, shape=TinyMoeShape())
+    warm_up(
+        folder,
+        demonstrations(seed, settings.steps * settings.batch_size),
+        tools=CalculatorRecipe.tools,
+        seed=seed,
+        settings=settings,
+        on_step=lambda step, loss: print(step, f"{loss:.3f}", flush=True),  # noqa: T201  # its output is its interface
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
