@@ -14,6 +14,7 @@
     │   └── ExpertsMismatch · LengthMismatch · LedgerCorrupt · SchemaMismatch · IdentityMismatch
     ├── SandboxError                  the sandbox itself failed (a command's non-zero exit is data, not this)
     │   └── SandboxUnavailable · SandboxLost
+    ├── ProcessFailed                 a process that we started ended, or never got ready
     ├── RewardError                   no reward could be computed (which is not a reward of zero)
     ├── TransportError                weights did not reach an engine
     └── TrainingError
@@ -209,6 +210,12 @@ class SandboxLost(SandboxError):
 
     code = "sandbox_lost"
     retryable = True
+
+
+class ProcessFailed(VerbatimError):
+    """A process that we started ended by itself, or did not get ready in time."""
+
+    code = "process_failed"
 
 
 class RewardError(VerbatimError):
