@@ -17,7 +17,7 @@ from typing import Self
 
 import psutil  # type: ignore[import-untyped]  # has no types of its own
 
-from gateway.contracts.errors import VerbatimError
+from gateway.contracts.errors import ProcessFailed
 from gateway.contracts.telemetry import ready_line
 
 _COMMAND = (sys.executable, "-c", "import sys; from gateway.cli import main; sys.exit(main())")
