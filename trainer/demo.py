@@ -159,6 +159,8 @@ def _start_servers(plan: DemoPlan, children: Children) -> tuple[str, str]:
     port = free_port()
     engine = ["--model", str(plan.model), "--port", str(port), "--dtype", "bfloat16", "--seed", str(plan.run.seed)]
     engine += ["--max-running-requests", "64"]
+    # Tokens in small bundles, without repeating those sent before: half the CPU of a reply on two shared cores.
+    engine += ["--set", "stream_interval=8", "--set", "incremental_streaming_output=true"]
     engine_url = children.start_server("engine", engine, timeout_seconds=_READY_SECONDS)
     gateway = ["--engine", f"sglang={engine_url}", "--model", str(plan.model), "--port", str(free_port(port))]
     gateway += ["--data", str(plan.folder / "ledger")]

@@ -134,7 +134,8 @@ def show_report(report: DemoReport, *, folder: Path, console: Console) -> None:
         table.add_row(name, value)
     console.print(table)
     for line in (
-        f"next: `verbatim demo --data {folder} --steps {report.steps * 2}` goes on; --keep leaves servers up",
+        f"next: `verbatim sessions --data {folder / 'ledger'} --label purpose=train` shows what was recorded",
+        f"      `verbatim demo --data {folder} --steps {report.steps * 2}` goes on; --keep leaves servers up",
         "      `verbatim train --config trainer/recipes/gsm8k.toml --print-config` shows a run with a real model",
     ):
         console.print(line, soft_wrap=True)
