@@ -27,6 +27,8 @@ TOOL_FILE = Path(__file__).parent / "calculator_tool.py"
 SYSTEM_PROMPT = "Use the calculator. Then answer after ####."
 TOOL_NAME = "calculator"
 CARELESS_SHARE = 0.45
+PAIR_SHARE = 0.6
+"""Of demonstrations: two calculations, the harder kind. Practice can mend a habit, hardly teach a skill never shown."""
 TOOL: JsonValue = {
     "type": "function",
     "function": {
@@ -98,10 +100,11 @@ def demonstrations(seed: int, count: int) -> list[list[JsonValue]]:
     """
     draw = random.Random(f"demonstrations/{seed}")
     num_faultless = count - count // 6
+    by_length = [[q for q in questions("train") if len(q.expressions) == n] for n in (1, 2)]
     return [
         _careless(_draw(draw, questions("train")), draw)
         if i >= num_faultless and draw.random() < CARELESS_SHARE
-        else _faultless(_draw(draw, questions("train")))
+        else _faultless(_draw(draw, by_length[draw.random() < PAIR_SHARE]))
         for i in range(count)
     ]
 
