@@ -29,7 +29,7 @@ from trainer.processes import Children, PeakMemory, free_port
 from trainer.report import make_report, show_report
 
 DEFAULT_STEPS = 25
-DEFAULT_WARMUP_STEPS = 400
+DEFAULT_WARMUP_STEPS = 550
 
 _RECIPE = Path(__file__).parent / "recipes" / "calculator.toml"
 _DATA_HOME = Path("demo-run")
