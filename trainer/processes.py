@@ -21,13 +21,14 @@ from gateway.contracts.errors import ProcessFailed
 from gateway.contracts.telemetry import ready_line
 
 _COMMAND = (sys.executable, "-c", "import sys; from gateway.cli import main; sys.exit(main())")
-_ENVIRONMENT = {
+CHILD_ENVIRONMENT = {
     # One thread each: OpenMP threads of several processes spin on shared cores (60 times slower).
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
     "PYTHONUNBUFFERED": "1",
 }
+"""What each child gets on top of our own environment."""
 _FIRST_PORT, _LAST_PORT = 20_000, 32_000
 """Below the range from which kernels take ports for outgoing connections."""
 _STOP_SECONDS = 20.0
@@ -118,7 +119,7 @@ class Children:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=errors,
-            env=os.environ | _ENVIRONMENT,
+            env=os.environ | CHILD_ENVIRONMENT,
             # Ctrl-C reaches us alone; we end our children in order.
             start_new_session=True,
         )

@@ -32,7 +32,7 @@ from trainer.data.source import RolloutSource
 from trainer.loop import LoopParts, train
 from trainer.main import configure, run
 from trainer.metrics import MetricsLog
-from trainer.processes import Children, environment, free_port
+from trainer.processes import CHILD_ENVIRONMENT, Children, free_port
 from trainer.publish import Publisher
 from trainer.settings import TrainSettings
 
@@ -288,7 +288,7 @@ def test_the_command_goes_on_after_sigkill_and_ends_cleanly_after_sigterm(
     for number in (signal.SIGKILL, signal.SIGTERM):
         before = _num_steps(metrics_file)
         with log.open("ab") as stream:
-            process = subprocess.Popen(command, env={**os.environ, **environment()}, stdout=stream, stderr=stream)
+            process = subprocess.Popen(command, env={**os.environ, **CHILD_ENVIRONMENT}, stdout=stream, stderr=stream)
         deadline = time.monotonic() + 90
         while _num_steps(metrics_file) < before + 2 and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
