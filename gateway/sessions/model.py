@@ -39,13 +39,14 @@ class ServedModel:
         tokenizer = ChatTokenizer.load(path)
         template = ChatTemplate.load(path)
         files = read_model_files(path)
+        parsing = choose_parsing(template, tokenizer)
         return cls(
             name=name or path.name,
             path=path,
             tokenizer=tokenizer,
             template=template,
-            prompts=PromptBuilder(tokenizer, template, history_policy=history_policy),
-            parsing=choose_parsing(template, tokenizer),
+            prompts=PromptBuilder(tokenizer, template, parsing=parsing, history_policy=history_policy),
+            parsing=parsing,
             routing=files.routing,
             context_length=files.context_length,
         )

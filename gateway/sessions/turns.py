@@ -344,8 +344,8 @@ async def _sample(
 ) -> _Sampled:
     """Stream from the engines; whatever ends it, what was sampled comes back. If nothing was, the failure is raised."""
     parser = parts.model.parsing.start(
-        tools=request.calls_tools,
-        reasoning_open=parts.model.prompts.opens_reasoning(prompt.token_ids),
+        prompt_ids=prompt.token_ids,
+        tools=request.tools if request.calls_tools else (),
         stop=sampling.stop,
         stop_token_ids=sampling.stop_token_ids,
     )

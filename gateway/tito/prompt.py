@@ -19,6 +19,7 @@ from gateway.tito.history import History, RenderedPrompts, compare_history
 from gateway.tito.junction import Junction, TurnTokens, learn_junction, reasoning_close, text_turn_close
 from gateway.tito.lookalikes import Brackets, GuardedConversation, LookalikeGuard
 from gateway.tito.parsing.choice import choose_parsing
+from gateway.tito.parsing.reply import ReplyParsing
 from gateway.tito.template import ChatTemplate
 from gateway.tito.tokenizer import ChatTokenizer
 
@@ -31,7 +32,8 @@ CLOSE = "close"
 class PromptBuilder:
     """Builds prompts for one model; safe to share between sessions and threads.
 
-    stop_token_ids: ids at which the engine ends a turn on top of the tokenizer's own end tokens.
+    stop_token_ids: ids at which the engine ends a turn on top of the tokenizer's own end tokens. parsing: how the
+    model's replies are read; chosen from template and vocabulary where it is not given.
     """
 
     def __init__(
@@ -39,13 +41,14 @@ class PromptBuilder:
         tokenizer: ChatTokenizer,
         template: ChatTemplate,
         *,
+        parsing: ReplyParsing | None = None,
         stop_token_ids: Sequence[int] = (),
         history_policy: HistoryPolicy = HistoryPolicy.KEEP,
     ) -> None:
         self._tokenizer = tokenizer
         self._template = template
         self._history_policy = history_policy
-        self._parsing = choose_parsing(template, tokenizer)
+        self._parsing = parsing if parsing is not None else choose_parsing(template, tokenizer)
         self._guard = LookalikeGuard(tokenizer, template, markup=[marker.text for marker in self._parsing.markers])
         self._stop_token_ids = tuple(dict.fromkeys((*stop_token_ids, *tokenizer.eos_token_ids)))
         self._special = tuple(token.text for token in tokenizer.added_tokens.values() if token.special)
@@ -76,20 +79,6 @@ class PromptBuilder:
         if isinstance(junction, SegmentReason):
             return self._whole(full_text, guarded, self._reason_of(parent, junction))
         return self._continued(parent, junction, guarded, full_text)
-
-    def opens_reasoning(self, prompt_ids: Sequence[int] | TokenIds) -> bool:
-        """Whether a prompt, all of its ids, ends inside reasoning that the template opened."""
-        markers = self._parsing.reasoning
-        if markers is None:
-            return False
-        if markers.opener.token_id is None or markers.closer.token_id is None:
-            return self._tokenizer.decode(prompt_ids[-32:]).rstrip().endswith(markers.opener.text)
-        for token_id in reversed(prompt_ids):
-            if token_id == markers.opener.token_id:
-                return True
-            if token_id == markers.closer.token_id or int(token_id) in self._stop_token_ids:
-                return False
-        return False
 
     def _continued(
         self, parent: ParentTurn, junction: Junction, guarded: GuardedConversation, full_text: str
@@ -126,15 +115,15 @@ class PromptBuilder:
     def _closing_ids(self, parent: ParentTurn) -> TokenIds:
         """What ends the text of a turn that was cut, up to its stop token: an open call or reasoning is closed."""
         num_prompt = len(parent.token_ids) - parent.num_output_tokens
-        reasoning_open = self.opens_reasoning(parent.token_ids[:num_prompt])
-        parser = self._parsing.start(tools=True, reasoning_open=reasoning_open)
+        # What the model opened must be closed, whether or not the request offered tools: any definition will do.
+        parser = self._parsing.start(prompt_ids=parent.token_ids[:num_prompt], tools=({},))
         parser.feed(parent.token_ids[num_prompt:].tolist())
-        closer = parser.open_marker
+        markup = parser.open_markup
         text = self._text_close
-        if closer is not None and self._parsing.reasoning is not None and closer == self._parsing.reasoning.closer:
+        if markup.closing_text:
+            text = f"\n{markup.closing_text}" + text
+        if markup.in_reasoning:
             text = self._reasoning_close + text
-        elif closer is not None:
-            text = f"\n{closer.text}" + text
         return self._tokenizer.encode_after(text) if text else np.zeros(0, dtype=np.int32)
 
     @cached_property

@@ -85,7 +85,7 @@ def test_every_turn_continues_recorded_ids_or_opens_a_segment_with_a_reason(
             if not len(output):
                 return
             finish = Finish(FinishReason.STOP, int(output[-1])) if stop else Finish(FinishReason.LENGTH)
-            parser = parsing.start(tools=True, reasoning_open=builder.opens_reasoning(prompt))
+            parser = parsing.start(prompt_ids=prompt, tools=(TOOL,))
             parser.feed(output.tolist())
             reply = parser.finish(finish)[1].message()
             messages.append(reply if echo_reasoning else {k: v for k, v in reply.items() if k != "reasoning_content"})
@@ -134,7 +134,7 @@ def test_a_conversation_of_many_turns_stays_one_segment(tiny_model: Path) -> Non
         call = f'<tool_call>\n{{"name": "calculator", "arguments": {arguments}}}\n</tool_call>'
         text = f"<think>\nStep {turn}.\n</think>\n{call}"
         output = tokenizer.encode(text + "<|im_end|>")
-        parser = parsing.start(tools=True, reasoning_open=False)
+        parser = parsing.start(prompt_ids=ids, tools=(TOOL,))
         parser.feed(output.tolist())
         finish = Finish(FinishReason.STOP, int(output[-1]))
         reply = parser.finish(finish)[1]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from gateway.contracts.generation import Finish, FinishReason
 from gateway.tito.conversation import ContentDelta, ParsedReply, ReasoningDelta, ReplyDelta, ToolCallDelta
 from gateway.tito.parsing.choice import choose_parsing
-from gateway.tito.parsing.reply import ReplyParsing
+from gateway.tito.parsing.marked import MarkedParsing
 from gateway.tito.template import ChatTemplate
 from gateway.tito.tokenizer import ChatTokenizer
 
@@ -36,14 +36,14 @@ FINISHES = st.sampled_from(
 
 
 @pytest.fixture(scope="module", params=["marker tokens", "text markers"])
-def parsing(request: pytest.FixtureRequest, tiny_model: Path) -> ReplyParsing:
+def parsing(request: pytest.FixtureRequest, tiny_model: Path) -> MarkedParsing:
     description = json.loads((tiny_model / "tokenizer.json").read_text())
     if request.param == "text markers":
         description["added_tokens"] = [token for token in description["added_tokens"] if token["special"]]
     return choose_parsing(ChatTemplate.load(tiny_model), ChatTokenizer(json.dumps(description).encode()))
 
 
-def test_deltas_join_to_the_reply_and_no_split_changes_it(parsing: ReplyParsing) -> None:
+def test_deltas_join_to_the_reply_and_no_split_changes_it(parsing: MarkedParsing) -> None:
     """Design: streamed and not streamed replies are the same message (I8)."""
     vocab_size = parsing.tokenizer.vocab_size
 
@@ -68,10 +68,11 @@ def test_deltas_join_to_the_reply_and_no_split_changes_it(parsing: ReplyParsing)
 
 
 def read(
-    parsing: ReplyParsing, ids: list[int], splits: list[int], finish: Finish, *, tools: bool, reasoning_open: bool
+    parsing: MarkedParsing, ids: list[int], splits: list[int], finish: Finish, *, tools: bool, reasoning_open: bool
 ) -> tuple[object, ...]:
     """The reply, call ids left out; asserts that its deltas join to it."""
-    parser = parsing.start(tools=tools, reasoning_open=reasoning_open, stop=("##",))
+    prompt = parsing.tokenizer.encode("<think>\n" if reasoning_open else "\n")
+    parser = parsing.start(prompt_ids=prompt, tools=({},) if tools else (), stop=("##",))
     deltas: list[ReplyDelta] = []
     at = step = 0
     while at < len(ids):
@@ -102,7 +103,7 @@ def joined(deltas: list[ReplyDelta]) -> tuple[str | None, str | None, list[tuple
     return content or None, reasoning or None, calls
 
 
-def test_text_without_markup_is_the_decoded_text(parsing: ReplyParsing) -> None:
+def test_text_without_markup_is_the_decoded_text(parsing: MarkedParsing) -> None:
     """I9: whatever bytes are sampled, what is shown is what the tokenizer decodes."""
     added = set(parsing.tokenizer.added_tokens)
     ordinary = [token_id for token_id in range(parsing.tokenizer.vocab_size) if token_id not in added]
@@ -110,7 +111,7 @@ def test_text_without_markup_is_the_decoded_text(parsing: ReplyParsing) -> None:
     @settings(max_examples=200, deadline=None, derandomize=True)
     @given(ids=st.lists(st.sampled_from(ordinary), max_size=30))
     def check(ids: list[int]) -> None:
-        parser = parsing.start(tools=False, reasoning_open=False)
+        parser = parsing.start(prompt_ids=[], tools=())
         parser.feed(ids)
         reply: ParsedReply = parser.finish(Finish(FinishReason.LENGTH))[1]
         assert (reply.content or "") == parsing.tokenizer.decode(ids)

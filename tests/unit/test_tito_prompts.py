@@ -14,6 +14,7 @@ from gateway.contracts.errors import LengthMismatch, TemplateRaised
 from gateway.contracts.generation import Finish, FinishReason, JsonValue, TokenIds
 from gateway.contracts.records import SegmentReason
 from gateway.tito.conversation import BuiltPrompt, Conversation, HistoryPolicy, ParentTurn
+from gateway.tito.parsing.choice import choose_parsing
 from gateway.tito.prompt import PromptBuilder
 from gateway.tito.template import ChatTemplate
 from gateway.tito.tokenizer import ChatTokenizer
@@ -454,12 +455,15 @@ def control_ids(tokenizer: ChatTokenizer, ids: TokenIds) -> list[int]:
 def test_a_prompt_knows_whether_the_template_left_reasoning_open(byte_level_tokenizer: ChatTokenizer) -> None:
     """The reply's parser starts inside reasoning only where the prompt does."""
     history = (user("Hm <think> hm"),)
-    opens = PromptBuilder(byte_level_tokenizer, chat_template("opens_reasoning"))
-    assert opens.opens_reasoning(opens.build(Conversation(history), None).token_ids)
-    strips = PromptBuilder(byte_level_tokenizer, chat_template("strips_reasoning"))
-    assert not strips.opens_reasoning(strips.build(Conversation(history), None).token_ids)
-    off = Conversation(history, template_arguments={"enable_thinking": False})
-    assert not strips.opens_reasoning(strips.build(off, None).token_ids)
+    for name, arguments, is_open in (
+        ("opens_reasoning", {}, True),
+        ("strips_reasoning", {}, False),
+        ("strips_reasoning", {"enable_thinking": False}, False),
+    ):
+        template = chat_template(name)
+        conversation = Conversation(history, template_arguments=arguments)
+        prompt = PromptBuilder(byte_level_tokenizer, template).build(conversation, None).token_ids
+        assert choose_parsing(template, byte_level_tokenizer).opens_reasoning(prompt) is is_open
 
 
 def test_a_second_builder_continues_what_the_first_one_built(byte_level_tokenizer: ChatTokenizer) -> None:

@@ -1,4 +1,4 @@
-"""Sampled tokens → reasoning, visible text and tool calls, as they stream.
+"""How a model's replies are read: the two Protocols that every family of markup implements.
 
 Promises: the deltas, joined, are exactly the final message, under every split of the tokens; nothing raises; text is
 never lost (a call that is malformed or cut becomes content, and the reply carries a flag). White space that is layout
@@ -7,269 +7,79 @@ of the markup (newlines around reasoning, space between text and calls) is not p
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
+from typing import Protocol
 
-from gateway.contracts.generation import Finish
-from gateway.tito.conversation import (
-    ContentDelta,
-    ParsedReply,
-    ReasoningDelta,
-    ReplyDelta,
-    ReplyFlag,
-    ToolCall,
-    ToolCallDelta,
-)
-from gateway.tito.parsing.calls import CallSyntax
-from gateway.tito.parsing.markers import Marker, Scanned, TokenScanner
+from gateway.contracts.generation import Finish, JsonValue, TokenIds
+from gateway.tito.conversation import ParsedReply, ReplyDelta
+from gateway.tito.parsing.markers import Marker
 from gateway.tito.parsing.reasoning import ReasoningMarkers
-from gateway.tito.tokenizer import ChatTokenizer
 
 
 @dataclass(frozen=True, slots=True)
-class ReplyParsing:
-    """How one model's replies are read; `reasoning` and `calls` None where it has no such markup."""
+class OpenMarkup:
+    """What is open at this point of a reply.
 
-    tokenizer: ChatTokenizer
-    reasoning: ReasoningMarkers | None
-    calls: CallSyntax | None
+    in_reasoning: the reasoning's closer is due. closing_text: what closes open calls and their section, in order; ""
+    where none is open. The reasoning's own closer is not in it.
+    """
+
+    in_reasoning: bool
+    closing_text: str
+
+
+class ReplyParser(Protocol):
+    """Reads one reply; made by `ReplyParsing.start`."""
+
+    def feed(self, token_ids: Sequence[int]) -> list[ReplyDelta]:
+        """Deltas that the next sampled tokens make certain; may be empty."""
+        ...
+
+    def finish(self, finish: Finish) -> tuple[list[ReplyDelta], ParsedReply]:
+        """The last deltas, and the whole reply; the parser takes no more tokens."""
+        ...
+
+    @property
+    def open_markup(self) -> OpenMarkup:
+        """What would have to be closed if the reply ended now."""
+        ...
+
+
+class ReplyParsing(Protocol):
+    """How one model's replies are read; safe to share between sessions and threads."""
+
+    @property
+    def name(self) -> str:
+        """The call syntax and the reasoning style, for people."""
+        ...
 
     @property
     def markers(self) -> tuple[Marker, ...]:
         """All of this model's markup."""
-        return (*_reasoning_pair(self.reasoning), *_call_pair(self.calls))
+        ...
+
+    @property
+    def reasoning(self) -> ReasoningMarkers | None:
+        """What opens and closes reasoning; None for a model that shows none."""
+        ...
+
+    def opens_reasoning(self, prompt_ids: Sequence[int] | TokenIds) -> bool:
+        """Whether a prompt, all of its ids, ends inside reasoning that the template opened."""
+        ...
 
     def start(
         self,
         *,
-        tools: bool,
-        reasoning_open: bool,
+        prompt_ids: Sequence[int] | TokenIds,
+        tools: Sequence[JsonValue],
         stop: Sequence[str] = (),
         stop_token_ids: Sequence[int] = (),
     ) -> ReplyParser:
         """A parser for one reply.
 
-        tools: whether the request offered any; without, call markup is text. reasoning_open: the prompt ends inside
-        reasoning. stop, stop_token_ids: of the request, so that they can be kept out of streamed text.
+        prompt_ids: the whole prompt, int32[P]; the parser begins in the state in which it ends. tools: the definitions
+        that the request offered; without any, call markup is text. stop, stop_token_ids: of the request, so that they
+        can be kept out of streamed text.
         """
-        calls = self.calls if tools else None
-        return ReplyParser(self, calls, reasoning_open=reasoning_open, stop=stop, stop_token_ids=stop_token_ids)
-
-
-def _reasoning_pair(reasoning: ReasoningMarkers | None) -> tuple[Marker, ...]:
-    return () if reasoning is None else (reasoning.opener, reasoning.closer)
-
-
-def _call_pair(calls: CallSyntax | None) -> tuple[Marker, ...]:
-    return () if calls is None else (calls.opener, calls.closer)
-
-
-class _State(Enum):
-    CONTENT = "content"
-    REASONING = "reasoning"
-    CALL = "call"
-
-
-class ReplyParser:
-    """Reads one reply; made by `ReplyParsing.start`."""
-
-    def __init__(
-        self,
-        parsing: ReplyParsing,
-        calls: CallSyntax | None,
-        *,
-        reasoning_open: bool,
-        stop: Iterable[str],
-        stop_token_ids: Iterable[int],
-    ) -> None:
-        self._reasoning_markers = parsing.reasoning
-        self._calls = calls
-        markers = (*_reasoning_pair(parsing.reasoning), *_call_pair(calls))
-        self._scanner = TokenScanner(parsing.tokenizer, markers, stop_token_ids=stop_token_ids, stop=stop)
-        self._state = _State.REASONING if reasoning_open and parsing.reasoning is not None else _State.CONTENT
-        self._content = _JoinedText(holds_space=calls is not None)
-        self._reasoning = _JoinedText(holds_space=True)
-        self._reasoning.begin_block()
-        self._call_body = ""
-        self._tool_calls: list[ToolCall] = []
-        self._flags: list[ReplyFlag] = []
-        self._num_reasoning_tokens = 0
-        self._deltas: list[ReplyDelta] = []
-
-    def feed(self, token_ids: Sequence[int]) -> list[ReplyDelta]:
-        """Deltas that the next sampled tokens make certain; may be empty."""
-        for token_id in token_ids:
-            was_reasoning = self._state is _State.REASONING
-            self._read(self._scanner.push(int(token_id)))
-            self._num_reasoning_tokens += was_reasoning or self._state is _State.REASONING
-        return self._take_deltas()
-
-    def finish(self, finish: Finish) -> tuple[list[ReplyDelta], ParsedReply]:
-        """The last deltas, and the whole reply; the parser takes no more tokens."""
-        stop_string = finish.matched if isinstance(finish.matched, str) else None
-        self._read(self._scanner.finish(stop_string))
-        if self._state is _State.CALL:
-            self._end_at_stop_string(stop_string)
-        elif self._state is _State.REASONING:
-            self._flag(ReplyFlag.UNCLOSED_REASONING)
-        self._show_content(self._content.end())
-        deltas = self._take_deltas()
-        reply = ParsedReply(
-            content=self._content.text or None,
-            reasoning=self._reasoning.text or None,
-            tool_calls=tuple(self._tool_calls),
-            flags=tuple(self._flags),
-            num_reasoning_tokens=self._num_reasoning_tokens,
-        )
-        return deltas, reply
-
-    @property
-    def open_marker(self) -> Marker | None:
-        """The marker that would close what is open now: reasoning, a call, or nothing."""
-        if self._state is _State.REASONING and self._reasoning_markers is not None:
-            return self._reasoning_markers.closer
-        return self._calls.closer if self._state is _State.CALL and self._calls is not None else None
-
-    def _read(self, scanned: Iterable[Scanned]) -> None:
-        for item in scanned:
-            if isinstance(item, str):
-                self._text(item)
-            elif self._state is _State.REASONING:
-                self._marker_in_reasoning(item)
-            elif self._state is _State.CALL:
-                self._marker_in_call(item)
-            else:
-                self._marker_in_content(item)
-
-    def _text(self, text: str) -> None:
-        if self._state is _State.CALL:
-            self._call_body += text
-        elif self._state is _State.REASONING:
-            self._show_reasoning(self._reasoning.add(text))
-        else:
-            self._show_content(self._content.add(text))
-
-    def _marker_in_reasoning(self, item: Marker) -> None:
-        markers = self._reasoning_markers
-        if markers is not None and item == markers.closer:
-            self._state = _State.CONTENT
-            self._content.begin_block()
-        elif markers is not None and item == markers.opener and not self._reasoning.text:
-            return  # an opener that the prompt already had, or that the model repeats
-        else:
-            self._text(item.text)  # a call inside reasoning is not a call
-
-    def _marker_in_content(self, item: Marker) -> None:
-        if self._calls is not None and item == self._calls.opener:
-            self._state = _State.CALL
-            self._call_body = ""
-        elif self._opens_reasoning(item):
-            self._state = _State.REASONING
-            self._reasoning.begin_block()
-        else:
-            self._text(item.text)
-
-    def _opens_reasoning(self, item: Marker) -> bool:
-        if self._reasoning_markers is None or item != self._reasoning_markers.opener:
-            return False
-        # Spelled out in ordinary tokens, it means reasoning at the very beginning only; later it is quoted text.
-        return item.token_id is not None or not (self._content.text.strip() or self._tool_calls)
-
-    def _marker_in_call(self, item: Marker) -> None:
-        calls = self._calls
-        if calls is not None and item == calls.closer:
-            self._end_call(closer=item.text)
-        elif calls is not None and item == calls.opener:
-            self._spill_call(ReplyFlag.UNCLOSED_TOOL_CALL, closer="")
-            self._marker_in_content(item)
-        else:
-            self._call_body += item.text
-
-    def _end_at_stop_string(self, stop_string: str | None) -> None:
-        if self._calls is not None and stop_string == self._calls.closer.text:
-            self._end_call(closer="")
-        else:
-            self._spill_call(ReplyFlag.UNCLOSED_TOOL_CALL, closer="")
-
-    def _end_call(self, *, closer: str) -> None:
-        written = self._calls.read(self._call_body) if self._calls is not None else None
-        if written is None:
-            self._spill_call(ReplyFlag.MALFORMED_TOOL_CALL, closer=closer)
-            return
-        call = ToolCall(f"call_{uuid.uuid4().hex}", written.name, written.arguments)
-        self._deltas.append(ToolCallDelta(len(self._tool_calls), call.call_id, call.name, call.arguments))
-        self._tool_calls.append(call)
-        self._state = _State.CONTENT
-        self._content.begin_block()
-
-    def _spill_call(self, flag: ReplyFlag, *, closer: str) -> None:
-        """What was to be a call becomes content, as written."""
-        opener = self._calls.opener.text if self._calls is not None else ""
-        self._flag(flag)
-        self._state = _State.CONTENT
-        self._show_content(self._content.add(opener + self._call_body + closer))
-
-    def _flag(self, flag: ReplyFlag) -> None:
-        if flag not in self._flags:
-            self._flags.append(flag)
-
-    def _show_content(self, text: str) -> None:
-        if text:
-            self._deltas.append(ContentDelta(text))
-
-    def _show_reasoning(self, text: str) -> None:
-        if text:
-            self._deltas.append(ReasoningDelta(text))
-
-    def _take_deltas(self) -> list[ReplyDelta]:
-        deltas, self._deltas = self._deltas, []
-        return deltas
-
-
-class _JoinedText:
-    """Text that comes in pieces and in blocks (before and after markup); knows which space is only layout.
-
-    A block after markup loses its leading newlines and is joined to earlier text by one. Trailing space waits, where
-    `holds_space`, until it is known whether text or markup follows; markup that is accepted drops it.
-    """
-
-    def __init__(self, *, holds_space: bool) -> None:
-        self._holds_space = holds_space
-        self._pieces: list[str] = []
-        self._waiting = ""
-        self._at_block_start = False
-
-    @property
-    def text(self) -> str:
-        """Everything shown so far."""
-        return "".join(self._pieces)
-
-    def begin_block(self) -> None:
-        """Markup was accepted here."""
-        self._waiting = ""
-        self._at_block_start = True
-
-    def add(self, text: str) -> str:
-        """Take more text; returns what can be shown now."""
-        text = self._waiting + text
-        if self._at_block_start:
-            text = text.lstrip("\n")
-        shown = text.rstrip() if self._holds_space else text
-        self._waiting = text[len(shown) :]
-        if shown and self._at_block_start:
-            shown = "\n" + shown if self._pieces else shown
-            self._at_block_start = False
-        return self._show(shown)
-
-    def end(self) -> str:
-        """No more text; returns the space that waited, if it follows text."""
-        waiting = "" if self._at_block_start else self._waiting
-        self._waiting = ""
-        return self._show(waiting)
-
-    def _show(self, text: str) -> str:
-        if text:
-            self._pieces.append(text)
-        return text
+        ...
