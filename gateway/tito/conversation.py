@@ -46,13 +46,16 @@ class ParentTurn:
 class BuiltPrompt:
     """Tokens for one turn. With `segment_reason` None they are added to the parent's ids; else they are a whole prompt.
 
-    certified_by: how equality with the template was established ("full_render", "probe", "close" for a parent that was
-    cut), or "probe_kept_history" where the template would have dropped old reasoning and the policy kept it.
+    certified_by: how equality with the template was established ("full_render", "shape", "probe", "close" for a parent
+    that was cut), with "_kept_history" where the template would have dropped old reasoning and the policy kept it.
+    hidden_messages: indices of messages that the template does not show (the model never sees them), as far as a whole
+    prompt was made.
     """
 
     token_ids: TokenIds
     segment_reason: SegmentReason | None
     certified_by: str
+    hidden_messages: tuple[int, ...] = ()
 
 
 class ReplyFlag(StrEnum):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -23,6 +24,8 @@ from gateway.tito.lookalikes import Brackets, absent_characters
 from gateway.tito.template import REASONING_KEYS, ChatTemplate
 
 _WORDS = re.compile(r"(?:^|(?<=>))[^<]+")
+_LOCAL_SENTINEL = f"Sentinel{secrets.token_hex(8)}q"
+"""Stands where no render tells which sentinel is free; nobody can know it, so nobody can write it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +72,58 @@ def learn_junction(
             raised = True
             continue
         if sentinel in text:
-            return _certified(text[text.rindex(sentinel) + len(sentinel) :], probe.kind, used_marks, full_text, tokens)
+            tail = _Tail(text[text.rindex(sentinel) + len(sentinel) :], used_marks)
+            junction = _split(template, conversation, tail, probe, reply, tokens)
+            if isinstance(junction, Junction) and not _is_end(full_text, junction, reply):
+                return SegmentReason.UNCERTIFIED
+            return junction
     return SegmentReason.TEMPLATE_RAISED if raised else SegmentReason.UNCERTIFIED
+
+
+def local_suffix(
+    template: ChatTemplate, conversation: Conversation, *, num_messages: int, stop: str, tools: Sequence[JsonValue]
+) -> str | None:
+    """What follows `stop`, learned behind a short made-up history instead of the real one; one short render.
+
+    It is what `learn_junction` finds only for shapes that are certified to be so (`certificate`). tools: a stand-in for
+    the conversation's. None where the template raises or shows no stop there.
+    """
+    first, reply = conversation.messages[0], conversation.messages[num_messages - 1]
+    opening: list[JsonValue] = [{"role": "user", "content": "q"}]
+    if isinstance(first, Mapping) and first.get("role") in ("system", "developer"):
+        opening.insert(0, {"role": first["role"], "content": "s"})
+    probe = _probes(template, reply, _LOCAL_SENTINEL)[0]
+    messages = (*opening, probe.message, *conversation.messages[num_messages:])
+    try:
+        text = template.render(Conversation(messages, tuple(tools), conversation.template_arguments))
+    except TemplateRaised:
+        return None
+    start = text.rfind(_LOCAL_SENTINEL)
+    at = text.find(stop, start + len(_LOCAL_SENTINEL)) if start >= 0 else -1
+    return text[at + len(stop) :] if at >= 0 else None
+
+
+def unseen_messages(template: ChatTemplate, conversation: Conversation, full_text: str) -> tuple[int, ...]:
+    """Indices of messages whose text the template does not show at all: the model will not see them.
+
+    A message without text is never among them. One render.
+    """
+    marks = absent_characters(full_text, len(conversation.messages))
+    if marks is None:
+        return ()
+    marked = [_marked_message(message, mark) for message, mark in zip(conversation.messages, marks, strict=True)]
+    messages = tuple(
+        sent if changed is None else changed for sent, changed in zip(conversation.messages, marked, strict=True)
+    )
+    try:
+        text = template.render(replace(conversation, messages=messages))
+    except TemplateRaised:
+        return ()
+    return tuple(
+        i
+        for i, (changed, mark) in enumerate(zip(marked, marks, strict=True))
+        if changed is not None and _find_mark(text, mark) < 0
+    )
 
 
 def text_turn_close(template: ChatTemplate, stops: Sequence[str]) -> str:
@@ -132,33 +185,124 @@ def _with_arguments(call: JsonValue, arguments: str) -> JsonValue:
     return {**call, "arguments": arguments}
 
 
-def _certified(tail: str, kind: _ProbeKind, marks: str, full_text: str, tokens: TurnTokens) -> Junction | SegmentReason:
-    """Split `tail` = call syntax + stop + suffix, and hold it against the full render."""
-    first_mark = min((at for mark in marks if (at := tail.find(mark)) >= 0), default=len(tail))
-    region = tail[:first_mark]
-    stop = _earliest(region, tokens.stops, brackets=tokens.brackets)
+@dataclass(frozen=True, slots=True)
+class _Tail:
+    """What a probe's render shows behind its sentinel, with the marks that its appended messages carry."""
+
+    text: str
+    marks: str
+
+    @property
+    def region(self) -> str:
+        """The part before the first appended message's own text."""
+        return self.text[: min((at for mark in self.marks if (at := _find_mark(self.text, mark)) >= 0), default=None)]
+
+
+def _split(
+    template: ChatTemplate,
+    conversation: Conversation,
+    tail: _Tail,
+    probe: _Probe,
+    reply: Mapping[str, JsonValue],
+    tokens: TurnTokens,
+) -> Junction | SegmentReason:
+    """Split a tail into call syntax + stop + suffix."""
+    stop = _earliest(tail.region, tokens.stops, brackets=tokens.brackets)
     is_engine_stop = stop is not None
-    if stop is None and kind is _ProbeKind.TEXT:
-        # A stop that only history has (gpt-oss <|end|>, the next role's opener after a GLM text turn).
-        stop = _earliest(region, tokens.special, brackets=tokens.brackets)
+    if stop is None:
+        # A stop that only history has (gpt-oss <|end|>, the next role's opener behind a GLM turn).
+        close = "" if probe.kind is _ProbeKind.TEXT else _call_close(template, conversation, reply, tokens)
+        if close is None or not tail.region.startswith(close):
+            return SegmentReason.UNCERTIFIED
+        stop = _earliest(tail.region, tokens.special, brackets=tokens.brackets, start=len(close))
     if stop is None:
         return SegmentReason.UNCERTIFIED
-    marked_suffix = tail[stop.end() :]
-    if any(mark not in marked_suffix for mark in marks):
+    marked_suffix = tail.text[stop.end() :]
+    if any(_find_mark(marked_suffix, mark) < 0 for mark in tail.marks):
         return SegmentReason.DROPPED_MESSAGE
-    suffix = marked_suffix.translate(dict.fromkeys(map(ord, marks)))
-    if not full_text.endswith(stop.group() + suffix):
-        return SegmentReason.UNCERTIFIED
-    return Junction(stop.group(), suffix, is_engine_stop)
+    return Junction(stop.group(), _without_marks(marked_suffix, tail.marks), is_engine_stop)
 
 
-def _earliest(text: str, tokens: Sequence[str], *, brackets: Brackets | None) -> re.Match[str] | None:
+def _call_close(
+    template: ChatTemplate, conversation: Conversation, reply: Mapping[str, JsonValue], tokens: TurnTokens
+) -> str | None:
+    """The end of the call syntax, learned where an engine's stop follows it: before the calls' own results."""
+    calls = [call for call in reply.get("tool_calls") or () if isinstance(call, Mapping)]
+    results, marks = _marked_messages(
+        [
+            {"role": "tool", "tool_call_id": call.get("id"), "name": _name_of(call), "content": "result"}
+            for call in calls
+        ],
+        absent_characters("", len(calls)) or "",
+    )
+    probe = _probes(template, reply, _LOCAL_SENTINEL)[0]
+    messages = ({"role": "user", "content": "q"}, probe.message, *results)
+    try:
+        text = template.render(replace(conversation, messages=messages))
+    except TemplateRaised:
+        return None
+    _, found, rest = text.rpartition(_LOCAL_SENTINEL)
+    region = _Tail(rest, marks).region if found else ""
+    stop = _earliest(region, tokens.stops, brackets=tokens.brackets)
+    return region[: stop.start()] if stop is not None else None
+
+
+def _name_of(call: Mapping[str, JsonValue]) -> JsonValue:
+    function = call.get("function", call)
+    return function.get("name") if isinstance(function, Mapping) else None
+
+
+def _is_end(full_text: str, junction: Junction, reply: Mapping[str, JsonValue]) -> bool:
+    """Whether the full render ends with stop and suffix, as they are or with the reply's own text among them.
+
+    Some templates print the text of a reply with calls behind their results; in the recorded tokens it stands already.
+    """
+    end = junction.stop + junction.suffix
+    if full_text.endswith(end):
+        return True
+    content = reply.get("content")
+    if not reply.get("tool_calls") or not isinstance(content, str) or not content.strip():
+        return False
+    return any(_ends_around(full_text, end, text) for text in dict.fromkeys((content, content.strip())))
+
+
+def _ends_around(full_text: str, end: str, inserted: str) -> bool:
+    """Whether `full_text` ends with `end` into which `inserted` was put at one place."""
+    tail = full_text[-(len(end) + len(inserted)) :]
+    at = tail.find(inserted)
+    while at >= 0:
+        if tail[:at] + tail[at + len(inserted) :] == end:
+            return True
+        at = tail.find(inserted, at + 1)
+    return False
+
+
+def _earliest(text: str, tokens: Sequence[str], *, brackets: Brackets | None, start: int = 0) -> re.Match[str] | None:
     """The first occurrence of any of `tokens` that is not bracketed; of two at one place the longer."""
     longest_first = sorted((token for token in tokens if token), key=len, reverse=True)
     if not longest_first:
         return None
     pattern = f"(?:{'|'.join(map(re.escape, longest_first))})"
-    return re.search(f"(?<!{brackets.opening}){pattern}(?!{brackets.closing})" if brackets else pattern, text)
+    if brackets is not None:
+        pattern = f"(?<!{brackets.opening}){pattern}(?!{brackets.closing})"
+    return re.compile(pattern).search(text, start)
+
+
+def _find_mark(text: str, mark: str) -> int:
+    """Where a mark is, printed as it is or as JSON's escape; -1 if nowhere."""
+    at = text.find(mark)
+    return at if at >= 0 else text.find(_escaped(mark))
+
+
+def _without_marks(text: str, marks: str) -> str:
+    text = text.translate(dict.fromkeys(map(ord, marks)))
+    for mark in marks:
+        text = text.replace(_escaped(mark), "")
+    return text
+
+
+def _escaped(mark: str) -> str:
+    return json.dumps(mark)[1:-1]
 
 
 def _marked_messages(messages: Sequence[JsonValue], marks: str) -> tuple[list[JsonValue], str]:

@@ -45,6 +45,23 @@ class GuardedConversation:
     brackets: Brackets | None
 
 
+class _AnyOf:
+    """Any of some texts: as a pattern, and as a quick question.
+
+    A pattern of a hundred alternatives tries each at every character. Control tokens begin alike (`<|`), and most text
+    has none of the beginnings, which a plain search tells a hundred times faster.
+    """
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        longest_first = sorted((text for text in texts if text), key=len, reverse=True)
+        self.pattern = re.compile("|".join(re.escape(text) for text in longest_first) or "(?!)")
+        self._beginnings = sorted({text[:2] for text in longest_first})
+
+    def are_in(self, text: str) -> bool:
+        """Whether one of them is in `text`."""
+        return any(start in text for start in self._beginnings) and self.pattern.search(text) is not None
+
+
 class LookalikeGuard:
     """Brackets lookalikes in a conversation, and encodes the text that the template makes of it.
 
@@ -60,15 +77,15 @@ class LookalikeGuard:
         turn |= {tokenizer.token_text(token_id) for token_id in tokenizer.eos_token_ids} & added
         shaped = {text for text in added if _CONTROL_SHAPE.fullmatch(text)}
         written = {text for text in added if text in template.source and not text.isspace()}
-        self._control = _any_of(turn | shaped | written | (set(markup) & added))
-        self._turn = _any_of(turn)
+        self._control = _AnyOf(turn | shaped | written | (set(markup) & added))
+        self._turn = _AnyOf(turn)
 
     def guard(self, conversation: Conversation) -> GuardedConversation:
         """The conversation with its lookalikes bracketed, so that the template makes the same text of it.
 
         Where no bracketing does, what stays is the brackets, never the lookalike.
         """
-        if not any(pattern.search(text) for pattern, text in self._texts(conversation)):
+        if not any(tokens.are_in(text) for tokens, text in self._texts(conversation)):
             return GuardedConversation(conversation, None)
         expected = self._template.render(conversation)
         opening, closing = _absent_pair(text for _, text in self._texts(conversation))
@@ -85,6 +102,10 @@ class LookalikeGuard:
                 return guarded
         # I6: a template that refuses every bracketed form still gets its conversation.
         return candidates[0] if candidates else GuardedConversation(conversation, None)
+
+    def has_lookalikes(self, messages: Iterable[JsonValue]) -> bool:
+        """Whether any text of these messages looks like a control token."""
+        return any(self._pattern_for(message).are_in(text) for message in messages for text in _strings(message))
 
     def encode(self, text: str, brackets: Brackets | None) -> TokenIds:
         """int32[T] ids of rendered text; bracketed tokens are spelled as ordinary text."""
@@ -111,24 +132,28 @@ class LookalikeGuard:
             yield text[at:], False
 
     def _bracketed_tokens(self, brackets: Brackets) -> re.Pattern[str]:
-        opening, closing, token = _as_printed(brackets.opening), _as_printed(brackets.closing), self._control.pattern
+        opening, closing, token = (
+            _as_printed(brackets.opening),
+            _as_printed(brackets.closing),
+            self._control.pattern.pattern,
+        )
         forms = [f"{opening}(?P<inside>{token}){closing}"]
         if brackets.open_edges:
             forms += [f"(?P<first>{token}){closing}", f"{opening}(?P<last>{token})"]
         return re.compile("|".join([*forms, opening, closing]))
 
-    def _texts(self, conversation: Conversation) -> Iterator[tuple[re.Pattern[str], str]]:
+    def _texts(self, conversation: Conversation) -> Iterator[tuple[_AnyOf, str]]:
         for message in conversation.messages:
-            pattern = self._pattern_for(message)
+            tokens = self._pattern_for(message)
             for text in _strings(message):
-                yield pattern, text
+                yield tokens, text
         for value in (*conversation.tools, dict(conversation.template_arguments)):
             for text in _strings(value):
                 yield self._control, text
 
     def _bracketed(self, conversation: Conversation, brackets: Brackets) -> Conversation:
-        def bracket(value: JsonValue, pattern: re.Pattern[str]) -> JsonValue:
-            return _map_strings(value, lambda text: _bracketed_text(text, pattern, brackets))
+        def bracket(value: JsonValue, tokens: _AnyOf) -> JsonValue:
+            return _map_strings(value, lambda text: _bracketed_text(text, tokens.pattern, brackets))
 
         return Conversation(
             messages=tuple(bracket(message, self._pattern_for(message)) for message in conversation.messages),
@@ -136,7 +161,7 @@ class LookalikeGuard:
             template_arguments=bracket(dict(conversation.template_arguments), self._control),
         )
 
-    def _pattern_for(self, message: JsonValue) -> re.Pattern[str]:
+    def _pattern_for(self, message: JsonValue) -> _AnyOf:
         is_assistant = isinstance(message, Mapping) and message.get("role") == "assistant"
         return self._turn if is_assistant else self._control
 
@@ -156,11 +181,6 @@ def _bracketed_text(text: str, pattern: re.Pattern[str], brackets: Brackets) -> 
         return ("" if is_first else brackets.opening) + match.group() + ("" if is_last else brackets.closing)
 
     return pattern.sub(bracket, text)
-
-
-def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
-    longest_first = sorted((text for text in texts if text), key=len, reverse=True)
-    return re.compile("|".join(re.escape(text) for text in longest_first) or "(?!)")
 
 
 def _as_printed(character: str) -> str:

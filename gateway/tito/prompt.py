@@ -1,32 +1,71 @@
 """The prompt of a turn: the recorded ids of the turn before it, plus the ids of what the template adds.
 
-I1: recorded ids are never made again from text. What is added comes from the junction probe (`junction`) and is
-certified against a full render of the agent's own conversation; whatever cannot be certified is a full render and a
-new segment with its reason (I6), never an error of ours. Only what is added is encoded.
+I1: recorded ids are never made again from text. Turns of a shape whose suffix is certified not to depend on the
+conversation take the short path, O(new messages); all others the long one: the junction probe (`junction`), certified
+against a full render of the agent's own conversation. Whatever cannot be certified is a full render and a new segment
+with its reason (I6), never an error of ours. Only what is added is encoded.
 """
 
 from __future__ import annotations
 
+import logging
+import threading
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
+from gateway.contracts.errors import TemplateRaised
 from gateway.contracts.generation import TokenIds
 from gateway.contracts.records import SegmentReason
 from gateway.tito.conversation import BuiltPrompt, Conversation, HistoryPolicy, ParentTurn, check_parent
 from gateway.tito.history import History, RenderedPrompts, compare_history
-from gateway.tito.junction import Junction, TurnTokens, learn_junction, reasoning_close, text_turn_close
+from gateway.tito.junction import (
+    Junction,
+    TurnTokens,
+    learn_junction,
+    reasoning_close,
+    text_turn_close,
+    unseen_messages,
+)
 from gateway.tito.lookalikes import Brackets, GuardedConversation, LookalikeGuard
 from gateway.tito.parsing.choice import choose_parsing
 from gateway.tito.parsing.reply import ReplyParsing
+from gateway.tito.short_path import CertifiedSuffix, ShortPath
 from gateway.tito.template import ChatTemplate
 from gateway.tito.tokenizer import ChatTokenizer
 
+_log = logging.getLogger(__name__)
+
 FULL_RENDER = "full_render"
+SHAPE = "shape"
+SHAPE_KEPT_HISTORY = "shape_kept_history"
 PROBE = "probe"
 PROBE_KEPT_HISTORY = "probe_kept_history"
 CLOSE = "close"
+
+_MAX_AUDITS = 16
+"""Waiting at once; each keeps a conversation alive."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Audit:
+    """A turn that took the short path, to be built the long way too."""
+
+    conversation: Conversation
+    parent: ParentTurn
+    certified: CertifiedSuffix
+    built: BuiltPrompt
+
+
+@dataclass(frozen=True, slots=True)
+class AuditCounts:
+    """Turns of the short path that were built the long way too, and those among them that came out different."""
+
+    num_audits: int = 0
+    num_alarms: int = 0
 
 
 class PromptBuilder:
@@ -53,6 +92,16 @@ class PromptBuilder:
         self._stop_token_ids = tuple(dict.fromkeys((*stop_token_ids, *tokenizer.eos_token_ids)))
         self._special = tuple(token.text for token in tokenizer.added_tokens.values() if token.special)
         self._rendered = RenderedPrompts()
+        self._short_path = ShortPath(
+            template,
+            self._guard,
+            stops=[tokenizer.token_text(token_id) for token_id in self._stop_token_ids],
+            special=self._special,
+            reasoning=self._parsing.reasoning,
+        )
+        self._audits: deque[_Audit] = deque(maxlen=_MAX_AUDITS)
+        self._audit_counts = AuditCounts()
+        self._upkeep_lock = threading.Lock()
 
     def build(
         self, conversation: Conversation, parent: ParentTurn | None, *, reason: SegmentReason = SegmentReason.FIRST
@@ -60,15 +109,83 @@ class PromptBuilder:
         """Tokens for the turn that answers `conversation`.
 
         Without a parent they are the whole prompt, and `reason` is passed on. With one they continue it where that is
-        certified. `certified_by` is "full_render", "probe" (append-only), "probe_kept_history" (the template would
-        have dropped old reasoning; policy `keep`) or "close" (the parent was cut; masked tokens end its turn).
+        certified. `certified_by` is "full_render", "shape" or "probe" (append-only, by a certificate of the turn's
+        shape or in the conversation at hand), the same with "_kept_history" (the template may drop old reasoning here;
+        policy `keep`) or "close" (the parent was cut; masked tokens end its turn).
         Raises TemplateRaised if the template refuses the conversation, LengthMismatch for a parent that does not fit.
         """
+        if parent is not None:
+            check_parent(parent, conversation)
+            continued = self._by_shape(conversation, parent)
+            if continued is not None:
+                return continued
+        return self._by_rendering(conversation, parent, reason)
+
+    def prepare(self) -> None:
+        """Certify the shapes of ordinary agents: a second or two of work, best done in a thread at start-up."""
+        self._short_path.certify_standard_shapes()
+
+    @property
+    def upkeep_due(self) -> bool:
+        """Whether `upkeep` has something to do."""
+        return bool(self._audits) or self._short_path.has_pending
+
+    def upkeep(self) -> None:
+        """Certify shapes that turns asked for, and audit turns that took the short path; not for the event loop."""
+        with self._upkeep_lock:
+            while self._short_path.certify_next():
+                pass
+            while self._audits:
+                self._audit(self._audits.popleft())
+
+    @property
+    def audits(self) -> AuditCounts:
+        """How many short paths were audited, and how many of them were wrong."""
+        return self._audit_counts
+
+    def _by_shape(self, conversation: Conversation, parent: ParentTurn) -> BuiltPrompt | None:
+        """The short path; None where no certificate vouches for it."""
+        certified = self._short_path.suffix(conversation, parent.num_messages)
+        if certified is None or (certified.keeps_reasoning and self._history_policy is HistoryPolicy.TEMPLATE):
+            return None
+        stop_id = self._tokenizer.token_id(certified.stop)
+        if stop_id is None or int(parent.token_ids[-1]) != stop_id:
+            return None
+        ids = self._suffix_ids(certified.stop, certified.suffix, stop_id, None)
+        if ids is None:
+            return None
+        built = BuiltPrompt(ids, None, SHAPE_KEPT_HISTORY if certified.keeps_reasoning else SHAPE)
+        if self._short_path.use(certified):
+            self._audits.append(_Audit(conversation, parent, certified, built))
+        return built
+
+    def _audit(self, audit: _Audit) -> None:
+        alarms = self._audit_counts.num_alarms
+        try:
+            expected = self._by_rendering(audit.conversation, audit.parent, SegmentReason.UNCERTIFIED)
+        except TemplateRaised:
+            # The certified suffix serves where the template would refuse what lies further back.
+            same = True
+        else:
+            same = expected.segment_reason is None and np.array_equal(expected.token_ids, audit.built.token_ids)
+        if not same:
+            alarms += 1
+            self._short_path.withdraw(audit.certified)
+            _log.error(
+                "the certificate of shape %r is wrong for this template and is withdrawn: the suffix depends on the "
+                "conversation; turns of this shape are certified one by one from now on",
+                str(audit.certified.key.shape),
+            )
+        self._audit_counts = AuditCounts(self._audit_counts.num_audits + 1, alarms)
+
+    def _by_rendering(
+        self, conversation: Conversation, parent: ParentTurn | None, reason: SegmentReason
+    ) -> BuiltPrompt:
+        """The long path: a full render, and a probe where there is a parent."""
         guarded = self._guard.guard(conversation)
         full_text = self._template.render(guarded.conversation)
         if parent is None:
             return self._whole(full_text, guarded, reason)
-        check_parent(parent, conversation)
         junction = learn_junction(
             self._template,
             guarded.conversation,
@@ -92,7 +209,7 @@ class PromptBuilder:
             return self._whole(full_text, guarded, SegmentReason.REWRITE_OTHER)
         if history is History.REASONING_DROPPED and self._history_policy is HistoryPolicy.TEMPLATE:
             return self._whole(full_text, guarded, SegmentReason.REWRITE_REASONING)
-        suffix_ids = self._suffix_ids(junction, stop_id, guarded.brackets)
+        suffix_ids = self._suffix_ids(junction.stop, junction.suffix, stop_id, guarded.brackets)
         if suffix_ids is None:
             return self._whole(full_text, guarded, SegmentReason.UNCERTIFIED)
         last_id = int(parent.token_ids[-1])
@@ -106,10 +223,10 @@ class PromptBuilder:
             return self._remembered(ids, full_text, BuiltPrompt(ids, SegmentReason.STOP_MISMATCH, PROBE))
         return self._appended(parent, np.concatenate([self._closing_ids(parent), stop_then_suffix]), full_text, CLOSE)
 
-    def _suffix_ids(self, junction: Junction, stop_id: int, brackets: Brackets | None) -> TokenIds | None:
+    def _suffix_ids(self, stop: str, suffix: str, stop_id: int, brackets: Brackets | None) -> TokenIds | None:
         """Ids of the suffix as they are behind the stop token: that token may eat the space that follows it, and
         some tokenizers put a space before a text's first piece. None where the stop is not one token of its own."""
-        ids = self._guard.encode(junction.stop + junction.suffix, brackets)
+        ids = self._guard.encode(stop + suffix, brackets)
         return ids[1:] if len(ids) and int(ids[0]) == stop_id else None
 
     def _closing_ids(self, parent: ParentTurn) -> TokenIds:
@@ -167,7 +284,8 @@ class PromptBuilder:
 
     def _whole(self, full_text: str, guarded: GuardedConversation, reason: SegmentReason) -> BuiltPrompt:
         ids = self._guard.encode(full_text, guarded.brackets)
-        return self._remembered(ids, full_text, BuiltPrompt(ids, reason, FULL_RENDER))
+        hidden = unseen_messages(self._template, guarded.conversation, full_text)
+        return self._remembered(ids, full_text, BuiltPrompt(ids, reason, FULL_RENDER, hidden))
 
     def _appended(self, parent: ParentTurn, added: TokenIds, full_text: str, certified_by: str) -> BuiltPrompt:
         prompt = np.concatenate([parent.token_ids, added])

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
@@ -37,6 +38,7 @@ REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 _TEMPLATE_FILE = "chat_template.jinja"
 _NAMED_TEMPLATES_FOLDER = "additional_chat_templates"
 _DEFAULT, _TOOL_USE = "default", "tool_use"
+_MARKUP = re.compile(r"[<>\[\]|｜]..|..[<>\[\]|｜]")
 
 # What code inside a template can raise when it meets a conversation that it was not written for.
 _TEMPLATE_ERRORS = (
@@ -54,6 +56,7 @@ class ChatTemplate:
     """One or several named templates of a model, compiled once.
 
     fingerprint: sha256 hex of the default template's text. source: the texts of all of them, one after the other.
+    looked_for: markup that a template compares texts with or searches in them (`</think>`, `<tool_response>`).
     """
 
     def __init__(self, templates: Mapping[str, str], *, special_tokens: Mapping[str, str]) -> None:
@@ -62,6 +65,7 @@ class ChatTemplate:
             raise ConfigurationError(f"no default chat template among {sorted(templates)}")
         self.fingerprint: str = hashlib.sha256(templates[_DEFAULT].encode()).hexdigest()
         self.source: str = "\n".join(templates.values())
+        self.looked_for: tuple[str, ...] = _looked_for(self.source)
         self._special_tokens = dict(special_tokens)
         self._compiled = {name: _compile(text, name=name) for name, text in templates.items()}
 
@@ -240,7 +244,25 @@ def _refuse_private(name: JsonValue) -> None:
         raise jinja2.exceptions.SecurityError(f"a chat template may not set the attribute {name!r}")
 
 
+def _looked_for(source: str) -> tuple[str, ...]:
+    """String constants with some markup in them that are compared, assigned or passed, not just written."""
+    try:
+        tree = _environment().parse(source)
+    except jinja2.TemplateSyntaxError:
+        return ()  # `_compile` says so, with the template's name
+    places = tree.find_all((nodes.Compare, nodes.Call, nodes.Filter, nodes.Test, nodes.Assign))
+    constants = {constant.value for place in places for constant in place.find_all(nodes.Const)}
+    return tuple(sorted(text for text in constants if isinstance(text, str) and _MARKUP.search(text)))
+
+
 def _compile(text: str, *, name: str) -> jinja2.Template:
+    try:
+        return _environment().from_string(text)
+    except jinja2.TemplateSyntaxError as error:
+        raise ConfigurationError(f"chat template {name!r}, line {error.lineno}: {error.message}") from error
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlocks, loopcontrols]
     )
@@ -248,10 +270,7 @@ def _compile(text: str, *, name: str) -> jinja2.Template:
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
     environment.globals["namespace"] = _GuardedNamespace
-    try:
-        return environment.from_string(text)
-    except jinja2.TemplateSyntaxError as error:
-        raise ConfigurationError(f"chat template {name!r}, line {error.lineno}: {error.message}") from error
+    return environment
 
 
 def _to_json(

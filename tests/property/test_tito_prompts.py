@@ -67,6 +67,7 @@ def test_every_turn_continues_recorded_ids_or_opens_a_segment_with_a_reason(
     """I1, I3, I6 over histories of several turns, cut turns, odd roles, lookalikes and re-spelled replies."""
     template = ChatTemplate({"default": TEMPLATES[name]}, special_tokens={"bos_token": "", "eos_token": "</s>"})
     parsing = choose_parsing(template, tokenizer)
+    builders = {policy: PromptBuilder(tokenizer, template, history_policy=policy) for policy in HistoryPolicy}
 
     @settings(max_examples=25, deadline=None, derandomize=True)
     @given(
@@ -77,7 +78,7 @@ def test_every_turn_continues_recorded_ids_or_opens_a_segment_with_a_reason(
     def check(
         turns: list[tuple[tuple[str, ...], list[tuple[str, str]]]], policy: HistoryPolicy, echo_reasoning: bool
     ) -> None:
-        builder = PromptBuilder(tokenizer, template, history_policy=policy)
+        builder = builders[policy]
         messages: list[JsonValue] = [{"role": "user", "content": "What is 48/2?"}]
         prompt = builder.build(Conversation(tuple(messages), (TOOL,)), None).token_ids
         for (reasoning, text, call, stop), following in turns:
@@ -94,6 +95,14 @@ def test_every_turn_continues_recorded_ids_or_opens_a_segment_with_a_reason(
             conversation = Conversation(tuple(messages), (TOOL,))
             try:
                 built = builder.build(conversation, parent)
+                builder.upkeep()
+                again = builder.build(conversation, parent)
+                builder.upkeep()
+                assert builder.audits.num_alarms == 0
+                assert (again.token_ids.tolist(), again.segment_reason) == (
+                    built.token_ids.tolist(),
+                    built.segment_reason,
+                )
             except TemplateRaised:
                 with pytest.raises(TemplateRaised):
                     template.render(conversation)

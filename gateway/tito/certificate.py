@@ -1,0 +1,208 @@
+"""Certificates: for which shapes of a turn what the template adds does not depend on the conversation before it.
+
+A shape is tried on made-up conversations in several contexts and with several kinds of text (`shapes`). Where the
+suffix learned behind a short made-up history equals the one learned in context every time, and history is never
+rewritten but for its reasoning, turns of that shape need one short render instead of two long ones. Nothing here knows
+any model family; what a certificate promises is audited on real turns (`prompt`), and withdrawn when it was wrong.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from gateway.contracts.errors import TemplateRaised
+from gateway.contracts.generation import JsonValue
+from gateway.contracts.records import SegmentReason
+from gateway.tito.conversation import Conversation
+from gateway.tito.history import History, compare_history
+from gateway.tito.junction import Junction, TurnTokens, learn_junction, local_suffix
+from gateway.tito.parsing.reasoning import ReasoningMarkers
+from gateway.tito.shapes import Shape, conversations, example_tools
+from gateway.tito.template import ChatTemplate
+
+_MAX_SHAPES = 4_096
+_MAX_PENDING = 64
+_AUDITED_FIRST = 3
+_AUDITED_EVERY = 64
+
+
+class Verdict(StrEnum):
+    """What a turn of some shape comes to, worst last."""
+
+    APPENDS = "append-only"
+    REASONING_DROPPED = "old reasoning dropped"
+    RAISES = "raises"
+    OTHER_STOP = "other stop"
+    REWRITTEN = "rewritten"
+    DROPPED_MESSAGE = "dropped message"
+    UNCERTIFIED = "uncertified"
+
+
+_ORDER = {verdict: i for i, verdict in enumerate(Verdict)}
+_VERDICT_OF_REASON = {
+    SegmentReason.DROPPED_MESSAGE: Verdict.DROPPED_MESSAGE,
+    SegmentReason.TEMPLATE_RAISED: Verdict.RAISES,
+}
+_VERDICT_OF_HISTORY = {
+    History.KEPT: Verdict.APPENDS,
+    History.REASONING_DROPPED: Verdict.REASONING_DROPPED,
+    History.REWRITTEN: Verdict.REWRITTEN,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One made-up conversation of a shape. stop: text of the token that ends its reply, "" if none was found.
+
+    local: what follows it is the same behind a short made-up history.
+    """
+
+    verdict: Verdict
+    stop: str
+    local: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ShapeCertificate:
+    """All that was tried for one shape."""
+
+    shape: Shape
+    cells: tuple[Cell, ...]
+
+    @property
+    def verdict(self) -> Verdict:
+        """The worst of its conversations; those that the template refuses count only if it refuses all."""
+        verdicts = [cell.verdict for cell in self._rendered] or [Verdict.RAISES]
+        return max(verdicts, key=lambda verdict: _ORDER[verdict])
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The tokens that ended its replies."""
+        return tuple(dict.fromkeys(cell.stop for cell in self.cells if cell.stop))
+
+    @property
+    def stop(self) -> str | None:
+        """The one token that ends replies of this shape where a short render suffices, else None."""
+        stops = self.stops
+        suffices = self.verdict in (Verdict.APPENDS, Verdict.REASONING_DROPPED) and all(c.local for c in self._rendered)
+        return stops[0] if suffices and len(stops) == 1 else None
+
+    @property
+    def _rendered(self) -> list[Cell]:
+        return [cell for cell in self.cells if cell.verdict is not Verdict.RAISES]
+
+
+def certify_shape(
+    template: ChatTemplate,
+    shape: Shape,
+    arguments: Mapping[str, JsonValue],
+    *,
+    tokens: TurnTokens,
+    reasoning: ReasoningMarkers | None,
+) -> ShapeCertificate:
+    """Try a shape: some 20 short conversations, a few renders each. arguments: the template's."""
+    cells = [
+        _cell(template, conversation, num_messages, tokens=tokens, reasoning=reasoning)
+        for conversation, num_messages in conversations(shape, arguments)
+    ]
+    return ShapeCertificate(shape, tuple(cells))
+
+
+def _cell(
+    template: ChatTemplate,
+    conversation: Conversation,
+    num_messages: int,
+    *,
+    tokens: TurnTokens,
+    reasoning: ReasoningMarkers | None,
+) -> Cell:
+    try:
+        full_text = template.render(conversation)
+    except TemplateRaised:
+        return Cell(Verdict.RAISES, "", local=False)
+    junction = learn_junction(template, conversation, num_messages=num_messages, full_text=full_text, tokens=tokens)
+    if not isinstance(junction, Junction):
+        return Cell(_VERDICT_OF_REASON.get(junction, Verdict.UNCERTIFIED), "", local=False)
+    if not junction.is_engine_stop:
+        return Cell(Verdict.OTHER_STOP, junction.stop, local=False)
+    history = compare_history(
+        template, conversation, num_messages=num_messages, full_text=full_text, reasoning=reasoning
+    )
+    suffix = local_suffix(
+        template, conversation, num_messages=num_messages, stop=junction.stop, tools=stand_in_tools(conversation)
+    )
+    return Cell(_VERDICT_OF_HISTORY[history], junction.stop, local=suffix == junction.suffix)
+
+
+def stand_in_tools(conversation: Conversation) -> tuple[JsonValue, ...]:
+    """Tools for a short render: one, if the conversation has any."""
+    return example_tools(1) if conversation.tools else ()
+
+
+@dataclass(frozen=True, slots=True)
+class ShapeKey:
+    """A shape under given template arguments, which are named by their JSON text."""
+
+    shape: Shape
+    arguments: str
+
+
+@dataclass(slots=True)
+class _Entry:
+    certificate: ShapeCertificate
+    num_uses: int = 0
+    withdrawn: bool = False
+
+
+class CertificateBook:
+    """Certificates by shape: those known, those asked for, those withdrawn. Bounded, safe between threads."""
+
+    def __init__(self) -> None:
+        self._entries: OrderedDict[ShapeKey, _Entry] = OrderedDict()
+        self._pending: OrderedDict[ShapeKey, Mapping[str, JsonValue]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def find(self, key: ShapeKey, arguments: Mapping[str, JsonValue]) -> ShapeCertificate | None:
+        """The certificate of a shape; one that is unknown is asked for (`take_pending`) and None for now."""
+        with self._lock:
+            entry = self._entries.get(key)
+            if entry is None:
+                if len(self._pending) < _MAX_PENDING:
+                    self._pending[key] = arguments
+                return None
+            return None if entry.withdrawn else entry.certificate
+
+    def use(self, key: ShapeKey) -> bool:
+        """Count a turn that relied on a certificate; whether it should be audited."""
+        with self._lock:
+            entry = self._entries[key]
+            entry.num_uses += 1
+            return entry.num_uses <= _AUDITED_FIRST or entry.num_uses % _AUDITED_EVERY == 0
+
+    def withdraw(self, key: ShapeKey) -> None:
+        """Never rely on this certificate again."""
+        with self._lock:
+            if key in self._entries:
+                self._entries[key].withdrawn = True
+
+    def put(self, key: ShapeKey, certificate: ShapeCertificate) -> None:
+        """Add a certificate; the oldest goes where there are too many."""
+        with self._lock:
+            self._pending.pop(key, None)
+            self._entries.setdefault(key, _Entry(certificate))
+            if len(self._entries) > _MAX_SHAPES:
+                self._entries.popitem(last=False)
+
+    def take_pending(self) -> tuple[ShapeKey, Mapping[str, JsonValue]] | None:
+        """A shape that was asked for and is not known yet."""
+        with self._lock:
+            return self._pending.popitem(last=False) if self._pending else None
+
+    @property
+    def has_pending(self) -> bool:
+        """Whether shapes wait to be certified."""
+        return bool(self._pending)

@@ -1,0 +1,135 @@
+"""The short path: what a turn of a certified shape adds, from one short render, however long the conversation is.
+
+It speaks only where nothing in the new messages could make a template behave as its certificate has not seen: no text
+that looks like a control token, none of the strings that the template itself looks for. All else is None, and takes the
+long path (`prompt`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from gateway.contracts.generation import JsonValue
+from gateway.tito.certificate import (
+    CertificateBook,
+    ShapeCertificate,
+    ShapeKey,
+    Verdict,
+    certify_shape,
+    stand_in_tools,
+)
+from gateway.tito.conversation import Conversation
+from gateway.tito.junction import TurnTokens, local_suffix
+from gateway.tito.lookalikes import LookalikeGuard
+from gateway.tito.parsing.reasoning import ReasoningMarkers
+from gateway.tito.shapes import Shape, shape_of, standard_shapes
+from gateway.tito.template import ChatTemplate
+
+_MAX_ARGUMENTS_LENGTH = 2_000
+
+
+@dataclass(frozen=True, slots=True)
+class CertifiedSuffix:
+    """`suffix`: what stands behind `stop`. keeps_reasoning: the template may drop old reasoning, which is kept."""
+
+    key: ShapeKey
+    stop: str
+    suffix: str
+    keeps_reasoning: bool
+
+
+class ShortPath:
+    """Certificates of one template and vocabulary, and the suffixes that they vouch for. Safe between threads."""
+
+    def __init__(
+        self,
+        template: ChatTemplate,
+        guard: LookalikeGuard,
+        *,
+        stops: Sequence[str],
+        special: Sequence[str],
+        reasoning: ReasoningMarkers | None,
+    ) -> None:
+        """stops, special: texts of the tokens that end sampling, and of all control tokens."""
+        self._template = template
+        self._guard = guard
+        self._tokens = TurnTokens(tuple(stops), tuple(special), None)
+        self._reasoning = reasoning
+        self._book = CertificateBook()
+
+    @property
+    def has_pending(self) -> bool:
+        """Whether shapes wait to be certified."""
+        return self._book.has_pending
+
+    def certify_standard_shapes(self) -> None:
+        """Certify the shapes of ordinary agents before they are met."""
+        for has_tools in (True, False):
+            for starts_with_system in (True, False):
+                for shape in standard_shapes(starts_with_system=starts_with_system, has_tools=has_tools):
+                    self._certify(ShapeKey(shape, "{}"), {})
+
+    def certify_next(self) -> bool:
+        """Certify one shape that was asked for (some 10 ms); whether there was one."""
+        pending = self._book.take_pending()
+        if pending is not None:
+            self._certify(*pending)
+        return pending is not None
+
+    def certificate(self, shape: Shape, arguments: Mapping[str, JsonValue]) -> ShapeCertificate:
+        """Try a shape under some template arguments, for people to look at."""
+        return certify_shape(self._template, shape, arguments, tokens=self._tokens, reasoning=self._reasoning)
+
+    def _certify(self, key: ShapeKey, arguments: Mapping[str, JsonValue]) -> None:
+        self._book.put(key, self.certificate(key.shape, arguments))
+
+    def suffix(self, conversation: Conversation, num_messages: int) -> CertifiedSuffix | None:
+        """What the template adds behind the stop token of reply `num_messages - 1`, if a certificate vouches for it."""
+        key = self._key(conversation, num_messages)
+        if key is None:
+            return None
+        certificate = self._book.find(key, conversation.template_arguments)
+        if certificate is None or certificate.stop is None:
+            return None
+        if not self._is_plain(conversation.messages[num_messages - 1 :]):
+            return None
+        stop, tools = certificate.stop, stand_in_tools(conversation)
+        suffix = local_suffix(self._template, conversation, num_messages=num_messages, stop=stop, tools=tools)
+        if suffix is None:
+            return None
+        return CertifiedSuffix(key, stop, suffix, certificate.verdict is Verdict.REASONING_DROPPED)
+
+    def use(self, certified: CertifiedSuffix) -> bool:
+        """Count a turn that relies on this; whether it should be audited."""
+        return self._book.use(certified.key)
+
+    def withdraw(self, certified: CertifiedSuffix) -> None:
+        """A real turn has shown that the certificate does not hold."""
+        self._book.withdraw(certified.key)
+
+    def _key(self, conversation: Conversation, num_messages: int) -> ShapeKey | None:
+        shape = shape_of(conversation, num_messages, template_source=self._template.source)
+        if shape is None:
+            return None
+        arguments = json.dumps(dict(conversation.template_arguments), sort_keys=True)
+        return ShapeKey(shape, arguments) if len(arguments) <= _MAX_ARGUMENTS_LENGTH else None
+
+    def _is_plain(self, messages: Sequence[JsonValue]) -> bool:
+        if self._guard.has_lookalikes(messages):
+            return False
+        looked_for = self._template.looked_for
+        return not any(literal in text for text in _texts(messages) for literal in looked_for)
+
+
+def _texts(value: JsonValue) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, entry in value.items():
+            if key != "role":
+                yield from _texts(entry)
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            yield from _texts(entry)
