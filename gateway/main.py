@@ -158,6 +158,7 @@ async def open_gateway(settings: GatewaySettings, kinds: Mapping[str, EngineMake
     try:
         gateway.policies.update(await ledger.policies())
         await _connect_engines(gateway)
+        gateway.runner.prepare()
         async with _background(watch_health(pool)):
             yield gateway
     finally:

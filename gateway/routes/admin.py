@@ -174,6 +174,7 @@ class _StatusRoutes:
         text = await self._metrics.exposition(
             self._ledger,
             self._pool,
+            self._runner.parts.model.prompts.audits,
             num_running=self._runner.num_running,
             num_sessions=len(self._registry.loaded),
         )

@@ -10,6 +10,7 @@ from gateway.contracts.ports import Ledger
 from gateway.replicas.continuation import Generated
 from gateway.replicas.pool import Interruption, ReplicaPool
 from gateway.sessions.turns import TurnFinished, TurnTimes
+from gateway.tito.prompt import AuditCounts
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
@@ -25,6 +26,17 @@ class GatewayMetrics:
         )
         self._matches = Counter("verbatim_matches", "Turns by how they were found.", ["tier"], registry=registry)
         self._segments = Counter("verbatim_segments", "Turns that opened one.", ["reason"], registry=registry)
+        self._prompts = Counter(
+            "verbatim_prompts", "Prompts by how equality with the template was established.", ["certified_by"],
+            registry=registry,
+        )  # fmt: skip
+        self._hidden = Counter(
+            "verbatim_hidden_messages", "Messages that the chat template does not show to the model.", registry=registry
+        )
+        self._audits = Gauge(
+            "verbatim_certificate_audits", "Certified turns that were rendered too.", registry=registry
+        )
+        self._alarms = Gauge("verbatim_certificate_alarms", "Audits that came out different.", registry=registry)
         self._prompt_tokens = Counter("verbatim_prompt_tokens", "Prompt tokens sent.", registry=registry)
         self._cached_tokens = Counter("verbatim_cached_tokens", "Prompt tokens from the cache.", registry=registry)
         self._output_tokens = Counter("verbatim_output_tokens", "Tokens sampled.", registry=registry)
@@ -55,6 +67,8 @@ class GatewayMetrics:
             self._segments.labels(record.attachment.segment_reason.value).inc()
         if record.untrainable_reason is not None:
             self._untrainable.labels(record.untrainable_reason).inc()
+        self._prompts.labels(record.meta["certified_by"]).inc()
+        self._hidden.inc(len(record.meta["hidden_messages"]))
         self._prompt_tokens.inc(len(finished.prompt_token_ids))
         self._cached_tokens.inc(record.cached_tokens)
         self._output_tokens.inc(len(record.output_token_ids))
@@ -69,8 +83,12 @@ class GatewayMetrics:
         """Count one attempt that did not finish its turn."""
         self._interruptions.labels(interruption.engine_id, interruption.cause).inc()
 
-    async def exposition(self, ledger: Ledger, pool: ReplicaPool, *, num_running: int, num_sessions: int) -> bytes:
+    async def exposition(
+        self, ledger: Ledger, pool: ReplicaPool, audits: AuditCounts, *, num_running: int, num_sessions: int
+    ) -> bytes:
         """All figures as of now."""
+        self._audits.set(audits.num_audits)
+        self._alarms.set(audits.num_alarms)
         self._running.set(num_running)
         self._sessions.set(num_sessions)
         healthy = sum(replica.healthy for replica in pool.replicas)

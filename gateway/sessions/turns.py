@@ -45,6 +45,7 @@ from gateway.replicas.pool import ReplicaPool
 from gateway.sessions.attach import Place, attach, restore_reasoning
 from gateway.sessions.model import ServedModel
 from gateway.sessions.registry import Session
+from gateway.sessions.upkeep import PromptUpkeep
 from gateway.tito.conversation import BuiltPrompt, Conversation, ParentTurn, ParsedReply, ReplyDelta
 from gateway.wire.openai import ChatRequest, sampling_fields, sampling_params
 
@@ -140,6 +141,12 @@ async def run_turn(parts: TurnParts, session: Session, request: ChatRequest, tur
     place = attach(session.tree, request.messages, root)
     prompt = await _build_prompt(parts, request, root, place)
     sampling = _sampling(parts, session, request, num_prompt_tokens=len(prompt.token_ids))
+    if prompt.built.hidden_messages:
+        _log.warning(
+            "session %s: the chat template does not show the model messages %s",
+            session.record.session_id,
+            list(prompt.built.hidden_messages),
+        )
     turn.emit(TurnStarted(prompt.token_ids))
     sampled = await _sample(parts, session, request, prompt, sampling, turn)
     record = _record(parts, session, request, prompt, sampling, sampled, turn)
@@ -236,6 +243,11 @@ class TurnRunner:
     def __init__(self, parts: TurnParts) -> None:
         self.parts = parts
         self._turns: dict[Turn, asyncio.Task[TurnFinished]] = {}
+        self._upkeep = PromptUpkeep(parts.model.prompts)
+
+    def prepare(self) -> None:
+        """Have the shapes of ordinary turns certified in the background."""
+        self._upkeep.prepare()
 
     @property
     def num_running(self) -> int:
@@ -272,9 +284,11 @@ class TurnRunner:
             turn.cut(EngineUnavailable("the gateway stops; try again"))
         if self._turns:
             await asyncio.wait(list(self._turns.values()))
+        await self._upkeep.aclose()
 
     def _forget(self, session: Session, turn: Turn) -> None:
         session.running.discard(turn)
+        self._upkeep.poke()
         task = self._turns.pop(turn)
         # Retrieved here too, because the reader may have gone; what is no VerbatimError is a bug and is logged as one.
         error = None if task.cancelled() else task.exception()
@@ -466,6 +480,7 @@ def _meta(request: ChatRequest, prompt: _Prompt, sampled: _Sampled) -> dict[str,
     generated = sampled.generated
     return {
         "certified_by": prompt.built.certified_by,
+        "hidden_messages": list(prompt.built.hidden_messages),
         "flags": [flag.value for flag in sampled.reply.flags],
         "num_reasoning_tokens": sampled.reply.num_reasoning_tokens,
         "engine_ids": [engine.engine_id for engine in generated.engines],
