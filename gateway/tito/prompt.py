@@ -11,15 +11,16 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
 from gateway.contracts.errors import TemplateRaised
-from gateway.contracts.generation import TokenIds
+from gateway.contracts.generation import JsonValue, TokenIds
 from gateway.contracts.records import SegmentReason
+from gateway.tito.certificate import ShapeCertificate
 from gateway.tito.conversation import BuiltPrompt, Conversation, HistoryPolicy, ParentTurn, check_parent
 from gateway.tito.history import History, RenderedPrompts, compare_history
 from gateway.tito.junction import (
@@ -33,6 +34,7 @@ from gateway.tito.junction import (
 from gateway.tito.lookalikes import Brackets, GuardedConversation, LookalikeGuard
 from gateway.tito.parsing.choice import choose_parsing
 from gateway.tito.parsing.reply import ReplyParsing
+from gateway.tito.shapes import Shape
 from gateway.tito.short_path import CertifiedSuffix, ShortPath
 from gateway.tito.template import ChatTemplate
 from gateway.tito.tokenizer import ChatTokenizer
@@ -95,8 +97,7 @@ class PromptBuilder:
         self._short_path = ShortPath(
             template,
             self._guard,
-            stops=[tokenizer.token_text(token_id) for token_id in self._stop_token_ids],
-            special=self._special,
+            tokens=self.turn_tokens,
             reasoning=self._parsing.reasoning,
         )
         self._audits: deque[_Audit] = deque(maxlen=_MAX_AUDITS)
@@ -124,6 +125,16 @@ class PromptBuilder:
     def prepare(self) -> None:
         """Certify the shapes of ordinary agents: a second or two of work, best done in a thread at start-up."""
         self._short_path.certify_standard_shapes()
+
+    def certificate(self, shape: Shape, arguments: Mapping[str, JsonValue]) -> ShapeCertificate:
+        """Try a shape of turns under template arguments, for people to look at; some 10 ms."""
+        return self._short_path.certificate(shape, arguments)
+
+    @cached_property
+    def turn_tokens(self) -> TurnTokens:
+        """The tokens that end and build turns, as far as model and vocabulary tell."""
+        stops = tuple(self._tokenizer.token_text(token_id) for token_id in self._stop_token_ids)
+        return TurnTokens(stops, self._special, None)
 
     @property
     def upkeep_due(self) -> bool:
@@ -236,20 +247,21 @@ class PromptBuilder:
         parser = self._parsing.start(prompt_ids=parent.token_ids[:num_prompt], tools=({},))
         parser.feed(parent.token_ids[num_prompt:].tolist())
         markup = parser.open_markup
-        text = self._text_close
+        text = self.text_close
         if markup.closing_text:
             text = f"\n{markup.closing_text}" + text
         if markup.in_reasoning:
-            text = self._reasoning_close + text
+            text = self.reasoning_close + text
         return self._tokenizer.encode_after(text) if text else np.zeros(0, dtype=np.int32)
 
     @cached_property
-    def _text_close(self) -> str:
-        stops = [self._tokenizer.token_text(token_id) for token_id in self._stop_token_ids]
-        return text_turn_close(self._template, stops)
+    def text_close(self) -> str:
+        """What the template writes between a reply's text and its stop token."""
+        return text_turn_close(self._template, self.turn_tokens.stops)
 
     @cached_property
-    def _reasoning_close(self) -> str:
+    def reasoning_close(self) -> str:
+        """What the template writes between a reply's reasoning and its text."""
         markers = self._parsing.reasoning
         return reasoning_close(self._template, closer=markers.closer.text) if markers is not None else ""
 

@@ -45,12 +45,19 @@ class MessageForm:
     answers: int | None = None
     named: bool = False
 
+    @property
+    def parts(self) -> str:
+        """What it consists of: "reasoning, text, 2 calls"."""
+        parts = ["reasoning"] if self.reasoning else []
+        parts += [self.content.value] if self.content is not ContentKind.ABSENT else []
+        parts += [f"{self.num_calls} calls" if self.num_calls > 1 else "call"] if self.num_calls else []
+        return ", ".join(parts) or "nothing"
+
     def __str__(self) -> str:
-        words = [self.role]
-        words += ["reasoning"] if self.reasoning else []
-        words += [self.content.value] if self.content is not ContentKind.TEXT else []
-        words += [f"{self.num_calls} calls" if self.num_calls > 1 else "call"] if self.num_calls else []
-        return "+".join(words)
+        if self.role == "tool" and self.answers is not None:
+            return f"tool {self.answers + 1}"
+        is_plain = self == MessageForm(self.role)
+        return self.role if is_plain else f"{self.role} ({self.parts})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +71,12 @@ class Shape:
     appended: tuple[MessageForm, ...]
 
     def __str__(self) -> str:
-        return f"{self.before} > {self.reply} > {', '.join(map(str, self.appended))}"
+        return f"after {self.before}: {self.reply.parts} > {self.follows}"
+
+    @property
+    def follows(self) -> str:
+        """What was appended: "tool 1, tool 2, user"."""
+        return ", ".join(map(str, self.appended))
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,14 +48,12 @@ class ShortPath:
         template: ChatTemplate,
         guard: LookalikeGuard,
         *,
-        stops: Sequence[str],
-        special: Sequence[str],
+        tokens: TurnTokens,
         reasoning: ReasoningMarkers | None,
     ) -> None:
-        """stops, special: texts of the tokens that end sampling, and of all control tokens."""
         self._template = template
         self._guard = guard
-        self._tokens = TurnTokens(tuple(stops), tuple(special), None)
+        self._tokens = tokens
         self._reasoning = reasoning
         self._book = CertificateBook()
 

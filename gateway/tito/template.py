@@ -21,7 +21,7 @@ from functools import cached_property
 from pathlib import Path
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -39,6 +39,10 @@ _TEMPLATE_FILE = "chat_template.jinja"
 _NAMED_TEMPLATES_FOLDER = "additional_chat_templates"
 _DEFAULT, _TOOL_USE = "default", "tool_use"
 _MARKUP = re.compile(r"[<>\[\]|｜]..|..[<>\[\]|｜]")
+
+_GIVEN_VARIABLES = frozenset(
+    ("messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now", "namespace")
+) | {"range", "dict", "lipsum", "cycler", "joiner"}
 
 # What code inside a template can raise when it meets a conversation that it was not written for.
 _TEMPLATE_ERRORS = (
@@ -105,6 +109,13 @@ class ChatTemplate:
             return False
         shown_object = self._try_call({"key": needle})
         return shown_object is not None and needle in shown_object and "{'key'" not in shown_object
+
+    @cached_property
+    def undeclared_variables(self) -> tuple[str, ...]:
+        """Names that a template reads and nobody must give: its own switches (and some of its locals), in order."""
+        tree = _environment().parse(self.source)
+        names = meta.find_undeclared_variables(tree)
+        return tuple(sorted(names - _GIVEN_VARIABLES - self._special_tokens.keys()))
 
     @cached_property
     def shows_tool_calls(self) -> bool:

@@ -1,0 +1,150 @@
+"""`verbatim doctor`: what is known of a model, before anything depends on it.
+
+`--model PATH` reads a model folder as the gateway would and shows which turns its chat template only appends to, which
+it rewrites and why, where a turn ends, and which of the template's own switches would make more turns append-only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from gateway.contracts.errors import ConfigurationError
+from gateway.contracts.generation import JsonValue
+from gateway.sessions.model import ServedModel
+from gateway.tito.certificate import ShapeCertificate, Verdict
+from gateway.tito.conversation import HistoryPolicy
+from gateway.tito.survey import Survey, survey
+
+_PLAIN_WIDTH = 140
+_STYLES = {Verdict.APPENDS: "green", Verdict.REASONING_DROPPED: "yellow"}
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Flags of `verbatim doctor`."""
+    parser.add_argument("--model", type=Path, required=True, metavar="PATH", help="model folder to look at")
+    parser.add_argument(
+        "--template-arguments", default="{}", metavar="JSON", help="chat_template_kwargs to try it with (default {})"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print what the model folder comes to; ConfigurationError for a folder that cannot be served."""
+    template_arguments = _json_object(arguments.template_arguments)
+    model = ServedModel.load(arguments.model, history_policy=HistoryPolicy.KEEP)
+    found = survey(model.prompts, model.template, model.tokenizer, template_arguments)
+    if arguments.json:
+        sys.stdout.write(json.dumps(_as_json(model, found), ensure_ascii=False) + "\n")
+    else:
+        _print(model, found)
+    return 0
+
+
+def _json_object(text: str) -> Mapping[str, JsonValue]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ConfigurationError(f"--template-arguments {text!r} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigurationError(f"--template-arguments {text!r}: give a JSON object")
+    return value
+
+
+def _as_json(model: ServedModel, found: Survey) -> dict[str, JsonValue]:
+    num_checked, num_different = found.token_check
+    return {
+        "model": str(model.path),
+        "fingerprints": model.fingerprints,
+        "parsing": model.parsing.name,
+        "stop_tokens": _stop_tokens(model),
+        "text_close": found.text_close,
+        "reasoning_close": found.reasoning_close,
+        "shapes": [_row(certificate) for certificate in found.certificates],
+        "num_append_only": found.num_append_only,
+        "switches": [
+            {"name": switch.name, "value": switch.value, "num_append_only": switch.num_append_only}
+            for switch in found.switches
+        ],
+        "token_check": {"num_checked": num_checked, "num_different": num_different},
+    }
+
+
+def _stop_tokens(model: ServedModel) -> list[dict[str, JsonValue]]:
+    tokenizer = model.tokenizer
+    return [
+        {
+            "token_id": token_id,
+            "text": tokenizer.token_text(token_id),
+            "added_token": token_id in tokenizer.added_tokens,
+        }
+        for token_id in tokenizer.eos_token_ids
+    ]
+
+
+def _row(certificate: ShapeCertificate) -> dict[str, JsonValue]:
+    cells = certificate.cells
+    return {
+        "shape": str(certificate.shape),
+        "verdict": certificate.verdict.value,
+        "stops": list(certificate.stops),
+        "short_path": certificate.stop is not None,
+        "num_conversations": len(cells),
+        "num_raised": sum(cell.verdict is Verdict.RAISES for cell in cells),
+    }
+
+
+def _print(model: ServedModel, found: Survey) -> None:
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
+    num_checked, num_different = found.token_check
+    facts = Table(show_header=False, box=None)
+    facts.add_row("model", Text(str(model.path)))
+    facts.add_row("tokenizer", Text(f"{model.tokenizer.vocab_size} tokens, {model.tokenizer.fingerprint[:12]}"))
+    facts.add_row("template", Text(model.template.fingerprint[:12]))
+    facts.add_row("replies are read as", Text(model.parsing.name))
+    facts.add_row(
+        "stop tokens", Text(", ".join(f"{stop['text']} ({stop['token_id']})" for stop in _stop_tokens(model)))
+    )
+    facts.add_row("between text and stop", Text(repr(found.text_close)))
+    facts.add_row("between reasoning and text", Text(repr(found.reasoning_close)))
+    facts.add_row("suffixes in tokens", Text(f"{num_checked} checked, {num_different} differ from the whole text's"))
+    console.print(facts)
+    console.print(_table(found.certificates))
+    console.print(f"{found.num_append_only} of {len(found.certificates)} shapes are append-only; * is certified.")
+    for switch in found.switches:
+        value = json.dumps({switch.name: switch.value})
+        console.print(Text(f"With chat_template_kwargs {value} {switch.num_append_only} would be."))
+    if found.switches:
+        console.print("Such a switch changes what the model sees; set it for training and deployment alike, or not.")
+
+
+def _table(certificates: Sequence[ShapeCertificate]) -> Table:
+    """A row for every reply and what follows it; a column for each role that the reply may answer."""
+    columns = list(dict.fromkeys(certificate.shape.before for certificate in certificates))
+    rows: dict[tuple[str, str], dict[str, ShapeCertificate]] = {}
+    for certificate in certificates:
+        shape = certificate.shape
+        rows.setdefault((shape.reply.parts, shape.follows), {})[shape.before] = certificate
+    table = Table("sampled", "what follows", *(f"after a {role} message" for role in columns), "stop", box=box.SIMPLE)
+    for (parts, follows), by_role in rows.items():
+        stops = dict.fromkeys(stop for certificate in by_role.values() for stop in certificate.stops)
+        verdicts = [_verdict(by_role[role]) if role in by_role else Text() for role in columns]
+        table.add_row(Text(parts), Text(follows), *verdicts, Text(" ".join(stops)))
+    return table
+
+
+def _verdict(certificate: ShapeCertificate) -> Text:
+    """The verdict; how many conversations the template refuses; `*` where turns need no full render."""
+    verdict, num_raised = certificate.verdict, sum(cell.verdict is Verdict.RAISES for cell in certificate.cells)
+    text = verdict.value + (" *" if certificate.stop is not None else "")
+    if 0 < num_raised < len(certificate.cells):
+        text += f" (raises in {num_raised} of {len(certificate.cells)})"
+    return Text(text, style=_STYLES.get(verdict, "red"))
