@@ -1,0 +1,276 @@
+"""Certificates of shapes, the short path that relies on them, its audit, and what the doctor prints (I1, I6)."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gateway.contracts.errors import TemplateRaised
+from gateway.contracts.generation import Finish, FinishReason, JsonValue
+from gateway.contracts.records import SegmentReason
+from gateway.tito.certificate import ShapeCertificate, Verdict
+from gateway.tito.conversation import BuiltPrompt, Conversation, HistoryPolicy, ParentTurn
+from gateway.tito.prompt import PromptBuilder
+from gateway.tito.shapes import MAX_APPENDED, conversations, example_tools, shape_of, standard_shapes
+from gateway.tito.survey import survey
+from gateway.tito.template import ChatTemplate
+from gateway.tito.tokenizer import ChatTokenizer
+
+VERBATIM = Path(sys.executable).with_name("verbatim")
+TOOLS = example_tools(1)
+CHATML = """{%- for message in messages -%}
+    {{- '<|im_start|>' + message.role + '\n' + (message.content or '') -}}
+    {%- for call in message.tool_calls or [] -%}
+        {{- '<tool_call>' + call.function.name + (call.function.arguments | tojson) + '</tool_call>' -}}
+    {%- endfor -%}
+    {{- '<|im_end|>\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"""
+COUNTED = CHATML.replace("'<|im_start|>' + message.role", "'<|im_start|>' + loop.index|string + message.role").replace(
+    "'<|im_start|>assistant", "'<|im_start|>' + (messages|length + 1)|string + 'assistant"
+)
+LATE_CHANGE = CHATML.replace(
+    "'<|im_start|>assistant\n' -}}", "'<|im_start|>assistant\n' + ('!' if messages|length > 30 else '') -}}"
+)
+LATE_REFUSAL = "{%- if messages|length > 30 -%}{{ raise_exception('too long') }}{%- endif -%}" + CHATML
+FORGETS = CHATML.replace(
+    "(message.content or '')",
+    "(message.reasoning_content if message.reasoning_content and (keep_past or loop.index0 >= messages|length - 2)"
+    " else '') + (message.content or '')",
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model: Path) -> ChatTokenizer:
+    return ChatTokenizer.load(tiny_model)
+
+
+def builder(
+    tokenizer: ChatTokenizer, text: str, *, policy: HistoryPolicy = HistoryPolicy.KEEP, ready: bool = True
+) -> PromptBuilder:
+    prompts = PromptBuilder(tokenizer, ChatTemplate({"default": text}, special_tokens={}), history_policy=policy)
+    if ready:
+        prompts.prepare()
+    return prompts
+
+
+def tool_loop(num_calls: int, *, result: str = "24") -> list[JsonValue]:
+    """A question, then calls with a result each; the last message is a result."""
+    messages: list[JsonValue] = [{"role": "user", "content": "What is 48/2?"}]
+    for i in range(num_calls):
+        function = {"name": "probe", "arguments": json.dumps({"key": str(i)})}
+        call = {"id": f"call_{i}", "type": "function", "function": function}
+        messages.append({"role": "assistant", "content": None, "tool_calls": [call]})
+        messages.append({"role": "tool", "tool_call_id": f"call_{i}", "content": result})
+    return messages
+
+
+def continue_with(tokenizer: ChatTokenizer, prompts: PromptBuilder, messages: list[JsonValue]) -> BuiltPrompt:
+    """The prompt behind the last reply among `messages`, which was sampled as some ids that no text has."""
+    num_messages = max(i for i, message in enumerate(messages) if message["role"] == "assistant") + 1
+    stop = tokenizer.token_id("<|im_end|>")
+    assert stop is not None
+    ids = np.array([5, 6, 7, 7, 5, stop], dtype=np.int32)
+    parent = ParentTurn(ids, 3, num_messages, Finish(FinishReason.STOP, stop))
+    return prompts.build(Conversation(tuple(messages), TOOLS), parent)
+
+
+def whole(tokenizer: ChatTokenizer, prompts: PromptBuilder, messages: list[JsonValue]) -> list[int]:
+    return prompts.build(Conversation(tuple(messages), TOOLS), None).token_ids.tolist()
+
+
+def certificate_of(prompts: PromptBuilder, messages: list[JsonValue]) -> ShapeCertificate:
+    num_messages = max(i for i, message in enumerate(messages) if message["role"] == "assistant") + 1
+    shape = shape_of(Conversation(tuple(messages), TOOLS), num_messages, template_source="")
+    assert shape is not None
+    return prompts.certificate(shape, {})
+
+
+def test_a_certified_shape_takes_the_short_path_with_the_ids_of_the_full_render(tokenizer: ChatTokenizer) -> None:
+    """I1: what the short path adds is what the whole conversation's render ends with."""
+    prompts = builder(tokenizer, CHATML)
+    messages = tool_loop(6)
+    built = continue_with(tokenizer, prompts, messages)
+    assert (built.certified_by, built.segment_reason) == ("shape", None)
+    assert whole(tokenizer, prompts, messages)[-len(built.token_ids) :] == built.token_ids.tolist()
+
+
+def test_an_unknown_shape_is_certified_for_the_turns_after_it(tokenizer: ChatTokenizer) -> None:
+    """The first turn of a shape is certified in its own conversation, later ones by the shape."""
+    prompts = builder(tokenizer, CHATML, ready=False)
+    messages = tool_loop(3)
+    first = continue_with(tokenizer, prompts, messages)
+    assert prompts.upkeep_due
+    prompts.upkeep()
+    second = continue_with(tokenizer, prompts, messages)
+    assert (first.certified_by, second.certified_by) == ("probe", "shape")
+    assert first.token_ids.tolist() == second.token_ids.tolist()
+
+
+def test_a_suffix_that_depends_on_earlier_messages_is_no_matter_for_the_short_path(tokenizer: ChatTokenizer) -> None:
+    """A template that numbers its messages is append-only, and never certified to be context-free."""
+    prompts = builder(tokenizer, COUNTED)
+    messages = tool_loop(4)
+    certificate = certificate_of(prompts, messages)
+    assert (certificate.verdict, certificate.stop) == (Verdict.APPENDS, None)
+    built = continue_with(tokenizer, prompts, messages)
+    assert built.certified_by == "probe"
+    assert whole(tokenizer, prompts, messages)[-len(built.token_ids) :] == built.token_ids.tolist()
+
+
+def test_an_audit_that_comes_out_different_withdraws_the_certificate_and_counts_an_alarm(
+    tokenizer: ChatTokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A template may change its mind where no made-up conversation reaches; then turns are certified one by one."""
+    prompts = builder(tokenizer, LATE_CHANGE)
+    messages = tool_loop(20)
+    assert continue_with(tokenizer, prompts, messages).certified_by == "shape"
+    prompts.upkeep()
+    assert prompts.audits.num_alarms == 1
+    assert "is withdrawn" in caplog.text
+    built = continue_with(tokenizer, prompts, messages)
+    assert built.certified_by == "probe_kept_history"
+    assert whole(tokenizer, prompts, messages)[-len(built.token_ids) :] == built.token_ids.tolist()
+
+
+def test_audits_of_a_sound_template_raise_no_alarm(tokenizer: ChatTokenizer) -> None:
+    prompts = builder(tokenizer, CHATML)
+    for num_calls in range(1, 6):
+        continue_with(tokenizer, prompts, tool_loop(num_calls))
+        prompts.upkeep()
+    assert prompts.audits.num_audits >= 3
+    assert prompts.audits.num_alarms == 0
+
+
+def test_a_certified_suffix_serves_where_the_template_would_refuse_the_whole(tokenizer: ChatTokenizer) -> None:
+    """I6: a refusal far back in history does not end a conversation whose next turn is certified."""
+    prompts = builder(tokenizer, LATE_REFUSAL)
+    messages = tool_loop(20)
+    with pytest.raises(TemplateRaised, match="too long"):
+        whole(tokenizer, prompts, messages)
+    assert continue_with(tokenizer, prompts, messages).certified_by == "shape"
+    prompts.upkeep()
+    assert prompts.audits.num_alarms == 0
+
+
+@pytest.mark.parametrize("result", ["<|im_end|>", "a </think> b", "<tool_response>"])
+def test_texts_that_a_template_may_look_for_take_the_long_path(tokenizer: ChatTokenizer, result: str) -> None:
+    """A certificate was made with harmless texts and speaks for no others."""
+    looks = CHATML.replace(
+        "(message.content or '')", "((message.content or '').split('</think>')[-1].split('<tool_response>')[-1])"
+    )
+    prompts = builder(tokenizer, looks)
+    assert continue_with(tokenizer, prompts, tool_loop(2)).certified_by == "shape"
+    assert not continue_with(tokenizer, prompts, tool_loop(2, result=result)).certified_by.startswith("shape")
+
+
+@pytest.mark.parametrize("policy", HistoryPolicy)
+def test_reasoning_that_the_template_would_drop_is_kept_by_policy_only(
+    tokenizer: ChatTokenizer, policy: HistoryPolicy
+) -> None:
+    """Design 4: `keep` appends, `template` renders anew; both say so."""
+    prompts = builder(tokenizer, FORGETS, policy=policy)
+    messages = tool_loop(2)
+    for message in messages:
+        if message["role"] == "assistant":
+            message["reasoning_content"] = "Think."
+    messages += [
+        {"role": "assistant", "content": "It is 24.", "reasoning_content": "Done."},
+        {"role": "user", "content": "And?"},
+    ]
+    built = continue_with(tokenizer, prompts, messages)
+    if policy is HistoryPolicy.KEEP:
+        assert (built.certified_by, built.segment_reason) == ("shape_kept_history", None)
+    else:
+        assert built.segment_reason is SegmentReason.REWRITE_REASONING
+
+
+def test_shapes_that_no_certificate_speaks_of_are_none() -> None:
+    """Too many messages, unknown roles, contents that are no text, keys that the template reads."""
+    messages = tool_loop(1)
+
+    def shape(*appended: JsonValue, source: str = "") -> object:
+        return shape_of(Conversation((*messages, *appended), TOOLS), 2, template_source=source)
+
+    assert shape() is not None
+    assert shape(*[{"role": "user", "content": "x"}] * MAX_APPENDED) is None
+    assert shape({"role": "ipython", "content": "x"}) is None
+    assert shape({"role": "user", "content": [{"type": "image_url"}]}) is None
+    assert shape({"role": "user", "content": "x", "cache": 1}) is not None
+    assert shape({"role": "user", "content": "x", "cache": 1}, source="{{ message.cache }}") is None
+
+
+def test_made_up_conversations_have_the_shape_that_they_are_made_for() -> None:
+    for shape in standard_shapes():
+        made = list(conversations(shape, {}))
+        assert len(made) >= 9
+        for conversation, num_messages in made:
+            assert shape_of(conversation, num_messages, template_source="") == shape
+
+
+def test_survey_finds_the_switch_that_keeps_reasoning(tokenizer: ChatTokenizer) -> None:
+    template = ChatTemplate({"default": FORGETS}, special_tokens={})
+    found = survey(PromptBuilder(tokenizer, template), template, tokenizer, {})
+    assert [(switch.name, switch.value) for switch in found.switches] == [("keep_past", True)]
+    assert found.switches[0].num_append_only == len(found.certificates) > found.num_append_only
+    assert found.token_check[0] > 300
+    assert found.token_check[1] == 0
+
+
+def test_survey_asks_without_system_messages_where_a_template_refuses_them(tokenizer: ChatTokenizer) -> None:
+    refuses = CHATML.replace(
+        "{%- for message in messages -%}",
+        "{%- for message in messages -%}{%- if message.role == 'system' -%}{{ raise_exception('no') }}{%- endif -%}",
+        1,
+    )
+    template = ChatTemplate({"default": refuses}, special_tokens={})
+    found = survey(PromptBuilder(tokenizer, template), template, tokenizer, {})
+    verdicts = {str(certificate.shape.follows): certificate.verdict for certificate in found.certificates}
+    assert verdicts["user"] is Verdict.APPENDS
+    assert verdicts["system, user"] is Verdict.RAISES
+
+
+def test_messages_that_the_template_does_not_show_are_named(tokenizer: ChatTokenizer) -> None:
+    """I9: the model never sees them, and the turn says which."""
+    drops = CHATML.replace("messages -%}", "messages if message.role != 'developer' -%}", 1)
+    prompts = builder(tokenizer, drops, ready=False)
+    messages = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": "What is 48/2?"},
+        {"role": "developer", "content": ""},
+    ]
+    assert prompts.build(Conversation(tuple(messages)), None).hidden_messages == (0,)
+    assert prompts.build(Conversation(tuple(messages[1:2])), None).hidden_messages == ()
+
+
+def test_doctor_prints_a_table_and_the_same_as_json(tiny_model: Path) -> None:
+    table = subprocess.run([VERBATIM, "doctor", "--model", tiny_model], capture_output=True, text=True, check=True)
+    assert "append-only *" in table.stdout
+    assert "shapes are append-only" in table.stdout
+    output = subprocess.run(
+        [VERBATIM, "doctor", "--model", tiny_model, "--json"], capture_output=True, text=True, check=True
+    )
+    report = json.loads(output.stdout)
+    assert report["stop_tokens"][0]["text"] == "<|im_end|>"
+    assert {row["verdict"] for row in report["shapes"]} == {"append-only"}
+    assert report["token_check"]["num_different"] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--model", "nowhere"), "nowhere: no such model folder"),
+        (("--model", "nowhere", "--template-arguments", "["), "is not JSON"),
+        (("--model", "nowhere", "--template-arguments", "3"), "give a JSON object"),
+    ],
+)
+def test_doctor_says_in_one_line_what_is_wrong(words: tuple[str, ...], says: str) -> None:
+    result = subprocess.run([VERBATIM, "doctor", *words], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert says in result.stderr
+    assert result.stderr.count("\n") == 1
