@@ -105,6 +105,10 @@ class GatewayClient:
         """One session; raises NotFound."""
         return await self._object("GET", f"/sessions/{path_segment(session_id)}")
 
+    async def session_report(self, session_id: str, *, pick: str | None = None) -> dict[str, Any]:
+        """What happened to a session's tokens (fields of `gateway.sessions.report.SessionReport`); raises NotFound."""
+        return await self._object("GET", f"/sessions/{path_segment(session_id)}/report{_optional_query(pick=pick)}")
+
     async def sessions(
         self, *, labels: Mapping[str, str] | None = None, limit: int = 100, after: str | None = None
     ) -> list[dict[str, Any]]:
@@ -149,11 +153,18 @@ class GatewayClient:
         rollouts = tuple(LeasedRollout(**rollout) for rollout in reply["rollouts"])
         return Lease(reply["lease_id"], reply["consumer"], reply["expires_at"], rollouts)
 
-    async def rollout(self, session_id: str, snapshot: str) -> FinishedRollout:
-        """One finished rollout with its segments; raises NotFound, Conflict, IntegrityError."""
-        path = f"/feed/rollouts/{path_segment(session_id)}?{_query([('snapshot', snapshot)])}"
+    async def rollout(self, session_id: str, snapshot: str, *, pick: str | None = None) -> FinishedRollout:
+        """One finished rollout with its segments; raises NotFound, Conflict, IntegrityError.
+
+        pick: which of its turns train, one of `picks()`; None leaves it to the gateway.
+        """
+        path = f"/feed/rollouts/{path_segment(session_id)}{_optional_query(snapshot=snapshot, pick=pick)}"
         body = await self._call("GET", path)
         return await asyncio.to_thread(decode_rollout, body)
+
+    async def picks(self) -> tuple[str, ...]:
+        """Names that `pick` of `rollout` may have at this gateway."""
+        return tuple((await self._object("GET", "/feed/picks"))["picks"])
 
     async def acknowledge(self, lease_id: str) -> list[str]:
         """Mark a lease's rollouts as consumed; repeating it is fine."""
@@ -261,6 +272,11 @@ def _json_or_none(body: bytes) -> Any:
 
 def _query(items: Sequence[tuple[str, str]]) -> str:
     return "&".join(f"{name}={quote(value, safe='')}" for name, value in items)
+
+
+def _optional_query(**values: str | None) -> str:
+    given = [(name, value) for name, value in values.items() if value is not None]
+    return f"?{_query(given)}" if given else ""
 
 
 def _errors_by_code(kind: type[VerbatimError]) -> dict[str, type[VerbatimError]]:

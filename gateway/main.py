@@ -42,7 +42,9 @@ from gateway.routes.metrics import GatewayMetrics
 from gateway.routes.paths import SessionPaths
 from gateway.routes.sessions import session_router
 from gateway.sessions.model import ServedModel
+from gateway.sessions.picks import PickChoice
 from gateway.sessions.registry import SessionRegistry
+from gateway.sessions.report import Retokenisation
 from gateway.sessions.turns import TurnParts, TurnRunner
 from gateway.settings import OPERATOR_KEY_VARIABLE, GatewaySettings, UnknownSessions, split_engine
 from gateway.wire.errors import error_body, error_headers
@@ -60,6 +62,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", help="address to listen on (127.0.0.1)")
     parser.add_argument("--port", type=int, help="port to listen on (8600; 0 takes a free one)")
     parser.add_argument("--data", type=Path, metavar="DIR", help="the ledger's folder (verbatim-data)")
+    parser.add_argument("--pick", metavar="NAME", help="which turns train: all, delivered, final-path, module:function")
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings as TOML")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override one setting, repeatable")
     parser.add_argument("--print-config", action="store_true", help="show the settings and stop")
@@ -114,6 +117,7 @@ class Gateway:
     registry: SessionRegistry
     runner: TurnRunner
     metrics: GatewayMetrics
+    picks: PickChoice
     policies: dict[str, int]
     kinds: Mapping[str, EngineMaker]
 
@@ -134,6 +138,7 @@ async def open_gateway(settings: GatewaySettings, kinds: Mapping[str, EngineMake
     """Build all parts, check the engines, watch their health; on the way out every turn is settled first."""
     if settings.model is None:
         raise ConfigurationError("the gateway needs a model folder (tokenizer and chat template): give --model PATH")
+    picks = PickChoice.load(settings.pick)
     model = ServedModel.load(settings.model, history_policy=settings.history_policy, name=settings.served_name)
     metrics = GatewayMetrics(feed_consumer=settings.feed_consumer)
     pool = ReplicaPool(
@@ -152,6 +157,7 @@ async def open_gateway(settings: GatewaySettings, kinds: Mapping[str, EngineMake
         registry=SessionRegistry(ledger, capacity=settings.sessions_in_memory),
         runner=TurnRunner(parts),
         metrics=metrics,
+        picks=picks,
         policies={},
         kinds=kinds,
     )
@@ -172,8 +178,17 @@ def build_app(gateway: Gateway, access: Access) -> FastAPI:
     settings, max_bytes = gateway.settings, gateway.settings.max_body_bytes
     app = FastAPI(title="Verbatim gateway", docs_url=None, redoc_url=None)
     app.include_router(status_router(gateway.pool, gateway.ledger, gateway.runner, gateway.registry, gateway.metrics))
-    app.include_router(session_router(gateway.registry, gateway.ledger, access, max_body_bytes=max_bytes))
-    app.include_router(feed_router(gateway.ledger, authorize=access.check_operator))
+    app.include_router(
+        session_router(
+            gateway.registry,
+            gateway.ledger,
+            access,
+            picks=gateway.picks,
+            retokenisation=Retokenisation.of_model(gateway.model),
+            max_body_bytes=max_bytes,
+        )
+    )
+    app.include_router(feed_router(gateway.ledger, authorize=access.check_operator, picks=gateway.picks))
     app.include_router(
         admin_router(
             gateway.pool,
@@ -235,6 +250,7 @@ def _settings(arguments: argparse.Namespace) -> GatewaySettings:
         "host": arguments.host,
         "port": arguments.port,
         "data": arguments.data,
+        "pick": arguments.pick,
     }
     return replace(settings, **{name: value for name, value in flags.items() if value is not None})
 

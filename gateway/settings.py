@@ -8,6 +8,7 @@ from pathlib import Path
 
 from gateway.contracts.errors import ConfigurationError
 from gateway.replicas.pool import ReplicaSettings
+from gateway.sessions.picks import DEFAULT_PICK
 from gateway.sessions.turns import TurnSettings
 from gateway.tito.conversation import HistoryPolicy
 
@@ -29,7 +30,8 @@ class GatewaySettings:
     model: folder with tokenizer and chat template (weights are not needed). engines: `KIND=URL`, for example
     `sglang=http://127.0.0.1:30000`. data: the ledger's folder. served_name: the model's name for agents (default: the
     folder's name). drain_seconds: how long a stop waits for running replies. feed_consumer: whose feed figures are in
-    `/metrics`.
+    `/metrics`. pick: which turns train where a trainer does not say, a built-in name of `gateway.sessions.picks` or the
+    operator's own `module:function`.
     """
 
     model: Path | None = None
@@ -44,6 +46,7 @@ class GatewaySettings:
     max_body_bytes: int = 64 * 2**20
     drain_seconds: int = 30
     feed_consumer: str = "trainer"
+    pick: str = DEFAULT_PICK
     turns: TurnSettings = field(default_factory=TurnSettings)
     replicas: ReplicaSettings = field(default_factory=ReplicaSettings)
 

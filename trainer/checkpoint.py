@@ -20,7 +20,7 @@ from typing import Any
 from gateway.contracts.errors import ConfigurationError, SchemaMismatch
 from trainer.metrics import StepMetrics
 
-CHECKPOINT_VERSION = 1
+CHECKPOINT_VERSION = 2
 _STATE_FILE = "state.json"
 _PREFIX = "step-"
 

@@ -25,8 +25,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from gateway.contracts.errors import ConfigurationError
+from gateway.contracts.settings import load_settings
 from trainer.processes import Children, PeakMemory, free_port
 from trainer.report import make_report, show_report
+from trainer.settings import TrainSettings
 
 DEFAULT_STEPS = 25
 DEFAULT_WARMUP_STEPS = 550
@@ -87,13 +89,15 @@ def run(arguments: argparse.Namespace) -> int:
         _prepare_model(plan, children, console)
         engine_url, gateway_url = _start_servers(plan, children)
         console.print(f"engine {engine_url}, gateway {gateway_url}, all data in {plan.folder}", soft_wrap=True)
-        _train(plan, children, gateway_url)
+        overrides = _overrides(plan, gateway_url)
+        children.run("train", ["--config", str(_RECIPE), *(word for o in overrides for word in ("--set", o))])
         report = asyncio.run(
             make_report(
                 gateway_url,
                 run_name=plan.run_name,
                 metrics_file=plan.folder / "run" / "metrics.jsonl",
                 seed=plan.run.seed,
+                pick=load_settings(TrainSettings, file=_RECIPE, overrides=overrides).batch.pick,
             )
         )
         report = report.with_costs(seconds=time.monotonic() - started, peak_rss_bytes=memory.peak_rss_bytes)
@@ -167,8 +171,9 @@ def _start_servers(plan: DemoPlan, children: Children) -> tuple[str, str]:
     return engine_url, children.start_server("serve", gateway, timeout_seconds=_READY_SECONDS)
 
 
-def _train(plan: DemoPlan, children: Children, gateway_url: str) -> None:
-    overrides = (
+def _overrides(plan: DemoPlan, gateway_url: str) -> tuple[str, ...]:
+    """What the trainer of this demo is told beyond its recipe."""
+    return (
         f"run.dir='{plan.folder / 'run'}'",
         f"run.name={plan.run_name}",
         f"run.seed={plan.run.seed}",
@@ -178,7 +183,6 @@ def _train(plan: DemoPlan, children: Children, gateway_url: str) -> None:
         f"sandbox.driver={plan.sandbox}",
         *plan.overrides,
     )
-    children.run("train", ["--config", str(_RECIPE), *(word for o in overrides for word in ("--set", o))])
 
 
 def _keep(children: Children, console: Console, engine_url: str, gateway_url: str) -> None:

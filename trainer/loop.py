@@ -199,6 +199,7 @@ def _step_metrics(state: RunState, batch: StepBatch, trained: _Trained, *, secon
         reward_mean=batch.reward_mean,
         tokens_sampled=batch.tokens_sampled,
         tokens_trained=0 if measured is None else measured.logprobs.numel(),
+        tokens_left_out=batch.tokens_left_out,
         tokens_dropped=batch.tokens_dropped,
         rollouts=batch.rollouts,
         groups=batch.groups,

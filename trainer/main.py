@@ -78,6 +78,7 @@ async def run_training(settings: TrainSettings, progress: Progress) -> RunState:
         stack.push_async_callback(transport.aclose)
         sandboxes = await stack.enter_async_context(_open_sandboxes(settings))
         gateway = await stack.enter_async_context(_open_gateway(settings.gateway.url))
+        await _check_pick(gateway, settings.batch.pick)
         backend = await asyncio.to_thread(
             HFBackend, settings.model, settings.optimizer, replay=settings.replay.mode, seed=settings.run.seed
         )
@@ -93,7 +94,12 @@ async def run_training(settings: TrainSettings, progress: Progress) -> RunState:
         parts = LoopParts(
             backend=backend,
             objective=PpoObjective(settings.loss),
-            source=RolloutSource(gateway, run_name=settings.run.name, group_size=settings.rollouts.group_size),
+            source=RolloutSource(
+                gateway,
+                run_name=settings.run.name,
+                group_size=settings.rollouts.group_size,
+                pick=settings.batch.pick,
+            ),
             produce=rollouts.produce,
             publisher=Publisher(gateway=gateway, transport=transport, folder=settings.run.dir / "policies"),
             checkpoints=CheckpointStore(settings.run.dir / "checkpoints", keep=settings.checkpoint.keep),
@@ -175,6 +181,12 @@ async def _open_gateway(url: str) -> AsyncIterator[GatewayClient]:
         except LedgerError as error:
             raise ConfigurationError(f"gateway.url: {error.message}; start it with `verbatim serve`") from error
         yield gateway
+
+
+async def _check_pick(gateway: GatewayClient, pick: str | None) -> None:
+    """Before anything is sampled, not when the first rollouts are read."""
+    if pick is not None and pick not in (names := await gateway.picks()):
+        raise ConfigurationError(f"batch.pick {pick!r} is none of the gateway's: {', '.join(names)}")
 
 
 @asynccontextmanager

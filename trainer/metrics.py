@@ -17,10 +17,11 @@ from typing import Any
 class StepMetrics:
     """Numbers of one step; None where a step had nothing to measure.
 
-    policy_version: after the step. tokens_sampled: trainable sampled tokens of the rollouts that entered the step, by
-    the gateway's masks; tokens_trained: labels that the loss was computed on (equal, I3); tokens_dropped: of dropped
-    rollouts. rows_*: routing rows, one a position (I10). kl_*: k3 of rollout‖train in nats per sampled token before the
-    update; extreme_share_*: F(2) of the same tokens; `without_replay` is the same batch through the live router.
+    policy_version: after the step. tokens_sampled: sampled tokens of the rollouts that entered the step, by the
+    gateway's account; tokens_trained: labels that the loss was computed on; tokens_left_out: by the gateway's pick (the
+    two add up to the first, I3); tokens_dropped: sampled in dropped rollouts. rows_*: routing rows, one a position
+    (I10). kl_*: k3 of rollout‖train in nats per sampled token before the update; extreme_share_*: F(2) of the same
+    tokens; `without_replay` is the same batch through the live router.
     """
 
     step: int
@@ -28,6 +29,7 @@ class StepMetrics:
     reward_mean: float | None
     tokens_sampled: int
     tokens_trained: int
+    tokens_left_out: int
     tokens_dropped: int
     rollouts: int
     groups: int

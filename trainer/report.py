@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import uuid
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,12 +31,14 @@ _CONCURRENT_READS = 8
 class LedgerFigures:
     """Of the training rollouts that have a reward, as the ledger holds them.
 
-    `tokens_sampled`: output tokens of all their turns. `policy_versions`: of these tokens, sorted.
+    `tokens_sampled`: output tokens of all their turns. `tokens_left_out`: those that the pick left out, by reason.
+    `policy_versions`: of the tokens that train, sorted.
     `tokens_unrewarded`: output tokens of training rollouts without a reward (failed, abandoned), which nobody trains.
     `eval_rewards`: mean reward of held-out rollouts by policy version.
     """
 
     tokens_sampled: int
+    tokens_left_out: Mapping[str, int]
     tokens_unrewarded: int
     num_rollouts: int
     policy_versions: tuple[int, ...]
@@ -59,8 +62,9 @@ class MetricsFigures:
 class DemoReport:
     """The demo's result; its fields are those of `verbatim demo --json`.
 
-    Rewards are means over held-out tasks before the first and after the last step. `tokens_sampled` and
-    `tokens_trained` are equal unless something was lost (I3). KL in nats a token. None where nothing was measured.
+    Rewards are means over held-out tasks before the first and after the last step. `tokens_sampled` equals
+    `tokens_trained` plus `tokens_left_out` (by reason) unless something was lost (I3). KL in nats a token. None where
+    nothing was measured.
     """
 
     seed: int
@@ -69,6 +73,7 @@ class DemoReport:
     reward_after: float | None
     tokens_sampled: int
     tokens_trained: int
+    tokens_left_out: Mapping[str, int]
     tokens_unrewarded: int
     rollouts: int
     rows_verified_share: float | None
@@ -85,9 +90,11 @@ class DemoReport:
         return replace(self, seconds=seconds, peak_rss_bytes=peak_rss_bytes)
 
 
-async def make_report(gateway_url: str, *, run_name: str, metrics_file: Path, seed: int) -> DemoReport:
-    """Read ledger and metrics; time and memory are 0 until `with_costs`."""
-    ledger = await read_ledger(gateway_url, run_name=run_name)
+async def make_report(
+    gateway_url: str, *, run_name: str, metrics_file: Path, seed: int, pick: str | None = None
+) -> DemoReport:
+    """Read ledger and metrics; `pick` is what the trainer asked for. Time and memory are 0 until `with_costs`."""
+    ledger = await read_ledger(gateway_url, run_name=run_name, pick=pick)
     metrics = read_metrics(metrics_file)
     versions = sorted(ledger.eval_rewards)
     return DemoReport(
@@ -97,6 +104,7 @@ async def make_report(gateway_url: str, *, run_name: str, metrics_file: Path, se
         reward_after=ledger.eval_rewards[versions[-1]] if versions and versions[-1] > 0 else None,
         tokens_sampled=ledger.tokens_sampled,
         tokens_trained=metrics.tokens_trained,
+        tokens_left_out=ledger.tokens_left_out,
         tokens_unrewarded=ledger.tokens_unrewarded,
         rollouts=ledger.num_rollouts,
         rows_verified_share=metrics.rows_verified_share,
@@ -113,12 +121,14 @@ async def make_report(gateway_url: str, *, run_name: str, metrics_file: Path, se
 def show_report(report: DemoReport, *, folder: Path, console: Console) -> None:
     """The report for people, and what to type next."""
     table = Table(title="Verbatim demo", show_header=False, title_justify="left")
-    equal = "equal" if report.tokens_sampled == report.tokens_trained else "NOT EQUAL"
+    left_out = sum(report.tokens_left_out.values())
+    equal = "equal" if report.tokens_sampled == report.tokens_trained + left_out else "NOT EQUAL"
     versions = report.policy_versions
     seen = f"{len(versions)} ({versions[0]} to {versions[-1]})" if versions else "none"
     rows = (
         ("held-out reward", f"{_figure(report.reward_before)} before, {_figure(report.reward_after)} after"),
-        ("tokens", f"{report.tokens_sampled} sampled (ledger), {report.tokens_trained} trained (trainer): {equal}"),
+        ("tokens", f"{report.tokens_sampled} sampled (ledger), {report.tokens_trained} trained (trainer)"
+         f"{_reasons(report.tokens_left_out)}: {equal}"),
         ("replayed rows verified", _percent(report.rows_verified_share)),
         ("KL rollout to train", f"{_figure(report.kl_with_replay)} with replay, "
          f"{_figure(report.kl_without_replay)} without"),
@@ -141,17 +151,20 @@ def show_report(report: DemoReport, *, folder: Path, console: Console) -> None:
         console.print(line, soft_wrap=True)
 
 
-async def read_ledger(gateway_url: str, *, run_name: str, operator_key: str | None = None) -> LedgerFigures:
+async def read_ledger(
+    gateway_url: str, *, run_name: str, pick: str | None = None, operator_key: str | None = None
+) -> LedgerFigures:
     """Read every finished rollout of a run through the feed, as a consumer of its own that gives all back."""
     async with GatewayClient(gateway_url, api_key=operator_key) as gateway:
-        training = await _rollouts(gateway, {"run": run_name, "purpose": "train"})
-        held_out = await _rollouts(gateway, {"run": run_name, "purpose": "eval"})
+        training = await _rollouts(gateway, {"run": run_name, "purpose": "train"}, pick)
+        held_out = await _rollouts(gateway, {"run": run_name, "purpose": "eval"}, pick)
     rewarded = [rollout for rollout in training if rollout.finish.reward is not None]
     versions = [_versions(rollout) for rollout in rewarded]
-    tokens = sum(_sampled(rollout) for rollout in rewarded)
+    tokens = sum(rollout.num_sampled_tokens for rollout in rewarded)
     return LedgerFigures(
         tokens_sampled=tokens,
-        tokens_unrewarded=sum(_sampled(rollout) for rollout in training) - tokens,
+        tokens_left_out=dict(sum((Counter(rollout.pick.left_out_tokens) for rollout in rewarded), Counter())),
+        tokens_unrewarded=sum(rollout.num_sampled_tokens for rollout in training) - tokens,
         num_rollouts=len(training),
         policy_versions=tuple(sorted(set().union(*versions))),
         eval_rewards=_rewards_by_version(held_out),
@@ -176,7 +189,7 @@ def read_metrics(file: Path) -> MetricsFigures:
     )
 
 
-async def _rollouts(gateway: GatewayClient, labels: Mapping[str, str]) -> list[FinishedRollout]:
+async def _rollouts(gateway: GatewayClient, labels: Mapping[str, str], pick: str | None) -> list[FinishedRollout]:
     consumer = f"report-{uuid.uuid4().hex}"
     lease = await gateway.lease(consumer=consumer, limit=_MOST_ROLLOUTS, whole_groups=False, labels=labels)
     if lease is None:
@@ -185,17 +198,12 @@ async def _rollouts(gateway: GatewayClient, labels: Mapping[str, str]) -> list[F
 
     async def read(leased: LeasedRollout) -> FinishedRollout:
         async with slots:
-            return await gateway.rollout(leased.session_id, leased.snapshot)
+            return await gateway.rollout(leased.session_id, leased.snapshot, pick=pick)
 
     try:
         return list(await asyncio.gather(*map(read, lease.rollouts)))
     finally:
         await gateway.release(lease.lease_id)
-
-
-def _sampled(rollout: FinishedRollout) -> int:
-    """Output tokens of all turns, trainable or not."""
-    return int(rollout.reports["sampled_tokens"])
 
 
 def _versions(rollout: FinishedRollout) -> set[int]:
@@ -210,6 +218,10 @@ def _rewards_by_version(rollouts: Iterable[FinishedRollout]) -> dict[int, float]
         if rollout.finish.reward is not None:
             rewards.setdefault(max(_versions(rollout), default=0), []).append(rollout.finish.reward)
     return {version: sum(values) / len(values) for version, values in sorted(rewards.items())}
+
+
+def _reasons(tokens_left_out: Mapping[str, int]) -> str:
+    return "".join(f", {tokens} left out ({reason})" for reason, tokens in tokens_left_out.items())
 
 
 def _figure(value: float | None) -> str:

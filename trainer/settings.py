@@ -115,10 +115,12 @@ class ReplaySettings:
 class BatchSettings:
     """`tokens_per_microbatch`: input tokens packed into one forward; attention costs their square on CPU, where about
     the length of the longest sample is best. `max_staleness`: policy versions a trained token may be behind the
-    trainer; older rollouts are dropped and counted."""
+    trainer; older rollouts are dropped and counted. `pick`: which sampled turns of a rollout train (all, delivered,
+    final-path, or the gateway operator's own); without it the gateway's default."""
 
     tokens_per_microbatch: int = 2048
     max_staleness: int = 1
+    pick: str | None = None
 
     def __post_init__(self) -> None:
         _require(self.tokens_per_microbatch >= 1, "batch.tokens_per_microbatch must be at least 1")

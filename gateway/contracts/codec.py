@@ -4,7 +4,7 @@ The layout is safetensors' own (8 bytes little-endian header length, JSON header
 safetensors reader opens it. Written here because the feed streams it array by array, without a joined copy.
 Per segment i the tensors are `segments.{i}.token_ids` i32[T], `.loss_mask` u8[T], `.rollout_logprobs` f32[T],
 `.policy_version` i32[T], `.routed_valid` u8[T-1] and, with routing, `.routed_experts` u8/u16[T-1, L, K].
-Everything else is JSON text under `__metadata__.rollout`, with `schema_version`.
+Everything else is JSON text under `__metadata__.rollout`, with `schema_version`: the body's own, not the ledger's.
 """
 
 from __future__ import annotations
@@ -20,9 +20,12 @@ import numpy.typing as npt
 
 from gateway.contracts.errors import IntegrityError, SchemaMismatch
 from gateway.contracts.generation import LogprobKind
-from gateway.contracts.records import SCHEMA_VERSION, FinishRecord, SessionOrigin, SessionRecord
-from gateway.contracts.rollouts import FinishedRollout
+from gateway.contracts.records import FinishRecord, SessionOrigin, SessionRecord
+from gateway.contracts.rollouts import FinishedRollout, LeftOut, PickReport
 from gateway.contracts.samples import Segment, TurnSpan
+
+BODY_VERSION = 2
+"""Of the feed's body; raised with every change of its layout (2: with `pick`)."""
 
 _DTYPE_NAMES = {"int32": "I32", "float32": "F32", "uint8": "U8", "uint16": "U16"}
 _DTYPES = {name: np.dtype(numpy_name).newbyteorder("<") for numpy_name, name in _DTYPE_NAMES.items()}
@@ -33,7 +36,7 @@ _MAX_HEADER_BYTES = 100_000_000
 def encode_rollout(rollout: FinishedRollout) -> Iterator[bytes | memoryview]:
     """The body piece by piece: header first, then each array's bytes."""
     arrays = _segment_arrays(rollout)
-    header: dict[str, Any] = {"__metadata__": {"schema_version": str(SCHEMA_VERSION), "rollout": _metadata(rollout)}}
+    header: dict[str, Any] = {"__metadata__": {"schema_version": str(BODY_VERSION), "rollout": _metadata(rollout)}}
     offset = 0
     for name, array in arrays.items():
         header[name] = {
@@ -65,8 +68,8 @@ def decode_rollout(body: bytes) -> FinishedRollout:
 def _rollout(header: dict[str, Any], data: memoryview) -> FinishedRollout:
     metadata = header.pop("__metadata__", {})
     version = metadata.get("schema_version")
-    if version != str(SCHEMA_VERSION):
-        raise SchemaMismatch(f"rollout body has schema version {version}, this program reads {SCHEMA_VERSION}")
+    if version != str(BODY_VERSION):
+        raise SchemaMismatch(f"rollout body has schema version {version}, this program reads {BODY_VERSION}")
     arrays = {name: _array(name, entry, data) for name, entry in header.items()}
     facts = json.loads(metadata["rollout"])
     session = facts["session"] | {"origin": SessionOrigin(facts["session"]["origin"])}
@@ -76,7 +79,12 @@ def _rollout(header: dict[str, Any], data: memoryview) -> FinishedRollout:
         segments=tuple(_segment(i, segment_facts, arrays) for i, segment_facts in enumerate(facts["segments"])),
         num_experts=facts["num_experts"],
         reports=facts["reports"],
+        pick=_pick(facts["pick"]),
     )
+
+
+def _pick(facts: Mapping[str, Any]) -> PickReport:
+    return PickReport(**{**facts, "left_out": tuple(LeftOut(**left) for left in facts["left_out"])})
 
 
 def _segment_arrays(rollout: FinishedRollout) -> dict[str, npt.NDArray[Any]]:
@@ -109,6 +117,7 @@ def _metadata(rollout: FinishedRollout) -> str:
         "segments": segments,
         "num_experts": rollout.num_experts,
         "reports": dict(rollout.reports),
+        "pick": asdict(rollout.pick),
     }
     # ASCII, because the header must be UTF-8 and a task's text may hold lone surrogates, which UTF-8 has no place for.
     return json.dumps(facts, separators=(",", ":"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from gateway.contracts.errors import LengthMismatch
 from gateway.contracts.generation import JsonValue
 from gateway.contracts.records import FinishRecord, SessionRecord
 from gateway.contracts.samples import Segment
@@ -12,7 +13,10 @@ from gateway.contracts.samples import Segment
 
 @dataclass(frozen=True, slots=True)
 class LeasedRollout:
-    """One rollout in a lease: enough to fetch it and to plan with."""
+    """One rollout in a lease: enough to fetch it and to plan with.
+
+    num_sampled_tokens: sampled tokens that may be trained, before any pick.
+    """
 
     session_id: str
     snapshot: str
@@ -43,11 +47,53 @@ class FeedCounts:
     oldest_unleased_seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """Sampled tokens of one session that carry no loss, and how many turns they belong to, for one reason."""
+
+    reason: str
+    num_turns: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class PickReport:
+    """Which pick made a session's segments, and what became of every sampled token (I3).
+
+    num_sampled_tokens = num_trained_tokens + the tokens of `left_out`, checked at construction.
+
+    Example: `PickReport("delivered", 10, 7, (LeftOut("undelivered", 1, 3),))`.
+    """
+
+    pick: str
+    num_sampled_tokens: int
+    num_trained_tokens: int
+    left_out: tuple[LeftOut, ...]
+
+    def __post_init__(self) -> None:
+        if self.num_sampled_tokens != self.num_trained_tokens + self.num_left_out_tokens:
+            raise LengthMismatch(
+                f"pick {self.pick}: {self.num_sampled_tokens} sampled tokens, {self.num_trained_tokens} trained and "
+                f"{self.num_left_out_tokens} left out (I3)"
+            )
+
+    @property
+    def num_left_out_tokens(self) -> int:
+        """Sampled tokens without loss, for whatever reason."""
+        return sum(left.num_tokens for left in self.left_out)
+
+    @property
+    def left_out_tokens(self) -> dict[str, int]:
+        """Tokens by reason."""
+        return {left.reason: left.num_tokens for left in self.left_out}
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class FinishedRollout:
     """A finished session with its segments, as a trainer reads it (`GET /feed/rollouts/{session_id}`).
 
     `num_experts` 0 where no turn has routing. `reports`: counts of the turn tree (turns, tiers, segment reasons).
+    `pick`: which turns train here and what was left out; the segments' loss masks are checked against it (I3).
     """
 
     session: SessionRecord
@@ -55,8 +101,22 @@ class FinishedRollout:
     segments: tuple[Segment, ...]
     num_experts: int
     reports: Mapping[str, JsonValue]
+    pick: PickReport
+
+    def __post_init__(self) -> None:
+        masked = sum(int(segment.loss_mask.sum()) for segment in self.segments)
+        if masked != self.pick.num_trained_tokens:
+            raise LengthMismatch(
+                f"session {self.session.session_id}: its segments train {masked} tokens, "
+                f"its pick {self.pick.pick} {self.pick.num_trained_tokens} (I3)"
+            )
 
     @property
     def num_sampled_tokens(self) -> int:
-        """Trainable sampled tokens over all segments; each is counted once (I3)."""
-        return sum(int(segment.loss_mask.sum()) for segment in self.segments)
+        """Sampled tokens of all turns, each counted once, trained or not."""
+        return self.pick.num_sampled_tokens
+
+    @property
+    def num_trained_tokens(self) -> int:
+        """Sampled tokens that carry loss: the sum of the segments' loss masks."""
+        return self.pick.num_trained_tokens

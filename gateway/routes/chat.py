@@ -129,8 +129,7 @@ class _ChatRoutes:
         )
 
         async def delivered() -> None:
-            for turn in finished:
-                await self._runner.delivered(session, turn)
+            await _all(self._runner.delivered(session, turn) for turn in finished)
 
         return _RecordedReply(dump_json(body), _headers(session), delivered)
 
@@ -141,7 +140,7 @@ class _ChatRoutes:
         first = await client.unless_gone(anext(events))
         model = self._runner.parts.model
         writer = ChunkWriter(_reply_id(turn.turn_id), chat.model or model.name, chat.wanted)
-        ended: list[TurnFinished] = []
+        marking: list[asyncio.Task[None]] = []
 
         async def frames() -> AsyncGenerator[bytes, None]:
             sent = False
@@ -159,8 +158,9 @@ class _ChatRoutes:
                 for chunk in writer.closing(_choice(model, item, chat.wanted)):
                     yield event(chunk)
                 yield DONE
-                ended.append(item)
                 sent = True
+                # At once: who has read [DONE] may finish the session before this response has wound up.
+                marking.append(asyncio.create_task(self._runner.delivered(session, item)))
             except VerbatimError as error:
                 sent = True
                 yield event(error_body(error))
@@ -169,8 +169,7 @@ class _ChatRoutes:
                     self._runner.abandon(turn)
 
         async def delivered() -> None:
-            for finished in ended:
-                await self._runner.delivered(session, finished)
+            await asyncio.gather(*marking)
 
         headers = _headers(session) | {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         return _RecordedStream(frames(), headers, delivered)

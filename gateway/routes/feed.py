@@ -21,6 +21,7 @@ from gateway.contracts.codec import encode_rollout
 from gateway.contracts.errors import InvalidRequest
 from gateway.contracts.ports import Ledger
 from gateway.contracts.rollouts import FinishedRollout, Lease
+from gateway.sessions.picks import PickChoice
 from gateway.sessions.segments import load_rollout
 
 MAX_WAIT_SECONDS = 60.0
@@ -28,13 +29,13 @@ _POLL_SECONDS = 0.1
 _PIECE_BYTES = 2**20
 
 
-def feed_router(ledger: Ledger, *, authorize: Callable[[Request], Awaitable[None]]) -> APIRouter:
+def feed_router(ledger: Ledger, *, authorize: Callable[[Request], Awaitable[None]], picks: PickChoice) -> APIRouter:
     """Routes under `/feed`; `authorize` raises Unauthorized or Forbidden before any of them runs."""
 
     async def authorized(request: Request) -> None:
         await authorize(request)
 
-    feed = _Feed(ledger)
+    feed = _Feed(ledger, picks)
     router = APIRouter(prefix="/feed", tags=["feed"], dependencies=[Depends(authorized)])
     router.add_api_route("/leases", feed.lease, methods=["POST"])
     router.add_api_route("/leases/{lease_id}/ack", feed.acknowledge, methods=["POST"])
@@ -43,6 +44,7 @@ def feed_router(ledger: Ledger, *, authorize: Callable[[Request], Awaitable[None
     router.add_api_route("/rollouts/{session_id:path}", feed.drop, methods=["DELETE"])
     router.add_api_route("/consumers/{consumer:path}/release", feed.release_consumer, methods=["POST"])
     router.add_api_route("/counts", feed.counts, methods=["GET"])
+    router.add_api_route("/picks", feed.picks, methods=["GET"])
     return router
 
 
@@ -69,8 +71,9 @@ class LeaseRequest:
 class _Feed:
     """The routes' functions."""
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, picks: PickChoice) -> None:
         self._ledger = ledger
+        self._picks = picks
 
     async def lease(self, request: Request) -> Response:
         """200 with a lease, or 204 when nothing was there within `wait_seconds`."""
@@ -92,8 +95,9 @@ class _Feed:
         return JSONResponse({"released": await self._ledger.release_consumer(consumer)})
 
     async def rollout(self, session_id: str, request: Request) -> Response:
-        """The safetensors body, with its length, so that a cut transfer is noticed."""
-        rollout = await load_rollout(self._ledger, session_id, _query(request, "snapshot"))
+        """The safetensors body, with its length, so that a cut transfer is noticed; `pick` chooses what trains."""
+        pick = self._picks.named(request.query_params.get("pick"))
+        rollout = await load_rollout(self._ledger, session_id, _query(request, "snapshot"), pick)
         pieces = await asyncio.to_thread(_pieces, rollout)
         length = sum(len(piece) for piece in pieces)
         return StreamingResponse(
@@ -108,6 +112,10 @@ class _Feed:
     async def counts(self, request: Request) -> Response:
         """Back-pressure figures for one consumer."""
         return JSONResponse(asdict(await self._ledger.counts(_query(request, "consumer"), time.time())))
+
+    async def picks(self) -> Response:
+        """`{"default": name, "picks": [names]}`: what `pick` of a rollout may be."""
+        return JSONResponse({"default": self._picks.default.name, "picks": list(self._picks.names)})
 
     async def _wait_for_lease(self, request: Request, wanted: LeaseRequest) -> Lease | None:
         deadline = time.monotonic() + min(wanted.wait_seconds, MAX_WAIT_SECONDS)

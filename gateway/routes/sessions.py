@@ -20,8 +20,10 @@ from gateway.contracts.records import FinishRecord, Outcome, SessionOrigin, Sess
 from gateway.contracts.samples import Segment
 from gateway.routes.access import Access
 from gateway.routes.bodies import json_reply, path_id, read_fields, typed
+from gateway.sessions.picks import PickChoice
 from gateway.sessions.registry import SessionRegistry, new_session
-from gateway.sessions.segments import build_segments, tree_reports
+from gateway.sessions.report import Retokenisation, session_report
+from gateway.sessions.segments import load_segments, tree_reports
 from gateway.wire.openai import sampling_fields
 
 _CREATE_FIELDS = (
@@ -32,9 +34,17 @@ _MAX_ID_CHARACTERS = 512
 _MAX_PAGE = 10_000
 
 
-def session_router(registry: SessionRegistry, ledger: Ledger, access: Access, *, max_body_bytes: int) -> APIRouter:
+def session_router(
+    registry: SessionRegistry,
+    ledger: Ledger,
+    access: Access,
+    *,
+    picks: PickChoice,
+    retokenisation: Retokenisation,
+    max_body_bytes: int,
+) -> APIRouter:
     """The operators' routes about sessions."""
-    routes = _SessionRoutes(registry, ledger, access, max_body_bytes=max_body_bytes)
+    routes = _SessionRoutes(registry, ledger, access, picks, retokenisation, max_body_bytes=max_body_bytes)
     router = APIRouter(tags=["sessions"], dependencies=[Depends(access.check_operator)])
     router.add_api_route("/sessions", routes.create, methods=["POST"])
     router.add_api_route("/sessions", routes.list, methods=["GET"])
@@ -43,16 +53,28 @@ def session_router(registry: SessionRegistry, ledger: Ledger, access: Access, *,
     router.add_api_route("/sessions/{session_id}/finish", routes.finish, methods=["POST"])
     router.add_api_route("/sessions/{session_id}/turns", routes.turns, methods=["GET"])
     router.add_api_route("/sessions/{session_id}/segments", routes.segments, methods=["GET"])
+    router.add_api_route("/sessions/{session_id}/report", routes.report, methods=["GET"])
     return router
 
 
 class _SessionRoutes:
     """The routes' functions."""
 
-    def __init__(self, registry: SessionRegistry, ledger: Ledger, access: Access, *, max_body_bytes: int) -> None:
+    def __init__(
+        self,
+        registry: SessionRegistry,
+        ledger: Ledger,
+        access: Access,
+        picks: PickChoice,
+        retokenisation: Retokenisation,
+        *,
+        max_body_bytes: int,
+    ) -> None:
         self._registry = registry
         self._ledger = ledger
         self._access = access
+        self._picks = picks
+        self._retokenisation = retokenisation
         self._max_body_bytes = max_body_bytes
 
     async def create(self, request: Request) -> Response:
@@ -121,15 +143,27 @@ class _SessionRoutes:
         return json_reply({"turns": [_turn_json(turn, arrays=arrays) for turn in turns]})
 
     async def segments(self, request: Request) -> Response:
-        """The segments that a trainer would read now; `arrays=1` adds their arrays."""
+        """What a trainer would read now, under `pick`; `arrays=1` adds the segments' arrays."""
         session_id = _required_id(request)
+        pick = self._picks.named(request.query_params.get("pick"))
+        await self._registry.get(session_id)
+        picked, segments = await load_segments(self._ledger, session_id, pick)
+        arrays = _wants_arrays(request)
+        return json_reply(
+            {
+                "pick": asdict(picked.report),
+                "segments": [_segment_json(segment, arrays=arrays) for segment in segments],
+            }
+        )
+
+    async def report(self, request: Request) -> Response:
+        """What happened to a session's tokens, and what re-tokenising would have made of them; made on demand."""
+        session_id = _required_id(request)
+        pick = self._picks.named(request.query_params.get("pick"))
         await self._registry.get(session_id)
         turns = await self._ledger.turns(session_id)
-        rows = await asyncio.gather(*(self._ledger.experts(session_id, turn.turn_id) for turn in turns))
-        experts = {turn.turn_id: found for turn, found in zip(turns, rows, strict=True)}
-        segments = await asyncio.to_thread(build_segments, turns, experts)
-        arrays = _wants_arrays(request)
-        return json_reply({"segments": [_segment_json(segment, arrays=arrays) for segment in segments]})
+        report = await asyncio.to_thread(session_report, session_id, turns, pick, self._retokenisation)
+        return json_reply(asdict(report))
 
 
 def _wanted(session_id: str, fields: Mapping[str, JsonValue], *, key_hash: str) -> SessionRecord:

@@ -1,15 +1,16 @@
 """Turn tree to segments: what a trainer reads, made from what was recorded and from nothing else.
 
-A turn *trains* if it is trainable and at least one of its sampled tokens has a log-prob. A segment runs from a root to
-a turn that trains and has no descendant that does; turns behind it would be tokens without loss. A turn shared by
-several segments trains in the first of them (I3). Arrays are aligned by absolute position; `Segment` checks I2.
+A turn *trains* if it is picked (see `picks`), trainable, and at least one of its sampled tokens has a log-prob. A
+segment runs from a root to a turn that trains and has no descendant that does; turns behind it would be tokens without
+loss. A turn shared by several segments trains in the first of them (I3). Arrays are aligned by absolute position;
+`Segment` checks I2.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,48 +25,83 @@ from gateway.contracts.records import FinishRecord, TurnRecord
 from gateway.contracts.rollouts import FinishedRollout
 from gateway.contracts.samples import Segment, TurnSpan
 from gateway.contracts.versions import NOT_SAMPLED, expand_spans
+from gateway.sessions.picks import Pick, PickedTurns, pick_turns, trainable_tokens
 
 
-def build_segments(turns: Sequence[TurnRecord], experts: Mapping[str, RoutedExperts | None]) -> tuple[Segment, ...]:
+def build_segments(
+    turns: Sequence[TurnRecord],
+    experts: Mapping[str, RoutedExperts | None],
+    *,
+    picked: Collection[str] | None = None,
+) -> tuple[Segment, ...]:
     """All segments of one session, in order of the turns they end with.
 
     experts: routing rows by turn id; a turn without an entry has none, and its rows are marked missing (I9).
+    picked: ids of the turns that train; the others are context where a picked one builds on them. None: all turns.
     Turns whose log-probs mean different things (`logprob_kind`) never train in one segment.
     Raises LedgerCorrupt for a parent that is not among the turns, ExpertsMismatch for rows that do not fit.
     """
-    tree = _Tree(turns)
+    tree = RecordedTree(turns)
     routing = _routing_facts(tree.turns, experts)
+    training = _training(tree, picked)
     segments: list[Segment] = []
     owned: set[str] = set()
-    for leaf in _leaves(tree):
+    for leaf in _leaves(tree, training):
         path = tree.path(leaf)
-        trained = {t.turn_id for t in path if _trains(t, leaf.logprob_kind)} - owned
+        trained = {t.turn_id for t in path if training.get(t.turn_id) is leaf.logprob_kind} - owned
         owned |= trained
         segments.append(_segment(leaf, path, trained, experts, routing))
     return tuple(segments)
 
 
-async def load_rollout(ledger: Ledger, session_id: str, snapshot: str) -> FinishedRollout:
+def segment_leaves(turns: Sequence[TurnRecord], *, picked: Collection[str] | None = None) -> list[TurnRecord]:
+    """The turns with which the segments of `build_segments` end, without building them."""
+    tree = RecordedTree(turns)
+    return _leaves(tree, _training(tree, picked))
+
+
+async def load_rollout(ledger: Ledger, session_id: str, snapshot: str, pick: Pick) -> FinishedRollout:
     """Read a finished session and build its segments, off the event loop.
 
-    Raises NotFound (no such rollout, or it was dropped), Conflict (another snapshot), IntegrityError.
+    Raises NotFound (no such rollout, or it was dropped), Conflict (another snapshot), IntegrityError,
+    ConfigurationError (the operator's own pick failed).
     """
     finish = await _readable(ledger, session_id, snapshot)
-    session, turns = await asyncio.gather(ledger.session(session_id), ledger.turns(session_id))
-    routed = [turn for turn in turns if turn.experts_stop > turn.experts_start]
-    rows = await asyncio.gather(*(ledger.experts(session_id, turn.turn_id) for turn in routed))
+    session, (turns, experts) = await asyncio.gather(ledger.session(session_id), _read_turns(ledger, session_id))
     await _readable(ledger, session_id, snapshot)  # a drop while we read must not pass for a rollout without turns
     if session is None:
         raise NotFound(f"no session {session_id}")
-    experts = {turn.turn_id: turn_rows for turn, turn_rows in zip(routed, rows, strict=True)}
-    segments = await asyncio.to_thread(build_segments, turns, experts)
+    picked, segments = await asyncio.to_thread(_build_picked, turns, experts, pick)
     return FinishedRollout(
         session=session,
         finish=finish,
         segments=segments,
-        num_experts=max((turn.num_experts for turn in routed), default=0),
+        num_experts=max((turn.num_experts for turn in turns if turn.turn_id in experts), default=0),
         reports=tree_reports(turns),
+        pick=picked.report,
     )
+
+
+async def load_segments(ledger: Ledger, session_id: str, pick: Pick) -> tuple[PickedTurns, tuple[Segment, ...]]:
+    """What a trainer would read of a session as it stands now, finished or not; as `load_rollout`."""
+    turns, experts = await _read_turns(ledger, session_id)
+    return await asyncio.to_thread(_build_picked, turns, experts, pick)
+
+
+async def _read_turns(
+    ledger: Ledger, session_id: str
+) -> tuple[Sequence[TurnRecord], Mapping[str, RoutedExperts | None]]:
+    turns = await ledger.turns(session_id)
+    routed = [turn for turn in turns if turn.experts_stop > turn.experts_start]
+    rows = await asyncio.gather(*(ledger.experts(session_id, turn.turn_id) for turn in routed))
+    return turns, {turn.turn_id: turn_rows for turn, turn_rows in zip(routed, rows, strict=True)}
+
+
+def _build_picked(
+    turns: Sequence[TurnRecord], experts: Mapping[str, RoutedExperts | None], pick: Pick
+) -> tuple[PickedTurns, tuple[Segment, ...]]:
+    picked = pick_turns(turns, pick)
+    return picked, build_segments(turns, experts, picked=picked.turn_ids)
 
 
 async def _readable(ledger: Ledger, session_id: str, snapshot: str) -> FinishRecord:
@@ -94,15 +130,8 @@ def tree_reports(turns: Sequence[TurnRecord]) -> dict[str, JsonValue]:
     }
 
 
-def trainable_tokens(turn: TurnRecord) -> npt.NDArray[np.bool_]:
-    """bool[C]: which sampled tokens of a turn may be trained, those of a trainable turn that have a log-prob (I9)."""
-    if not turn.trainable:
-        return np.zeros(len(turn.output_token_ids), dtype=np.bool_)
-    return np.isfinite(turn.output_logprobs)
-
-
-class _Tree:
-    """Turns by id, in order of index; parents are checked."""
+class RecordedTree:
+    """The turns of one session by id, in order of index; raises LedgerCorrupt for a parent that is not among them."""
 
     def __init__(self, turns: Sequence[TurnRecord]) -> None:
         self.turns = sorted(turns, key=lambda turn: turn.index)
@@ -129,13 +158,18 @@ class _Tree:
         return [leaf, *self.ancestors(leaf)][::-1]
 
 
-def _trains(turn: TurnRecord, kind: LogprobKind) -> bool:
-    return turn.logprob_kind is kind and bool(trainable_tokens(turn).any())
+def _training(tree: RecordedTree, picked: Collection[str] | None) -> dict[str, LogprobKind]:
+    """The turns that train, by id, with what their log-probs mean."""
+    return {
+        turn.turn_id: turn.logprob_kind
+        for turn in tree.turns
+        if (picked is None or turn.turn_id in picked) and trainable_tokens(turn).any()
+    }
 
 
-def _leaves(tree: _Tree) -> list[TurnRecord]:
+def _leaves(tree: RecordedTree, training: Mapping[str, LogprobKind]) -> list[TurnRecord]:
     """Turns that train and have no descendant that does, with log-probs of the same kind; in order of index."""
-    candidates = [turn for turn in tree.turns if _trains(turn, turn.logprob_kind)]
+    candidates = [turn for turn in tree.turns if turn.turn_id in training]
     extended: set[tuple[str, LogprobKind]] = set()
     for turn in candidates:
         for ancestor in tree.ancestors(turn):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from gateway.contracts.experts import RoutingShape
 from gateway.contracts.generation import LogprobKind
 from gateway.contracts.records import FinishRecord, SessionOrigin, SessionRecord
-from gateway.contracts.rollouts import FinishedRollout
+from gateway.contracts.rollouts import FinishedRollout, PickReport
 from gateway.contracts.samples import Segment, TurnSpan
 from trainer.data.assemble import TrainSample, assemble
 from trainer.data.packing import pack
@@ -47,7 +47,9 @@ def tagged_segment(tag: int, turns: list[tuple[int, int]], *, routed: bool) -> S
 def sample_of(segment: Segment) -> TrainSample:
     session = SessionRecord("s", None, None, None, {}, {}, {}, None, "", SessionOrigin.CREATED, True, created_at=0.0)
     finish = FinishRecord("s", "snap", 1.0, "completed", {}, 1.0)
-    (sample,) = assemble(FinishedRollout(session, finish, (segment,), 16, {}), ROUTED)
+    trained = int(segment.loss_mask.sum())
+    pick = PickReport("all", trained, trained, ())
+    (sample,) = assemble(FinishedRollout(session, finish, (segment,), 16, {}, pick), ROUTED)
     return sample
 
 

@@ -20,7 +20,8 @@ from gateway.contracts.generation import Finish, FinishReason, LogprobKind
 from gateway.contracts.records import Attachment, MatchTier, RootContext, SegmentReason, TurnRecord
 from gateway.contracts.samples import Segment
 from gateway.contracts.versions import VersionSpan, expand_spans
-from gateway.sessions.segments import build_segments, trainable_tokens, tree_reports
+from gateway.sessions.picks import trainable_tokens
+from gateway.sessions.segments import build_segments, tree_reports
 
 NUM_LAYERS, NUM_EXPERTS, TOP_K = 3, 8, 2
 DENSE_LAYER = 1

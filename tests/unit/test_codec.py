@@ -16,7 +16,7 @@ from gateway.contracts.codec import decode_rollout, encode_rollout
 from gateway.contracts.errors import IntegrityError, SchemaMismatch
 from gateway.contracts.generation import LogprobKind
 from gateway.contracts.records import FinishRecord, SessionOrigin, SessionRecord
-from gateway.contracts.rollouts import FinishedRollout
+from gateway.contracts.rollouts import FinishedRollout, LeftOut, PickReport
 from gateway.contracts.samples import Segment, TurnSpan
 
 
@@ -55,7 +55,9 @@ def a_rollout(*segments: Segment) -> FinishedRollout:
         created_at=1.5,
     )
     finish = FinishRecord("a/b é", "snap", None, "truncated", {"x": [None, 0.1]}, 2.5)
-    return FinishedRollout(session, finish, segments, num_experts=512, reports={"turns": 3})
+    trained = sum(int(segment.loss_mask.sum()) for segment in segments)
+    pick = PickReport("final-path", trained + 9, trained, (LeftOut("no_logprob", 1, 2), LeftOut("undelivered", 3, 7)))
+    return FinishedRollout(session, finish, segments, num_experts=512, reports={"turns": 3}, pick=pick)
 
 
 def body_of(rollout: FinishedRollout) -> bytes:
@@ -64,7 +66,7 @@ def body_of(rollout: FinishedRollout) -> bytes:
 
 def assert_same(found: FinishedRollout, expected: FinishedRollout) -> None:
     assert (found.session, found.finish) == (expected.session, expected.finish)
-    assert (found.num_experts, found.reports) == (expected.num_experts, expected.reports)
+    assert (found.num_experts, found.reports, found.pick) == (expected.num_experts, expected.reports, expected.pick)
     for one, other in zip(found.segments, expected.segments, strict=True):
         for field in fields(Segment):
             mine, theirs = getattr(one, field.name), getattr(other, field.name)
@@ -112,7 +114,7 @@ def test_every_array_lies_aligned_in_the_body() -> None:
 
 def test_another_schema_version_is_refused() -> None:
     body = body_of(a_rollout(a_segment(4, routing=None)))
-    other = body.replace(b'"schema_version":"1"', b'"schema_version":"9"')
+    other = body.replace(b'"schema_version":"2"', b'"schema_version":"9"')
     assert other != body
     with pytest.raises(SchemaMismatch, match="9"):
         decode_rollout(other)
@@ -177,3 +179,18 @@ def test_arrays_of_unequal_length_are_refused_on_reading() -> None:
     text = json.dumps(header).encode()
     with pytest.raises(IntegrityError):
         decode_rollout(struct.pack("<Q", len(text)) + text + body[8 + length :])
+
+
+def test_a_rollout_whose_masks_and_account_disagree_is_refused() -> None:
+    """I3: a sampled token is trained or left out for a reason, never neither or both."""
+    rollout = a_rollout(a_segment(6, routing=None))
+    with pytest.raises(IntegrityError, match="I3"):
+        replace(rollout, segments=())
+    with pytest.raises(IntegrityError, match="10 sampled tokens, 7 trained and 2 left out"):
+        PickReport("all", 10, 7, (LeftOut("no_logprob", 1, 2),))
+    body = body_of(rollout)
+    trained = rollout.num_trained_tokens
+    damaged = body.replace(b'num_trained_tokens\\":%d' % trained, b'num_trained_tokens\\":%d' % (trained + 1))
+    assert damaged != body
+    with pytest.raises(IntegrityError, match="I3"):
+        decode_rollout(damaged)

@@ -42,6 +42,7 @@ from gateway.contracts.records import (
 from gateway.contracts.versions import VersionSpan
 from gateway.ledger.sqlite import SqliteLedger
 from gateway.routes.feed import feed_router
+from gateway.sessions.picks import DeliveredTurns, PickChoice
 from gateway.sessions.segments import load_rollout
 
 KEY = "operator-key"
@@ -75,7 +76,7 @@ def error_reply(error: VerbatimError) -> dict[str, Any]:
 async def served(tmp_path: Path, free_port: int) -> AsyncIterator[Served]:
     ledger = SqliteLedger.open(tmp_path / "data")
     app = FastAPI()
-    app.include_router(feed_router(ledger, authorize=authorize))
+    app.include_router(feed_router(ledger, authorize=authorize, picks=PickChoice.load()))
     app.add_exception_handler(VerbatimError, as_openai)
     app.add_api_route("/health", lambda: PlainTextResponse("not JSON"))
     config = uvicorn.Config(app, host="127.0.0.1", port=free_port, log_level="error", lifespan="off")
@@ -145,7 +146,7 @@ async def test_a_rollout_goes_through_the_feed_whatever_its_id(served: Served, s
     assert (lent.session_id, lent.reward, lent.num_tokens, lent.num_sampled_tokens) == (session_id, 0.5, 5, 3)
 
     rollout = await served.client.rollout(session_id, lent.snapshot)
-    expected = await load_rollout(served.ledger, session_id, lent.snapshot)
+    expected = await load_rollout(served.ledger, session_id, lent.snapshot, DeliveredTurns())
     assert (rollout.session, rollout.finish, rollout.num_experts) == (expected.session, expected.finish, 8)
     assert rollout.num_sampled_tokens == lent.num_sampled_tokens
     (segment,), (stored,) = rollout.segments, expected.segments

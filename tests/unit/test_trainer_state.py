@@ -20,6 +20,7 @@ METRICS = StepMetrics(
     reward_mean=0.5,
     tokens_sampled=10,
     tokens_trained=10,
+    tokens_left_out=0,
     tokens_dropped=0,
     rollouts=4,
     groups=2,

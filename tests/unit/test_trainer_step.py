@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from gateway.contracts.errors import ConfigurationError, ExpertsMismatch, IntegrityError, NonFiniteLoss
 from gateway.contracts.generation import LogprobKind
 from gateway.contracts.records import FinishRecord, SessionOrigin, SessionRecord
-from gateway.contracts.rollouts import FinishedRollout
+from gateway.contracts.rollouts import FinishedRollout, PickReport
 from gateway.contracts.samples import Segment, TurnSpan
 from trainer.algorithms.kl import k3
 from trainer.algorithms.losses import Objective, PpoObjective, TokenLoss, TrainedTokens
@@ -75,7 +75,8 @@ def rollout_of(
         session_id, group, 2, None, {}, {}, {}, None, "", SessionOrigin.CREATED, True, created_at=0.0
     )
     finish = FinishRecord(session_id, "snap", reward, outcome, {}, 1.0)
-    return FinishedRollout(session, finish, segments, 8, {})
+    trained = sum(int(segment.loss_mask.sum()) for segment in segments)
+    return FinishedRollout(session, finish, segments, 8, {}, PickReport("all", trained, trained, ()))
 
 
 def batch_of(rollouts: Sequence[FinishedRollout], backend: HFBackend, *, max_staleness: int = 0) -> StepBatch:

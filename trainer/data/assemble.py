@@ -38,10 +38,10 @@ def assemble(rollout: FinishedRollout, routed: RoutedLayers | None) -> tuple[Tra
         for segment in rollout.segments
         if segment.loss_mask.any()
     )
-    num_trained = sum(sample.layout.num_trained for sample in samples)
-    if num_trained != rollout.num_sampled_tokens:
+    num_kept = sum(sample.layout.num_trained for sample in samples)
+    if num_kept != rollout.num_trained_tokens:
         raise IntegrityError(
-            f"session {rollout.session.session_id}: {num_trained} tokens can be trained of "
-            f"{rollout.num_sampled_tokens} (a trained token stands first in its segment, so nothing predicts it)"
+            f"session {rollout.session.session_id}: {num_kept} tokens can be trained of "
+            f"{rollout.num_trained_tokens} (a trained token stands first in its segment, so nothing predicts it)"
         )
     return samples

@@ -23,7 +23,8 @@ _WITHOUT_LESSON = frozenset({Outcome.FAILED, Outcome.ABANDONED})
 class StepBatch:
     """One step's samples, one advantage a sample; a rollout's segments share its advantage.
 
-    tokens_sampled counts the rollouts that are in; staleness_mean is over their tokens, in policy versions.
+    tokens_sampled = tokens picked for training + tokens_left_out, of the rollouts that are in; tokens_dropped are those
+    sampled in rollouts that are not. staleness_mean is over the picked tokens, in policy versions.
     Groups whose rewards are all equal stay in with advantage 0: their tokens count as trained, and teach nothing.
     """
 
@@ -35,6 +36,7 @@ class StepBatch:
     dropped_rollouts: int
     reward_mean: float | None
     tokens_sampled: int
+    tokens_left_out: int
     tokens_dropped: int
     staleness_mean: float | None
 
@@ -67,8 +69,9 @@ def step_batch(
         dropped_rollouts=len(rollouts) - len(kept),
         reward_mean=sum(rewards) / len(rewards) if rewards else None,
         tokens_sampled=tokens_sampled,
+        tokens_left_out=sum(rollout.pick.num_left_out_tokens for rollout in kept),
         tokens_dropped=sum(rollout.num_sampled_tokens for rollout in rollouts) - tokens_sampled,
-        staleness_mean=float(np.concatenate(staleness).mean()) if tokens_sampled else None,
+        staleness_mean=float(np.concatenate(staleness).mean()) if any(map(len, staleness)) else None,
     )
 
 

@@ -37,15 +37,25 @@ class TakenRollouts:
 
 
 class RolloutSource:
-    """One run's training rollouts: the run's name is the consumer, its labels select them."""
+    """One run's training rollouts: the run's name is the consumer, its labels select them.
+
+    pick: which of their turns train; None leaves it to the gateway.
+    """
 
     def __init__(
-        self, gateway: GatewayClient, *, run_name: str, group_size: int, lease_seconds: float = 3600.0
+        self,
+        gateway: GatewayClient,
+        *,
+        run_name: str,
+        group_size: int,
+        pick: str | None = None,
+        lease_seconds: float = 3600.0,
     ) -> None:
         self._gateway = gateway
         self._consumer = run_name
         self._labels = {"run": run_name, "purpose": "train"}
         self._group_size = group_size
+        self._pick = pick
         self._lease_seconds = lease_seconds
         self._consumed: frozenset[str] = frozenset()
 
@@ -95,7 +105,7 @@ class RolloutSource:
 
         async def read(rollout: LeasedRollout) -> FinishedRollout:
             async with slots:
-                return await self._gateway.rollout(rollout.session_id, rollout.snapshot)
+                return await self._gateway.rollout(rollout.session_id, rollout.snapshot, pick=self._pick)
 
         try:
             async with asyncio.TaskGroup() as reads:
