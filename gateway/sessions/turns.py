@@ -117,10 +117,12 @@ class TurnParts:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Prompt:
-    """A built prompt with its place; `token_ids` is all of it, `added_token_ids` what the record stores."""
+    """A built prompt with its place; `token_ids` is all of it. `messages`: as the template was given them, recorded
+    reasoning restored."""
 
     place: Place
     root: RootContext
+    messages: tuple[JsonValue, ...]
     built: BuiltPrompt
     token_ids: TokenIds
 
@@ -309,7 +311,7 @@ async def _build_prompt(parts: TurnParts, request: ChatRequest, root: RootContex
     else:
         token_ids = np.concatenate([parent.token_ids, built.token_ids])
     _check_vocabulary(parts, token_ids)
-    return _Prompt(place, root, built, token_ids)
+    return _Prompt(place, root, conversation.messages, built, token_ids)
 
 
 def _parent_turn(place: Place) -> ParentTurn | None:
@@ -434,7 +436,7 @@ def _record(
         index=session.tree.take_index(),
         attachment=attachment,
         root=prompt.root if attachment.parent_id is None else None,
-        added_messages=tuple(request.messages[num_matched:]),
+        added_messages=prompt.messages[num_matched:],  # a later replay must be rendered like this one
         reply=sampled.reply.message(),
         prompt_token_ids=prompt.built.token_ids,
         output_token_ids=generated.token_ids,

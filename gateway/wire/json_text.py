@@ -16,18 +16,20 @@ def load_json_object(body: bytes) -> dict[str, JsonValue]:
     """A request body as a JSON object; raises InvalidRequest saying what is wrong with it."""
     try:
         value = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
+        if b"\\ud" in body or b"\\uD" in body:
+            value = _mended(value)
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"the body is not UTF-8: {error.reason} at byte {error.start}") from error
     except json.JSONDecodeError as error:
         raise InvalidRequest(
             f"the body is not JSON: {error.msg} at line {error.lineno} column {error.colno}"
         ) from error
+    except ValueError as error:  # Python reads no integer of more than 4300 digits
+        raise InvalidRequest("the body holds a number of more than 4300 digits") from error
     except RecursionError as error:
         raise InvalidRequest("the body is nested too deeply") from error
     if not isinstance(value, dict):
         raise InvalidRequest(f"the body must be a JSON object, not {type(value).__name__}")
-    if b"\\ud" in body or b"\\uD" in body:
-        _refuse_lone_surrogates(value)
     return value
 
 
@@ -57,8 +59,12 @@ def _refuse_constant(name: str) -> NoReturn:
     raise InvalidRequest(f"the body is not JSON: {name} is no JSON number")
 
 
-def _refuse_lone_surrogates(value: JsonValue) -> None:
-    try:
-        _encode(value, allow_nan=True)
-    except UnicodeEncodeError as error:
-        raise InvalidRequest("the body holds half of a surrogate pair, which is no text") from error
+def _mended(value: JsonValue) -> JsonValue:
+    """Halves of surrogate pairs, which tools that read bytes as text produce, become U+FFFD: no text holds them."""
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, dict):
+        return {_mended(key): _mended(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_mended(item) for item in value]
+    return value

@@ -138,3 +138,11 @@ def test_errors_take_openai_shape() -> None:
     }
     assert error_headers(EngineUnavailable("x")) == {"Retry-After": "1"}
     assert error_headers(Unauthorized("x")) == {"WWW-Authenticate": "Bearer"}
+
+
+def test_halves_of_surrogate_pairs_become_replacement_characters() -> None:
+    """I6: tools that read bytes as text make them; no text holds them, and the agent still gets its answer."""
+    body = b'{"a\\ud800b": ["x\\ud83d\\ude00y\\udc00", {"k": "\\ud83d"}]}'
+    assert load_json_object(body) == {
+        "a\N{REPLACEMENT CHARACTER}b": ["x😀y\N{REPLACEMENT CHARACTER}", {"k": "\N{REPLACEMENT CHARACTER}"}]
+    }

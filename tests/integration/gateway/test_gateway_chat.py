@@ -205,7 +205,7 @@ def test_context_overflow_is_told_as_agents_expect_it(gateway: RunningGateway, s
         (b'{"messages": [{"role": "user", "content": 5}]}', "messages[0].content"),
         (b'{"messages": [{"role": "user", "content": "x"}], "temperature": "hot"}', "temperature"),
         (b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": 0}', "max_new_tokens"),
-        (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "surrogate"),
+        (b'{"messages": [{"role": "user", "content": "x", "n": ' + b"7" * 5000 + b"}]}", "more than 4300 digits"),
         (b'{"messages": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "deep"),
     ],
 )
