@@ -97,7 +97,9 @@ def test_wrong_field_is_named(fields: dict[str, Any], named: str) -> None:
     assert named in caught.value.message
 
 
-@pytest.mark.parametrize("body", [b"", b"NaN", b'{"a": NaN}', b'{"a": Infinity}', b"\xff{}", b'{"a": "\\ud800"}'])
+@pytest.mark.parametrize(
+    "body", [b"", b"NaN", b'{"a": NaN}', b'{"a": Infinity}', b"\xff{}", b'{"a": ' + b"7" * 5000 + b"}"]
+)
 def test_what_is_no_json_object_is_refused(body: bytes) -> None:
     with pytest.raises(InvalidRequest):
         load_json_object(body)
