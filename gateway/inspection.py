@@ -1,7 +1,7 @@
 """`verbatim sessions`: look into a ledger, also while a gateway writes it; nothing is changed.
 
-Without an id it lists sessions with their totals, with one it shows the session's turns. `--json` gives one JSON object
-a line instead of a table, for other programs.
+Without an id it lists sessions with their totals, with one it shows the session's turns, with `--report` what happened
+to its tokens. `--json` gives one JSON object a line instead of a table, for other programs.
 """
 
 from __future__ import annotations
@@ -11,13 +11,21 @@ import asyncio
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
+from rich.table import Table
 
 from gateway.contracts.errors import ConfigurationError, NotFound
 from gateway.contracts.generation import JsonValue
 from gateway.contracts.records import SessionRecord, TurnRecord
 from gateway.ledger.sqlite import SqliteLedger
+from gateway.sessions.model import ServedModel
+from gateway.sessions.picks import DEFAULT_PICK, LeftOutReason, Pick, PickChoice, pick_turns
+from gateway.sessions.report import DriftReport, Retokenisation, SessionReport, session_report
+from gateway.tito.conversation import HistoryPolicy
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +34,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="the gateway's data folder")
     parser.add_argument("--label", action="append", default=[], metavar="KEY=VALUE", help="only sessions so labelled")
     parser.add_argument("--limit", type=int, default=50, help="list at most so many sessions (default 50)")
+    parser.add_argument("--report", action="store_true", help="what happened to this session's tokens")
+    parser.add_argument("--model", type=Path, metavar="PATH", help="for --report: compare with re-tokenising")
+    parser.add_argument(
+        "--pick", default=DEFAULT_PICK, metavar="NAME", help="which turns train (delivered): all, final-path, …"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
 
 
@@ -33,8 +46,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Print what is asked for; NotFound for an unknown session."""
     if not arguments.data.is_dir():
         raise ConfigurationError(f"{arguments.data}: no such data folder")
+    pick = PickChoice.load(arguments.pick).default
+    if arguments.report:
+        return _report(arguments, pick)
     labels = dict(_label(text) for text in arguments.label)
-    rows = asyncio.run(_rows(arguments.data, arguments.session, labels=labels, limit=arguments.limit))
+    rows = asyncio.run(_rows(arguments.data, arguments.session, pick, labels=labels, limit=arguments.limit))
     if arguments.json:
         for row in rows:
             sys.stdout.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -43,37 +59,66 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-async def _rows(
-    data: Path, session_id: str | None, *, labels: Mapping[str, str], limit: int
-) -> Sequence[dict[str, JsonValue]]:
+def _report(arguments: argparse.Namespace, pick: Pick) -> int:
+    if arguments.session is None:
+        raise ConfigurationError("--report needs a session: verbatim sessions ID --data DIR --report")
+    model = arguments.model
+    retokenisation = None
+    if model is not None:
+        retokenisation = Retokenisation.of_model(ServedModel.load(model, history_policy=HistoryPolicy.KEEP))
+    turns = asyncio.run(_turns(arguments.data, arguments.session))
+    report = session_report(arguments.session, turns, pick, retokenisation)
+    if arguments.json:
+        sys.stdout.write(json.dumps(asdict(report), ensure_ascii=False) + "\n")
+    else:
+        print_report(report, Console(highlight=False))
+    return 0
+
+
+async def _turns(data: Path, session_id: str) -> Sequence[TurnRecord]:
     ledger = SqliteLedger.open(data, read_only=True)
     try:
-        if session_id is not None:
-            if await ledger.session(session_id) is None:
-                raise NotFound(f"no session {session_id!r} in {data}")
-            return [_turn_row(turn) for turn in await ledger.turns(session_id)]
-        sessions = await ledger.sessions(labels=labels or None, limit=limit)
-        return [await _session_row(ledger, session) for session in sessions]
+        if await ledger.session(session_id) is None:
+            raise NotFound(f"no session {session_id!r} in {data}")
+        return await ledger.turns(session_id)
     finally:
         await ledger.aclose()
 
 
-async def _session_row(ledger: SqliteLedger, session: SessionRecord) -> dict[str, JsonValue]:
+async def _rows(
+    data: Path, session_id: str | None, pick: Pick, *, labels: Mapping[str, str], limit: int
+) -> Sequence[dict[str, JsonValue]]:
+    if session_id is not None:
+        turns = await _turns(data, session_id)
+        left_out = pick.leaves_out(turns)
+        return [_turn_row(turn, left_out.get(turn.turn_id)) for turn in turns]
+    ledger = SqliteLedger.open(data, read_only=True)
+    try:
+        sessions = await ledger.sessions(labels=labels or None, limit=limit)
+        return [await _session_row(ledger, session, pick) for session in sessions]
+    finally:
+        await ledger.aclose()
+
+
+async def _session_row(ledger: SqliteLedger, session: SessionRecord, pick: Pick) -> dict[str, JsonValue]:
     turns = await ledger.turns(session.session_id)
+    account = pick_turns(turns, pick).report
     finish = await ledger.finish_record(session.session_id)
     return {
         "session": session.session_id,
         "group": session.group,
         "turns": len(turns),
         "segments": sum(turn.attachment.parent_id is None for turn in turns),
-        "sampled_tokens": sum(len(turn.output_token_ids) for turn in turns),
+        "sampled_tokens": account.num_sampled_tokens,
+        "trained_tokens": account.num_trained_tokens,
+        "left_out": account.left_out_tokens,
         "policy_versions": _versions(turns),
         "outcome": "open" if finish is None else finish.outcome,
         "reward": None if finish is None else finish.reward,
     }
 
 
-def _turn_row(turn: TurnRecord) -> dict[str, JsonValue]:
+def _turn_row(turn: TurnRecord, left_out: LeftOutReason | None) -> dict[str, JsonValue]:
     attachment = turn.attachment
     return {
         "turn": turn.index,
@@ -86,6 +131,7 @@ def _turn_row(turn: TurnRecord) -> dict[str, JsonValue]:
         "finish": turn.finish.reason.value,
         "engine": turn.engine_id,
         "trainable": turn.untrainable_reason or "yes",
+        "picked": "yes" if left_out is None else left_out.value,
         "reply": _reply_text(turn.reply),
     }
 
@@ -118,7 +164,48 @@ def _print_table(rows: Sequence[Mapping[str, JsonValue]]) -> None:
         sys.stdout.write("  ".join(padded).rstrip() + "\n")
 
 
+def print_report(report: SessionReport, console: Console) -> None:
+    """A session's report as a page: what it is, how turns were matched, what trains, what re-tokenising would break."""
+    table = Table(title=f"session {report.session_id}", show_header=False, title_justify="left")
+    forks = f"{report.num_forks} turns with several continuations" if report.num_forks else "no forks"
+    account = report.pick
+    for name, value in (
+        ("turns", f"{report.num_turns}, in {report.num_roots} trees of tokens; {forks}"),
+        ("new tokens because", _named(report.segment_reasons)),
+        ("matched", _named(report.tiers)),
+        ("prompts certified by", _named(report.certified_by)),
+        ("flags of replies", _named(report.flags)),
+        ("hidden messages", f"{report.num_hidden_messages} that the template did not show to the model"),
+        ("pick", f"{account.pick}: {report.num_segments} segments"),
+        ("tokens", f"{account.num_sampled_tokens} sampled = {account.num_trained_tokens} trained "
+         f"+ {account.num_left_out_tokens} left out"),
+        ("left out", _named(account.left_out_tokens)),
+        *_drift_rows(report.drift),
+    ):  # fmt: skip
+        table.add_row(name, value)
+    console.print(table, soft_wrap=True)
+
+
+def _drift_rows(drift: DriftReport | None) -> Sequence[tuple[str, str]]:
+    if drift is None:
+        return [("re-tokenised", "not compared; give --model PATH")]
+    raised = f", {drift.num_raised_turns} refused by the template" if drift.num_raised_turns else ""
+    return [
+        (
+            "re-tokenised",
+            f"{drift.num_drifted_turns} of {drift.num_extending_turns} prompts would be other tokens{raised}",
+        ),
+        ("", f"{drift.num_wrong_tokens} of {drift.num_compared_tokens} sampled tokens in them would be wrong"),
+    ]
+
+
+def _named(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.items()) or "none"
+
+
 def _cell(value: JsonValue) -> str:
+    if isinstance(value, dict):
+        return ",".join(f"{name}:{count}" for name, count in value.items()) or "-"
     if isinstance(value, list):
         return ",".join(map(str, value)) or "-"
     return "-" if value is None or value == "" else str(value).replace("\n", "\\n")

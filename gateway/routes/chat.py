@@ -277,7 +277,7 @@ class _RecordedStream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             await self._frames.aclose()
-        await self._delivered()
+            await self._delivered()  # nothing, unless the frames came to their end
 
 
 async def _all(work: Iterable[Awaitable[T]]) -> list[T]:

@@ -156,17 +156,19 @@ class OperatorPick:
         """All turns that the function does not return."""
         if not turns:
             return {}
+        known = {turn.turn_id for turn in turns}
         try:
             answer = self.choose(tuple(turns))
-            ids = list(answer) if isinstance(answer, Iterable) and not isinstance(answer, str | bytes) else [answer]
+            is_listing = isinstance(answer, Iterable) and not isinstance(answer, str | bytes)
+            ids = list(answer) if is_listing else []
         except Exception as error:  # the user's code may raise anything
-            raise ConfigurationError(f"pick {self.name} failed: {type(error).__name__}: {error}") from error
-        known = {turn.turn_id for turn in turns}
+            raise ConfigurationError(f"pick {self.name} failed: {_one_line(error)}") from error
         wrong = [turn_id for turn_id in ids if not isinstance(turn_id, str) or turn_id not in known]
-        if wrong:
+        if wrong or not is_listing:
+            what = " ".join(repr(wrong[0] if is_listing else answer).split())[:100]
             raise ConfigurationError(
-                f"pick {self.name} returned {repr(wrong[0])[:100]} for session {turns[0].session_id}; "
-                "it must return the turn ids that train, each of them of a turn that it was given"
+                f"pick {self.name} returned {what} for session {turns[0].session_id}; "
+                "it must return a collection of turn ids, each of a turn that it was given"
             )
         return dict.fromkeys(known.difference(ids), LeftOutReason.NOT_PICKED)
 
@@ -253,14 +255,16 @@ def _load_function(text: str) -> OwnPick:
         module = importlib.import_module(module_name)
     except Exception as error:  # the user's module may raise anything while it is imported
         hint = "; is its folder on PYTHONPATH?" if isinstance(error, ModuleNotFoundError) else ""
-        raise ConfigurationError(
-            f"pick {text}: {module_name} cannot be imported: {type(error).__name__}: {error}{hint}"
-        ) from error
+        raise ConfigurationError(f"pick {text}: {module_name} cannot be imported: {_one_line(error)}{hint}") from error
     function = vars(module).get(name)
     if not callable(function) or inspect.iscoroutinefunction(function) or not _takes_turns(function):
         raise ConfigurationError(f"pick {text}: {module_name} has no plain function {name} of one argument, the turns")
     loaded: OwnPick = function
     return loaded
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _takes_turns(function: Callable[..., object]) -> bool:

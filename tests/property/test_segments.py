@@ -7,6 +7,7 @@ inside a turn. What each token and row should be is worked out here from the tre
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,8 +21,8 @@ from gateway.contracts.generation import Finish, FinishReason, LogprobKind
 from gateway.contracts.records import Attachment, MatchTier, RootContext, SegmentReason, TurnRecord
 from gateway.contracts.samples import Segment
 from gateway.contracts.versions import VersionSpan, expand_spans
-from gateway.sessions.picks import trainable_tokens
-from gateway.sessions.segments import build_segments, tree_reports
+from gateway.sessions.picks import BUILT_IN, OperatorPick, Pick, pick_turns, trainable_tokens
+from gateway.sessions.segments import build_segments, segment_leaves, tree_reports
 
 NUM_LAYERS, NUM_EXPERTS, TOP_K = 3, 8, 2
 DENSE_LAYER = 1
@@ -92,6 +93,7 @@ def trees(draw: st.DrawFn) -> Drawn:
     ends: dict[str, int] = {}
     for index in range(draw(st.integers(0, 12))):
         parent = draw(st.sampled_from([None, *turns]))
+        follows = draw(st.sampled_from([parent, *turns]))
         begin = 0 if parent is None else ends[parent.turn_id]
         num_prompt = draw(st.integers(1 if parent is None else 0, 4))
         num_output = draw(st.integers(0, 5))
@@ -114,7 +116,10 @@ def trees(draw: st.DrawFn) -> Drawn:
             untrainable_reason=draw(st.sampled_from([None, None, None, "junction"])),
             experts_start=0 if rows is None else rows.start,
             experts_stop=0 if rows is None else rows.stop,
+            delivered_at=draw(st.sampled_from([None, 5.0, float(index), 100.0 - index])),
         )
+        attachment = replace(turn.attachment, follows_id=None if follows is None else follows.turn_id)
+        turn = replace(turn, attachment=attachment)
         turns.append(turn)
         experts[turn.turn_id] = rows
         ends[turn.turn_id] = stop
@@ -154,6 +159,61 @@ def test_every_trainable_token_is_trained_in_exactly_one_segment(drawn: Drawn) -
     assert set(trained) == expected
     assert set(trained.values()) <= {1}
     assert sum(int(segment.loss_mask.sum()) for segment in segments) == tree_reports(drawn.turns)["trainable_tokens"]
+
+
+def every_other(turns: Sequence[TurnRecord]) -> list[str]:
+    return [turn.turn_id for turn in turns[::2]]
+
+
+PICKS = [*BUILT_IN, OperatorPick("mine:every_other", every_other)]
+
+
+@given(trees(), st.sampled_from(PICKS))
+@settings(max_examples=300, deadline=None)
+def test_every_picked_token_is_trained_once_and_every_other_has_a_reason(drawn: Drawn, pick: Pick) -> None:
+    """I3: sampled tokens = trained tokens + tokens left out by reason, whatever is picked."""
+    picked = pick_turns(drawn.turns, pick)
+    segments = build_segments(drawn.turns, drawn.experts, picked=picked.turn_ids)
+    trained = Counter(
+        (span.turn_id, int(position))
+        for segment in segments
+        for span in segment.turns
+        for position in np.flatnonzero(segment.loss_mask[span.output_start : span.stop])
+    )
+    expected = {
+        (turn.turn_id, int(position))
+        for turn in drawn.turns
+        if turn.turn_id in picked.turn_ids
+        for position in np.flatnonzero(trainable_tokens(turn))
+    }
+    assert set(trained) == expected
+    assert set(trained.values()) <= {1}
+    report = picked.report
+    assert sum(int(segment.loss_mask.sum()) for segment in segments) == report.num_trained_tokens
+    assert report.num_sampled_tokens == sum(len(turn.output_token_ids) for turn in drawn.turns)
+    assert report.num_sampled_tokens == report.num_trained_tokens + sum(report.left_out_tokens.values())
+    assert len(segment_leaves(drawn.turns, picked=picked.turn_ids)) == len(segments)
+    assert not any(left.num_turns == 0 for left in report.left_out)
+
+
+@given(trees())
+@settings(max_examples=200, deadline=None)
+def test_picks_keep_what_was_seen_and_the_path_to_the_last_delivery(drawn: Drawn) -> None:
+    """I3, told again from the definitions: seen is delivered or gone on from, the final path is a chain of links."""
+    links = {turn.turn_id: {turn.attachment.parent_id, turn.attachment.follows_id} for turn in drawn.turns}
+    every, delivered, final = (pick_turns(drawn.turns, pick).turn_ids for pick in BUILT_IN)
+    assert every == links.keys()
+    gone_on_from = set().union(*links.values())
+    assert delivered == {t.turn_id for t in drawn.turns if t.delivered_at is not None or t.turn_id in gone_on_from}
+    assert final <= delivered
+    assert bool(final) == bool(delivered)
+    times = {turn.turn_id: (turn.delivered_at, turn.index) for turn in drawn.turns if turn.delivered_at is not None}
+    if times:
+        last = max(times, key=times.__getitem__)
+        assert last in final
+        for turn_id in final - {last}:
+            assert any(turn_id in links[other] for other in final), "every other turn is gone on from within the path"
+        assert all(link is None or link in final for turn_id in final for link in links[turn_id])
 
 
 @given(trees())
@@ -230,6 +290,16 @@ def test_a_shared_prefix_trains_with_the_earliest_leaf_that_trains() -> None:
     first, second = build_segments([root, unproved, one, two], {})
     assert [(span.turn_id, span.trained) for span in first.turns] == [("t0", True), ("t2", True)]
     assert [(span.turn_id, span.trained) for span in second.turns] == [("t0", False), ("t3", True)]
+
+
+def test_a_prefix_whose_earliest_leaf_is_not_picked_trains_with_the_first_that_is() -> None:
+    """I3: an unpicked turn in the middle is context; an unpicked leaf does not take the prefix with it."""
+    root = a_turn(0, None)
+    unpicked, one = a_turn(1, root), a_turn(2, root)
+    below = a_turn(3, one)
+    (segment,) = build_segments([root, unpicked, one, below], {}, picked={"t0", "t3"})
+    assert [(span.turn_id, span.trained) for span in segment.turns] == [("t0", True), ("t2", False), ("t3", True)]
+    assert segment.loss_mask.tolist() == [False, True, False, False, False, True]
 
 
 def test_rows_of_zeros_everywhere_are_missing_rows() -> None:

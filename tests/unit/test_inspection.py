@@ -78,6 +78,8 @@ async def test_sessions_are_listed_with_their_totals(data: Path, capsys: pytest.
         "turns": 1,
         "segments": 1,
         "sampled_tokens": 2,
+        "trained_tokens": 0,
+        "left_out": {"undelivered": 2},
         "policy_versions": [4, 5],
         "outcome": "completed",
         "reward": 0.5,
