@@ -1,0 +1,1 @@
+"""What Verbatim is judged by: runs that print their seeds and leave their figures in `results/`."""

@@ -1,0 +1,127 @@
+"""`verbatim bench tokens`: random agents against the gateway, every sampled token accounted for.
+
+Prints its seed; a failing history is named by its own, and `--seed N --histories 1` plays it again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import random
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from benchmarks.histories import Judged, run_histories
+from benchmarks.workshop import ModelChoice, all_choices, open_workshop
+
+RESULTS = Path(__file__).parent / "results" / "tokens.json"
+_PACKAGES = ("verbatim-rl", "tokenizers", "jinja2", "numpy")
+_SHOWN_PER_RULE = 3
+
+
+@dataclass(slots=True)
+class Tally:
+    """Sums over a run; `examples`: by rule, the first failing histories."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    failures: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    histories: int = 0
+    failed_histories: int = 0
+    seconds: float = 0.0
+
+    def add(self, judged: Judged) -> None:
+        """One more history."""
+        self.histories += 1
+        self.failed_histories += bool(judged.failures)
+        self.counts += judged.counts
+        for failure in judged.failures:
+            self.failures[failure.rule] += 1
+            shown = self.examples.setdefault(failure.rule, [])
+            if len(shown) < _SHOWN_PER_RULE:
+                shown.append({"seed": judged.seed, "model": judged.choice.name, "detail": failure.detail[:2000]})
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """The flags of `verbatim bench tokens`."""
+    parser.add_argument("--histories", type=int, default=10_000, help="how many (10000)")
+    parser.add_argument("--seed", type=int, help="of the first history; the others follow (random)")
+    parser.add_argument("--model", metavar="FAMILY[-VOCABULARY]", default="", help="only models whose name begins so")
+    parser.add_argument("--output", type=Path, default=RESULTS, metavar="FILE", help="where the figures go")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run; 0 if nothing failed."""
+    seed = random.SystemRandom().randrange(1 << 31) if arguments.seed is None else arguments.seed
+    choices = [choice for choice in all_choices() if choice.name.startswith(arguments.model)]
+    sys.stdout.write(f"seed {seed}: {arguments.histories} histories over {len(choices)} models\n")
+    tally = asyncio.run(run_many(choices, seed, arguments.histories, on_progress=_show_progress))
+    sys.stdout.write(report(tally))
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(figures(tally, seed), indent=1, ensure_ascii=False) + "\n")
+    return 1 if tally.failures else 0
+
+
+async def run_many(
+    choices: list[ModelChoice], seed: int, histories: int, *, on_progress: Callable[[Tally], None] | None = None
+) -> Tally:
+    """Judge histories `seed`, `seed + 1`, …; `on_progress` hears after every one."""
+    tally = Tally()
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="verbatim-bench-") as folder:
+        async with open_workshop(Path(folder)) as workshop:
+            async for judged in run_histories(workshop, choices, range(seed, seed + histories)):
+                tally.add(judged)
+                tally.seconds = time.monotonic() - began
+                if on_progress is not None:
+                    on_progress(tally)
+    return tally
+
+
+def report(tally: Tally) -> str:
+    """For people: counts, then failures with their seeds."""
+    lines = [f"{count:>12,}  {name}\n" for name, count in sorted(tally.counts.items())]
+    lines.append(_line(tally))
+    for rule, count in tally.failures.most_common():
+        lines.append(f"FAILED {count} times: {rule}\n")
+        lines += [f"    --seed {e['seed']} ({e['model']}): {e['detail'][:400]}\n" for e in tally.examples[rule]]
+    return "".join(lines)
+
+
+def figures(tally: Tally, seed: int) -> dict[str, Any]:
+    """For the results file."""
+    return {
+        "seed": seed,
+        "histories": tally.histories,
+        "failed_histories": tally.failed_histories,
+        "seconds": round(tally.seconds, 1),
+        "counts": dict(sorted(tally.counts.items())),
+        "failures": dict(tally.failures),
+        "examples": tally.examples,
+        "versions": {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
+        "machine": {"cores": os.cpu_count(), "processor": platform.machine(), "system": platform.system()},
+    }
+
+
+def _show_progress(tally: Tally) -> None:
+    if tally.histories % 500 == 0:
+        sys.stdout.write(_line(tally))
+        sys.stdout.flush()
+
+
+def _line(tally: Tally) -> str:
+    turns = tally.counts["turns"]
+    return (
+        f"{tally.histories} histories, {turns} turns, {tally.counts['sampled tokens']} sampled tokens in "
+        f"{tally.seconds:.0f} s ({turns / max(tally.seconds, 1e-9):.0f} turns/s); {tally.failed_histories} failed\n"
+    )

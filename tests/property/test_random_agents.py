@@ -1,0 +1,45 @@
+"""Random agents over every tokenizer and template: every sampled token kept, and trained exactly once (I1-I4, I6).
+
+The generator and the judge are `benchmarks/`; a failure names a seed: `verbatim bench tokens --seed N --histories 1`.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.tokens import report, run_many
+from benchmarks.workshop import all_choices
+
+NUM_MODELS = len(all_choices())
+UNTIL_FIXED = pytest.mark.xfail(reason="unknown keys on replies, and text parts, open new segments", strict=False)
+
+
+@UNTIL_FIXED
+async def test_random_agents_lose_no_token_and_are_never_refused() -> None:
+    """I1, I2, I3, I4, I6 over five histories of every model."""
+    tally = await run_many(all_choices(), 0, 5 * NUM_MODELS)
+    assert not tally.failures, report(tally)
+    assert tally.counts["trained tokens"] > 100_000
+
+
+@UNTIL_FIXED
+async def test_random_agents_of_a_fresh_seed_lose_no_token() -> None:
+    """I1, I2, I3, I4, I6 where nobody has looked before."""
+    seed = random.SystemRandom().randrange(1 << 31)
+    tally = await run_many(all_choices(), seed, NUM_MODELS)
+    assert not tally.failures, f"seed {seed}\n{report(tally)}"
+
+
+@UNTIL_FIXED
+@pytest.mark.slow
+async def test_ten_thousand_random_histories_lose_no_token() -> None:
+    """I1, I2, I3, I4, I6 as `verbatim bench tokens` runs it."""
+    seed = random.SystemRandom().randrange(1 << 31)
+    tally = await run_many(all_choices(), seed, 10_000)
+    assert not tally.failures, f"seed {seed}\n{report(tally)}"
