@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import NamedTuple
 
 import numpy as np
@@ -152,10 +152,12 @@ def changed_spans(recorded: TokenIds, other: TokenIds, control_ids: frozenset[in
     share. A difference inside a long chunk therefore counts whole.
     """
     ours, theirs = _Chunks.of(recorded, control_ids), _Chunks.of(other, control_ids)
+    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ours.contents, theirs.contents, strict=False)))
+    matcher = SequenceMatcher(None, ours.contents[same:], theirs.contents[same:])
     changes: list[Change] = []
-    for kind, *spans in SequenceMatcher(None, ours.contents, theirs.contents).get_opcodes():
+    for kind, *spans in matcher.get_opcodes():
         if kind != "equal":
-            for i0, i1, j0, j1 in _pairs(*spans):
+            for i0, i1, j0, j1 in _pairs(*(same + bound for bound in spans)):
                 replacement = other[theirs.bounds[j0] : theirs.bounds[j1]]
                 changes.append(_narrowed(recorded, ours.bounds[i0], ours.bounds[i1], replacement))
     return changes
