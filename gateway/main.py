@@ -59,6 +59,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """The flags of `verbatim serve`."""
     parser.add_argument("--engine", action="append", metavar="KIND=URL", help="an engine, repeatable: sglang=http://…")
     parser.add_argument("--model", type=Path, metavar="PATH", help="folder with tokenizer.json and the chat template")
+    parser.add_argument(
+        "--tool-call-parser", metavar="NAME", help="how tool calls are written (auto: see the template)"
+    )
+    parser.add_argument("--reasoning-parser", metavar="NAME", help="how reasoning is marked (auto: see the template)")
     parser.add_argument("--host", help="address to listen on (127.0.0.1)")
     parser.add_argument("--port", type=int, help="port to listen on (8600; 0 takes a free one)")
     parser.add_argument("--data", type=Path, metavar="DIR", help="the ledger's folder (verbatim-data)")
@@ -139,7 +143,13 @@ async def open_gateway(settings: GatewaySettings, kinds: Mapping[str, EngineMake
     if settings.model is None:
         raise ConfigurationError("the gateway needs a model folder (tokenizer and chat template): give --model PATH")
     picks = PickChoice.load(settings.pick)
-    model = ServedModel.load(settings.model, history_policy=settings.history_policy, name=settings.served_name)
+    model = ServedModel.load(
+        settings.model,
+        history_policy=settings.history_policy,
+        name=settings.served_name,
+        tool_call_parser=settings.tool_call_parser,
+        reasoning_parser=settings.reasoning_parser,
+    )
     metrics = GatewayMetrics(feed_consumer=settings.feed_consumer)
     pool = ReplicaPool(
         settings.replicas,
@@ -247,6 +257,8 @@ def _settings(arguments: argparse.Namespace) -> GatewaySettings:
     flags = {
         "engines": None if arguments.engine is None else tuple(arguments.engine),
         "model": arguments.model,
+        "tool_call_parser": arguments.tool_call_parser,
+        "reasoning_parser": arguments.reasoning_parser,
         "host": arguments.host,
         "port": arguments.port,
         "data": arguments.data,

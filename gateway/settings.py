@@ -11,6 +11,7 @@ from gateway.replicas.pool import ReplicaSettings
 from gateway.sessions.picks import DEFAULT_PICK
 from gateway.sessions.turns import TurnSettings
 from gateway.tito.conversation import HistoryPolicy
+from gateway.tito.parsing.choice import AUTO, check_names
 
 OPERATOR_KEY_VARIABLE = "VERBATIM_OPERATOR_KEY"
 """Environment variable with the operator's key; without it keys are off, which only loopback allows."""
@@ -29,7 +30,8 @@ class GatewaySettings:
 
     model: folder with tokenizer and chat template (weights are not needed). engines: `KIND=URL`, for example
     `sglang=http://127.0.0.1:30000`. data: the ledger's folder. served_name: the model's name for agents (default: the
-    folder's name). drain_seconds: how long a stop waits for running replies. feed_consumer: whose feed figures are in
+    folder's name). tool_call_parser, reasoning_parser: names of `gateway.tito.parsing.choice`; `auto` reads them from
+    the template. drain_seconds: how long a stop waits for running replies. feed_consumer: whose feed figures are in
     `/metrics`. pick: which turns train where a trainer does not say, a built-in name of `gateway.sessions.picks` or the
     operator's own `module:function`.
     """
@@ -40,6 +42,8 @@ class GatewaySettings:
     port: int = 8600
     data: Path = Path("verbatim-data")
     served_name: str = ""
+    tool_call_parser: str = AUTO
+    reasoning_parser: str = AUTO
     history_policy: HistoryPolicy = HistoryPolicy.KEEP
     unknown_sessions: UnknownSessions = UnknownSessions.CREATE
     sessions_in_memory: int = 10_000
@@ -53,6 +57,7 @@ class GatewaySettings:
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:
             raise ConfigurationError(f"port {self.port} is none")
+        check_names(calls=self.tool_call_parser, reasoning=self.reasoning_parser)
         for engine in self.engines:
             split_engine(engine)
 

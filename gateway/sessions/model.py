@@ -10,7 +10,7 @@ from gateway.contracts.experts import RoutingShape
 from gateway.contracts.generation import EngineIdentity
 from gateway.tito.conversation import HistoryPolicy
 from gateway.tito.model_files import read_model_files
-from gateway.tito.parsing.choice import choose_parsing
+from gateway.tito.parsing.choice import AUTO, choose_parsing
 from gateway.tito.parsing.reply import ReplyParsing
 from gateway.tito.prompt import PromptBuilder
 from gateway.tito.template import ChatTemplate
@@ -34,12 +34,20 @@ class ServedModel:
     context_length: int
 
     @classmethod
-    def load(cls, path: Path, *, history_policy: HistoryPolicy, name: str = "") -> ServedModel:
-        """Read a model folder; raises ConfigurationError naming the file that is missing or wrong."""
+    def load(
+        cls,
+        path: Path,
+        *,
+        history_policy: HistoryPolicy,
+        name: str = "",
+        tool_call_parser: str = AUTO,
+        reasoning_parser: str = AUTO,
+    ) -> ServedModel:
+        """Read a model folder; raises ConfigurationError naming the file that is missing or wrong, or the parser."""
         tokenizer = ChatTokenizer.load(path)
         template = ChatTemplate.load(path)
         files = read_model_files(path)
-        parsing = choose_parsing(template, tokenizer)
+        parsing = choose_parsing(template, tokenizer, calls=tool_call_parser, reasoning=reasoning_parser)
         return cls(
             name=name or path.name,
             path=path,

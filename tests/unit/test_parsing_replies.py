@@ -11,9 +11,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 from gateway.contracts.generation import Finish, FinishReason, JsonValue
 from gateway.tito.conversation import ContentDelta, ParsedReply, ReasoningDelta, ReplyFlag, ToolCallDelta
 from gateway.tito.parsing.choice import choose_parsing
-from gateway.tito.parsing.hermes import HermesCalls
+from gateway.tito.parsing.hermes import hermes_calls
 from gateway.tito.parsing.marked import MarkedParsing
-from gateway.tito.parsing.markers import Marker
 from gateway.tito.template import ChatTemplate
 from gateway.tito.tokenizer import ChatTokenizer
 
@@ -272,7 +271,7 @@ def test_a_sentencepiece_style_vocabulary_streams_its_bytes() -> None:
     description = json.loads(tokenizer.to_str())
     description["added_tokens"] = description["added_tokens"][:1]
     chat = ChatTokenizer(json.dumps(description).encode())
-    parser = MarkedParsing(chat, None, None).start(prompt_ids=[], tools=())
+    parser = MarkedParsing("text", chat, None, None).start(prompt_ids=[], tools=())
     pieces = [d.text for token_id in chat.encode("the é is 🙂").tolist() for d in parser.feed([token_id])]  # type: ignore[union-attr]
     assert "".join(pieces) == " the é is 🙂"
 
@@ -283,15 +282,15 @@ def test_a_decoder_that_does_not_work_by_bytes_streams_too() -> None:
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.decoder = decoders.WordPiece()
     chat = ChatTokenizer(tokenizer.to_str().encode())
-    parser = MarkedParsing(chat, None, None).start(prompt_ids=[], tools=())
+    parser = MarkedParsing("text", chat, None, None).start(prompt_ids=[], tools=())
     parser.feed([1, 2, 3, 4])
     assert parser.finish(STOPPED)[1].content == "the answers is"
 
 
-def test_call_json_is_read_without_white_space_and_with_it() -> None:
+def test_call_json_is_read_without_white_space_and_with_it(parsing: MarkedParsing) -> None:
     """Any JSON spelling of the object counts."""
-    calls = HermesCalls(Marker("<tool_call>", None), Marker("</tool_call>", None))
+    calls = hermes_calls(parsing.tokenizer)
     for body in ('{"name":"a","arguments":{}}', ' \n{ "name" : "a" ,\n "arguments" : {} } \n'):
-        written = calls.read(body)
+        written = calls.read([body], ())
         assert written is not None
-        assert (written.name, json.loads(written.arguments)) == ("a", {})
+        assert [(call.name, json.loads(call.arguments)) for call in written] == [("a", {})]

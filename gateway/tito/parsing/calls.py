@@ -2,29 +2,95 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-from gateway.tito.parsing.markers import Marker
+from gateway.contracts.generation import JsonValue
+from gateway.tito.parsing.markers import Marker, Scanned
+from gateway.tito.tokenizer import ChatTokenizer
+
+PROBE_NAME = "probe_function"
+"""The function of the call that is rendered to see how a template writes calls."""
 
 
 @dataclass(frozen=True, slots=True)
 class WrittenCall:
-    """A call as the model wrote it; `arguments` is JSON text of an object."""
+    """A call as the model wrote it; `arguments` is JSON text of an object, `call_id` None where it wrote none."""
 
     name: str
     arguments: str
+    call_id: str | None = None
+
+
+class Section(NamedTuple):
+    """What stands around all calls of a reply."""
+
+    opener: Marker
+    closer: Marker
+
+
+@dataclass(frozen=True, slots=True)
+class CallFrame:
+    """Where calls stand in a reply.
+
+    closer: None where a call reaches to the next opener or the reply's end. inner: markup inside a call, which reaches
+    `CallSyntax.read` as markers. section: optional, around several calls. beginnings: texts, written without white
+    space, with which a whole reply that is a call may begin although no opener stands there.
+    """
+
+    opener: Marker | None = None
+    closer: Marker | None = None
+    inner: tuple[Marker, ...] = ()
+    section: Section | None = None
+    beginnings: tuple[str, ...] = ()
+
+    @property
+    def markers(self) -> tuple[Marker, ...]:
+        """All of it."""
+        pair = [marker for marker in (self.opener, self.closer) if marker is not None]
+        return (*(self.section or ()), *pair, *self.inner)
 
 
 class CallSyntax(Protocol):
-    """Calls that stand between two markers."""
+    """One family's calls with one tokenizer's markers."""
 
     @property
-    def opener(self) -> Marker: ...
-
-    @property
-    def closer(self) -> Marker: ...
-
-    def read(self, body: str) -> WrittenCall | None:
-        """The call between the markers, None if it is malformed; never raises."""
+    def frame(self) -> CallFrame:
+        """Where its calls stand."""
         ...
+
+    def read(self, body: Sequence[Scanned], tools: Sequence[JsonValue]) -> tuple[WrittenCall, ...] | None:
+        """The calls that one frame holds (mostly one), None if it is malformed; never raises.
+
+        tools: the request's definitions, for syntaxes in which only the schema tells "1" from 1.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class CallFamily:
+    """A syntax that can be chosen.
+
+    written: matches a template's rendering of a call to `PROBE_NAME`. tokens: added tokens of which a vocabulary that
+    knows this syntax has all; empty where they would not tell it from others.
+    """
+
+    name: str
+    written: re.Pattern[str]
+    tokens: tuple[str, ...]
+    make: Callable[[ChatTokenizer], CallSyntax]
+
+
+def body_text(body: Sequence[Scanned]) -> str:
+    """A call's body as written."""
+    return "".join(piece if isinstance(piece, str) else piece.text for piece in body)
+
+
+def split_at(body: Sequence[Scanned], separator: Marker) -> tuple[str, str] | None:
+    """The texts before and after the first `separator`, None if there is none."""
+    for i, piece in enumerate(body):
+        if piece == separator:
+            return body_text(body[:i]), body_text(body[i + 1 :])
+    return None

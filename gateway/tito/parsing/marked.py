@@ -1,19 +1,18 @@
 """Replies whose markup stands between markers: reasoning and calls, read as they stream.
 
 White space that is layout of the markup (newlines around reasoning, space between text and calls) is not part of the
-message; a call that is malformed or cut becomes content, as written.
+message; a call that is malformed or cut becomes content, as written. A call's opener or closer may be missing where
+the syntax has none; a section around the calls is layout once a call in it was good.
 """
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 
-import numpy as np
-
-from gateway.contracts.generation import Finish, JsonValue, TokenIds
+from gateway.contracts.generation import Finish, FinishReason, JsonValue, TokenIds
 from gateway.tito.conversation import (
     ContentDelta,
     ParsedReply,
@@ -23,47 +22,38 @@ from gateway.tito.conversation import (
     ToolCall,
     ToolCallDelta,
 )
-from gateway.tito.parsing.calls import CallSyntax
-from gateway.tito.parsing.markers import Marker, Scanned, TokenScanner
-from gateway.tito.parsing.reasoning import ReasoningMarkers
+from gateway.tito.parsing.call_ids import CallIdStyle
+from gateway.tito.parsing.calls import CallFrame, CallSyntax, WrittenCall, body_text
+from gateway.tito.parsing.joined_text import JoinedText
+from gateway.tito.parsing.json_text import object_text
+from gateway.tito.parsing.markers import Marker, Markup, Scanned, TokenScanner
+from gateway.tito.parsing.reasoning import ReasoningMarkers, ReasoningOpening
 from gateway.tito.parsing.reply import OpenMarkup
 from gateway.tito.tokenizer import ChatTokenizer
 
+_MAX_UNDECIDED_CHARACTERS = 256
+"""Of a reply's beginning that may yet turn out to be a call without an opener (white space between its first words)."""
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True)
 class MarkedParsing:
     """How one model's replies are read; `reasoning` and `calls` None where it has no such markup."""
 
+    name: str
     tokenizer: ChatTokenizer
     reasoning: ReasoningMarkers | None
     calls: CallSyntax | None
+    call_ids: CallIdStyle = CallIdStyle.CALL_HEX
 
-    @property
-    def name(self) -> str:
-        """The call syntax and the reasoning style."""
-        calls = "text" if self.calls is None else "hermes"
-        return calls if self.reasoning is None else f"{calls} + {self.reasoning.opener.text}"
-
-    @property
+    @cached_property
     def markers(self) -> tuple[Marker, ...]:
         """All of this model's markup."""
-        return (*_reasoning_pair(self.reasoning), *_call_pair(self.calls))
+        pair = () if self.reasoning is None else (self.reasoning.opener, self.reasoning.closer)
+        return (*pair, *(() if self.calls is None else self.calls.frame.markers))
 
     def opens_reasoning(self, prompt_ids: Sequence[int] | TokenIds) -> bool:
-        """Whether a prompt ends inside reasoning; looks back to the last marker or control token only."""
-        if self.reasoning is None:
-            return False
-        opener, closer = self.reasoning.opener, self.reasoning.closer
-        if opener.token_id is None or closer.token_id is None:
-            return self.tokenizer.decode(prompt_ids[-32:]).rstrip().endswith(opener.text)
-        special = {token.token_id for token in self.tokenizer.added_tokens.values() if token.special}
-        edges = np.array(sorted({opener.token_id, closer.token_id, *special, *self.tokenizer.eos_token_ids}))
-        for stop in range(len(prompt_ids), 0, -_LOOK_BACK):
-            chunk = np.asarray(prompt_ids[max(0, stop - _LOOK_BACK) : stop])
-            found = np.flatnonzero(np.isin(chunk, edges))
-            if len(found):
-                return int(chunk[found[-1]]) == opener.token_id
-        return False
+        """Whether a prompt, all of its ids, ends inside reasoning that the template opened."""
+        return self._opening is not None and self._opening.is_open(prompt_ids)
 
     def start(
         self,
@@ -74,21 +64,16 @@ class MarkedParsing:
         stop_token_ids: Sequence[int] = (),
     ) -> MarkedParser:
         """A parser for one reply, as `ReplyParsing.start` has it."""
-        calls = self.calls if tools else None
-        reasoning_open = self.opens_reasoning(prompt_ids)
-        return MarkedParser(self, calls, reasoning_open=reasoning_open, stop=stop, stop_token_ids=stop_token_ids)
+        scanner = TokenScanner(self._markup, stop_token_ids=stop_token_ids, stop=stop)
+        return MarkedParser(self, scanner, tools, reasoning_open=self.opens_reasoning(prompt_ids))
 
+    @cached_property
+    def _markup(self) -> Markup:
+        return Markup(self.tokenizer, self.markers)
 
-def _reasoning_pair(reasoning: ReasoningMarkers | None) -> tuple[Marker, ...]:
-    return () if reasoning is None else (reasoning.opener, reasoning.closer)
-
-
-def _call_pair(calls: CallSyntax | None) -> tuple[Marker, ...]:
-    return () if calls is None else (calls.opener, calls.closer)
-
-
-_LOOK_BACK = 1024
-"""Ids of a prompt that are looked at in one step, from its end."""
+    @cached_property
+    def _opening(self) -> ReasoningOpening | None:
+        return None if self.reasoning is None else ReasoningOpening(self.tokenizer, self.reasoning)
 
 
 class _State(Enum):
@@ -101,23 +86,24 @@ class MarkedParser:
     """Reads one reply; made by `MarkedParsing.start`."""
 
     def __init__(
-        self,
-        parsing: MarkedParsing,
-        calls: CallSyntax | None,
-        *,
-        reasoning_open: bool,
-        stop: Iterable[str],
-        stop_token_ids: Iterable[int],
+        self, parsing: MarkedParsing, scanner: TokenScanner, tools: Sequence[JsonValue], *, reasoning_open: bool
     ) -> None:
         self._reasoning_markers = parsing.reasoning
-        self._calls = calls
-        markers = (*_reasoning_pair(parsing.reasoning), *_call_pair(calls))
-        self._scanner = TokenScanner(parsing.tokenizer, markers, stop_token_ids=stop_token_ids, stop=stop)
-        self._state = _State.REASONING if reasoning_open and parsing.reasoning is not None else _State.CONTENT
-        self._content = _JoinedText(holds_space=calls is not None)
-        self._reasoning = _JoinedText(holds_space=True)
+        self._calls = parsing.calls if tools else None  # without tools, call markup is text
+        self._frame = self._calls.frame if self._calls is not None else CallFrame()
+        self._call_ids = parsing.call_ids
+        self._tools = tools
+        self._scanner = scanner
+        self._state = _State.REASONING if reasoning_open else _State.CONTENT
+        self._content = JoinedText(holds_space=self._calls is not None)
+        self._reasoning = JoinedText(holds_space=True)
         self._reasoning.begin_block()
-        self._call_body = ""
+        self._label = _Label(parsing.reasoning.label if parsing.reasoning is not None else "")
+        self._beginning: str | None = "" if self._frame.beginnings else None
+        self._in_section = False
+        self._section_text: list[str] = []  # the opener of a section in which no call was good yet, and space behind it
+        self._call_opener = ""
+        self._call_body: list[Scanned] = []
         self._tool_calls: list[ToolCall] = []
         self._flags: list[ReplyFlag] = []
         self._num_reasoning_tokens = 0
@@ -135,10 +121,7 @@ class MarkedParser:
         """The last deltas, and the whole reply; the parser takes no more tokens."""
         stop_string = finish.matched if isinstance(finish.matched, str) else None
         self._read(self._scanner.finish(stop_string))
-        if self._state is _State.CALL:
-            self._end_at_stop_string(stop_string)
-        elif self._state is _State.REASONING:
-            self._flag(ReplyFlag.UNCLOSED_REASONING)
+        self._end_what_is_open(finish, stop_string)
         self._show_content(self._content.end())
         deltas = self._take_deltas()
         reply = ParsedReply(
@@ -153,10 +136,11 @@ class MarkedParser:
     @property
     def open_markup(self) -> OpenMarkup:
         """What would have to be closed if the reply ended now."""
-        in_call = self._state is _State.CALL and self._calls is not None
+        call_closer = self._frame.closer if self._state is _State.CALL else None
+        section_closer = self._frame.section.closer if self._frame.section and self._in_section else None
         return OpenMarkup(
             in_reasoning=self._state is _State.REASONING,
-            closing_text=self._calls.closer.text if in_call and self._calls is not None else "",
+            closing_text="".join(closer.text for closer in (call_closer, section_closer) if closer is not None),
         )
 
     def _read(self, scanned: Iterable[Scanned]) -> None:
@@ -172,71 +156,148 @@ class MarkedParser:
 
     def _text(self, text: str) -> None:
         if self._state is _State.CALL:
-            self._call_body += text
+            self._call_body.append(text)
         elif self._state is _State.REASONING:
-            self._show_reasoning(self._reasoning.add(text))
+            self._show_reasoning(self._reasoning.add(self._label.skip(text)))
+        elif self._beginning is not None:
+            self._decide_beginning(self._beginning + text)
+        elif self._section_text and text.isspace():
+            self._section_text.append(text)
         else:
+            self._spill_section()
             self._show_content(self._content.add(text))
 
     def _marker_in_reasoning(self, item: Marker) -> None:
         markers = self._reasoning_markers
         if markers is not None and item == markers.closer:
+            self._show_reasoning(self._reasoning.add(self._label.end()))
             self._state = _State.CONTENT
             self._content.begin_block()
-        elif markers is not None and item == markers.opener and not self._reasoning.text:
+        elif markers is not None and item == markers.opener and self._reasoning.is_blank:
             return  # an opener that the prompt already had, or that the model repeats
         else:
             self._text(item.text)  # a call inside reasoning is not a call
 
     def _marker_in_content(self, item: Marker) -> None:
-        if self._calls is not None and item == self._calls.opener:
-            self._state = _State.CALL
-            self._call_body = ""
+        if item == self._frame.opener:
+            self._end_beginning()
+            self._open_call(item.text)
+        elif self._frame.section is not None and item == self._frame.section.opener and not self._in_section:
+            self._in_section = True
+            self._section_text = [item.text]
+        elif self._frame.section is not None and item == self._frame.section.closer and self._in_section:
+            self._close_section(item)
         elif self._opens_reasoning(item):
             self._state = _State.REASONING
             self._reasoning.begin_block()
+            self._label.begin()
         else:
+            self._end_beginning()
             self._text(item.text)
 
     def _opens_reasoning(self, item: Marker) -> bool:
         if self._reasoning_markers is None or item != self._reasoning_markers.opener:
             return False
         # Spelled out in ordinary tokens, it means reasoning at the very beginning only; later it is quoted text.
-        return item.token_id is not None or not (self._content.text.strip() or self._tool_calls)
+        return item.token_id is not None or (self._content.is_blank and not self._tool_calls and not self._beginning)
 
     def _marker_in_call(self, item: Marker) -> None:
-        calls = self._calls
-        if calls is not None and item == calls.closer:
+        frame = self._frame
+        if item == frame.closer:
             self._end_call(closer=item.text)
-        elif calls is not None and item == calls.opener:
-            self._spill_call(ReplyFlag.UNCLOSED_TOOL_CALL, closer="")
+        elif item == frame.opener or (frame.section is not None and item == frame.section.closer and self._in_section):
+            if frame.closer is None:
+                self._end_call(closer="")
+            else:
+                self._spill_call(ReplyFlag.UNCLOSED_TOOL_CALL, closer="")
             self._marker_in_content(item)
         else:
-            self._call_body += item.text
+            self._call_body.append(item)
 
-    def _end_at_stop_string(self, stop_string: str | None) -> None:
-        if self._calls is not None and stop_string == self._calls.closer.text:
-            self._end_call(closer="")
-        else:
+    def _end_what_is_open(self, finish: Finish, stop_string: str | None) -> None:
+        """The reply has ended: by itself, or it was cut."""
+        flag = ReplyFlag.MALFORMED_TOOL_CALL if finish.reason is FinishReason.STOP else ReplyFlag.UNCLOSED_TOOL_CALL
+        closer = self._frame.closer
+        if self._state is _State.REASONING:
+            self._show_reasoning(self._reasoning.add(self._label.end()))
+            self._flag(ReplyFlag.UNCLOSED_REASONING)
+        elif self._state is _State.CALL and (closer is None or stop_string == closer.text):
+            self._end_call(closer="", flag=flag)
+        elif self._state is _State.CALL:
             self._spill_call(ReplyFlag.UNCLOSED_TOOL_CALL, closer="")
+        self._end_beginning()
+        self._spill_section(flag=flag)
 
-    def _end_call(self, *, closer: str) -> None:
-        written = self._calls.read(self._call_body) if self._calls is not None else None
+    def _decide_beginning(self, text: str) -> None:
+        """Whether the reply so far, `text`, is a call without an opener: yes, no, or not yet certain."""
+        written = "".join(text.split())
+        if any(written.startswith(beginning) for beginning in self._frame.beginnings):
+            self._beginning = None
+            self._open_call("")
+            self._call_body.append(text)
+        elif len(text) < _MAX_UNDECIDED_CHARACTERS and any(b.startswith(written) for b in self._frame.beginnings):
+            self._beginning = text
+        else:
+            self._beginning = text
+            self._end_beginning()
+
+    def _end_beginning(self) -> None:
+        """It is no call without an opener, or comes too late for one."""
+        text, self._beginning = self._beginning, None
+        if text:
+            self._text(text)
+
+    def _open_call(self, opener: str) -> None:
+        self._state = _State.CALL
+        self._call_opener = opener
+        self._call_body = []
+
+    def _end_call(self, *, closer: str, flag: ReplyFlag = ReplyFlag.MALFORMED_TOOL_CALL) -> None:
+        written = self._calls.read(self._call_body, self._tools) if self._calls is not None else None
         if written is None:
-            self._spill_call(ReplyFlag.MALFORMED_TOOL_CALL, closer=closer)
+            self._spill_call(flag, closer=closer)
             return
-        call = ToolCall(f"call_{uuid.uuid4().hex}", written.name, written.arguments)
+        for call in written:
+            self._add_call(call)
+        self._state = _State.CONTENT
+        self._section_text = []
+        self._content.begin_block()
+
+    def _add_call(self, written: WrittenCall) -> None:
+        taken = {call.call_id for call in self._tool_calls} if written.call_id is not None else set()
+        is_own = written.call_id is not None and written.call_id not in taken
+        call_id = written.call_id if is_own and written.call_id is not None else self._call_ids.new_id()
+        call = ToolCall(call_id, written.name, written.arguments)
         self._deltas.append(ToolCallDelta(len(self._tool_calls), call.call_id, call.name, call.arguments))
         self._tool_calls.append(call)
-        self._state = _State.CONTENT
-        self._content.begin_block()
 
     def _spill_call(self, flag: ReplyFlag, *, closer: str) -> None:
         """What was to be a call becomes content, as written."""
-        opener = self._calls.opener.text if self._calls is not None else ""
-        self._flag(flag)
+        text = body_text(self._call_body)
         self._state = _State.CONTENT
-        self._show_content(self._content.add(opener + self._call_body + closer))
+        self._spill_section()
+        # JSON without an opener that is no call is an answer in JSON.
+        if self._call_opener or object_text(text) is None:
+            self._flag(flag)
+        self._show_content(self._content.add(self._call_opener + text + closer))
+
+    def _close_section(self, item: Marker) -> None:
+        if self._section_text:
+            self._section_text.append(item.text)
+            self._spill_section()
+        else:
+            self._content.begin_block()
+        self._in_section = False
+
+    def _spill_section(self, *, flag: ReplyFlag = ReplyFlag.MALFORMED_TOOL_CALL) -> None:
+        """A section without a good call so far becomes content, as written."""
+        if not self._section_text:
+            return
+        text = "".join(self._section_text)
+        self._section_text = []
+        self._in_section = False
+        self._flag(flag)
+        self._show_content(self._content.add(text))
 
     def _flag(self, flag: ReplyFlag) -> None:
         if flag not in self._flags:
@@ -255,48 +316,27 @@ class MarkedParser:
         return deltas
 
 
-class _JoinedText:
-    """Text that comes in pieces and in blocks (before and after markup); knows which space is only layout.
+class _Label:
+    """Takes the label that follows a reasoning opener out of the text behind it."""
 
-    A block after markup loses its leading newlines and is joined to earlier text by one. Trailing space waits, where
-    `holds_space`, until it is known whether text or markup follows; markup that is accepted drops it.
-    """
+    def __init__(self, label: str) -> None:
+        self._label = label
+        self._held: str | None = None
 
-    def __init__(self, *, holds_space: bool) -> None:
-        self._holds_space = holds_space
-        self._pieces: list[str] = []
-        self._waiting = ""
-        self._at_block_start = False
+    def begin(self) -> None:
+        """An opener was read."""
+        self._held = "" if self._label else None
 
-    @property
-    def text(self) -> str:
-        """Everything shown so far."""
-        return "".join(self._pieces)
-
-    def begin_block(self) -> None:
-        """Markup was accepted here."""
-        self._waiting = ""
-        self._at_block_start = True
-
-    def add(self, text: str) -> str:
-        """Take more text; returns what can be shown now."""
-        text = self._waiting + text
-        if self._at_block_start:
-            text = text.lstrip("\n")
-        shown = text.rstrip() if self._holds_space else text
-        self._waiting = text[len(shown) :]
-        if shown and self._at_block_start:
-            shown = "\n" + shown if self._pieces else shown
-            self._at_block_start = False
-        return self._show(shown)
+    def skip(self, text: str) -> str:
+        """`text` without the label; what may yet become it waits."""
+        if self._held is None:
+            return text
+        self._held += text
+        if self._label.startswith(self._held):
+            return ""
+        return self.end().removeprefix(self._label)
 
     def end(self) -> str:
-        """No more text; returns the space that waited, if it follows text."""
-        waiting = "" if self._at_block_start else self._waiting
-        self._waiting = ""
-        return self._show(waiting)
-
-    def _show(self, text: str) -> str:
-        if text:
-            self._pieces.append(text)
-        return text
+        """What waited; the label alone is markup."""
+        text, self._held = self._held or "", None
+        return "" if text == self._label else text

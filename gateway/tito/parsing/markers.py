@@ -23,6 +23,9 @@ class Marker:
     token_id: int | None
 
 
+_MAX_UNDECIDED_TOKENS = 8
+"""No character has more; a text that still ends in U+FFFD then really holds one."""
+
 Scanned = str | Marker
 """Visible text, or a marker that was recognised."""
 
@@ -32,26 +35,36 @@ def marker(tokenizer: ChatTokenizer, text: str) -> Marker:
     return Marker(text, tokenizer.token_id(text))
 
 
+class Markup:
+    """What a scanner must know of one model: its markers, and which of its tokens are silent. Shared by its replies."""
+
+    def __init__(self, tokenizer: ChatTokenizer, markers: Iterable[Marker]) -> None:
+        known = list(dict.fromkeys(markers))
+        self.tokenizer = tokenizer
+        self.by_id = {m.token_id: m for m in known if m.token_id is not None}
+        self.by_text = {m.text: m for m in known if m.token_id is None}
+        special = {token.token_id for token in tokenizer.added_tokens.values() if token.special}
+        self.silent = frozenset((special | set(tokenizer.eos_token_ids)) - self.by_id.keys())
+        longest_first = sorted(self.by_text, key=len, reverse=True)
+        self.search = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+
 class TokenScanner:
     """Sampled token ids → text and markers.
 
     Tokens that are special or in `stop_token_ids`, and no marker, are silent. `stop` are strings at which the engine
-    ends: text that may belong to one waits until it is clear whether the reply ended there.
+    ends: text that may belong to one waits until it is clear whether the reply ended there. What waits is never longer
+    than the longest of them and the newest token.
     """
 
-    def __init__(
-        self, tokenizer: ChatTokenizer, markers: Iterable[Marker], *, stop_token_ids: Iterable[int], stop: Iterable[str]
-    ) -> None:
-        self._detokenizer = _Detokenizer(tokenizer)
-        known = list(dict.fromkeys(markers))
-        self._by_id = {m.token_id: m for m in known if m.token_id is not None}
-        self._by_text = {m.text: m for m in known if m.token_id is None}
-        special = {token.token_id for token in tokenizer.added_tokens.values() if token.special}
-        self._silent = (special | set(tokenizer.eos_token_ids) | set(stop_token_ids)) - self._by_id.keys()
+    def __init__(self, markup: Markup, *, stop_token_ids: Iterable[int], stop: Iterable[str]) -> None:
+        self._detokenizer = _Detokenizer(markup.tokenizer)
+        self._by_id, self._by_text, self._search = markup.by_id, markup.by_text, markup.search
+        self._silent = markup.silent | (set(stop_token_ids) - self._by_id.keys())
         self._stop = tuple(text for text in stop if text)
-        self._patterns = (*self._by_text, *self._stop)
-        longest_first = sorted(self._by_text, key=len, reverse=True)
-        self._search = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        patterns = (*self._by_text, *self._stop)
+        self._beginnings = {text[:length] for text in patterns for length in range(1, len(text))}
+        self._max_held = max((len(text) - 1 for text in patterns), default=0)
         self._held = ""
 
     def push(self, token_id: int) -> list[Scanned]:
@@ -83,11 +96,10 @@ class TokenScanner:
         """How much of the held text can neither start a pattern nor be a stop string that the newest text completed."""
         held = self._held
         certain = len(held)
-        for pattern in self._patterns:
-            for length in range(min(len(pattern) - 1, len(held)), 0, -1):
-                if held.endswith(pattern[:length]):
-                    certain = min(certain, len(held) - length)
-                    break
+        for length in range(min(self._max_held, len(held)), 0, -1):
+            if held[-length:] in self._beginnings:
+                certain -= length
+                break
         for stop in self._stop:
             at = held.find(stop, max(0, num_old - len(stop) + 1))
             if at >= 0:
@@ -136,7 +148,7 @@ class _Detokenizer:
         """For decoders that do not work by bytes: decode the last few tokens again, and show what is new and whole."""
         self._window.append(token_id)
         text = self._tokenizer.decode(self._window)
-        if text.endswith("�"):
+        if text.endswith("�") and len(self._window) < _MAX_UNDECIDED_TOKENS:
             return ""
         new = text[len(self._shown) :]
         # One token of context is enough for the spacing rules of such decoders.

@@ -1,0 +1,90 @@
+"""JSON that a model wrote, read strictly but kept as written: numbers, order and spacing of arguments stay."""
+
+from __future__ import annotations
+
+import json
+import re
+
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+def read_members(text: str) -> dict[str, str]:
+    """Key → JSON text of its value, as written, of the one object that `text` is.
+
+    Raises ValueError for all else (a key that stands twice too), RecursionError for absurd nesting.
+    """
+    members, stop = members_at(text, skip_space(text, 0))
+    if skip_space(text, stop) != len(text):
+        raise ValueError("text follows the object")
+    return members
+
+
+def members_at(text: str, at: int) -> tuple[dict[str, str], int]:
+    """As `read_members`, of the object that begins at `at`; and where it ends."""
+    members: dict[str, str] = {}
+    at = skip_space(text, expect(text, at, "{"))
+    if text[at : at + 1] == "}":
+        return members, at + 1
+    while True:
+        expect(text, at, '"')
+        key, after_key = _DECODER.raw_decode(text, at)
+        start = skip_space(text, expect(text, skip_space(text, after_key), ":"))
+        stop = _DECODER.raw_decode(text, start)[1]
+        if key in members:
+            raise ValueError(f"key {key!r} stands twice")
+        members[key] = text[start:stop]
+        at = skip_space(text, stop)
+        if text[at : at + 1] != ",":
+            return members, expect(text, at, "}")
+        at = skip_space(text, at + 1)
+
+
+def read_items(text: str) -> list[dict[str, str]]:
+    """The members of each object of the one JSON array of objects that `text` is; raises as `read_members`."""
+    items: list[dict[str, str]] = []
+    at = skip_space(text, expect(text, skip_space(text, 0), "["))
+    while True:
+        members, at = members_at(text, at)
+        items.append(members)
+        at = skip_space(text, at)
+        if text[at : at + 1] != ",":
+            break
+        at = skip_space(text, at + 1)
+    if skip_space(text, expect(text, at, "]")) != len(text):
+        raise ValueError("text follows the array")
+    return items
+
+
+def object_text(text: str) -> str | None:
+    """`text` without the space around it if it is a JSON object, else None."""
+    text = text.strip()
+    try:
+        is_object = isinstance(strict_json(text), dict)
+    except (ValueError, RecursionError):
+        return None
+    return text if is_object else None
+
+
+def strict_json(text: str) -> object:
+    """The value; raises ValueError for NaN and infinities too, which are not JSON."""
+    return json.loads(text, parse_constant=_refuse_constant)
+
+
+def skip_space(text: str, at: int) -> int:
+    """The first place from `at` on that is not JSON's white space."""
+    match = _SPACE.match(text, at)
+    return match.end() if match is not None else at
+
+
+def expect(text: str, at: int, character: str) -> int:
+    """The place behind `character`; raises ValueError if it does not stand there."""
+    if text[at : at + 1] != character:
+        raise ValueError(f"expected {character!r} at {at}")
+    return at + 1
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)

@@ -1,0 +1,27 @@
+"""A call as a JSON object with a name and arguments, as Hermes, Llama and Mistral write it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+from gateway.tito.parsing.calls import WrittenCall
+from gateway.tito.parsing.json_text import strict_json
+
+
+def call_of_members(members: Mapping[str, str]) -> WrittenCall:
+    """The call of an object's members (key → JSON text): `name`, and `arguments` or `parameters`, kept as written.
+
+    An `id` is the call's. Raises ValueError, KeyError or RecursionError for what is no call.
+    """
+    name = json.loads(members["name"])
+    arguments = members["arguments" if "arguments" in members else "parameters"]
+    value = strict_json(arguments)
+    if isinstance(value, str):
+        arguments = value  # some models write the object as a JSON string
+        value = strict_json(arguments)
+    if not isinstance(name, str) or not name or not isinstance(value, dict):
+        raise ValueError("a call has a name and an object of arguments")
+    name.encode()  # a lone surrogate, which JSON can spell, is no text: UnicodeEncodeError is a ValueError
+    call_id = json.loads(members["id"]) if "id" in members else None
+    return WrittenCall(name, arguments, call_id if isinstance(call_id, str) else None)
