@@ -167,10 +167,10 @@ def _print_table(rows: Sequence[Mapping[str, JsonValue]]) -> None:
 def print_report(report: SessionReport, console: Console) -> None:
     """A session's report as a page: what it is, how turns were matched, what trains, what re-tokenising would break."""
     table = Table(title=f"session {report.session_id}", show_header=False, title_justify="left")
-    forks = f"{report.num_forks} turns with several continuations" if report.num_forks else "no forks"
     account = report.pick
     for name, value in (
-        ("turns", f"{report.num_turns}, in {report.num_roots} trees of tokens; {forks}"),
+        ("turns", f"{report.num_turns} in {report.num_roots} trees of tokens"),
+        ("forks", f"at {report.num_forks} turns that several others extend"),
         ("new tokens because", _named(report.segment_reasons)),
         ("matched", _named(report.tiers)),
         ("prompts certified by", _named(report.certified_by)),
