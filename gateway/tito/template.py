@@ -3,9 +3,9 @@
 The environment is transformers' (5.23) in behaviour: an immutable sandbox, trimmed blocks, `tojson` without HTML
 escaping, `raise_exception`, `strftime_now`, loop controls, generation blocks, named special tokens as variables, keys
 of a message that are null left out, reasoning visible under each of its three names. Equality is property-tested.
-Two things are added, which engines do and templates expect: arguments of tool calls, which agents send as JSON text,
-are given as objects to a template that cannot show text; and where a template raises because an assistant has no
-content, it gets "".
+Three things are added, which engines do and templates expect: arguments of tool calls, which agents send as JSON text,
+are given as objects to a template that cannot show text; text parts are one text for a template that knows no parts;
+where a template raises because an assistant has no content, it gets "".
 
 A template is untrusted input: it sees plain JSON values only and reaches no file and no attribute of Python objects.
 """
@@ -89,6 +89,8 @@ class ChatTemplate:
     def render(self, conversation: Conversation, *, add_generation_prompt: bool = True) -> str:
         """The conversation's text; raises TemplateRaised with the template's own message where it refuses."""
         messages = [_template_message(message) for message in conversation.messages]
+        if any(isinstance(message.get("content"), list) for message in messages) and not self.reads_content_parts:
+            messages = [_with_joined_text(message) for message in messages]
         if self.wants_argument_objects:
             messages = [_with_argument_objects(message, _parsed_or_text) for message in messages]
         try:
@@ -109,6 +111,17 @@ class ChatTemplate:
             return False
         shown_object = self._try_call({"key": needle})
         return shown_object is not None and needle in shown_object and "{'key'" not in shown_object
+
+    @cached_property
+    def reads_content_parts(self) -> bool:
+        """Whether a message's content may be a list of parts: a text part's text is shown, not the list itself."""
+        needle = "needle7"
+        part = {"type": "text", "text": needle}
+        try:
+            shown = self._render(Conversation(()), [{"role": "user", "content": [part]}], add_generation_prompt=False)
+        except TemplateRaised:
+            return False
+        return needle in shown and "'type'" not in shown and '"type"' not in shown
 
     @cached_property
     def undeclared_variables(self) -> tuple[str, ...]:
@@ -189,6 +202,17 @@ def _template_message(message: JsonValue) -> dict[str, JsonValue]:
     if reasoning is not None:
         shown = {"thinking": reasoning, **shown, "reasoning_content": reasoning}
     return shown
+
+
+def _with_joined_text(message: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    """Text parts as one text, a line each; content with other parts stays, the template has to know them."""
+    parts = message.get("content")
+    if not isinstance(parts, list):
+        return message
+    texts = [part.get("text") for part in parts if isinstance(part, Mapping) and part.get("type") == "text"]
+    if len(texts) < len(parts) or not all(isinstance(text, str) for text in texts):
+        return message
+    return {**message, "content": "\n".join(texts)}
 
 
 def _with_argument_objects(

@@ -274,3 +274,14 @@ def test_doctor_says_in_one_line_what_is_wrong(words: tuple[str, ...], says: str
     assert result.returncode == 2
     assert says in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("shows_parts", [False, True])
+def test_text_parts_are_one_text_for_a_template_that_knows_no_parts(shows_parts: bool) -> None:
+    """Engines flatten them too; else the model would read how Python writes a list."""
+    parts = "{%- for part in message.content -%}[{{ part.text }}]{%- endfor -%}"
+    text = CHATML.replace("{{- '<|im_start|>' + message.role + '\\n' + (message.content or '') -}}", parts)
+    template = ChatTemplate({"default": text if shows_parts else CHATML}, special_tokens={})
+    content = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    shown = template.render(Conversation(({"role": "user", "content": content},)))
+    assert ("[one][two]" in shown, "one\ntwo" in shown) == (shows_parts, not shows_parts)
