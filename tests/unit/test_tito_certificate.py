@@ -50,13 +50,8 @@ def tokenizer(tiny_model: Path) -> ChatTokenizer:
     return ChatTokenizer.load(tiny_model)
 
 
-def builder(
-    tokenizer: ChatTokenizer, text: str, *, policy: HistoryPolicy = HistoryPolicy.KEEP, ready: bool = True
-) -> PromptBuilder:
-    prompts = PromptBuilder(tokenizer, ChatTemplate({"default": text}, special_tokens={}), history_policy=policy)
-    if ready:
-        prompts.prepare()
-    return prompts
+def builder(tokenizer: ChatTokenizer, text: str, *, policy: HistoryPolicy = HistoryPolicy.KEEP) -> PromptBuilder:
+    return PromptBuilder(tokenizer, ChatTemplate({"default": text}, special_tokens={}), history_policy=policy)
 
 
 def tool_loop(num_calls: int, *, result: str = "24") -> list[JsonValue]:
@@ -80,6 +75,12 @@ def continue_with(tokenizer: ChatTokenizer, prompts: PromptBuilder, messages: li
     return prompts.build(Conversation(tuple(messages), TOOLS), parent)
 
 
+def meet(tokenizer: ChatTokenizer, prompts: PromptBuilder, messages: list[JsonValue]) -> None:
+    """Have the shape of the last turn among `messages` certified, by a turn of that shape."""
+    continue_with(tokenizer, prompts, messages)
+    prompts.upkeep()
+
+
 def whole(tokenizer: ChatTokenizer, prompts: PromptBuilder, messages: list[JsonValue]) -> list[int]:
     return prompts.build(Conversation(tuple(messages), TOOLS), None).token_ids.tolist()
 
@@ -94,6 +95,7 @@ def certificate_of(prompts: PromptBuilder, messages: list[JsonValue]) -> ShapeCe
 def test_a_certified_shape_takes_the_short_path_with_the_ids_of_the_full_render(tokenizer: ChatTokenizer) -> None:
     """I1: what the short path adds is what the whole conversation's render ends with."""
     prompts = builder(tokenizer, CHATML)
+    prompts.prepare()
     messages = tool_loop(6)
     built = continue_with(tokenizer, prompts, messages)
     assert (built.certified_by, built.segment_reason) == ("shape", None)
@@ -102,7 +104,7 @@ def test_a_certified_shape_takes_the_short_path_with_the_ids_of_the_full_render(
 
 def test_an_unknown_shape_is_certified_for_the_turns_after_it(tokenizer: ChatTokenizer) -> None:
     """The first turn of a shape is certified in its own conversation, later ones by the shape."""
-    prompts = builder(tokenizer, CHATML, ready=False)
+    prompts = builder(tokenizer, CHATML)
     messages = tool_loop(3)
     first = continue_with(tokenizer, prompts, messages)
     assert prompts.upkeep_due
@@ -116,6 +118,7 @@ def test_a_suffix_that_depends_on_earlier_messages_is_no_matter_for_the_short_pa
     """A template that numbers its messages is append-only, and never certified to be context-free."""
     prompts = builder(tokenizer, COUNTED)
     messages = tool_loop(4)
+    meet(tokenizer, prompts, messages)
     certificate = certificate_of(prompts, messages)
     assert (certificate.verdict, certificate.stop) == (Verdict.APPENDS, None)
     built = continue_with(tokenizer, prompts, messages)
@@ -129,6 +132,7 @@ def test_an_audit_that_comes_out_different_withdraws_the_certificate_and_counts_
     """A template may change its mind where no made-up conversation reaches; then turns are certified one by one."""
     prompts = builder(tokenizer, LATE_CHANGE)
     messages = tool_loop(20)
+    meet(tokenizer, prompts, tool_loop(2))
     assert continue_with(tokenizer, prompts, messages).certified_by == "shape"
     prompts.upkeep()
     assert prompts.audits.num_alarms == 1
@@ -140,7 +144,7 @@ def test_an_audit_that_comes_out_different_withdraws_the_certificate_and_counts_
 
 def test_audits_of_a_sound_template_raise_no_alarm(tokenizer: ChatTokenizer) -> None:
     prompts = builder(tokenizer, CHATML)
-    for num_calls in range(1, 6):
+    for num_calls in range(1, 8):
         continue_with(tokenizer, prompts, tool_loop(num_calls))
         prompts.upkeep()
     assert prompts.audits.num_audits >= 3
@@ -153,6 +157,7 @@ def test_a_certified_suffix_serves_where_the_template_would_refuse_the_whole(tok
     messages = tool_loop(20)
     with pytest.raises(TemplateRaised, match="too long"):
         whole(tokenizer, prompts, messages)
+    meet(tokenizer, prompts, tool_loop(2))
     assert continue_with(tokenizer, prompts, messages).certified_by == "shape"
     prompts.upkeep()
     assert prompts.audits.num_alarms == 0
@@ -165,6 +170,7 @@ def test_texts_that_a_template_may_look_for_take_the_long_path(tokenizer: ChatTo
         "(message.content or '')", "((message.content or '').split('</think>')[-1].split('<tool_response>')[-1])"
     )
     prompts = builder(tokenizer, looks)
+    meet(tokenizer, prompts, tool_loop(2))
     assert continue_with(tokenizer, prompts, tool_loop(2)).certified_by == "shape"
     assert not continue_with(tokenizer, prompts, tool_loop(2, result=result)).certified_by.startswith("shape")
 
@@ -183,6 +189,7 @@ def test_reasoning_that_the_template_would_drop_is_kept_by_policy_only(
         {"role": "assistant", "content": "It is 24.", "reasoning_content": "Done."},
         {"role": "user", "content": "And?"},
     ]
+    meet(tokenizer, prompts, messages)
     built = continue_with(tokenizer, prompts, messages)
     if policy is HistoryPolicy.KEEP:
         assert (built.certified_by, built.segment_reason) == ("shape_kept_history", None)
@@ -238,7 +245,7 @@ def test_survey_asks_without_system_messages_where_a_template_refuses_them(token
 def test_messages_that_the_template_does_not_show_are_named(tokenizer: ChatTokenizer) -> None:
     """I9: the model never sees them, and the turn says which."""
     drops = CHATML.replace("messages -%}", "messages if message.role != 'developer' -%}", 1)
-    prompts = builder(tokenizer, drops, ready=False)
+    prompts = builder(tokenizer, drops)
     messages = [
         {"role": "developer", "content": "Be brief."},
         {"role": "user", "content": "What is 48/2?"},
@@ -280,7 +287,7 @@ def test_doctor_says_in_one_line_what_is_wrong(words: tuple[str, ...], says: str
 def test_text_parts_are_one_text_for_a_template_that_knows_no_parts(shows_parts: bool) -> None:
     """Engines flatten them too; else the model would read how Python writes a list."""
     parts = "{%- for part in message.content -%}[{{ part.text }}]{%- endfor -%}"
-    text = CHATML.replace("{{- '<|im_start|>' + message.role + '\\n' + (message.content or '') -}}", parts)
+    text = CHATML.replace("{{- '<|im_start|>' + message.role + '\n' + (message.content or '') -}}", parts)
     template = ChatTemplate({"default": text if shows_parts else CHATML}, special_tokens={})
     content = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
     shown = template.render(Conversation(({"role": "user", "content": content},)))
