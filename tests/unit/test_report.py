@@ -175,6 +175,32 @@ def test_every_leaf_is_rendered_once_and_not_every_turn() -> None:
     assert rendered == [59]
 
 
+def test_a_shared_prefix_is_judged_in_the_longest_conversation_that_holds_it() -> None:
+    """I1: templates rewrite the past as a conversation goes on (old reasoning, say); the last word counts."""
+    longer = replace(TWO_LEAVES[3], prompt_token_ids=ids(1, 13, 13, 3, 2))
+    turns = [*TWO_LEAVES[:3], longer]
+
+    def render(conversation: Conversation) -> TokenIds:
+        is_longer = [1, 13, 3, 2] in [message["content"] for message in conversation.messages]
+        return respelling({21: (90,), 13: (13, 13)} if is_longer else {}).render(conversation)
+
+    assert measure_drift(turns, Retokenisation(render, CONTROL)) == DriftReport(3, 2, 0, 7, 1)
+
+
+def test_a_conversation_that_two_refused_leaves_share_is_rendered_once() -> None:
+    rendered: list[int] = []
+    retokenisation = respelling({})
+
+    def render(conversation: Conversation) -> TokenIds:
+        rendered.append(len(conversation.messages))
+        return retokenisation.render(conversation)
+
+    refused = [a_turn(i, prompt=(1, 666, 3, 2), output=(3,), parent=1) for i in (2, 3)]
+    drift = measure_drift([*TWO_LEAVES[:2], *refused], Retokenisation(render, CONTROL))
+    assert drift == DriftReport(3, 0, 2, 3, 0)
+    assert rendered == [5, 3, 5]
+
+
 def test_the_report_counts_forks_reasons_flags_and_messages_that_were_hidden() -> None:
     """I6: whatever the agent did, it is told by cause; a message hidden from several turns counts once."""
     meta: dict[str, JsonValue] = {"certified_by": "full_render", "flags": ["malformed_tool_call"]}
