@@ -1,163 +1,212 @@
-"""Canonical forms of chat messages, and the rolling hashes that find a conversation in the turn tree (design 4).
+"""What makes two chat messages the same message, as digests: the ground that attachment stands on (design 4).
 
-Three forms a message: *exact* (JSON with sorted keys), *semantic* (null, "" and absent are one; one text part is its
-text; tool-call arguments compare as JSON values; tool-call ids compare by position; `index` is ignored) and *core*
-(semantic without reasoning). Two conversations can be the same only if their core hashes are equal.
+A message of a request is held against a recorded one in three tiers. *Exact*: equal JSON, whatever the order of keys.
+*Semantic*: null, "" and absent are one, one text part is its text, tool-call arguments compare as JSON values.
+*Projection*: the same, but the reasoning was left out. Everything here is a function of the message and of the tool
+calls before it, so that a tree that is rebuilt from the ledger has the same keys.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from decimal import Decimal
-from typing import TypeAlias
+from types import MappingProxyType
+from typing import NamedTuple, TypeAlias
 
 from gateway.contracts.generation import JsonValue
-from gateway.contracts.records import RootContext
+from gateway.contracts.records import MatchTier, RootContext
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")
-_CLIENT_DECORATION = frozenset(("provider_specific_fields", "annotations", "audio", "refusal"))
-"""What client libraries add to an assistant message when they replay it; no template reads it."""
+_KNOWN = frozenset(("role", "content", "name", "tool_calls", "tool_call_id", "function_call", *_REASONING))
+_DECORATION = frozenset(("annotations", "cache_control", "provider_specific_fields", "refusal"))
+"""What client libraries put on messages and content parts, and take away again, for other servers than ours."""
+
+_MAX_ARGUMENT_DEPTH = 100
+"""Arguments nested deeper compare as text: how deep a JSON reader gets must not depend on who calls it."""
+
+_NO_EXTRAS: Mapping[str, bytes] = MappingProxyType({})
 
 CallPositions: TypeAlias = Mapping[str, int]
-"""Tool-call id → its position in the latest assistant message."""
+"""Tool-call id → its position in the latest assistant message that has calls."""
+
+NO_CALLS: CallPositions = MappingProxyType({})
 
 
-@dataclass(frozen=True, slots=True)
-class MessageKey:
-    """Digests of one message's forms, 16 bytes each."""
+class MessageKey(NamedTuple):
+    """What of a message counts, as digests of 16 bytes (a tuple, because every request makes one a message).
+
+    exact: of the JSON with sorted keys. core: of what must be equal in any tier. reasoning: b"" for none.
+    result_of: for a tool result, which call it answers: a position, or the id where no call has it. call_ids: of the
+    message's own calls, "" for a call without. extras: unknown keys, see `compare`.
+    """
 
     exact: bytes
-    semantic: bytes
     core: bytes
-    has_reasoning: bool
+    reasoning: bytes = b""
+    result_of: int | str | None = None
+    call_ids: tuple[str, ...] = ()
+    extras: Mapping[str, bytes] = _NO_EXTRAS
 
 
-@dataclass(frozen=True, slots=True)
-class ChainHash:
-    """Rolling digests of a conversation's first messages, in the three forms."""
+def compare(recorded: MessageKey, sent: MessageKey) -> MatchTier | None:
+    """In which tier a sent message is the recorded one, None if it is another message.
 
-    exact: bytes = b""
-    semantic: bytes = b""
-    core: bytes = b""
-
-    def extend(self, key: MessageKey) -> ChainHash:
-        """The hash with one more message."""
-        return ChainHash(
-            _digest(self.exact + key.exact),
-            _digest(self.semantic + key.semantic),
-            _digest(self.core + key.core),
-        )
+    Absent reasoning is forgiven, other reasoning is another message. Tool results name calls by position, so that a
+    client may rewrite ids or drop them. Unknown keys: on an assistant message they never count, for what was sampled
+    has none, and whatever stands there on replay was put there by a client. On other messages the agent may mean
+    something by them, so a value that changes is another message; but bookkeeping comes and goes between calls, so a
+    key that only one side has is forgiven.
+    """
+    if not _may_answer_one_call(recorded.result_of, sent.result_of):
+        return None
+    if recorded.exact == sent.exact:
+        return MatchTier.EXACT
+    if recorded.core != sent.core or not _agree(recorded.extras, sent.extras):
+        return None
+    if recorded.reasoning == sent.reasoning:
+        return MatchTier.SEMANTIC
+    return None if sent.reasoning else MatchTier.PROJECTION
 
 
 def message_keys(
     messages: Sequence[JsonValue], *, calls: CallPositions
 ) -> tuple[tuple[MessageKey, ...], CallPositions]:
-    """Keys of messages that follow an assistant message with `calls`, and the calls that hold after them."""
+    """Keys of messages that follow an assistant message with `calls`, and the calls that hold after them.
+
+    Messages are objects of any content: shapes that no API allows get keys like all others.
+    """
     keys: list[MessageKey] = []
     for message in messages:
-        keys.append(_message_key(message, calls))
-        if message.get("role") == "assistant":
-            calls = {
-                str(call.get("id")): position
-                for position, call in enumerate(message.get("tool_calls") or ())
-                if call.get("id")
-            }
+        key = _message_key(message, calls)
+        keys.append(key)
+        if key.call_ids and message.get("role") == "assistant":
+            calls = {call_id: position for position, call_id in enumerate(key.call_ids) if call_id} or NO_CALLS
     return tuple(keys), calls
 
 
 def root_digest(root: RootContext) -> bytes:
     """Of tools and template arguments, which are part of a root's identity; the order of keys does not matter."""
-    return _digest(_json(list(root.tools)) + _json(root.template_arguments))
+    return _digest(_json(list(root.tools)) + _json(dict(root.template_arguments)))
 
 
 def arguments_digest(root: RootContext) -> bytes:
     """Of the template arguments alone."""
-    return _digest(_json(root.template_arguments))
+    return _digest(_json(dict(root.template_arguments)))
 
 
 def reasoning_of(message: Mapping[str, JsonValue]) -> str | None:
-    """A message's reasoning under either of its names, None for none or an empty one."""
+    """A message's reasoning text under any of its names, None for none or an empty one."""
     for name in _REASONING:
-        if message.get(name):
-            return str(message[name])
+        text = message.get(name)
+        if text and isinstance(text, str):
+            return text
     return None
 
 
 def _message_key(message: Mapping[str, JsonValue], calls: CallPositions) -> MessageKey:
-    core = _core(message, calls)
-    core_bytes = _json(core)
+    content = message.get("content")
+    text = _text_digest(content) if isinstance(content, str) and content else None
+    if text is not None and len(message) == 2 and "role" in message:  # most messages, and most bytes
+        digest = _digest(_json(message["role"]) + text)
+        return MessageKey(digest, digest)
+    written = message if text is None else {name: value for name, value in message.items() if name != "content"}
     reasoning = reasoning_of(message)
-    semantic_bytes = core_bytes if reasoning is None else _json(core | {"reasoning_content": reasoning})
     return MessageKey(
-        exact=_digest(_json(message)),
-        semantic=_digest(semantic_bytes),
-        core=_digest(core_bytes),
-        has_reasoning=reasoning is not None,
+        exact=_digest(_json(written) + (text or b"")),
+        core=_core_digest(message, text),
+        reasoning=b"" if reasoning is None else _text_digest(reasoning),
+        result_of=_result_of(message, calls),
+        call_ids=_call_ids(message.get("tool_calls")),
+        extras=_extras(message),
     )
 
 
-def _core(message: Mapping[str, JsonValue], calls: CallPositions) -> dict[str, JsonValue]:
-    dropped = set(_REASONING)
-    if message.get("role") == "assistant":
-        dropped |= _CLIENT_DECORATION
-    core = {name: value for name, value in message.items() if name not in dropped and not _is_empty(value)}
-    if "content" in core:
-        core["content"] = _content(core["content"])
-        if _is_empty(core["content"]):
-            del core["content"]
-    if "tool_calls" in core:
+def _core_digest(message: Mapping[str, JsonValue], text: bytes | None) -> bytes:
+    """`text`: digest of the content where that is a text."""
+    core: dict[str, JsonValue] = {}
+    names = ("tool_calls", "function_call") if _is_assistant(message) else ("tool_calls", "function_call", "name")
+    for name in names:
+        if not _is_empty(message.get(name)):
+            core[name] = message[name]
+    if isinstance(core.get("tool_calls"), list):
         core["tool_calls"] = [_tool_call(call) for call in core["tool_calls"]]
-    call_id = core.get("tool_call_id")
-    if isinstance(call_id, str) and call_id in calls:
-        core["tool_call_id"] = calls[call_id]
-    return core
+    if text is None:
+        content = _content(message.get("content"))
+        if isinstance(content, str) and content:
+            text = _text_digest(content)
+        elif not _is_empty(content):
+            core["content"] = content
+    role = _json(message.get("role"))
+    return _digest(role + (_json(core) if core else b"") + (text or b""))
 
 
 def _content(content: JsonValue) -> JsonValue:
-    """One text part is its text; other parts stay, without their nulls."""
+    """One text part is its text; other parts stay, without their nulls and what client libraries put on them."""
     if not isinstance(content, list):
         return content
-    parts = [_without_empty(part) for part in content]
+    parts = [_part(part) for part in content]
     if len(parts) == 1 and isinstance(parts[0], dict) and parts[0].get("type") == "text":
         part = parts[0]
-        if part.keys() <= {"type", "text"}:
+        if part.keys() <= {"type", "text"} and isinstance(part.get("text", ""), str):
             return part.get("text", "")
     return parts
 
 
-def _tool_call(call: Mapping[str, JsonValue]) -> JsonValue:
-    kept = {name: value for name, value in call.items() if name not in ("id", "index") and not _is_empty(value)}
-    kept.setdefault("type", "function")
-    function = kept.get("function")
-    if isinstance(function, dict):
-        function = _without_empty(function)
-        kept["function"] = function | {"arguments": _arguments(function.get("arguments"))}
-    return kept
+def _part(part: JsonValue) -> JsonValue:
+    if not isinstance(part, dict):
+        return part
+    return {name: value for name, value in part.items() if name not in _DECORATION and not _is_empty(value)}
+
+
+def _tool_call(call: JsonValue) -> JsonValue:
+    """A function call is its name and arguments; what is no function call stays as it is, without id and index."""
+    if not isinstance(call, dict):
+        return call
+    function = call.get("function")
+    if not isinstance(function, dict):
+        return {name: value for name, value in call.items() if name not in ("id", "index") and not _is_empty(value)}
+    arguments = function.get("arguments")
+    return {
+        "type": call.get("type") or "function",
+        "name": function.get("name"),
+        "arguments": {"json": {"object": {}}} if _is_empty(arguments) else _arguments(arguments),
+    }
 
 
 def _arguments(arguments: JsonValue) -> JsonValue:
     """Arguments as a JSON value of tagged numbers; text that is not JSON stays text, marked as such."""
-    text = arguments if isinstance(arguments, str) else json.dumps(arguments)
+    text = arguments if isinstance(arguments, str) else _json(arguments).decode()
     try:
-        value = json.loads(
-            text, parse_float=_number, parse_int=_number, parse_constant=_refuse, object_pairs_hook=_unique
-        )
+        value = _decode(text)
     except (ValueError, ArithmeticError, RecursionError):
+        return {"text": text}
+    if text.count("[") + text.count("{") > _MAX_ARGUMENT_DEPTH and _depth(value) > 2 * _MAX_ARGUMENT_DEPTH:
         return {"text": text}
     return {"json": value}
 
 
-def _number(text: str) -> JsonValue:
-    """A number as its exact digits, so that 1 and 1.0 are equal and nothing is rounded."""
-    sign, digits, exponent = Decimal(text).as_tuple()
-    trimmed = "".join(map(str, digits)).lstrip("0")
-    significant = trimmed.rstrip("0")
-    if not significant or not isinstance(exponent, int):
+def _fraction(text: str) -> JsonValue:
+    """A number that clients read as a double, and write back with the digits that a double needs."""
+    number = float(text)
+    value = Decimal(repr(number) if math.isfinite(number) else text).as_tuple()
+    return _number(value.sign == 1, "".join(map(str, value.digits)), int(value.exponent))
+
+
+def _integer(text: str) -> JsonValue:
+    """Integers are exact at any size."""
+    return _number(text.startswith("-"), text.lstrip("-"), 0)
+
+
+def _number(negative: bool, digits: str, exponent: int) -> JsonValue:
+    """A number as its significant digits and the exponent of the last of them: 1, 1.0 and 1e0 are equal."""
+    significant = digits.strip("0")
+    if not significant:
         return {"number": "0"}
-    return {"number": f"{'-' if sign else ''}{significant}e{exponent + len(trimmed) - len(significant)}"}
+    trailing_zeros = len(digits) - len(digits.rstrip("0"))
+    return {"number": f"{'-' if negative else ''}{significant}e{exponent + trailing_zeros}"}
 
 
 def _refuse(name: str) -> JsonValue:
@@ -172,18 +221,71 @@ def _unique(pairs: list[tuple[str, JsonValue]]) -> dict[str, JsonValue]:
     return {"object": value}
 
 
-def _without_empty(value: JsonValue) -> JsonValue:
-    if not isinstance(value, dict):
+def _depth(value: JsonValue) -> int:
+    """Levels of lists and objects, counted without recursion."""
+    depth, level = 0, [value]
+    while level:
+        nested = [item for item in level if isinstance(item, dict | list)]
+        depth += bool(nested)
+        level = [child for item in nested for child in (item.values() if isinstance(item, dict) else item)]
+    return depth
+
+
+def _result_of(message: Mapping[str, JsonValue], calls: CallPositions) -> int | str | None:
+    call_id = _identifier(message.get("tool_call_id"))
+    return calls.get(call_id, call_id) if call_id else None
+
+
+def _may_answer_one_call(recorded: int | str | None, sent: int | str | None) -> bool:
+    """A position and an id that no call has may mean the same call: the client renamed the one, but not the other."""
+    return recorded == sent or recorded is None or sent is None or type(recorded) is not type(sent)
+
+
+def _call_ids(calls: JsonValue) -> tuple[str, ...]:
+    if not isinstance(calls, list):
+        return ()
+    return tuple(_identifier(call.get("id")) if isinstance(call, dict) else "" for call in calls)
+
+
+def _identifier(value: JsonValue) -> str:
+    """An id as text, "" for what cannot be one."""
+    if isinstance(value, str):
         return value
-    return {name: item for name, item in value.items() if not _is_empty(item)}
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else ""
+
+
+def _extras(message: Mapping[str, JsonValue]) -> Mapping[str, bytes]:
+    if _is_assistant(message) or message.keys() <= _KNOWN:
+        return _NO_EXTRAS
+    unknown = message.keys() - _KNOWN - _DECORATION
+    return {name: _digest(_json(message[name])) for name in unknown if not _is_empty(message[name])}
+
+
+def _agree(recorded: Mapping[str, bytes], sent: Mapping[str, bytes]) -> bool:
+    return all(recorded[name] == sent[name] for name in recorded.keys() & sent.keys())
+
+
+def _is_assistant(message: Mapping[str, JsonValue]) -> bool:
+    return bool(message.get("role") == "assistant")
 
 
 def _is_empty(value: JsonValue) -> bool:
     return value is None or (isinstance(value, str | list) and not value)
 
 
+_decode = json.JSONDecoder(
+    parse_float=_fraction, parse_int=_integer, parse_constant=_refuse, object_pairs_hook=_unique
+).decode
+_encode = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode
+
+
 def _json(value: JsonValue) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+    return _encode(value).encode()
+
+
+def _text_digest(text: str) -> bytes:
+    # Lone surrogates, which UTF-8 has no place for, are texts like any other here.
+    return _digest(text.encode("utf-8", "surrogatepass"))
 
 
 def _digest(data: bytes) -> bytes:

@@ -1,36 +1,71 @@
 """The turn tree of one session, rebuilt from its TurnRecords; it adds nothing that the records do not say.
 
-Every node holds its own delta only (I3); tokens of a path are joined when asked for.
+Two trees share their ground. Turns hang on the turns whose tokens they extend; every node holds its own delta only
+(I3), and tokens of a path are joined when asked for. Messages hang on the messages that stand before them in some
+recorded conversation, each stored once, so that a request finds its place in one walk along its own messages.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from gateway.contracts.errors import LedgerCorrupt
 from gateway.contracts.generation import JsonValue, TokenIds
 from gateway.contracts.records import RootContext, TurnRecord
-from gateway.sessions.messages import CallPositions, ChainHash, MessageKey, message_keys, root_digest
+from gateway.sessions.messages import NO_CALLS, CallPositions, MessageKey, message_keys, root_digest
+
+
+class RecordedMessage:
+    """A message at its place: after just these other messages, in one or several recorded conversations.
+
+    turns: those whose conversation, reply included, ends with it. message: None at the start of all conversations.
+    """
+
+    __slots__ = ("_following", "key", "message", "turns")
+
+    def __init__(self, key: MessageKey | None, message: JsonValue) -> None:
+        self.key = key
+        self.message = message
+        self.turns: tuple[Node, ...] = ()
+        # By core digest: one alone (the rule), or a tuple of those that differ in what the core leaves out.
+        self._following: dict[bytes, RecordedMessage | tuple[RecordedMessage, ...]] | None = None
+
+    def following(self, core: bytes) -> Sequence[RecordedMessage]:
+        """Messages recorded right after this one that have this core."""
+        found = () if self._following is None else self._following.get(core, ())
+        return found if isinstance(found, tuple) else (found,)
+
+    def extended(self, key: MessageKey, message: JsonValue) -> RecordedMessage:
+        """This message followed by another one: what is recorded already, or a new branch."""
+        found = self.following(key.core)
+        for known in found:
+            if known.key == key:
+                return known
+        new = RecordedMessage(key, message)
+        if self._following is None:
+            self._following = {}
+        self._following[key.core] = (*found, new) if found else new
+        return new
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Node:
     """One recorded turn in the tree.
 
-    keys: of its added messages and its reply. chain: rolling hash of all messages up to its reply. num_messages,
-    num_tokens: of the whole path. calls: ids of the tool calls in its reply.
+    last: its reply, at its place among the recorded messages. calls: ids of the latest tool calls up to its reply.
+    num_messages, num_tokens: of the whole path.
     """
 
     record: TurnRecord
     parent: Node | None
     root: RootContext
     root_digest: bytes
-    keys: tuple[MessageKey, ...]
-    chain: ChainHash
+    last: RecordedMessage
     calls: CallPositions
     num_messages: int
     num_tokens: int
@@ -53,19 +88,16 @@ class Node:
         """The conversation of the path as recorded, this node's reply included."""
         return [message for node in self.path() for message in (*node.record.added_messages, node.record.reply)]
 
-    def message_keys(self) -> list[MessageKey]:
-        """Keys of `messages()`."""
-        return [key for node in self.path() for key in node.keys]
-
 
 class TurnTree:
     """All turns of one session."""
 
     def __init__(self, records: Iterable[TurnRecord] = ()) -> None:
         self._nodes: dict[str, Node] = {}
-        self._by_core: defaultdict[bytes, list[Node]] = defaultdict(list)
+        self._roots: dict[bytes, RootContext] = {}
         self._delivered: dict[str, float] = {}
         self._next_index = 0
+        self.start = RecordedMessage(None, None)
         for record in records:
             self.add(record)
 
@@ -75,10 +107,14 @@ class TurnTree:
     def __getitem__(self, turn_id: str) -> Node:
         return self._nodes[turn_id]
 
+    def __iter__(self) -> Iterator[Node]:
+        """All turns, in the order in which they were added."""
+        return iter(self._nodes.values())
+
     @property
     def records(self) -> Sequence[TurnRecord]:
-        """All turns, in the order in which they were added."""
-        return [node.record for node in self._nodes.values()]
+        """The record of each turn, in the order in which they were added."""
+        return [node.record for node in self]
 
     def take_index(self) -> int:
         """The next turn's index; each call gives another one."""
@@ -92,9 +128,9 @@ class TurnTree:
         if parent_id is not None and parent_id not in self._nodes:
             raise LedgerCorrupt(f"session {record.session_id} turn {record.index}: its parent {parent_id} is missing")
         parent = None if parent_id is None else self._nodes[parent_id]
-        node = _node(record, parent)
+        node = self._node(record, parent)
+        node.last.turns = (*node.last.turns, node)
         self._nodes[record.turn_id] = node
-        self._by_core[node.chain.core].append(node)
         self._next_index = max(self._next_index, record.index + 1)
         if record.delivered_at is not None:
             self.mark_delivered(record.turn_id, record.delivered_at)
@@ -108,28 +144,51 @@ class TurnTree:
         """When a reply left, None if it did not yet."""
         return self._delivered.get(turn_id)
 
-    def with_core(self, core: bytes) -> Sequence[Node]:
-        """Turns whose conversation, reply included, has this core hash."""
-        return self._by_core.get(core, ())
+    def _node(self, record: TurnRecord, parent: Node | None) -> Node:
+        messages = (*record.added_messages, record.reply)
+        keys, calls = message_keys(messages, calls=NO_CALLS if parent is None else parent.calls)
+        last, known = self.start if parent is None else parent.last, []
+        for key, message in zip(keys, messages, strict=True):
+            last = last.extended(key, message)
+            known.append(last.message)
+        root, digest = self._root(record, parent)
+        num_own_tokens = len(record.prompt_token_ids) + len(record.output_token_ids)
+        return Node(
+            record=_slim(record, known, root, parent),
+            parent=parent,
+            root=root,
+            root_digest=digest,
+            last=last,
+            calls=calls,
+            num_messages=len(messages) + (0 if parent is None else parent.num_messages),
+            num_tokens=num_own_tokens + (0 if parent is None else parent.num_tokens),
+        )
+
+    def _root(self, record: TurnRecord, parent: Node | None) -> tuple[RootContext, bytes]:
+        if parent is not None:
+            return parent.root, parent.root_digest
+        if record.root is None:
+            raise LedgerCorrupt(f"session {record.session_id} turn {record.index}: a root without its context")
+        digest = root_digest(record.root)
+        return self._roots.setdefault(digest, record.root), digest
 
 
-def _node(record: TurnRecord, parent: Node | None) -> Node:
-    keys, calls = message_keys((*record.added_messages, record.reply), calls={} if parent is None else parent.calls)
-    chain = ChainHash() if parent is None else parent.chain
-    for key in keys:
-        chain = chain.extend(key)
-    root = record.root if parent is None else parent.root
-    if root is None:
-        raise LedgerCorrupt(f"session {record.session_id} turn {record.index}: a root without its context")
-    num_own_tokens = len(record.prompt_token_ids) + len(record.output_token_ids)
-    return Node(
-        record=record,
-        parent=parent,
-        root=root,
-        root_digest=root_digest(root) if parent is None else parent.root_digest,
-        keys=keys,
-        chain=chain,
-        calls=calls,
-        num_messages=len(keys) + (0 if parent is None else parent.num_messages),
-        num_tokens=num_own_tokens + (0 if parent is None else parent.num_tokens),
+def _slim(record: TurnRecord, messages: Sequence[JsonValue], root: RootContext, parent: Node | None) -> TurnRecord:
+    """The record with what the session holds already: one copy of equal messages and tools, no borrowed memory."""
+    like = record if parent is None else parent.record
+    return replace(
+        record,
+        added_messages=tuple(messages[:-1]),
+        reply=messages[-1],
+        root=None if record.root is None else root,
+        sampling=like.sampling if like.sampling == record.sampling else record.sampling,
+        prompt_token_ids=_own(record.prompt_token_ids),
+        output_token_ids=_own(record.output_token_ids),
+        output_logprobs=_own(record.output_logprobs),
     )
+
+
+def _own(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """A view keeps all of its base alive."""
+    base = array.base
+    return array.copy() if isinstance(base, np.ndarray) and base.nbytes > array.nbytes else array

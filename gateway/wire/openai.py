@@ -54,6 +54,7 @@ _PROTECTED = frozenset(
 _ALIASES = {"max_completion_tokens": "max_new_tokens", "max_tokens": "max_new_tokens"}
 _MAX_STOP_STRINGS = 16
 _MAX_CHOICES = 128
+_MAX_NESTING = 200
 
 T = TypeVar("T")
 
@@ -135,6 +136,7 @@ class Choice:
 def parse_chat_request(body: bytes) -> ChatRequest:
     """Read a request; raises InvalidRequest naming the field that is wrong."""
     fields = load_json_object(body)
+    _check_nesting(fields)
     messages = _messages(fields)
     tools = _objects(fields, "tools")
     passthrough = {k: v for k, v in fields.items() if k not in _KNOWN | _SAMPLING_EXTRA | _PROTECTED}
@@ -334,18 +336,25 @@ def _joint_usage(choices: Sequence[Choice]) -> Usage:
 
 
 def _messages(fields: Mapping[str, JsonValue]) -> tuple[JsonValue, ...]:
+    """Messages of any shape that a template might read (I6); what it cannot read, it refuses in its own words."""
     messages = _objects(fields, "messages")
     if not messages:
         raise InvalidRequest("messages: at least one message is needed")
     for i, message in enumerate(messages):
         if not isinstance(message.get("role"), str):
             raise InvalidRequest(f"messages[{i}].role: expected a string, got {_kind(message.get('role'))}")
-        if not isinstance(message.get("content"), str | list | None):
-            raise InvalidRequest(f"messages[{i}].content: expected text or parts, got {_kind(message['content'])}")
-        calls = message.get("tool_calls")
-        if not isinstance(calls, list | None) or not all(isinstance(call, dict) for call in calls or ()):
-            raise InvalidRequest(f"messages[{i}].tool_calls: expected a list of objects")
     return messages
+
+
+def _check_nesting(fields: Mapping[str, JsonValue]) -> None:
+    """Raise InvalidRequest for a body nested so deep that what reads it would run out of stack somewhere later."""
+    level: list[JsonValue] = [fields]
+    for _ in range(_MAX_NESTING):
+        children = [item.values() if isinstance(item, dict) else item for item in level]
+        level = [value for values in children for value in values if isinstance(value, dict | list)]
+        if not level:
+            return
+    raise InvalidRequest(f"the body is nested too deeply: at most {_MAX_NESTING} levels")
 
 
 def _objects(fields: Mapping[str, JsonValue], name: str) -> tuple[JsonValue, ...]:

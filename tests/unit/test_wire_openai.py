@@ -88,7 +88,10 @@ def test_response_format_becomes_a_constraint() -> None:
         ({"stream_options": []}, "stream_options"),
         ({"chat_template_kwargs": []}, "chat_template_kwargs"),
         ({"response_format": {"type": "xml"}}, "response_format.type"),
-        ({"messages": [{"role": "assistant", "tool_calls": [1]}]}, "messages[0].tool_calls"),
+        ({"messages": [USER, 1]}, "messages[1]"),
+        ({"messages": [{"content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": 1}]}, "messages[0].role"),
+        ({"messages": [USER | {"x": json.loads("[" * 300 + "]" * 300)}]}, "nested too deeply"),
     ],
 )
 def test_wrong_field_is_named(fields: dict[str, Any], named: str) -> None:
