@@ -156,7 +156,7 @@ class LocalChat:
             await turn.settled()
             return Vanished()
         finished = await turn.finished()
-        await runner.delivered(self.session, finished)
+        runner.delivered(self.session, finished)
         return Answered(dict(finished.record.reply), str(finished.record.finish.reason))
 
 

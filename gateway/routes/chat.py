@@ -128,8 +128,9 @@ class _ChatRoutes:
             chat.wanted,
         )
 
-        async def delivered() -> None:
-            await _all(self._runner.delivered(session, turn) for turn in finished)
+        def delivered() -> None:
+            for turn in finished:
+                self._runner.delivered(session, turn)
 
         return _RecordedReply(dump_json(body), _headers(session), delivered)
 
@@ -140,7 +141,6 @@ class _ChatRoutes:
         first = await client.unless_gone(anext(events))
         model = self._runner.parts.model
         writer = ChunkWriter(_reply_id(turn.turn_id), chat.model or model.name, chat.wanted)
-        marking: list[asyncio.Task[None]] = []
 
         async def frames() -> AsyncGenerator[bytes, None]:
             sent = False
@@ -160,7 +160,7 @@ class _ChatRoutes:
                 yield DONE
                 sent = True
                 # At once: who has read [DONE] may finish the session before this response has wound up.
-                marking.append(asyncio.create_task(self._runner.delivered(session, item)))
+                self._runner.delivered(session, item)
             except VerbatimError as error:
                 sent = True
                 yield event(error_body(error))
@@ -168,11 +168,8 @@ class _ChatRoutes:
                 if not sent:
                     self._runner.abandon(turn)
 
-        async def delivered() -> None:
-            await asyncio.gather(*marking)
-
         headers = _headers(session) | {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        return _RecordedStream(frames(), headers, delivered)
+        return _ClosingStream(frames(), headers=headers, media_type="text/event-stream")
 
     def _abandon(self, turns: Sequence[Turn]) -> None:
         for turn in turns:
@@ -248,36 +245,26 @@ class _Client:
 class _RecordedReply(Response):
     """A whole reply that runs `delivered` when its last byte has left."""
 
-    def __init__(self, content: bytes, headers: dict[str, str], delivered: Callable[[], Awaitable[None]]) -> None:
+    def __init__(self, content: bytes, headers: dict[str, str], delivered: Callable[[], None]) -> None:
         super().__init__(content, headers=headers, media_type="application/json")
         self._delivered = delivered
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send, then tell."""
         await super().__call__(scope, receive, send)
-        await self._delivered()
+        self._delivered()
 
 
-class _RecordedStream(StreamingResponse):
-    """A streamed reply that runs `delivered` when its last byte has left."""
-
-    def __init__(
-        self,
-        frames: AsyncGenerator[bytes, None],
-        headers: dict[str, str],
-        delivered: Callable[[], Awaitable[None]],
-    ) -> None:
-        super().__init__(frames, headers=headers, media_type="text/event-stream")
-        self._frames = frames
-        self._delivered = delivered
+class _ClosingStream(StreamingResponse):
+    """A streamed reply whose frames end with it, also those that nobody asked for any more."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send, then tell; frames that were not asked for are closed."""
+        """Send, then close the frames."""
         try:
             await super().__call__(scope, receive, send)
         finally:
-            await self._frames.aclose()
-            await self._delivered()  # nothing, unless the frames came to their end
+            if isinstance(self.body_iterator, AsyncGenerator):
+                await self.body_iterator.aclose()
 
 
 async def _all(work: Iterable[Awaitable[T]]) -> list[T]:

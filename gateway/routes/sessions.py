@@ -137,7 +137,7 @@ class _SessionRoutes:
     async def turns(self, request: Request) -> Response:
         """All turns as recorded; `arrays=1` adds token ids and log-probs."""
         session_id = _required_id(request)
-        await self._registry.get(session_id)
+        await self._noted(session_id)
         arrays = _wants_arrays(request)
         turns = await self._ledger.turns(session_id)
         return json_reply({"turns": [_turn_json(turn, arrays=arrays) for turn in turns]})
@@ -146,7 +146,7 @@ class _SessionRoutes:
         """What a trainer would read now, under `pick`; `arrays=1` adds the segments' arrays."""
         session_id = _required_id(request)
         pick = self._picks.named(request.query_params.get("pick"))
-        await self._registry.get(session_id)
+        await self._noted(session_id)
         picked, segments = await load_segments(self._ledger, session_id, pick)
         arrays = _wants_arrays(request)
         return json_reply(
@@ -160,10 +160,15 @@ class _SessionRoutes:
         """What happened to a session's tokens, and what re-tokenising would have made of them; made on demand."""
         session_id = _required_id(request)
         pick = self._picks.named(request.query_params.get("pick"))
-        await self._registry.get(session_id)
+        await self._noted(session_id)
         turns = await self._ledger.turns(session_id)
         report = await asyncio.to_thread(session_report, session_id, turns, pick, self._retokenisation)
         return json_reply(asdict(report))
+
+    async def _noted(self, session_id: str) -> None:
+        """Whoever has read a reply finds it delivered; raises NotFound for a session that nobody made."""
+        session = await self._registry.get(session_id)
+        await session.deliveries_noted()
 
 
 def _wanted(session_id: str, fields: Mapping[str, JsonValue], *, key_hash: str) -> SessionRecord:

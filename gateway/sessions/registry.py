@@ -38,6 +38,12 @@ class Session:
     finish: FinishRecord | None
     closing: bool = False
     running: set[RunningTurn] = field(default_factory=set)
+    deliveries: set[asyncio.Task[None]] = field(default_factory=set)
+
+    async def deliveries_noted(self) -> None:
+        """Wait until the ledger knows of every reply whose last byte has left: its agent may ask at once."""
+        if self.deliveries:
+            await asyncio.wait(self.deliveries)
 
     def check_open(self) -> None:
         """Raise SessionSealed once the session is finished or about to be."""
@@ -96,6 +102,7 @@ class SessionRegistry:
         session.closing = True
         try:
             await _settle(session)
+            await session.deliveries_noted()
             session.finish = await self._ledger.finish(
                 FinishRecord(
                     session_id=session_id,
@@ -133,7 +140,9 @@ class SessionRegistry:
         if excess <= 0:
             return
         newest = next(reversed(self._sessions))
-        idle = [key for key, s in self._sessions.items() if not s.running and not s.closing and key != newest]
+        idle = [
+            key for key, s in self._sessions.items() if not (s.running or s.closing or s.deliveries) and key != newest
+        ]
         for session_id in idle[:excess]:
             del self._sessions[session_id]
 

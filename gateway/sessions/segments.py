@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -67,7 +67,8 @@ async def load_rollout(ledger: Ledger, session_id: str, snapshot: str, pick: Pic
     ConfigurationError (the operator's own pick failed).
     """
     finish = await _readable(ledger, session_id, snapshot)
-    session, (turns, experts) = await asyncio.gather(ledger.session(session_id), _read_turns(ledger, session_id))
+    session, (read, experts) = await asyncio.gather(ledger.session(session_id), _read_turns(ledger, session_id))
+    turns = [_as_sealed(turn, finish) for turn in read]
     await _readable(ledger, session_id, snapshot)  # a drop while we read must not pass for a rollout without turns
     if session is None:
         raise NotFound(f"no session {session_id}")
@@ -102,6 +103,12 @@ def _build_picked(
 ) -> tuple[PickedTurns, tuple[Segment, ...]]:
     picked = pick_turns(turns, pick)
     return picked, build_segments(turns, experts, picked=picked.turn_ids)
+
+
+def _as_sealed(turn: TurnRecord, finish: FinishRecord) -> TurnRecord:
+    """A snapshot does not change: what was delivered after its session was sealed was not seen by then."""
+    late = turn.delivered_at is not None and turn.delivered_at > finish.finished_at
+    return replace(turn, delivered_at=None) if late else turn
 
 
 async def _readable(ledger: Ledger, session_id: str, snapshot: str) -> FinishRecord:

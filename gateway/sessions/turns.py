@@ -245,6 +245,7 @@ class TurnRunner:
     def __init__(self, parts: TurnParts) -> None:
         self.parts = parts
         self._turns: dict[Turn, asyncio.Task[TurnFinished]] = {}
+        self._deliveries: set[asyncio.Task[None]] = set()
         self._upkeep = PromptUpkeep(parts.model.prompts)
 
     def prepare(self) -> None:
@@ -271,14 +272,22 @@ class TurnRunner:
         """The client of a turn has gone."""
         turn.abandon(grace_seconds=self.parts.settings.disconnect_grace_seconds)
 
-    async def delivered(self, session: Session, finished: TurnFinished) -> None:
-        """The last byte of a reply has left; nobody is there any more to be told of a failure to note that."""
+    def delivered(self, session: Session, finished: TurnFinished) -> None:
+        """The last byte of a reply has left; the session waits for the note where that matters."""
         delivered_at = time.time()
         session.tree.mark_delivered(finished.record.turn_id, delivered_at)
+        task = asyncio.create_task(self._note_delivery(finished.record, delivered_at))
+        session.deliveries.add(task)
+        task.add_done_callback(session.deliveries.discard)
+        self._deliveries.add(task)
+        task.add_done_callback(self._deliveries.discard)
+
+    async def _note_delivery(self, record: TurnRecord, delivered_at: float) -> None:
+        """Nobody is there any more to be told of a failure."""
         try:
-            await self.parts.ledger.mark_delivered(finished.record.session_id, finished.record.turn_id, delivered_at)
+            await self.parts.ledger.mark_delivered(record.session_id, record.turn_id, delivered_at)
         except (LedgerError, NotFound) as error:
-            _log.warning("the delivery of %s is not noted: %s", finished.record.turn_id, error)
+            _log.warning("the delivery of %s is not noted: %s", record.turn_id, error)
 
     async def aclose(self) -> None:
         """Cut what runs and wait until it is recorded."""
@@ -286,6 +295,8 @@ class TurnRunner:
             turn.cut(EngineUnavailable("the gateway stops; try again"))
         if self._turns:
             await asyncio.wait(list(self._turns.values()))
+        if self._deliveries:
+            await asyncio.wait(self._deliveries)
         await self._upkeep.aclose()
 
     def _forget(self, session: Session, turn: Turn) -> None:

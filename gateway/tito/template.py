@@ -204,13 +204,20 @@ def _template_message(message: JsonValue) -> dict[str, JsonValue]:
     return shown
 
 
+def _text_of(part: JsonValue) -> str | None:
+    if not isinstance(part, Mapping) or part.get("type") != "text":
+        return None
+    text = part.get("text")
+    return text if isinstance(text, str) else None
+
+
 def _with_joined_text(message: dict[str, JsonValue]) -> dict[str, JsonValue]:
     """Text parts as one text, a line each; content with other parts stays, the template has to know them."""
     parts = message.get("content")
     if not isinstance(parts, list):
         return message
-    texts = [part.get("text") for part in parts if isinstance(part, Mapping) and part.get("type") == "text"]
-    if len(texts) < len(parts) or not all(isinstance(text, str) for text in texts):
+    texts = [text for part in parts if (text := _text_of(part)) is not None]
+    if len(texts) < len(parts):
         return message
     return {**message, "content": "\n".join(texts)}
 
