@@ -43,6 +43,8 @@ _END, _CALL, _RETURN = "<|end|>", "<|call|>", "<|return|>"
 _MARKERS = (_START, _CHANNEL, _MESSAGE, _CONSTRAIN, _END, _CALL, _RETURN)
 _EDGES = (_START, _END, _CALL, _RETURN)
 _REASONING_CHANNEL, _CHANNELS = "analysis", ("analysis", "commentary", "final")
+_ROLE = re.compile(r"(?:<\|start\|>)?\s*(\w*)")
+_FIRST_WORD = re.compile(r"\A\s*(\w+)")
 _RECIPIENT = re.compile(r"\bto=([^\s<]+)")
 _HEADER_SO_FAR = re.compile(
     r"(?:<\|start\|>)?\s*\w*(?:\s+(?:t|to|to=[^\s<]*\s*)?)?"
@@ -214,7 +216,10 @@ class HarmonyParser:
             self._call_body.append(text)
         elif self._state is _State.REASONING:
             self._show_reasoning(self._reasoning.add(text))
-        elif self._state is _State.CONTENT or not text.isspace():
+        elif self._state is _State.CONTENT:
+            self._show_content(self._content.add(text))
+        elif not text.isspace():
+            self._open_content()
             self._show_content(self._content.add(text))
 
     def _begin_header(self, marker_text: str) -> None:
@@ -227,26 +232,27 @@ class HarmonyParser:
 
     def _open_message(self) -> None:
         """The header is complete: what follows is reasoning, content or a call's arguments."""
-        channel = "".join(self._header.partition(_CHANNEL)[2].split(maxsplit=1)[:1])
+        role = _ROLE.match(self._header)
+        channel = _FIRST_WORD.findall(self._header.partition(_CHANNEL)[2])
         recipient = _RECIPIENT.search(self._header)
-        if recipient is not None and recipient.group(1) not in _NO_TOOLS:
+        if role is not None and role.group(1) not in ("", "assistant"):
+            self._spill_header(ReplyFlag.MALFORMED_TOOL_CALL, _MESSAGE)
+        elif recipient is not None and recipient.group(1) not in _NO_TOOLS:
             self._recipient = recipient.group(1)
             self._open_call()
-        elif channel == _REASONING_CHANNEL:
+        elif channel == [_REASONING_CHANNEL]:
             self._state = _State.REASONING
             self._reasoning.begin_block()
-        elif channel in _CHANNELS or not self._own_header():
+        elif (channel and channel[0] in _CHANNELS) or not self._own_header():
             self._open_content()
         else:
-            self._header += _MESSAGE
-            self._spill_header(self._broken_header())
+            self._spill_header(self._broken_header(), _MESSAGE)
 
     def _open_call(self) -> None:
-        self._header += _MESSAGE
         if self._calls_tools:
             self._state, self._call_body = _State.CALL, []
         else:
-            self._spill_header(None)  # without tools, call markup is text
+            self._spill_header(None, _MESSAGE)  # without tools, call markup is text
 
     def _open_content(self) -> None:
         self._state = _State.CONTENT
@@ -272,16 +278,15 @@ class HarmonyParser:
 
     def _spill_call(self, flag: ReplyFlag, closer: str) -> None:
         """What was to be a call becomes content, as written."""
-        self._spill_header(flag)
-        self._show_content(self._content.add("".join(self._call_body) + closer))
+        self._spill_header(flag, _MESSAGE + "".join(self._call_body) + closer)
 
-    def _spill_header(self, flag: ReplyFlag | None) -> None:
-        """What was to be a header becomes content, as far as the model wrote it."""
+    def _spill_header(self, flag: ReplyFlag | None, more: str = "") -> None:
+        """What was to be a header becomes content, as far as the model wrote it, and `more` with it."""
         if flag is not None:
             self._flag(flag)
         own = self._own_header()
         self._open_content()
-        self._show_content(self._content.add(own))
+        self._show_content(self._content.add(own + more))
 
     def _broken_header(self) -> ReplyFlag | None:
         """Text without any markup is just text."""
