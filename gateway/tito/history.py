@@ -106,7 +106,7 @@ def _message_without_reasoning(message: JsonValue, reasoning: ReasoningMarkers) 
 
 def _without_empty_blocks(text: str, reasoning: ReasoningMarkers) -> str:
     """Some templates write an empty block where there is no reasoning, and only in some turns; with it go newlines."""
-    block = rf"{re.escape(reasoning.opener.text)}\s*{re.escape(reasoning.closer.text)}\n*"
+    block = rf"{re.escape(reasoning.opening)}\s*{re.escape(reasoning.closer.text)}\n*"
     return re.sub(r"\n+", "\n", re.sub(block, "", text))
 
 

@@ -4,8 +4,8 @@ The environment is transformers' (5.23) in behaviour: an immutable sandbox, trim
 escaping, `raise_exception`, `strftime_now`, loop controls, generation blocks, named special tokens as variables, keys
 of a message that are null left out, reasoning visible under each of its three names. Equality is property-tested.
 Three things are added, which engines do and templates expect: arguments of tool calls, which agents send as JSON text,
-are given as objects to a template that cannot show text; text parts are one text for a template that knows no parts;
-where a template raises because an assistant has no content, it gets "".
+are objects for a template that shows those otherwise than text; text parts are one text for a template that knows no
+parts; where a template raises because an assistant has no content, it gets "".
 
 A template is untrusted input: it sees plain JSON values only and reaches no file and no attribute of Python objects.
 """
@@ -38,6 +38,19 @@ REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 _TEMPLATE_FILE = "chat_template.jinja"
 _NAMED_TEMPLATES_FOLDER = "additional_chat_templates"
 _DEFAULT, _TOOL_USE = "default", "tool_use"
+_NEEDLE = "needle7"
+_PROBE_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "probe",
+        "description": "Looks.",
+        "parameters": {
+            "type": "object",
+            "properties": {"key": {"type": "string", "description": "What for."}},
+            "required": ["key"],
+        },
+    },
+}
 _MARKUP = re.compile(r"[<>\[\]|｜]..|..[<>\[\]|｜]")
 
 _GIVEN_VARIABLES = frozenset(
@@ -103,25 +116,28 @@ class ChatTemplate:
 
     @cached_property
     def wants_argument_objects(self) -> bool:
-        """Whether tool-call arguments must be objects: text is not shown as it is, an object is."""
-        needle = "needle7"
-        text_form = json.dumps({"key": needle})
-        shown_text = self._try_call(text_form)
-        if shown_text is not None and text_form in shown_text:
-            return False
-        shown_object = self._try_call({"key": needle})
-        return shown_object is not None and needle in shown_object and "{'key'" not in shown_object
+        """Whether tool-call arguments must be objects, as engines give them: the template shows an object as the model
+        would write it, and its text otherwise. Where both come out alike, the agent's own text is kept."""
+        value = {"key": _NEEDLE}
+        shown_text, shown_object = self._try_call(json.dumps(value)), self._try_call(value)
+        shows_object = shown_object is not None and _NEEDLE in shown_object and "{'key'" not in shown_object
+        return shows_object and shown_object != shown_text
+
+    @cached_property
+    def shows_tool_calls(self) -> bool:
+        """Whether an assistant message's `tool_calls` appear in the text at all."""
+        shown = self._try_call({"key": _NEEDLE} if self.wants_argument_objects else json.dumps({"key": _NEEDLE}))
+        return shown is not None and _NEEDLE in shown
 
     @cached_property
     def reads_content_parts(self) -> bool:
         """Whether a message's content may be a list of parts: a text part's text is shown, not the list itself."""
-        needle = "needle7"
-        part = {"type": "text", "text": needle}
+        part = {"type": "text", "text": _NEEDLE}
         try:
             shown = self._render(Conversation(()), [{"role": "user", "content": [part]}], add_generation_prompt=False)
         except TemplateRaised:
             return False
-        return needle in shown and "'type'" not in shown and '"type"' not in shown
+        return _NEEDLE in shown and "'type'" not in shown and '"type"' not in shown
 
     @cached_property
     def undeclared_variables(self) -> tuple[str, ...]:
@@ -129,12 +145,6 @@ class ChatTemplate:
         tree = _environment().parse(self.source)
         names = meta.find_undeclared_variables(tree)
         return tuple(sorted(names - _GIVEN_VARIABLES - self._special_tokens.keys()))
-
-    @cached_property
-    def shows_tool_calls(self) -> bool:
-        """Whether an assistant message's `tool_calls` appear in the text at all."""
-        shown = self._try_call({"key": "needle7"} if self.wants_argument_objects else json.dumps({"key": "needle7"}))
-        return shown is not None and "needle7" in shown
 
     def _completed(self, messages: Sequence[dict[str, JsonValue]]) -> list[dict[str, JsonValue]]:
         """I6: what agents may leave out, and some templates cannot do without. Absent content of an assistant is "",
@@ -151,9 +161,8 @@ class ChatTemplate:
             {"role": "assistant", "content": "", "tool_calls": [call]},
             {"role": "tool", "tool_call_id": "call00001", "name": "probe", "content": "result"},
         ]
-        tool = {"type": "function", "function": {"name": "probe", "description": "", "parameters": {"type": "object"}}}
         try:
-            return self._render(Conversation((), tools=(tool,)), messages, add_generation_prompt=False)
+            return self._render(Conversation((), tools=(_PROBE_TOOL,)), messages, add_generation_prompt=False)
         except TemplateRaised:
             return None
 
