@@ -12,7 +12,7 @@ import copy
 import json
 import random
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from benchmarks.models.words import ARGUMENTS, QUESTIONS, RESULTS, SENTENCES, SYSTEMS, THOUGHTS
@@ -197,7 +197,7 @@ class Agent:
         self.first_seed = self.rng.randrange(1, 1 << 40) * 4096
         self.style = self.rng.choice((Style.WILD, Style.TIDY))
         self.lookalikes = self.rng.choice((0.0, 0.3)) if self.style is Style.WILD else 0.0
-        self._change_habit()
+        self.habit = Habit.random(self.rng)
         self.root = Root(TOOLS[: self.rng.choice((0, 2, 3, 3))], self._arguments())
         self.lines = self._opening()
 
@@ -210,6 +210,17 @@ class Agent:
             if self.rng.random() < 0.05:
                 self._change_habit()
             await move(self)
+
+    async def repeat_at(self, chat: Chat) -> tuple[Asked, Asked] | None:
+        """Go on from the latest reply twice with the same words: here, and at another process of the gateway."""
+        if not (answered := self._answered()):
+            return None
+        latest = answered[-1]
+        self.root = latest.root
+        lines = [*latest.lines, _reply_of(latest), self._user()]
+        here = await self._send(*self._order(lines), leave_early=False)
+        self.chat = chat
+        return here, await self._send(*self._order(lines), leave_early=False)
 
     # ---- moves ----
 
@@ -394,7 +405,8 @@ class Agent:
         return self.rng.choice(({}, {}, {}, {"enable_thinking": False}, {"reasoning_effort": "high"}, {"custom": [1]}))
 
     def _change_habit(self) -> None:
-        self.habit = Habit.random(self.rng)
+        """All but the reasoning: a message that comes back with reasoning it did not have before is another one."""
+        self.habit = replace(Habit.random(self.rng), reasoning=self.habit.reasoning)
 
     # ---- asking ----
 

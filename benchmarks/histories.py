@@ -8,14 +8,17 @@ from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
-from benchmarks.agents import Agent
-from benchmarks.judge import Failure, Findings, History
+from benchmarks.agents import Agent, Asked
+from benchmarks.judge import Failure, History
 from benchmarks.witness import joined
 from benchmarks.workshop import Bench, LocalChat, ModelChoice, Workshop
+from gateway.contracts.records import Outcome
 from gateway.sessions.picks import DeliveredTurns
-from gateway.sessions.segments import load_segments
+from gateway.sessions.segments import load_rollout
 
 _AT_ONCE = 4
+_RESTART_EVERY = 5
+"""Of so many histories one is continued by a gateway that knows it from the ledger only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +40,15 @@ async def run_history(workshop: Workshop, choices: Sequence[ModelChoice], seed: 
     session = await bench.session(session_id)
     agent = Agent(rng, LocalChat(bench, session), max_requests=rng.choice((3, 6, 10, 16)))
     await agent.play()
-    findings = await _judge(workshop, bench, session_id, agent)
-    bench.scripted.requests.clear()
+    benches = [bench]
+    repeated: tuple[Asked, Asked] | None = None
+    if seed % _RESTART_EVERY == 0:
+        benches.append(await workshop.fresh_bench(choice))
+        repeated = await agent.repeat_at(LocalChat(benches[-1], await benches[-1].registry.get(session_id)))
+    history = await _history(workshop, benches, session_id, agent)
+    findings = bench.judge.judge(history)
+    if repeated is not None:
+        bench.judge.judge_restart(history, *repeated, findings)
     return Judged(seed, choice, findings.failures, findings.counts)
 
 
@@ -52,9 +62,15 @@ async def run_histories(
             yield judged
 
 
-async def _judge(workshop: Workshop, bench: Bench, session_id: str, agent: Agent) -> Findings:
+async def _history(workshop: Workshop, benches: Sequence[Bench], session_id: str, agent: Agent) -> History:
+    # The last gateway process finishes the session; what the others still had to note is noted by then.
+    for bench in benches[:-1]:
+        await (await bench.registry.get(session_id)).deliveries_noted()
+    end = await benches[-1].registry.finish(session_id, reward=1.0, outcome=Outcome.COMPLETED, metadata={})
     turns = await workshop.ledger.turns(session_id)
-    _, segments = await load_segments(workshop.ledger, session_id, DeliveredTurns())
-    served = {asked.seed: bench.witness.take(asked.seed) for asked in agent.asked}
+    rollout = await load_rollout(workshop.ledger, session_id, end.snapshot, DeliveredTurns())
+    served = {asked.seed: [s for bench in benches for s in bench.witness.take(asked.seed)] for asked in agent.asked}
+    for bench in benches:
+        bench.scripted.requests.clear()
     sampled = {seed: joined(requests) for seed, requests in served.items() if requests}
-    return bench.judge.judge(History(agent.asked, sampled, turns, segments))
+    return History(agent.asked, sampled, turns, rollout.segments)

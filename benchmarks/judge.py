@@ -77,6 +77,8 @@ class Judge:
         texts = sorted((token.content for token in added.values()), key=len, reverse=True)
         # Tokens that swallow space make the space around a marker part of it.
         self._lookalike = re.compile("|".join(map(re.escape, texts)))
+        closes = {family.facts.stop(has_calls, role) for has_calls in (False, True) for role in ("user", "tool")}
+        self._ends = {i for i, token in added.items() if token.content in {*family.stops, *closes}}
         self._stops = {token_id: token.content for token_id, token in added.items() if token.content in family.stops}
 
     def judge(self, history: History) -> Findings:
@@ -90,11 +92,21 @@ class Judge:
         for turn_id, asked in asked_of.items():
             turn = by_id[turn_id]
             self._judge_tokens(turn, by_id, history.sampled.get(asked.seed), findings)
-            self._judge_place(asked, turn, turns, asked_of, findings)
+            self._judge_place(asked, turn, turns, by_id, asked_of, findings)
             self._judge_prompt(asked, turn, by_id, findings)
             self._count(turn, findings)
         self._judge_segments(history, by_id, asked_of, findings)
         return findings
+
+    def judge_restart(self, history: History, before: Asked, after: Asked, findings: Findings) -> None:
+        """I1, I4: a gateway that knows a session from the ledger only makes the same prompt of the same words."""
+        one, other = history.sampled.get(before.seed), history.sampled.get(after.seed)
+        if one is None or other is None:
+            findings.expect(one is other, "I6 a restarted gateway refuses what it took before", f"{after.answer}")
+            return
+        findings.counts["restarts"] += 1
+        same = np.array_equal(one.prompt_token_ids, other.prompt_token_ids)
+        findings.expect(same, "I1 a restarted gateway sends the same ids", f"{before.seed} and {after.seed}")
 
     # ---- answers ----
 
@@ -176,6 +188,7 @@ class Judge:
         asked: Asked,
         turn: TurnRecord,
         turns: Mapping[int, TurnRecord],
+        by_id: Mapping[str, TurnRecord],
         asked_of: Mapping[str, Asked],
         findings: Findings,
     ) -> None:
@@ -183,11 +196,10 @@ class Judge:
         parent_id, reason = turn.attachment.parent_id, turn.attachment.segment_reason
         origin = None if asked.goes_on_from is None else turns.get(asked.goes_on_from.seed)
         if parent_id is not None:
-            parent = asked_of[parent_id]
-            whole = [*_messages(parent.body), parent.answer.message if isinstance(parent.answer, Answered) else {}]
+            whole = [*_messages(asked_of[parent_id].body), by_id[parent_id].reply]
             deep_enough = asked.goes_on_from is None or len(whole) >= len(asked.goes_on_from.lines) + 1
             findings.expect(
-                not isinstance(parent.answer, Answered) or _begins_with(_messages(asked.body), whole),
+                _begins_with(_messages(asked.body), whole),
                 "I1 a turn extends a conversation that its request begins with",
                 f"{turn.turn_id}: {whole} is no beginning of {_messages(asked.body)}",
             )
@@ -195,25 +207,30 @@ class Judge:
             return
         if asked.goes_on_from is None or origin is None:
             return
-        appended = asked.lines[len(asked.goes_on_from.lines) + 1 :]
-        roles = [line.message["role"] for line in appended]
         findings.counts[f"reason {self._family.name}: {reason}"] += 1
+        candidates = _continued_turns(asked, by_id, asked_of)
+        excused = any(self._excuse(reason, asked, candidate, asked_of) for candidate in candidates)
         end = f"{origin.finish}, {origin.output_token_ids[-3:].tolist()}, {origin.reply}"
         findings.expect(
-            self._excuse(reason, origin, roles) is not None,
+            excused,
             f"I3 an appending agent stays in its segment: {self._family.name}: {reason}",
             f"{turn.turn_id} ({turn.meta['certified_by']}, {turn.attachment.tier}) after {origin.turn_id} ({end}), "
-            "then "
-            f"{_messages(asked.body)[len(asked.lines) - len(appended) :]}",
+            f"then {_messages(asked.body)[len(asked.goes_on_from.lines) + 1 :]}",
         )
 
-    def _excuse(self, reason: SegmentReason | None, origin: TurnRecord, roles: Sequence[str]) -> str | None:
-        """Why a new segment is right here; None if it is not."""
+    def _excuse(
+        self, reason: SegmentReason | None, asked: Asked, origin: TurnRecord, asked_of: Mapping[str, Asked]
+    ) -> str | None:
+        """Why a new segment is right behind the turn `origin`; None if it is not."""
         facts = self._family.facts
+        appended = _messages(asked.body)[len(_messages(asked_of[origin.turn_id].body)) + 1 :]
+        roles = [message["role"] for message in appended]
         if reason in facts.new_segments:
             return facts.new_segments[reason]
-        if reason is SegmentReason.DROPPED_MESSAGE and facts.hidden_roles & {*roles}:
-            return "the template does not show a message of that role"
+        if reason in (SegmentReason.DROPPED_MESSAGE, SegmentReason.REWRITE_OTHER) and facts.hidden_roles & {*roles}:
+            return "the template does not show a message of that role in its place"
+        if reason is SegmentReason.DROPPED_MESSAGE and not self._shows(asked, appended):
+            return "the template does not show what a message says"
         if reason is SegmentReason.REWRITE_REASONING and self._history_policy is HistoryPolicy.TEMPLATE:
             return "the run's policy follows the template, which drops old reasoning"
         if reason is SegmentReason.STOP_MISMATCH and len(origin.output_token_ids):
@@ -222,6 +239,12 @@ class Judge:
             if last is not None and last != facts.stop(has_calls, roles[0] if roles else "assistant"):
                 return "the model stopped at another token than history has"
         return None
+
+    def _shows(self, asked: Asked, appended: Sequence[Message]) -> bool:
+        """Whether the texts of messages are in the render."""
+        rendered = self._render(_conversation(asked.body))
+        texts = [message.get("content") for message in appended]
+        return all(text.strip() in rendered for text in texts if isinstance(text, str))
 
     # ---- prompts ----
 
@@ -232,13 +255,12 @@ class Judge:
         added = turn.prompt_token_ids.tolist()
         whole = turn.attachment.parent_id is None
         if not whole and str(turn.meta["certified_by"]).startswith("close"):
-            added = _after_first(added, self._stops)
-        elif turn.attachment.segment_reason is SegmentReason.STOP_MISMATCH:
-            origin = by_id[str(turn.attachment.follows_id)]
-            recorded = [*_tokens_of_path(origin, by_id), *_own_tokens(origin)]
-            kept = added[: len(recorded) - 1] == recorded[:-1]
-            findings.expect(kept, "I1 a replaced stop token is all that is replaced", turn.turn_id)
-            whole, added = False, added[len(recorded) :]
+            self._judge_closed(asked, turn, findings)
+            return
+        if turn.attachment.segment_reason is SegmentReason.STOP_MISMATCH:
+            num_kept = max(_num_kept(added, other, by_id) for other in by_id.values() if other is not turn)
+            findings.expect(num_kept > 0, "I1 a replaced stop token is all that is replaced", turn.turn_id)
+            whole, added = False, added[num_kept + 1 :]
         variants = list(self._conversations(asked))
         if any(self._has_lookalikes(conversation) for conversation in variants):
             self._judge_lookalikes(turn, variants, added, whole, findings)
@@ -250,6 +272,26 @@ class Judge:
         shown = f"{turn.turn_id} ({turn.meta['certified_by']}): {text!r}"
         findings.counts["prompts held against the render"] += 1
         findings.expect(any(fits), f"I1 {kind}: {self._family.name}", shown)
+
+    def _judge_closed(self, asked: Asked, turn: TurnRecord, findings: Findings) -> None:
+        """Behind what closes a cut turn, and the token that ends it, stands the render's tail with all new messages."""
+        variants = list(self._conversations(asked))
+        if any(self._has_lookalikes(conversation) for conversation in variants):
+            return
+        added = turn.prompt_token_ids.tolist()
+        rendered = [ids for c in variants if (ids := self._encoded(c)) is not None]
+        tails = [added[i + 1 :] for i, token_id in enumerate(added) if token_id in self._ends]
+        fits = [tail for tail in tails if any(ids[len(ids) - len(tail) :] == tail for ids in rendered)]
+        shown = self._tokenizer.decode(max(fits, key=len, default=[]), skip_special_tokens=False)
+        new = [message.get("content") for message in turn.added_messages]
+        words = [max(re.findall(r"\w+", text), key=len, default="") for text in new if isinstance(text, str)]
+        missing = [word for word in words if word not in shown]
+        findings.counts["closed turns held against the render"] += 1
+        findings.expect(
+            bool(fits) and not missing,
+            f"I1 behind a closed turn stands the tail of the render: {self._family.name}",
+            f"{turn.turn_id}: {self._tokenizer.decode(added, skip_special_tokens=False)!r}",
+        )
 
     def _judge_lookalikes(
         self, turn: TurnRecord, variants: Sequence[Conversation], added: Sequence[int], whole: bool, findings: Findings
@@ -359,6 +401,20 @@ def _seen_turns(by_id: Mapping[str, TurnRecord], asked_of: Mapping[str, Asked]) 
     return seen
 
 
+def _continued_turns(asked: Asked, by_id: Mapping[str, TurnRecord], asked_of: Mapping[str, Asked]) -> list[TurnRecord]:
+    """Turns that a request may be said to go on from, and that reach at least as far as the agent says: siblings that
+    said the same cannot be told apart in a replay, and what an agent inserts may be what a model said elsewhere."""
+    if asked.goes_on_from is None:
+        return []
+    found: list[TurnRecord] = []
+    for turn_id, other in asked_of.items():
+        whole = [*_messages(other.body), by_id[turn_id].reply]
+        deep = len(whole) >= len(asked.goes_on_from.lines) + 1
+        if deep and other is not asked and other.root.same(asked.root) and _begins_with(_messages(asked.body), whole):
+            found.append(by_id[turn_id])
+    return found
+
+
 def _tokens_of_path(turn: TurnRecord, by_id: Mapping[str, TurnRecord]) -> list[int]:
     """All recorded ids before a turn."""
     parts: list[list[int]] = []
@@ -368,6 +424,12 @@ def _tokens_of_path(turn: TurnRecord, by_id: Mapping[str, TurnRecord]) -> list[i
         parts.append(_own_tokens(parent))
         parent_id = parent.attachment.parent_id
     return [token_id for part in reversed(parts) for token_id in part]
+
+
+def _num_kept(prompt: Sequence[int], turn: TurnRecord, by_id: Mapping[str, TurnRecord]) -> int:
+    """How many recorded tokens a prompt keeps of a turn's path if it replaces the last one; 0 if that does not hold."""
+    recorded = [*_tokens_of_path(turn, by_id), *_own_tokens(turn)]
+    return len(recorded) - 1 if list(prompt[: len(recorded) - 1]) == recorded[:-1] else 0
 
 
 def _own_tokens(turn: TurnRecord) -> list[int]:
@@ -409,13 +471,6 @@ def _value(arguments: Any) -> Any:
         return json.loads(arguments)
     except ValueError:
         return arguments
-
-
-def _after_first(ids: Sequence[int], stops: Mapping[int, str]) -> list[int]:
-    for i, token_id in enumerate(ids):
-        if token_id in stops:
-            return list(ids[i + 1 :])
-    return list(ids)
 
 
 def _texts(value: Any) -> Iterator[str]:

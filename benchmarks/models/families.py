@@ -305,6 +305,7 @@ FAMILIES: dict[str, Family] = {
             Facts(
                 lambda has_calls, next_role: "<|call|>" if has_calls else "<|end|>",
                 hidden_roles=frozenset({"system", "developer"}),
+                new_segments={SegmentReason.REWRITE_OTHER: "text beside a call is analysis, gone behind a final text"},
             ),
             thinking=Thinking.WRITTEN,
             reasoning=("<|channel|>analysis<|message|>", "<|end|><|start|>assistant"),
