@@ -25,6 +25,7 @@ from gateway.ledger.sqlite import SqliteLedger
 from gateway.sessions.model import ServedModel
 from gateway.sessions.picks import DEFAULT_PICK, LeftOutReason, Pick, PickChoice, pick_turns
 from gateway.sessions.report import DriftReport, Retokenisation, SessionReport, session_report
+from gateway.sessions.segments import sealed_turns
 from gateway.tito.conversation import HistoryPolicy
 
 
@@ -80,7 +81,7 @@ async def _turns(data: Path, session_id: str) -> Sequence[TurnRecord]:
     try:
         if await ledger.session(session_id) is None:
             raise NotFound(f"no session {session_id!r} in {data}")
-        return await ledger.turns(session_id)
+        return sealed_turns(await ledger.turns(session_id), await ledger.finish_record(session_id))
     finally:
         await ledger.aclose()
 
@@ -101,9 +102,9 @@ async def _rows(
 
 
 async def _session_row(ledger: SqliteLedger, session: SessionRecord, pick: Pick) -> dict[str, JsonValue]:
-    turns = await ledger.turns(session.session_id)
-    account = pick_turns(turns, pick).report
     finish = await ledger.finish_record(session.session_id)
+    turns = sealed_turns(await ledger.turns(session.session_id), finish)
+    account = pick_turns(turns, pick).report
     return {
         "session": session.session_id,
         "group": session.group,

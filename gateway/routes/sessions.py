@@ -23,7 +23,7 @@ from gateway.routes.bodies import json_reply, path_id, read_fields, typed
 from gateway.sessions.picks import PickChoice
 from gateway.sessions.registry import SessionRegistry, new_session
 from gateway.sessions.report import Retokenisation, session_report
-from gateway.sessions.segments import load_segments, tree_reports
+from gateway.sessions.segments import load_segments, sealed_turns, tree_reports
 from gateway.wire.openai import sampling_fields
 
 _CREATE_FIELDS = (
@@ -161,7 +161,7 @@ class _SessionRoutes:
         session_id = _required_id(request)
         pick = self._picks.named(request.query_params.get("pick"))
         await self._noted(session_id)
-        turns = await self._ledger.turns(session_id)
+        turns = sealed_turns(await self._ledger.turns(session_id), await self._ledger.finish_record(session_id))
         report = await asyncio.to_thread(session_report, session_id, turns, pick, self._retokenisation)
         return json_reply(asdict(report))
 

@@ -68,7 +68,7 @@ async def load_rollout(ledger: Ledger, session_id: str, snapshot: str, pick: Pic
     """
     finish = await _readable(ledger, session_id, snapshot)
     session, (read, experts) = await asyncio.gather(ledger.session(session_id), _read_turns(ledger, session_id))
-    turns = [_as_sealed(turn, finish) for turn in read]
+    turns = sealed_turns(read, finish)
     await _readable(ledger, session_id, snapshot)  # a drop while we read must not pass for a rollout without turns
     if session is None:
         raise NotFound(f"no session {session_id}")
@@ -85,8 +85,8 @@ async def load_rollout(ledger: Ledger, session_id: str, snapshot: str, pick: Pic
 
 async def load_segments(ledger: Ledger, session_id: str, pick: Pick) -> tuple[PickedTurns, tuple[Segment, ...]]:
     """What a trainer would read of a session as it stands now, finished or not; as `load_rollout`."""
-    turns, experts = await _read_turns(ledger, session_id)
-    return await asyncio.to_thread(_build_picked, turns, experts, pick)
+    finish, (turns, experts) = await asyncio.gather(ledger.finish_record(session_id), _read_turns(ledger, session_id))
+    return await asyncio.to_thread(_build_picked, sealed_turns(turns, finish), experts, pick)
 
 
 async def _read_turns(
@@ -105,10 +105,17 @@ def _build_picked(
     return picked, build_segments(turns, experts, picked=picked.turn_ids)
 
 
-def _as_sealed(turn: TurnRecord, finish: FinishRecord) -> TurnRecord:
-    """A snapshot does not change: what was delivered after its session was sealed was not seen by then."""
-    late = turn.delivered_at is not None and turn.delivered_at > finish.finished_at
-    return replace(turn, delivered_at=None) if late else turn
+def sealed_turns(turns: Sequence[TurnRecord], finish: FinishRecord | None) -> list[TurnRecord]:
+    """The turns as a session's seal found them (None: not sealed yet).
+
+    A snapshot does not change: what was delivered after its session was sealed was not seen by then.
+    """
+    return [
+        replace(turn, delivered_at=None)
+        if finish is not None and turn.delivered_at is not None and turn.delivered_at > finish.finished_at
+        else turn
+        for turn in turns
+    ]
 
 
 async def _readable(ledger: Ledger, session_id: str, snapshot: str) -> FinishRecord:

@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from gateway.contracts.errors import ExpertsMismatch, LedgerCorrupt
 from gateway.contracts.experts import RoutedExperts
 from gateway.contracts.generation import Finish, FinishReason, LogprobKind
-from gateway.contracts.records import Attachment, MatchTier, RootContext, SegmentReason, TurnRecord
+from gateway.contracts.records import Attachment, FinishRecord, MatchTier, RootContext, SegmentReason, TurnRecord
 from gateway.contracts.samples import Segment
 from gateway.contracts.versions import VersionSpan, expand_spans
-from gateway.sessions.picks import BUILT_IN, OperatorPick, Pick, pick_turns, trainable_tokens
-from gateway.sessions.segments import build_segments, segment_leaves, tree_reports
+from gateway.sessions.picks import BUILT_IN, DeliveredTurns, OperatorPick, Pick, pick_turns, trainable_tokens
+from gateway.sessions.segments import build_segments, sealed_turns, segment_leaves, tree_reports
 
 NUM_LAYERS, NUM_EXPERTS, TOP_K = 3, 8, 2
 DENSE_LAYER = 1
@@ -300,6 +300,17 @@ def test_a_prefix_whose_earliest_leaf_is_not_picked_trains_with_the_first_that_i
     (segment,) = build_segments([root, unpicked, one, below], {}, picked={"t0", "t3"})
     assert [(span.turn_id, span.trained) for span in segment.turns] == [("t0", True), ("t2", False), ("t3", True)]
     assert segment.loss_mask.tolist() == [False, True, False, False, False, True]
+
+
+def test_what_was_delivered_after_the_seal_was_not_seen_by_then() -> None:
+    """I3: a snapshot trains the same tokens whenever it is read."""
+    turns = [a_turn(i, None, delivered_at=at) for i, at in enumerate((4.0, 5.0, 6.0, None))]
+    finish = FinishRecord("s", "snap", 1.0, "completed", {}, finished_at=5.0)
+    for read, expected in (
+        (sealed_turns(turns, finish), {"t0", "t1"}),
+        (sealed_turns(turns, None), {"t0", "t1", "t2"}),
+    ):
+        assert pick_turns(read, DeliveredTurns()).turn_ids == expected
 
 
 def test_rows_of_zeros_everywhere_are_missing_rows() -> None:
