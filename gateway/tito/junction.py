@@ -152,6 +152,20 @@ def reasoning_close(template: ChatTemplate, *, closer: str) -> str:
     return between if closer in between else f"\n{closer}\n\n"
 
 
+def call_close(template: ChatTemplate, closers: str) -> str:
+    """The markup that closes a call, on a line of its own where the template writes it so; "" stays ""."""
+    if not closers:
+        return ""
+    function = {"name": "probe", "arguments": json.dumps({"k": _sentinel("")})}
+    call = {"id": "call00001", "type": "function", "function": function}
+    messages = ({"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [call]})
+    try:
+        text = template.render(Conversation(messages), add_generation_prompt=False)
+    except TemplateRaised:
+        return closers
+    return f"\n{closers}" if f"\n{closers}" in text else closers
+
+
 class _ProbeKind(Enum):
     TEXT = "text"
     CALLS = "calls"

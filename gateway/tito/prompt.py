@@ -26,6 +26,7 @@ from gateway.tito.history import History, RenderedPrompts, compare_history
 from gateway.tito.junction import (
     Junction,
     TurnTokens,
+    call_close,
     learn_junction,
     reasoning_close,
     text_turn_close,
@@ -232,7 +233,9 @@ class PromptBuilder:
             # Never two stops in a row: history has another one here. The sampled one stays in the parent's record.
             ids = np.concatenate([parent.token_ids[:-1], stop_then_suffix])
             return self._remembered(ids, full_text, BuiltPrompt(ids, SegmentReason.STOP_MISMATCH, PROBE))
-        return self._appended(parent, np.concatenate([self._closing_ids(parent), stop_then_suffix]), full_text, CLOSE)
+        return self._appended(
+            parent, np.concatenate([self._closing_ids(parent, junction.stop), stop_then_suffix]), full_text, CLOSE
+        )
 
     def _suffix_ids(self, stop: str, suffix: str, stop_id: int, brackets: Brackets | None) -> TokenIds | None:
         """Ids of the suffix as they are behind the stop token: that token may eat the space that follows it, and
@@ -240,17 +243,16 @@ class PromptBuilder:
         ids = self._guard.encode(stop + suffix, brackets)
         return ids[1:] if len(ids) and int(ids[0]) == stop_id else None
 
-    def _closing_ids(self, parent: ParentTurn) -> TokenIds:
+    def _closing_ids(self, parent: ParentTurn, stop: str) -> TokenIds:
         """What ends the text of a turn that was cut, up to its stop token: an open call or reasoning is closed."""
         num_prompt = len(parent.token_ids) - parent.num_output_tokens
         # What the model opened must be closed, whether or not the request offered tools: any definition will do.
         parser = self._parsing.start(prompt_ids=parent.token_ids[:num_prompt], tools=({},))
         parser.feed(parent.token_ids[num_prompt:].tolist())
-        markup = parser.open_markup
-        text = self.text_close
-        if markup.closing_text:
-            text = f"\n{markup.closing_text}" + text
-        if markup.in_reasoning:
+        markup, reasoning = parser.open_markup, self._parsing.reasoning
+        text = call_close(self._template, markup.closing_text) + self.text_close
+        # Where one token ends reasoning and turns (channels), the stop token that follows does it.
+        if markup.in_reasoning and reasoning is not None and reasoning.closer.text != stop:
             text = self.reasoning_close + text
         return self._tokenizer.encode_after(text) if text else np.zeros(0, dtype=np.int32)
 

@@ -363,6 +363,30 @@ def test_a_cut_turn_is_closed_with_masked_tokens_and_goes_on(
     assert byte_level_tokenizer.decode(built.token_ids).startswith(closing)
 
 
+@pytest.mark.parametrize(
+    ("sampled", "closing"),
+    [
+        ("<|channel|>analysis<|message|>Let me", "<|end|><|start|>"),
+        ("<|channel|>final<|message|>The answer", "<|end|><|start|>"),
+        ("<|channel|>fi", "<|message|><|end|><|start|>"),
+    ],
+)
+def test_a_cut_message_of_a_channel_is_closed_once(sampled: str, closing: str, byte_level_json: bytes) -> None:
+    """One token ends reasoning, text and history's turns alike; two of them would be a turn that nobody wrote."""
+    wider = Tokenizer.from_buffer(byte_level_json)
+    wider.add_special_tokens([AddedToken("<|channel|>", special=True, normalized=False)])
+    ends = [wider.token_to_id("<|return|>"), wider.token_to_id("<|call|>")]
+    tokenizer = ChatTokenizer(wider.to_str().encode(), eos_token_ids=ends)
+    template = Path(__file__).parent / "test_parsing_templates" / "harmony.jinja"
+    builder = PromptBuilder(tokenizer, ChatTemplate({"default": template.read_text()}, special_tokens={}))
+    first = builder.build(Conversation(QUESTION), None).token_ids
+    output = tokenizer.encode(sampled)
+    parent = ParentTurn(np.concatenate([first, output]), len(output), 3, Finish(FinishReason.LENGTH))
+    built = builder.build(Conversation((*QUESTION, said("The answer"), user("Go on."))), parent)
+    assert (built.segment_reason, built.certified_by) == (None, "close")
+    assert tokenizer.decode(built.token_ids).startswith(closing)
+
+
 def test_the_engines_word_on_a_stop_token_counts(byte_level_json: bytes) -> None:
     """A stop token that no file names, but that the engine matched, ends the turn."""
     tokenizer = ChatTokenizer(byte_level_json)
