@@ -322,13 +322,14 @@ def _num_steps(file: Path) -> int:
         ("rollouts.recipe=chess", "chess"),
         ("sandbox.driver=locale", "locale"),
         ("run.stepz=3", "did you mean 'steps'"),
+        ("batch.pick=best", "batch.pick 'best' is none of the gateway's: all, delivered, final-path"),
     ],
 )
 def test_a_wrong_setting_is_one_line_of_a_configuration_error(
     gateways: Gateways, tiny_model: Path, tmp_path: Path, override: str, says: str
 ) -> None:
     """The command line makes exit code 2 of it."""
-    url = gateways.start(tmp_path / "ledger") if override.startswith("model") else "http://127.0.0.1:9"
+    url = gateways.start(tmp_path / "ledger") if override.startswith(("model", "batch")) else "http://127.0.0.1:9"
     settings = train_settings(tmp_path / "run", tiny_model, url, steps=1)
     words = train_command(settings, override)[len(COMMAND) + 1 :]
     parser = argparse.ArgumentParser()

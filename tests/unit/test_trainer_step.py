@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from gateway.contracts.errors import ConfigurationError, ExpertsMismatch, IntegrityError, NonFiniteLoss
 from gateway.contracts.generation import LogprobKind
 from gateway.contracts.records import FinishRecord, SessionOrigin, SessionRecord
-from gateway.contracts.rollouts import FinishedRollout, PickReport
+from gateway.contracts.rollouts import FinishedRollout, LeftOut, PickReport
 from gateway.contracts.samples import Segment, TurnSpan
 from trainer.algorithms.kl import k3
 from trainer.algorithms.losses import Objective, PpoObjective, TokenLoss, TrainedTokens
@@ -166,6 +166,17 @@ def test_packed_samples_do_not_see_each_other(tiny_model: Path, rollouts: tuple[
     together = backend.measure(packed(batch, 10_000), replay=True).logprobs
     alone = backend.measure(packed(batch, 1), replay=True).logprobs
     assert torch.allclose(together, alone, atol=1e-5)
+
+
+def test_what_a_pick_left_out_is_in_the_steps_account(rollouts: tuple[FinishedRollout, ...]) -> None:
+    """I3: sampled tokens of a step = tokens that train + tokens left out, also where nothing of a rollout trains."""
+    trained = rollouts[0].num_trained_tokens
+    partly = replace(rollouts[0], pick=PickReport("delivered", trained + 5, trained, (LeftOut("undelivered", 1, 5),)))
+    nothing = replace(rollouts[1], segments=(), pick=PickReport("delivered", 4, 0, (LeftOut("undelivered", 1, 4),)))
+    batch = step_batch([partly, nothing], routed=None, policy_version=0, max_staleness=0, normalize=True)
+    num_labels = sum(sample.layout.num_trained for sample in batch.samples)
+    assert (batch.tokens_sampled, batch.tokens_left_out, num_labels) == (trained + 9, 9, trained)
+    assert batch.rollouts == 2
 
 
 def test_every_sampled_token_is_trained_once(tiny_model: Path, rollouts: tuple[FinishedRollout, ...]) -> None:
