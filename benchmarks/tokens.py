@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import logging
 import os
 import platform
 import random
@@ -21,12 +22,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cost import Cost, measure_costs
 from benchmarks.histories import Judged, run_histories
 from benchmarks.workshop import ModelChoice, all_choices, open_workshop
 
 RESULTS = Path(__file__).parent / "results" / "tokens.json"
 _PACKAGES = ("verbatim-rl", "tokenizers", "jinja2", "numpy")
 _SHOWN_PER_RULE = 3
+_MOST_TOKENISATION = 2.0
+"""Of a long conversation turn by turn, in full tokenisations of its final text."""
 
 
 @dataclass(slots=True)
@@ -57,19 +61,25 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--histories", type=int, default=10_000, help="how many (10000)")
     parser.add_argument("--seed", type=int, help="of the first history; the others follow (random)")
     parser.add_argument("--model", metavar="FAMILY[-VOCABULARY]", default="", help="only models whose name begins so")
+    parser.add_argument("--skip-cost", action="store_true", help="do not measure what prompt building costs")
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="FILE", help="where the figures go")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run; 0 if nothing failed."""
+    # Conversations whose messages a template hides are what this run is full of; they are counted, not told one by one.
+    logging.getLogger("gateway.sessions.turns").setLevel(logging.ERROR)
     seed = random.SystemRandom().randrange(1 << 31) if arguments.seed is None else arguments.seed
     choices = [choice for choice in all_choices() if choice.name.startswith(arguments.model)]
     sys.stdout.write(f"seed {seed}: {arguments.histories} histories over {len(choices)} models\n")
     tally = asyncio.run(run_many(choices, seed, arguments.histories, on_progress=_show_progress))
     sys.stdout.write(report(tally))
+    costs = [] if arguments.skip_cost else measure_costs()
+    sys.stdout.write("".join(map(_cost_line, costs)))
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(figures(tally, seed), indent=1, ensure_ascii=False) + "\n")
-    return 1 if tally.failures else 0
+    content = figures(tally, seed) | {"costs": [cost.figures() for cost in costs]}
+    arguments.output.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    return 1 if tally.failures or any(cost.encode_ratio > _MOST_TOKENISATION for cost in costs) else 0
 
 
 async def run_many(
@@ -85,6 +95,7 @@ async def run_many(
                 tally.seconds = time.monotonic() - began
                 if on_progress is not None:
                     on_progress(tally)
+            tally.counts += workshop.audits()
     return tally
 
 
@@ -111,6 +122,16 @@ def figures(tally: Tally, seed: int) -> dict[str, Any]:
         "versions": {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
         "machine": {"cores": os.cpu_count(), "processor": platform.machine(), "system": platform.system()},
     }
+
+
+def _cost_line(cost: Cost) -> str:
+    slow = "" if cost.encode_ratio <= _MOST_TOKENISATION else "TOO SLOW "
+    paths = ", ".join(f"{count} {name}" for name, count in cost.certified_by.items())
+    return (
+        f"{slow}{cost.model}: {cost.num_turns} turns, {cost.num_tokens} tokens ({paths}): tokenisation "
+        f"{cost.encode_seconds * 1e3:.0f} ms = {cost.encode_ratio:.2f} full ones, prompt building "
+        f"{cost.build_seconds * 1e3:.0f} ms = {cost.build_ratio:.2f} full ones\n"
+    )
 
 
 def _show_progress(tally: Tally) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import traceback
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -108,6 +109,12 @@ class Workshop:
             registry=SessionRegistry(self.ledger, capacity=64),
             runner=TurnRunner(parts),
         )
+
+    def audits(self) -> Counter[str]:
+        """How many turns of the prompt builders' short path were built the long way too, and how many differed."""
+        audits = [bench.runner.parts.model.prompts.audits for bench in self._benches.values()]
+        alarms = sum(audit.num_alarms for audit in audits)
+        return Counter({"audited short paths": sum(audit.num_audits for audit in audits), "audit alarms": alarms})
 
     async def aclose(self) -> None:
         """Settle all turns."""
