@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -425,18 +425,23 @@ def edited_reasoning(history: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def test_the_cost_of_attaching_grows_with_the_bytes_of_the_request() -> None:
-    """Twice the turns, about twice the time, also where an early edit leaves every later turn a candidate."""
+    """Twice the turns, about twice the steps, also where an early edit leaves every later turn a candidate."""
 
-    def seconds(num_turns: int) -> float:
+    def num_steps(num_turns: int) -> int:
         tree, history = long_session(num_turns, 200)
         requests = [[*history, QUESTION], [*edited_reasoning(history), QUESTION]]
-        assert [attach(tree, sent, ROOTS[0]).num_matched for sent in requests] == [2 * num_turns, 0]
-        times = []
-        for _ in range(5):
-            start = time.process_time()
-            for sent in requests:
-                attach(tree, sent, ROOTS[0])
-            times.append(time.process_time() - start)
-        return min(times)
+        steps = 0
 
-    assert seconds(400) < 3.5 * seconds(200)
+        def count(frame: object, event: str, argument: object) -> None:
+            nonlocal steps
+            steps += event in ("call", "c_call")
+
+        sys.setprofile(count)
+        try:
+            places = [attach(tree, sent, ROOTS[0]) for sent in requests]
+        finally:
+            sys.setprofile(None)
+        assert [place.num_matched for place in places] == [2 * num_turns, 0]
+        return steps
+
+    assert num_steps(200) < 2.2 * num_steps(100)
