@@ -17,7 +17,7 @@ from gateway.contracts.generation import Finish, JsonValue, LogprobKind, TokenId
 from gateway.contracts.versions import VersionSpan, check_spans
 
 SCHEMA_VERSION = 1
-"""Of everything stored or sent by the feed; raised with every change of a format."""
+"""Of everything stored; raised with every change of a format."""
 
 
 class SessionOrigin(StrEnum):

@@ -343,6 +343,8 @@ def _messages(fields: Mapping[str, JsonValue]) -> tuple[JsonValue, ...]:
     for i, message in enumerate(messages):
         if not isinstance(message.get("role"), str):
             raise InvalidRequest(f"messages[{i}].role: expected a string, got {_kind(message.get('role'))}")
+        if isinstance(message.get("content"), int | float):
+            raise InvalidRequest(f"messages[{i}].content: expected text or parts, got {_kind(message['content'])}")
     return messages
 
 
