@@ -38,6 +38,7 @@ REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 _TEMPLATE_FILE = "chat_template.jinja"
 _NAMED_TEMPLATES_FOLDER = "additional_chat_templates"
 _DEFAULT, _TOOL_USE = "default", "tool_use"
+_ROLES = ("system", "developer", "user", "assistant", "tool")
 _NEEDLE = "needle7"
 _PROBE_TOOL = {
     "type": "function",
@@ -84,6 +85,7 @@ class ChatTemplate:
         self.source: str = "\n".join(templates.values())
         self.looked_for: tuple[str, ...] = _looked_for(self.source)
         self._special_tokens = dict(special_tokens)
+        self._reads_parts: dict[str, bool] = {}
         self._compiled = {name: _compile(text, name=name) for name, text in templates.items()}
 
     @classmethod
@@ -102,8 +104,12 @@ class ChatTemplate:
     def render(self, conversation: Conversation, *, add_generation_prompt: bool = True) -> str:
         """The conversation's text; raises TemplateRaised with the template's own message where it refuses."""
         messages = [_template_message(message) for message in conversation.messages]
-        if any(isinstance(message.get("content"), list) for message in messages) and not self.reads_content_parts:
-            messages = [_with_joined_text(message) for message in messages]
+        messages = [
+            _with_joined_text(message)
+            if isinstance(message.get("content"), list) and not self.reads_content_parts(str(message.get("role")))
+            else message
+            for message in messages
+        ]
         if self.wants_argument_objects:
             messages = [_with_argument_objects(message, _parsed_or_text) for message in messages]
         try:
@@ -129,15 +135,32 @@ class ChatTemplate:
         shown = self._try_call({"key": _NEEDLE} if self.wants_argument_objects else json.dumps({"key": _NEEDLE}))
         return shown is not None and _NEEDLE in shown
 
-    @cached_property
-    def reads_content_parts(self) -> bool:
-        """Whether a message's content may be a list of parts: a text part's text is shown, not the list itself."""
-        part = {"type": "text", "text": _NEEDLE}
+    def reads_content_parts(self, role: str) -> bool:
+        """Whether content of this role may be a list of parts: a part's text is shown, not the list."""
+        if role not in _ROLES:
+            return False
+        if role not in self._reads_parts:
+            self._reads_parts[role] = self._shows_part(role)
+        return self._reads_parts[role]
+
+    def _shows_part(self, role: str) -> bool:
+        message: dict[str, JsonValue] = {"role": role, "content": [{"type": "text", "text": _NEEDLE}]}
+        user: dict[str, JsonValue] = {"role": "user", "content": "question"}
+        before, after = [user], []
+        if role in ("system", "developer"):
+            before, after = [], [user]
+        elif role == "tool":
+            call = {"id": "call00001", "type": "function", "function": {"name": "probe", "arguments": {"key": "value"}}}
+            before = [user, {"role": "assistant", "content": "", "tool_calls": [call]}]
+            message |= {"tool_call_id": "call00001", "name": "probe"}
         try:
-            shown = self._render(Conversation(()), [{"role": "user", "content": [part]}], add_generation_prompt=False)
+            shown = self._render(
+                Conversation((), tools=(_PROBE_TOOL,)), [*before, message, *after], add_generation_prompt=False
+            )
         except TemplateRaised:
             return False
-        return _NEEDLE in shown and "'type'" not in shown and '"type"' not in shown
+        # Neither as Python nor as JSON writes the list.
+        return _NEEDLE in shown and f"'text': '{_NEEDLE}'" not in shown and f'"text": "{_NEEDLE}"' not in shown
 
     @cached_property
     def undeclared_variables(self) -> tuple[str, ...]:

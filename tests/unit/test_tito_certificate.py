@@ -283,12 +283,19 @@ def test_doctor_says_in_one_line_what_is_wrong(words: tuple[str, ...], says: str
     assert result.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("role", ["system", "user", "assistant", "tool"])
 @pytest.mark.parametrize("shows_parts", [False, True])
-def test_text_parts_are_one_text_for_a_template_that_knows_no_parts(shows_parts: bool) -> None:
-    """Engines flatten them too; else the model would read how Python writes a list."""
-    parts = "{%- for part in message.content -%}[{{ part.text }}]{%- endfor -%}"
-    text = CHATML.replace("{{- '<|im_start|>' + message.role + '\n' + (message.content or '') -}}", parts)
-    template = ChatTemplate({"default": text if shows_parts else CHATML}, special_tokens={})
+def test_text_parts_are_one_text_where_a_template_knows_no_parts(role: str, shows_parts: bool) -> None:
+    """Role by role, as engines flatten them; else the model would read how Python writes a list."""
+    parts = (
+        "{%- if message.role == '" + role + "' and message.content is not string -%}"
+        "{%- for part in message.content -%}[{{ part.text }}]{%- endfor -%}{%- else -%}"
+    )
+    write = "{{- '<|im_start|>' + message.role + '\n' + (message.content or '')|string -}}"
+    text = CHATML.replace(write.replace("|string", ""), parts + write + "{%- endif -%}" if shows_parts else write)
+    template = ChatTemplate({"default": text}, special_tokens={})
     content = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
-    shown = template.render(Conversation(({"role": "user", "content": content},)))
-    assert ("[one][two]" in shown, "one\ntwo" in shown) == (shows_parts, not shows_parts)
+    messages = [{"role": other, "content": content} for other in ("system", "user", "assistant", "tool")]
+    shown = template.render(Conversation(tuple(messages)))
+    assert shown.count("[one][two]") == shows_parts
+    assert shown.count("one\ntwo") == 4 - shows_parts
