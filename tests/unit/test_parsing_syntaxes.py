@@ -17,6 +17,7 @@ from gateway.settings import GatewaySettings
 from gateway.tito.conversation import ContentDelta, ParsedReply, ReplyFlag
 from gateway.tito.parsing.call_ids import CallIdStyle, learn_call_ids
 from gateway.tito.parsing.choice import CALL_SYNTAXES, REASONING_STYLES, choose_parsing
+from gateway.tito.parsing.marked import MarkedParsing
 from gateway.tito.parsing.reply import OpenMarkup, ReplyParsing
 from gateway.tito.parsing.typed_values import arguments_text
 from gateway.tito.template import ChatTemplate
@@ -233,6 +234,24 @@ def test_a_good_call_is_read_as_written(
     assert (calls_of(reply), reply.content, reply.flags) == (expected, None, ())
 
 
+def test_a_model_that_repeats_itself_inside_a_call_costs_no_more_than_its_length(plain: Tokenizer) -> None:
+    """Reading a body is linear whatever is in it: one call of a broken model must not hold up all other agents."""
+    bodies = [unit * 100_000 for unit in (" ", "\n", "```", "</parameter>", "{", "[", "a", '{"a":')]
+    for calls in CALL_SYNTAXES:
+        if calls in ("auto", "none", "harmony"):
+            continue
+        parsing = chosen(plain, calls)[0]
+        assert isinstance(parsing, MarkedParsing)
+        assert parsing.calls is not None
+        inner = parsing.calls.frame.inner
+        for head in ("", "f", "function", "f\n```json\n", "<function=f><parameter=map>"):
+            for body in bodies:
+                begun = time.process_time()
+                parsing.calls.read([head, *inner, head, body, "x"], TOOLS)
+                parsing.calls.read([head, *inner[:1], head, body, "</parameter></function>"], TOOLS)
+                assert time.process_time() - begun < 1.0, (calls, head, body[:20])
+
+
 @pytest.mark.parametrize("calls", ["deepseek_v31", "kimi_k2"])
 def test_text_before_between_and_after_the_calls_of_a_section_stays(calls: str, plain: Tokenizer) -> None:
     """Sections are layout, the text around them is not."""
@@ -240,9 +259,13 @@ def test_text_before_between_and_after_the_calls_of_a_section_stays(calls: str, 
     text = f"A.\n{opener}{begin}f{inner}{{}}{end}\nB.\n{begin}g{inner}{{}}{end}{closer}\nC."
     reply = parse(plain, calls, text)
     assert ([call.name for call in reply.tool_calls], reply.content, reply.flags) == (["f", "g"], "A.\nB.\nC.", ())
+    led = parse(plain, calls, f"{opener}Word{begin}f{inner}{{}}{end}{closer}")
+    assert ([call.name for call in led.tool_calls], led.content) == (["f"], f"{opener}Word\n{closer}")
     half = parse(plain, calls, f"{opener}{begin}f{inner}{{}}{end}{begin}g{inner}{{", finish=CUT)
     assert ([call.name for call in half.tool_calls], half.content) == (["f"], f"{begin}g{inner}{{")
     assert half.flags == (ReplyFlag.UNCLOSED_TOOL_CALL,)
+    first = parse(plain, calls, f"{opener}{begin}f{inner}{{", finish=CUT)
+    assert (first.content, first.flags) == (f"{opener}{begin}f{inner}{{", (ReplyFlag.UNCLOSED_TOOL_CALL,))
 
 
 def test_an_answer_in_json_is_no_call_and_streams(plain: Tokenizer) -> None:
@@ -361,6 +384,8 @@ def test_harmony_channels_are_reasoning_and_content(plain: Tokenizer) -> None:
     assert (typed.content, typed.flags) == ("{}", ())
     loose = parse(plain, "harmony", "Just text.", prompt="<|start|>assistant")
     assert (loose.content, loose.flags) == ("Just text.", ())
+    thinking = parse(plain, "harmony", "<|channel|>analysis<|message|>Hm.", prompt="<|start|>assistant", finish=CUT)
+    assert (thinking.reasoning, thinking.flags) == ("Hm.", (ReplyFlag.UNCLOSED_REASONING,))
     cut = parse(plain, "harmony", "<|channel|>final", prompt="<|start|>assistant", finish=CUT)
     assert (cut.content, cut.flags) == (None, ())
 

@@ -16,7 +16,8 @@ from gateway.tito.parsing.markers import Marker, Scanned, marker
 from gateway.tito.tokenizer import ChatTokenizer
 
 SEPARATOR = "<｜tool▁sep｜>"
-_FENCED = re.compile(r"\s*(\S+)[ \t]*\n```(?:json)?\s*\n(.*?)\n?[ \t]*```\s*\Z", re.DOTALL)
+_HEAD = re.compile(r"\s*(\S+)[ \t]*\n```(?:json)?")
+_FENCE = "```"
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +30,12 @@ class DeepSeekV3Calls:
     def read(self, body: Sequence[Scanned], tools: Sequence[JsonValue]) -> tuple[WrittenCall, ...] | None:
         """The kind of call (always `function`), the name, and JSON arguments as written."""
         parts = split_at(body, self.separator)
-        fenced = _FENCED.match(parts[1]) if parts is not None and parts[0].strip() == "function" else None
-        arguments = object_text(fenced.group(2)) if fenced is not None else None
-        return None if fenced is None or arguments is None else (WrittenCall(fenced.group(1), arguments),)
+        head = _HEAD.match(parts[1]) if parts is not None and parts[0].strip() == "function" else None
+        if parts is None or head is None:
+            return None
+        block = parts[1][head.end() :].rstrip()
+        arguments = object_text(block.removesuffix(_FENCE)) if block.endswith(_FENCE) else None
+        return None if arguments is None else (WrittenCall(head.group(1), arguments),)
 
 
 def deepseek_frame(tokenizer: ChatTokenizer) -> CallFrame:

@@ -275,7 +275,7 @@ class MarkedParser:
         """What was to be a call becomes content, as written."""
         text = body_text(self._call_body)
         self._state = _State.CONTENT
-        self._spill_section()
+        self._spill_section(flag=flag)
         # JSON without an opener that is no call is an answer in JSON.
         if self._call_opener or object_text(text) is None:
             self._flag(flag)
