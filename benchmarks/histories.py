@@ -12,12 +12,13 @@ from benchmarks.agents import Agent, Asked
 from benchmarks.judge import Failure, History
 from benchmarks.witness import joined
 from benchmarks.workshop import Bench, LocalChat, ModelChoice, Workshop
+from gateway.contracts.errors import VerbatimError
 from gateway.contracts.records import Outcome
 from gateway.sessions.picks import DeliveredTurns
 from gateway.sessions.segments import load_rollout
 
-_AT_ONCE = 4
-_RESTART_EVERY = 5
+_AT_ONCE = 24
+_RESTART_EVERY = 11
 """Of so many histories one is continued by a gateway that knows it from the ledger only."""
 
 
@@ -45,7 +46,10 @@ async def run_history(workshop: Workshop, choices: Sequence[ModelChoice], seed: 
     if seed % _RESTART_EVERY == 0:
         benches.append(await workshop.fresh_bench(choice))
         repeated = await agent.repeat_at(LocalChat(benches[-1], await benches[-1].registry.get(session_id)))
-    history = await _history(workshop, benches, session_id, agent)
+    try:
+        history = await _history(workshop, benches, session_id, agent)
+    except VerbatimError as error:
+        return Judged(seed, choice, [Failure("I3 a finished session can be read", str(error))], Counter())
     findings = bench.judge.judge(history)
     if repeated is not None:
         bench.judge.judge_restart(history, *repeated, findings)

@@ -29,6 +29,7 @@ from gateway.contracts.samples import Segment
 from gateway.tito.conversation import Conversation, HistoryPolicy
 from gateway.tito.template import ChatTemplate
 
+_ROLES = ("user", "tool", "system", "assistant")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
@@ -67,17 +68,17 @@ class History:
 class Judge:
     """Judges histories of one model folder."""
 
-    def __init__(self, folder: Path, family: Family, history_policy: HistoryPolicy) -> None:
+    def __init__(self, folder: Path, family: Family, template: ChatTemplate, history_policy: HistoryPolicy) -> None:
         self._family = family
         self._history_policy = history_policy
-        self._template = ChatTemplate.load(folder)
+        self._template = template
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         added = self._tokenizer.get_added_tokens_decoder()
         self._control = frozenset(added)
         texts = sorted((token.content for token in added.values()), key=len, reverse=True)
         # Tokens that swallow space make the space around a marker part of it.
         self._lookalike = re.compile("|".join(map(re.escape, texts)))
-        closes = {family.facts.stop(has_calls, role) for has_calls in (False, True) for role in ("user", "tool")}
+        closes = {family.facts.stop(has_calls, role) for has_calls in (False, True) for role in _ROLES}
         self._ends = {i for i, token in added.items() if token.content in {*family.stops, *closes}}
         self._stops = {token_id: token.content for token_id, token in added.items() if token.content in family.stops}
 
@@ -255,7 +256,7 @@ class Judge:
         added = turn.prompt_token_ids.tolist()
         whole = turn.attachment.parent_id is None
         if not whole and str(turn.meta["certified_by"]).startswith("close"):
-            self._judge_closed(asked, turn, findings)
+            self._judge_closed(asked, turn, by_id, findings)
             return
         if turn.attachment.segment_reason is SegmentReason.STOP_MISMATCH:
             num_kept = max(_num_kept(added, other, by_id) for other in by_id.values() if other is not turn)
@@ -265,16 +266,21 @@ class Judge:
         if any(self._has_lookalikes(conversation) for conversation in variants):
             self._judge_lookalikes(turn, variants, added, whole, findings)
             return
-        rendered = [ids for c in variants if (ids := self._encoded(c)) is not None]
-        fits = [ids == added if whole else ids[len(ids) - len(added) :] == added for ids in rendered]
+        rendered = (ids for c in variants if (ids := self._encoded(c)) is not None)
+        fits = any(ids == added if whole else ids[len(ids) - len(added) :] == added for ids in rendered)
         kind = "a new segment's prompt is the whole render" if whole else "what is added is the tail of the render"
         text = self._tokenizer.decode(added, skip_special_tokens=False)
         shown = f"{turn.turn_id} ({turn.meta['certified_by']}): {text!r}"
         findings.counts["prompts held against the render"] += 1
-        findings.expect(any(fits), f"I1 {kind}: {self._family.name}", shown)
+        findings.expect(fits, f"I1 {kind}: {self._family.name}", shown)
 
-    def _judge_closed(self, asked: Asked, turn: TurnRecord, findings: Findings) -> None:
+    def _judge_closed(
+        self, asked: Asked, turn: TurnRecord, by_id: Mapping[str, TurnRecord], findings: Findings
+    ) -> None:
         """Behind what closes a cut turn, and the token that ends it, stands the render's tail with all new messages."""
+        closed = by_id[str(turn.attachment.parent_id)]
+        last = int(closed.output_token_ids[-1])
+        findings.expect(last not in self._stops, "I1 never two stop tokens in a row", f"{turn.turn_id} behind {last}")
         variants = list(self._conversations(asked))
         if any(self._has_lookalikes(conversation) for conversation in variants):
             return
@@ -315,16 +321,21 @@ class Judge:
         )
 
     def _conversations(self, asked: Asked) -> Iterator[Conversation]:
-        """As sent, and with the reasoning that a harness dropped put back: either may be what the template is given."""
+        """As sent, and with the reasoning that a harness dropped put back: in every reply, or in the first ones only
+        (a gateway knows what it recorded on the path that a request continues). Any may be what the template is given.
+        """
         sent = _conversation(asked.body)
         yield sent
-        restored = [
-            {**message, "reasoning_content": line.message["reasoning_content"]}
+        dropped = [
+            i
+            for i, (line, message) in enumerate(zip(asked.lines, sent.messages, strict=True))
             if line.sampled and line.message.get("reasoning_content") and not any(message.get(k) for k in _REASONING)
-            else message
-            for line, message in zip(asked.lines, sent.messages, strict=True)
         ]
-        yield Conversation(tuple(restored), sent.tools, sent.template_arguments)
+        for num_restored in range(len(dropped), 0, -1):
+            messages = list(sent.messages)
+            for i in dropped[:num_restored]:
+                messages[i] = {**messages[i], "reasoning_content": asked.lines[i].message["reasoning_content"]}
+            yield Conversation(tuple(messages), sent.tools, sent.template_arguments)
 
     def _render(self, conversation: Conversation) -> str:
         return self._template.render(conversation)

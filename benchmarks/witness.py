@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.policy import SEED_FIELD
+from gateway.contracts.errors import IntegrityError
 from gateway.contracts.generation import EngineIdentity, GenerateChunk, GenerateEnd, GenerateRequest, TokenIds
 from gateway.contracts.ports import Engine, PauseMode
 
@@ -91,14 +92,14 @@ class Witness:
 
 
 def joined(served: list[Served]) -> Sampled:
-    """Attempts of one turn as one; raises ValueError if an attempt did not begin where the one before it ended."""
+    """Attempts of one turn as one; raises IntegrityError if one did not begin where the one before it ended."""
     first = served[0].prompt_token_ids
     token_ids: list[int] = []
     logprobs: list[float] = []
     for attempt in served:
         expected = np.concatenate([first, np.asarray(token_ids, dtype=np.int32)])
         if not np.array_equal(attempt.prompt_token_ids, expected):
-            raise ValueError("an interrupted turn went on from other tokens than it had")
+            raise IntegrityError("an interrupted turn went on from other tokens than it had")
         token_ids += attempt.token_ids
         logprobs += attempt.logprobs
     return Sampled(first, np.asarray(token_ids, dtype=np.int32), np.asarray(logprobs, dtype=np.float32))

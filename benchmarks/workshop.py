@@ -75,6 +75,7 @@ class Workshop:
         self.ledger = ledger
         self._folder = folder
         self._benches: dict[ModelChoice, Bench] = {}
+        self._judges: dict[ModelChoice, Judge] = {}
 
     async def bench(self, choice: ModelChoice) -> Bench:
         """The bench of a model, made at its first use."""
@@ -105,10 +106,15 @@ class Workshop:
             folder=folder,
             witness=witness,
             scripted=scripted,
-            judge=Judge(folder, family, choice.history_policy),
+            judge=self._judge(choice, family, model),
             registry=SessionRegistry(self.ledger, capacity=64),
             runner=TurnRunner(parts),
         )
+
+    def _judge(self, choice: ModelChoice, family: Family, model: ServedModel) -> Judge:
+        if choice not in self._judges:
+            self._judges[choice] = Judge(model.path, family, model.template, choice.history_policy)
+        return self._judges[choice]
 
     def audits(self) -> Counter[str]:
         """How many turns of the prompt builders' short path were built the long way too, and how many differed."""
