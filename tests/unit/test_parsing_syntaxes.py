@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import time
@@ -244,12 +245,12 @@ def test_a_model_that_repeats_itself_inside_a_call_costs_no_more_than_its_length
         assert isinstance(parsing, MarkedParsing)
         assert parsing.calls is not None
         inner = parsing.calls.frame.inner
-        for head in ("", "f", "function", "f\n```json\n", "<function=f><parameter=map>"):
-            for body in bodies:
-                begun = time.process_time()
-                parsing.calls.read([head, *inner, head, body, "x"], TOOLS)
-                parsing.calls.read([head, *inner[:1], head, body, "</parameter></function>"], TOOLS)
-                assert time.process_time() - begun < 1.0, (calls, head, body[:20])
+        heads = ("", "f", "function", "<function=f><parameter=map>")
+        for head, start, body in itertools.product(heads, ("", "{", "f\n```json\n"), bodies):
+            begun = time.process_time()
+            parsing.calls.read([head, *inner, start + body + "x"], TOOLS)
+            parsing.calls.read([head, *inner[:1], start + body, "</parameter></function>"], TOOLS)
+            assert time.process_time() - begun < 1.0, (calls, head, start, body[:20])
 
 
 @pytest.mark.parametrize("calls", ["deepseek_v31", "kimi_k2"])
