@@ -40,6 +40,12 @@ PIECES: dict[str, list[str]] = {
         "<seed:tool_call>\n<function=f>\n<parameter=x>é</parameter>\n</function>\n</seed:tool_call>",
         "<function=",
     ],
+    "minimax_m2": [
+        '<minimax:tool_call>\n<invoke name="f">\n<parameter name="x">é</parameter>\n</invoke>\n</minimax:tool_call>',
+        '<invoke name="g">',
+        '<parameter name="n">1</parameter>',
+        "</invoke>",
+    ],
     "glm45": [
         "<tool_call>f\n<arg_key>x</arg_key>\n<arg_value>é🙂</arg_value>\n"
         "<arg_key>n</arg_key><arg_value>1</arg_value></tool_call>",

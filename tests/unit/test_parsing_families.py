@@ -76,6 +76,7 @@ FAMILIES = [
     Family("hermes", "hermes + <think>", "<|im_start|>assistant\n", CHATML),
     Family("qwen3_coder", "qwen3_coder", "<|im_start|>assistant\n", CHATML),
     Family("seed_oss", "seed_oss + <seed:think>", "<seed:bos>assistant\n", ("<seed:bos>", "<seed:eos>")),
+    Family("minimax_m2", "minimax_m2 + <think>", "]~b]ai\n", ("]~b]", "[e~[")),
     Family("glm45", "glm45 + <think>", "<|assistant|>\n", ("<|user|>", "<|assistant|>", "<|observation|>")),
     Family("glm47", "glm45 + <think>", "<|assistant|>\n", ("<|user|>", "<|assistant|>", "<|observation|>")),
     Family("deepseek_v3", "deepseek_v3 + <think>", "<｜Assistant｜>", DEEPSEEK),

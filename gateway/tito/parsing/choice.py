@@ -13,6 +13,7 @@ from gateway.tito.parsing.hermes import HERMES
 from gateway.tito.parsing.kimi_k2 import KIMI_K2
 from gateway.tito.parsing.llama3_json import LLAMA3_JSON
 from gateway.tito.parsing.marked import MarkedParsing
+from gateway.tito.parsing.minimax_m2 import MINIMAX_M2
 from gateway.tito.parsing.mistral import MISTRAL
 from gateway.tito.parsing.qwen3_coder import QWEN3_CODER, SEED_OSS
 from gateway.tito.parsing.reasoning import REASONING_FAMILIES, THINK, ReasoningMarkers, find_reasoning
@@ -26,6 +27,7 @@ AUTO, NONE, ALWAYS_THINK = "auto", "none", "think_from_start"
 _FAMILIES: tuple[CallFamily, ...] = (
     QWEN3_CODER,
     SEED_OSS,
+    MINIMAX_M2,
     GLM45,
     DEEPSEEK_V3,
     DEEPSEEK_V31,
