@@ -59,7 +59,7 @@ _LAST_PROMPT_IDS = 256
 
 
 def writes_harmony(shown_call: str, tokenizer: ChatTokenizer) -> bool:
-    """Whether a template that writes a call like this is of this format; one that writes none leaves it to the tokens."""
+    """Whether a template that writes calls like this is of this format; if it writes none, the vocabulary decides."""
     if f"to=functions.{PROBE_NAME}" in shown_call and _MESSAGE in shown_call:
         return True
     return PROBE_NAME not in shown_call and all(tokenizer.token_id(t) is not None for t in (_CHANNEL, _MESSAGE, _CALL))
