@@ -33,11 +33,13 @@ class Junction:
     """`stop`: text of the token that ends the sampled turn where more follows. `suffix`: what is added behind it.
 
     `is_engine_stop`: whether sampling ends at that token; else only the template's history has it there.
+    `last_message_at`: where in the suffix the text of the last appended message stands, at the latest.
     """
 
     stop: str
     suffix: str
     is_engine_stop: bool
+    last_message_at: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +236,9 @@ def _split(
     marked_suffix = tail.text[stop.end() :]
     if any(_find_mark(marked_suffix, mark) < 0 for mark in tail.marks):
         return SegmentReason.DROPPED_MESSAGE
-    return Junction(stop.group(), _without_marks(marked_suffix, tail.marks), is_engine_stop)
+    last_mark = max((_find_mark(marked_suffix, mark) for mark in tail.marks), default=0)
+    last_message_at = len(_without_marks(marked_suffix[:last_mark], tail.marks))
+    return Junction(stop.group(), _without_marks(marked_suffix, tail.marks), is_engine_stop, last_message_at)
 
 
 def _call_close(
@@ -267,9 +271,10 @@ def _name_of(call: Mapping[str, JsonValue]) -> JsonValue:
 
 
 def _is_end(full_text: str, junction: Junction, reply: Mapping[str, JsonValue]) -> bool:
-    """Whether the full render ends with stop and suffix, as they are or with the reply's own text among them.
+    """Whether the full render ends with stop and suffix, as they are or with the reply's own text behind its results.
 
-    Some templates print the text of a reply with calls behind their results; in the recorded tokens it stands already.
+    Some templates print the text of a reply with calls there; in the recorded tokens it stands already. Text that is
+    printed further ahead may be a turn of its own, which an empty text would leave empty.
     """
     end = junction.stop + junction.suffix
     if full_text.endswith(end):
@@ -277,13 +282,14 @@ def _is_end(full_text: str, junction: Junction, reply: Mapping[str, JsonValue]) 
     content = reply.get("content")
     if not reply.get("tool_calls") or not isinstance(content, str) or not content.strip():
         return False
-    return any(_ends_around(full_text, end, text) for text in dict.fromkeys((content, content.strip())))
+    start = len(junction.stop) + junction.last_message_at
+    return any(_ends_around(full_text, end, text, start) for text in dict.fromkeys((content, content.strip())))
 
 
-def _ends_around(full_text: str, end: str, inserted: str) -> bool:
-    """Whether `full_text` ends with `end` into which `inserted` was put at one place."""
+def _ends_around(full_text: str, end: str, inserted: str, start: int) -> bool:
+    """Whether `full_text` ends with `end` into which `inserted` was put at one place, `start` or behind it."""
     tail = full_text[-(len(end) + len(inserted)) :]
-    at = tail.find(inserted)
+    at = tail.find(inserted, start)
     while at >= 0:
         if tail[:at] + tail[at + len(inserted) :] == end:
             return True

@@ -5,7 +5,8 @@ escaping, `raise_exception`, `strftime_now`, loop controls, generation blocks, n
 of a message that are null left out, reasoning visible under each of its three names. Equality is property-tested.
 Three things are added, which engines do and templates expect: arguments of tool calls, which agents send as JSON text,
 are objects for a template that shows those otherwise than text; text parts are one text for a template that knows no
-parts; where a template raises because an assistant has no content, it gets "".
+parts, and text is a part for one that knows nothing else; where a template raises because an assistant has no content,
+it gets "".
 
 A template is untrusted input: it sees plain JSON values only and reaches no file and no attribute of Python objects.
 """
@@ -19,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import jinja2
 from jinja2 import meta, nodes
@@ -70,6 +72,13 @@ _TEMPLATE_ERRORS = (
 )
 
 
+class ContentForms(NamedTuple):
+    """Whether a template shows content that is a text, and content that is a list of text parts."""
+
+    text: bool
+    parts: bool
+
+
 class ChatTemplate:
     """One or several named templates of a model, compiled once.
 
@@ -85,7 +94,7 @@ class ChatTemplate:
         self.source: str = "\n".join(templates.values())
         self.looked_for: tuple[str, ...] = _looked_for(self.source)
         self._special_tokens = dict(special_tokens)
-        self._reads_parts: dict[str, bool] = {}
+        self._content_forms: dict[str, ContentForms] = {}
         self._compiled = {name: _compile(text, name=name) for name, text in templates.items()}
 
     @classmethod
@@ -104,12 +113,7 @@ class ChatTemplate:
     def render(self, conversation: Conversation, *, add_generation_prompt: bool = True) -> str:
         """The conversation's text; raises TemplateRaised with the template's own message where it refuses."""
         messages = [_template_message(message) for message in conversation.messages]
-        messages = [
-            _with_joined_text(message)
-            if isinstance(message.get("content"), list) and not self.reads_content_parts(str(message.get("role")))
-            else message
-            for message in messages
-        ]
+        messages = [self._in_known_form(message) for message in messages]
         if self.wants_argument_objects:
             messages = [_with_argument_objects(message, _parsed_or_text) for message in messages]
         try:
@@ -135,19 +139,22 @@ class ChatTemplate:
         shown = self._try_call({"key": _NEEDLE} if self.wants_argument_objects else json.dumps({"key": _NEEDLE}))
         return shown is not None and _NEEDLE in shown
 
-    def reads_content_parts(self, role: str) -> bool:
-        """Whether content of this role may be a list of parts: a part's text is shown, not the list."""
-        if role not in _ROLES:
-            return False
-        if role not in self._reads_parts:
-            self._reads_parts[role] = self._shows_part(role)
-        return self._reads_parts[role]
+    def content_forms(self, role: str) -> ContentForms:
+        """Which forms of content this role's messages may have."""
+        if role not in self._content_forms:
+            shows = [self._shows_content(role, content) for content in (_NEEDLE, [{"type": "text", "text": _NEEDLE}])]
+            self._content_forms[role] = ContentForms(text=shows[0], parts=shows[1])
+        return self._content_forms[role]
 
-    def _shows_part(self, role: str) -> bool:
-        message: dict[str, JsonValue] = {"role": role, "content": [{"type": "text", "text": _NEEDLE}]}
+    def _shows_content(self, role: str, content: JsonValue) -> bool:
+        message: dict[str, JsonValue] = {"role": role, "content": content}
         user: dict[str, JsonValue] = {"role": "user", "content": "question"}
+        if role != "user":
+            user = self._in_known_form(user)
         before, after = [user], []
-        if role in ("system", "developer"):
+        if role == "user":
+            before = []
+        elif role in ("system", "developer"):
             before, after = [], [user]
         elif role == "tool":
             call = {"id": "call00001", "type": "function", "function": {"name": "probe", "arguments": {"key": "value"}}}
@@ -159,8 +166,20 @@ class ChatTemplate:
             )
         except TemplateRaised:
             return False
-        # Neither as Python nor as JSON writes the list.
+        # A list is not shown by printing it, neither as Python nor as JSON does.
         return _NEEDLE in shown and f"'text': '{_NEEDLE}'" not in shown and f'"text": "{_NEEDLE}"' not in shown
+
+    def _in_known_form(self, message: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        """Text and text parts are the same to an agent, and not to every template."""
+        content, role = message.get("content"), message.get("role")
+        if role not in _ROLES or not isinstance(content, str | list):
+            return message
+        forms = self.content_forms(role)
+        if isinstance(content, list) and not forms.parts:
+            return _with_joined_text(message)
+        if isinstance(content, str) and forms.parts and not forms.text:
+            return {**message, "content": [{"type": "text", "text": content}]}
+        return message
 
     @cached_property
     def undeclared_variables(self) -> tuple[str, ...]:

@@ -33,10 +33,10 @@ _SAMPLING_EXTRA = frozenset(
 
 _KNOWN = frozenset(
     (
-        "chat_template_kwargs", "ignore_eos", "logprobs", "max_completion_tokens", "max_tokens", "messages", "min_p",
-        "model", "n", "parallel_tool_calls", "reasoning_effort", "response_format", "return_routed_experts",
-        "return_token_ids", "seed", "stop", "stop_token_ids", "stream", "stream_options", "temperature", "tool_choice",
-        "tools", "top_k", "top_logprobs", "top_p",
+        "chat_template_kwargs", "documents", "ignore_eos", "logprobs", "max_completion_tokens", "max_tokens",
+        "messages", "min_p", "model", "n", "parallel_tool_calls", "reasoning_effort", "response_format",
+        "return_routed_experts", "return_token_ids", "seed", "stop", "stop_token_ids", "stream", "stream_options",
+        "temperature", "tool_choice", "tools", "top_k", "top_logprobs", "top_p",
     )
 )  # fmt: skip
 
@@ -74,7 +74,7 @@ class ChatRequest:
     """One chat completion as asked.
 
     sampling: normalised names (`max_new_tokens`, `temperature`, …) → values, only those that the request has.
-    template_arguments: `chat_template_kwargs` and `reasoning_effort`. digest: sha256 hex of the body.
+    template_arguments: `chat_template_kwargs`, `reasoning_effort` and `documents`. digest: sha256 hex of the body.
     """
 
     model: str | None
@@ -375,8 +375,8 @@ def _template_arguments(fields: Mapping[str, JsonValue]) -> dict[str, JsonValue]
     arguments = fields.get("chat_template_kwargs")
     if not isinstance(arguments, dict | None):
         raise InvalidRequest(f"chat_template_kwargs: expected an object, got {_kind(arguments)}")
-    effort = fields.get("reasoning_effort")
-    return ({} if effort is None else {"reasoning_effort": effort}) | (arguments or {})
+    named = {name: fields[name] for name in ("reasoning_effort", "documents") if fields.get(name) is not None}
+    return named | (arguments or {})
 
 
 def _wanted(fields: Mapping[str, JsonValue]) -> Wanted:

@@ -299,3 +299,42 @@ def test_text_parts_are_one_text_where_a_template_knows_no_parts(role: str, show
     shown = template.render(Conversation(tuple(messages)))
     assert shown.count("[one][two]") == shows_parts
     assert shown.count("one\ntwo") == 4 - shows_parts
+
+
+def test_text_is_a_part_for_a_template_that_knows_nothing_else() -> None:
+    """As engines wrap it; else every message would be shown letter by letter, or not at all."""
+    write = "{{- '<|im_start|>' + message.role + '\n' + (message.content or '') -}}"
+    parts = "{%- for part in message.content -%}[{{ part.text }}]{%- endfor -%}"
+    template = ChatTemplate({"default": CHATML.replace(write, parts)}, special_tokens={})
+    messages = ({"role": "user", "content": "one"}, {"role": "user", "content": [{"type": "text", "text": "two"}]})
+    assert template.render(Conversation(messages)).startswith("[one]<|im_end|>\n[two]<|im_end|>")
+
+
+SECOND_TEXT = """{%- set ns = namespace(said='') -%}
+{%- for message in messages -%}
+    {%- if message.tool_calls -%}
+        {{- '<|im_start|>assistant\n<tool_call>' + (message.tool_calls | tojson) + '</tool_call><|im_end|>\n' -}}
+        {%- set ns.said = AHEAD -%}
+    {%- else -%}
+        {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' -}}
+        {{- ns.said -}}
+        {%- set ns.said = '' -%}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"""
+
+
+@pytest.mark.parametrize("is_turn", [False, True])
+def test_a_replys_text_behind_its_results_is_recorded_already(tokenizer: ChatTokenizer, is_turn: bool) -> None:
+    """I1: where the template prints it behind the results, nothing is missing; where it makes a turn of it, one would
+    be empty, and a new segment says so."""
+    behind = SECOND_TEXT.replace("AHEAD", "message.content or ''")
+    ahead = SECOND_TEXT.replace("        {%- set ns.said = AHEAD -%}\n", "").replace(
+        "</tool_call><|im_end|>\n'",
+        "</tool_call><|im_end|>\n<|im_start|>assistant\n' + message.content + '<|im_end|>\n'",
+    )
+    prompts = builder(tokenizer, ahead if is_turn else behind)
+    messages = tool_loop(1)
+    messages[1]["content"] = "I look."
+    built = continue_with(tokenizer, prompts, messages)
+    assert built.segment_reason is (SegmentReason.UNCERTIFIED if is_turn else None)

@@ -151,3 +151,12 @@ def test_halves_of_surrogate_pairs_become_replacement_characters() -> None:
     assert load_json_object(body) == {
         "a\N{REPLACEMENT CHARACTER}b": ["x😀y\N{REPLACEMENT CHARACTER}", {"k": "\N{REPLACEMENT CHARACTER}"}]
     }
+
+
+def test_what_a_template_may_read_is_given_to_it() -> None:
+    """`reasoning_effort` and `documents` under their names, `chat_template_kwargs` as they are, and before both."""
+    request = parse(
+        reasoning_effort="low", documents=[{"title": "t"}], chat_template_kwargs={"reasoning_effort": "high"}
+    )
+    assert request.template_arguments == {"reasoning_effort": "high", "documents": [{"title": "t"}]}
+    assert "documents" not in request.passthrough
