@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -20,6 +21,8 @@ from tokenizers import Tokenizer
 from gateway.contracts.errors import ConfigurationError, IdentityMismatch
 from gateway.contracts.generation import JsonValue, TokenIds
 from gateway.tito.model_files import read_eos_entries, read_special_tokens
+
+_MARKUP = re.compile(r"[<>\[\]|｜]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +91,9 @@ class ChatTokenizer:
         return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32)
 
     def encode_plain(self, text: str) -> TokenIds:
-        """int32[T] ids of `text` in which nothing is an added token: what looks like a special token stays text.
+        """int32[T] ids of `text` in which nothing is a control token: what looks like one stays text.
 
-        Raises IdentityMismatch where the vocabulary has no other spelling (no tokenizer that we know of).
+        What a vocabulary has no word for at all is its unknown token, as in all text.
         """
         return self._plain_ids(text)
 
@@ -158,18 +161,25 @@ class ChatTokenizer:
         return text.replace("▁", " ").encode()
 
     def _plain_ids(self, text: str) -> TokenIds:
-        ids = np.array(self._without_added.encode(text, add_special_tokens=False).ids, dtype=np.int32)
-        if not self._has_added(ids):
-            return ids
+        ids = self._ids_without_added(text)
+        if not self._control_ids.intersection(ids):
+            return np.array(ids, dtype=np.int32)
         # Unigram vocabularies hold control tokens as ordinary pieces; single characters have another spelling.
-        pieces = [self._without_added.encode(character, add_special_tokens=False).ids for character in text]
-        ids = np.array([token_id for piece in pieces for token_id in piece], dtype=np.int32)
-        if self._has_added(ids):
-            raise IdentityMismatch(f"the tokenizer cannot spell {text!r} without a control token")
+        pieces = [token_id for character in text for token_id in self._ids_without_added(character)]
+        return np.array([token_id for token_id in pieces if token_id not in self._control_ids], dtype=np.int32)
+
+    def _ids_without_added(self, text: str) -> list[int]:
+        ids: list[int] = self._without_added.encode(text, add_special_tokens=False).ids
         return ids
 
-    def _has_added(self, ids: TokenIds) -> bool:
-        return any(int(token_id) in self.added_tokens for token_id in ids)
+    @cached_property
+    def _control_ids(self) -> frozenset[int]:
+        """Added tokens that are no language: special ones and markup, but not the word for the unknown."""
+        model = json.loads(self._json)["model"]
+        unknown = self._tokenizer.token_to_id(model["unk_token"]) if model.get("unk_token") else model.get("unk_id")
+        added = self.added_tokens.values()
+        control = (token.token_id for token in added if token.special or _MARKUP.search(token.text))
+        return frozenset(control) - {unknown}
 
 
 def _plain_tokenizer(tokenizer_json: bytes) -> Tokenizer:

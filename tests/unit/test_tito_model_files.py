@@ -220,3 +220,12 @@ def test_a_control_token_that_is_a_word_of_the_vocabulary_can_still_be_spelled_a
     tokenizer = ChatTokenizer(inner.to_str().encode(), eos_token="</s>")
     assert tokenizer.encode("a</s>b").tolist() == [inner.token_to_id(t) for t in ("a", "</s>", "b")]
     assert tokenizer.encode_plain("a</s>b").tolist() == [inner.token_to_id(t) for t in "a</s>b"]
+
+
+def test_what_a_vocabulary_has_no_word_for_is_unknown_and_no_error() -> None:
+    """I6: the unknown token is an added token too, and no control token; nothing is refused for it."""
+    inner = Tokenizer(models.Unigram([("<unk>", 0.0), *((character, -5.0) for character in "</s>ab")], unk_id=0))
+    inner.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in ("<unk>", "</s>")])
+    tokenizer = ChatTokenizer(inner.to_str().encode(), eos_token="</s>")
+    spelled = [tokenizer.token_text(token_id) for token_id in tokenizer.encode_plain("a\n</s>").tolist()]
+    assert spelled == ["a", "<unk>", "<", "/", "s", ">"]
