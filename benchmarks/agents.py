@@ -204,6 +204,10 @@ class Agent:
     async def play(self) -> None:
         """Ask, look, do something with the history, until the requests are used up."""
         await self._ask(self.lines)
+        await self.play_on()
+
+    async def play_on(self) -> None:
+        """More of it, up to `max_requests`."""
         while len(self.asked) < self.max_requests:
             moves = list(_MOVES)
             move = self.rng.choices(moves, weights=[_MOVES[m] for m in moves])[0]

@@ -405,8 +405,10 @@ class Judge:
 
 
 def _seen_turns(by_id: Mapping[str, TurnRecord], asked_of: Mapping[str, Asked]) -> set[str]:
-    """Turns whose reply reached the agent, and turns that a later turn goes on from."""
+    """Turns whose reply reached the agent, and turns that a later turn goes on from. Of an agent that went away, the
+    gateway alone can say whether it was gone before the last byte."""
     seen = {turn_id for turn_id, asked in asked_of.items() if isinstance(asked.answer, Answered)}
+    seen |= {turn_id for turn_id, turn in by_id.items() if turn.delivered_at is not None}
     for turn in by_id.values():
         seen |= {turn.attachment.parent_id, turn.attachment.follows_id} - {None}  # type: ignore[arg-type]
     return seen

@@ -24,11 +24,13 @@ from typing import Any
 
 from benchmarks.cost import Cost, measure_costs
 from benchmarks.histories import Judged, run_histories
+from benchmarks.served import run_served_histories
 from benchmarks.workshop import ModelChoice, all_choices, open_workshop
 
 RESULTS = Path(__file__).parent / "results" / "tokens.json"
 _PACKAGES = ("verbatim-rl", "tokenizers", "jinja2", "numpy")
 _SHOWN_PER_RULE = 3
+_SERVED_AT_ONCE = 20
 _MOST_TOKENISATION = 2.0
 """Of a long conversation turn by turn, in full tokenisations of its final text."""
 
@@ -61,6 +63,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--histories", type=int, default=10_000, help="how many (10000)")
     parser.add_argument("--seed", type=int, help="of the first history; the others follow (random)")
     parser.add_argument("--model", metavar="FAMILY[-VOCABULARY]", default="", help="only models whose name begins so")
+    parser.add_argument("--served", type=int, default=200, help="how many more over HTTP, with a killed gateway (200)")
     parser.add_argument("--skip-cost", action="store_true", help="do not measure what prompt building costs")
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="FILE", help="where the figures go")
 
@@ -74,12 +77,16 @@ def run(arguments: argparse.Namespace) -> int:
     sys.stdout.write(f"seed {seed}: {arguments.histories} histories over {len(choices)} models\n")
     tally = asyncio.run(run_many(choices, seed, arguments.histories, on_progress=_show_progress))
     sys.stdout.write(report(tally))
+    served = asyncio.run(run_many_served(choices, seed, arguments.served))
+    sys.stdout.write(f"over HTTP, each gateway killed and started again half-way: {_line(served)}{_failures(served)}")
     costs = [] if arguments.skip_cost else measure_costs()
     sys.stdout.write("".join(map(_cost_line, costs)))
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    content = figures(tally, seed) | {"costs": [cost.figures() for cost in costs]}
+    content = figures(tally, seed) | {"over_http": results(served), "costs": [cost.figures() for cost in costs]}
     arguments.output.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    return 1 if tally.failures or any(cost.encode_ratio > _MOST_TOKENISATION for cost in costs) else 0
+    return (
+        1 if tally.failures or served.failures or any(cost.encode_ratio > _MOST_TOKENISATION for cost in costs) else 0
+    )
 
 
 async def run_many(
@@ -99,29 +106,52 @@ async def run_many(
     return tally
 
 
+async def run_many_served(choices: list[ModelChoice], seed: int, histories: int) -> Tally:
+    """The same over HTTP; models take turns, some histories each."""
+    tally = Tally()
+    began = time.monotonic()
+    for first in range(seed, seed + histories, _SERVED_AT_ONCE):
+        choice = choices[first // _SERVED_AT_ONCE % len(choices)]
+        for judged in await run_served_histories(choice, range(first, min(first + _SERVED_AT_ONCE, seed + histories))):
+            tally.add(judged)
+    tally.seconds = time.monotonic() - began
+    return tally
+
+
 def report(tally: Tally) -> str:
     """For people: counts, then failures with their seeds."""
     lines = [f"{count:>12,}  {name}\n" for name, count in sorted(tally.counts.items())]
-    lines.append(_line(tally))
-    for rule, count in tally.failures.most_common():
-        lines.append(f"FAILED {count} times: {rule}\n")
-        lines += [f"    --seed {e['seed']} ({e['model']}): {e['detail'][:400]}\n" for e in tally.examples[rule]]
-    return "".join(lines)
+    return "".join([*lines, _line(tally), _failures(tally)])
 
 
-def figures(tally: Tally, seed: int) -> dict[str, Any]:
-    """For the results file."""
+def results(tally: Tally) -> dict[str, Any]:
+    """Of one way of running, for the results file."""
     return {
-        "seed": seed,
         "histories": tally.histories,
         "failed_histories": tally.failed_histories,
         "seconds": round(tally.seconds, 1),
         "counts": dict(sorted(tally.counts.items())),
         "failures": dict(tally.failures),
         "examples": tally.examples,
+    }
+
+
+def figures(tally: Tally, seed: int) -> dict[str, Any]:
+    """For the results file."""
+    return {
+        "seed": seed,
+        **results(tally),
         "versions": {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
         "machine": {"cores": os.cpu_count(), "processor": platform.machine(), "system": platform.system()},
     }
+
+
+def _failures(tally: Tally) -> str:
+    lines: list[str] = []
+    for rule, count in tally.failures.most_common():
+        lines.append(f"FAILED {count} times: {rule}\n")
+        lines += [f"    --seed {e['seed']} ({e['model']}): {e['detail'][:400]}\n" for e in tally.examples[rule]]
+    return "".join(lines)
 
 
 def _cost_line(cost: Cost) -> str:

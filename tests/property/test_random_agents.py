@@ -13,7 +13,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.tokens import report, run_many
+from benchmarks.tokens import report, run_many, run_many_served
 from benchmarks.workshop import all_choices
 
 NUM_MODELS = len(all_choices())
@@ -31,6 +31,12 @@ async def test_random_agents_of_a_fresh_seed_lose_no_token() -> None:
     seed = random.SystemRandom().randrange(1 << 31)
     tally = await run_many(all_choices(), seed, NUM_MODELS)
     assert not tally.failures, f"seed {seed}\n{report(tally)}"
+
+
+async def test_random_agents_over_http_lose_no_token_when_the_gateway_is_killed() -> None:
+    """I1, I3, I4, I6 over real HTTP: kill -9 half-way through every history, then the same place again."""
+    tally = await run_many_served(all_choices(), 0, 20)
+    assert not tally.failures, report(tally)
 
 
 @pytest.mark.slow
