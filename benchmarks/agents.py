@@ -355,12 +355,12 @@ class Agent:
             lines.insert(self.rng.randrange(len(lines) + 1), self._inserted())
         elif draw < 0.09:
             lines += [self._inserted(), self._user()]
-        elif draw < 0.12:
+        elif draw < 0.14:
             role = self.rng.choice(("system", "system", "developer"))
             lines.insert(self.rng.randrange(len(lines) + 1), Line({"role": role, "content": self._text(SYSTEMS)}))
-        elif draw < 0.14:
+        elif draw < 0.16:
             return []
-        elif draw < 0.18:
+        elif draw < 0.2:
             lines.append(self._user())
         return lines
 

@@ -12,7 +12,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from gateway.contracts.samples import Segment
 from gateway.tito.conversation import Conversation, HistoryPolicy
 from gateway.tito.template import ChatTemplate
 
+_UNSAID = "zyxunsaid"
 _ROLES = ("user", "tool", "system", "assistant")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 
@@ -205,6 +206,9 @@ class Judge:
                 f"{turn.turn_id}: {whole} is no beginning of {_messages(asked.body)}",
             )
             findings.expect(deep_enough, "I3 the deepest match wins", turn.turn_id)
+            hidden = [m for m in turn.added_messages if m["role"] in self._family.facts.hidden_roles and m["content"]]
+            rule = f"I3 a message that the template hides is not appended in silence: {self._family.name}"
+            findings.expect(not hidden, rule, f"{turn.turn_id}: {hidden}")
             return
         if asked.goes_on_from is None or origin is None:
             return
@@ -242,10 +246,18 @@ class Judge:
         return None
 
     def _shows(self, asked: Asked, appended: Sequence[Message]) -> bool:
-        """Whether the texts of messages are in the render."""
-        rendered = self._render(_conversation(asked.body))
-        texts = [message.get("content") for message in appended]
-        return all(text.strip() in rendered for text in texts if isinstance(text, str))
+        """Whether the texts of the last messages are in the render: as they are, and a word that nobody else says."""
+        conversation = _conversation(asked.body)
+        rendered = self._render(conversation)
+        before = conversation.messages[: len(conversation.messages) - len(appended)]
+        for i, message in enumerate(appended):
+            text = message.get("content")
+            if not isinstance(text, str) or not text.strip():
+                continue
+            worded = (*before, *appended[:i], {**message, "content": _UNSAID}, *appended[i + 1 :])
+            if text.strip() not in rendered or _UNSAID not in self._render(replace(conversation, messages=worded)):
+                return False
+        return True
 
     # ---- prompts ----
 
@@ -273,6 +285,10 @@ class Judge:
         shown = f"{turn.turn_id} ({turn.meta['certified_by']}): {text!r}"
         findings.counts["prompts held against the render"] += 1
         findings.expect(fits, f"I1 {kind}: {self._family.name}", shown)
+        if turn.attachment.parent_id is not None:
+            missing = _unsaid_words(turn, text)
+            rule = f"I3 messages are appended where the template shows them: {self._family.name}"
+            findings.expect(not missing, rule, f"{missing} in {shown}")
 
     def _judge_closed(
         self, asked: Asked, turn: TurnRecord, by_id: Mapping[str, TurnRecord], findings: Findings
@@ -289,9 +305,7 @@ class Judge:
         tails = [added[i + 1 :] for i, token_id in enumerate(added) if token_id in self._ends]
         fits = [tail for tail in tails if any(ids[len(ids) - len(tail) :] == tail for ids in rendered)]
         shown = self._tokenizer.decode(max(fits, key=len, default=[]), skip_special_tokens=False)
-        new = [message.get("content") for message in turn.added_messages]
-        words = [max(re.findall(r"\w+", text), key=len, default="") for text in new if isinstance(text, str)]
-        missing = [word for word in words if word not in shown]
+        missing = _unsaid_words(turn, shown)
         findings.counts["closed turns held against the render"] += 1
         findings.expect(
             bool(fits) and not missing,
@@ -437,6 +451,13 @@ def _tokens_of_path(turn: TurnRecord, by_id: Mapping[str, TurnRecord]) -> list[i
         parts.append(_own_tokens(parent))
         parent_id = parent.attachment.parent_id
     return [token_id for part in reversed(parts) for token_id in part]
+
+
+def _unsaid_words(turn: TurnRecord, text: str) -> list[str]:
+    """The longest word of each message that a turn added, if `text` does not have it."""
+    new = [message.get("content") for message in turn.added_messages]
+    words = [max(re.findall(r"\w+", said), key=len, default="") for said in new if isinstance(said, str)]
+    return [word for word in words if word not in text]
 
 
 def _num_kept(prompt: Sequence[int], turn: TurnRecord, by_id: Mapping[str, TurnRecord]) -> int:

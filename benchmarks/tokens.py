@@ -84,9 +84,8 @@ def run(arguments: argparse.Namespace) -> int:
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     content = figures(tally, seed) | {"over_http": results(served), "costs": [cost.figures() for cost in costs]}
     arguments.output.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    return (
-        1 if tally.failures or served.failures or any(cost.encode_ratio > _MOST_TOKENISATION for cost in costs) else 0
-    )
+    too_slow = any(cost.encode_ratio > _MOST_TOKENISATION for cost in costs)
+    return 1 if tally.failures or served.failures or too_slow else 0
 
 
 async def run_many(
