@@ -41,6 +41,7 @@ from gateway.routes.feed import feed_router
 from gateway.routes.metrics import GatewayMetrics
 from gateway.routes.paths import SessionPaths
 from gateway.routes.sessions import session_router
+from gateway.routes.turns import Calls
 from gateway.sessions.model import ServedModel
 from gateway.sessions.picks import PickChoice
 from gateway.sessions.registry import SessionRegistry
@@ -208,15 +209,9 @@ def build_app(gateway: Gateway, access: Access) -> FastAPI:
             learn_policy=gateway.learn_policy,
         )
     )
-    app.include_router(
-        chat_router(
-            gateway.runner,
-            gateway.registry,
-            access,
-            creates_unknown=settings.unknown_sessions is UnknownSessions.CREATE,
-            max_body_bytes=max_bytes,
-        )
-    )
+    creates_unknown = settings.unknown_sessions is UnknownSessions.CREATE
+    calls = Calls(gateway.runner, gateway.registry, access, creates_unknown=creates_unknown)
+    app.include_router(chat_router(calls, max_body_bytes=max_bytes))
     app.add_middleware(SessionPaths)
     app.add_exception_handler(VerbatimError, _verbatim_error)
     app.add_exception_handler(HTTPException, _http_error)

@@ -24,7 +24,7 @@ from gateway.sessions.picks import PickChoice
 from gateway.sessions.registry import SessionRegistry, new_session
 from gateway.sessions.report import Retokenisation, session_report
 from gateway.sessions.segments import load_segments, sealed_turns, tree_reports
-from gateway.wire.openai import sampling_fields
+from gateway.wire.sampling import sampling_fields
 
 _CREATE_FIELDS = (
     "session_id", "group", "group_size", "task", "labels", "metadata", "sampling", "ttl_seconds",

@@ -40,14 +40,16 @@ from gateway.contracts.generation import (
 )
 from gateway.contracts.ports import Ledger
 from gateway.contracts.records import Attachment, RootContext, SegmentReason, TurnRecord
+from gateway.contracts.replies import ParsedReply, ReplyDelta
 from gateway.replicas.continuation import Continuation, Generated
 from gateway.replicas.pool import ReplicaPool
 from gateway.sessions.attach import Place, attach, restore_reasoning
 from gateway.sessions.model import ServedModel
 from gateway.sessions.registry import Session
 from gateway.sessions.upkeep import PromptUpkeep
-from gateway.tito.conversation import BuiltPrompt, Conversation, ParentTurn, ParsedReply, ReplyDelta
-from gateway.wire.openai import ChatRequest, sampling_fields, sampling_params
+from gateway.tito.conversation import BuiltPrompt, Conversation, ParentTurn
+from gateway.wire.request import TurnRequest
+from gateway.wire.sampling import sampling_fields, sampling_params
 
 _log = logging.getLogger(__name__)
 
@@ -134,7 +136,7 @@ class _Sampled:
     failure: VerbatimError | None
 
 
-async def run_turn(parts: TurnParts, session: Session, request: ChatRequest, turn: Turn) -> TurnFinished:
+async def run_turn(parts: TurnParts, session: Session, request: TurnRequest, turn: Turn) -> TurnFinished:
     """One call; events go to `turn`, the record to the ledger.
 
     Raises RequestError before anything is sampled. After that an EngineError leaves what was sampled in the ledger.
@@ -257,7 +259,7 @@ class TurnRunner:
         """Turns under way."""
         return len(self._turns)
 
-    def start(self, session: Session, request: ChatRequest) -> Turn:
+    def start(self, session: Session, request: TurnRequest) -> Turn:
         """Begin a turn; raises SessionSealed for a finished session."""
         session.check_open()
         turn = Turn(f"turn-{secrets.token_hex(12)}")
@@ -309,7 +311,7 @@ class TurnRunner:
             _log.error("session %s %s failed", session.record.session_id, turn.turn_id, exc_info=error)
 
 
-async def _build_prompt(parts: TurnParts, request: ChatRequest, root: RootContext, place: Place) -> _Prompt:
+async def _build_prompt(parts: TurnParts, request: TurnRequest, root: RootContext, place: Place) -> _Prompt:
     conversation = Conversation(restore_reasoning(place, request.messages), root.tools, root.template_arguments)
     parent = _parent_turn(place)
     prompts, reason = parts.model.prompts, place.reason or SegmentReason.UNCERTIFIED
@@ -344,7 +346,7 @@ def _check_vocabulary(parts: TurnParts, token_ids: TokenIds) -> None:
         raise IntegrityError(f"a prompt holds ids outside [0, {vocab_size}): engine and tokenizer do not fit")
 
 
-def _sampling(parts: TurnParts, session: Session, request: ChatRequest, *, num_prompt_tokens: int) -> SamplingParams:
+def _sampling(parts: TurnParts, session: Session, request: TurnRequest, *, num_prompt_tokens: int) -> SamplingParams:
     """Request, then the session's overrides; the rest of the context where nobody limits the reply."""
     fields = {**request.sampling, **sampling_fields(session.record.sampling)}
     lengths = [length for length in (parts.pool.context_length, parts.model.context_length) if length]
@@ -367,7 +369,7 @@ def _sampling(parts: TurnParts, session: Session, request: ChatRequest, *, num_p
 
 
 async def _sample(
-    parts: TurnParts, session: Session, request: ChatRequest, prompt: _Prompt, sampling: SamplingParams, turn: Turn
+    parts: TurnParts, session: Session, request: TurnRequest, prompt: _Prompt, sampling: SamplingParams, turn: Turn
 ) -> _Sampled:
     """Stream from the engines; whatever ends it, what was sampled comes back. If nothing was, the failure is raised."""
     parser = parts.model.parsing.start(
@@ -403,7 +405,7 @@ async def _sample(
     return _Sampled(generated, reply, failure)
 
 
-def _generate_request(request: ChatRequest, prompt: _Prompt, sampling: SamplingParams) -> GenerateRequest:
+def _generate_request(request: TurnRequest, prompt: _Prompt, sampling: SamplingParams) -> GenerateRequest:
     """Rows are wanted from the last token of the parent on: it had none until now (I2)."""
     extends = prompt.built.segment_reason is None and prompt.place.parent is not None
     first_row = len(prompt.token_ids) - len(prompt.built.token_ids) - 1 if extends else 0
@@ -431,7 +433,7 @@ def _overflow_or_same(error: EngineError) -> VerbatimError:
 def _record(
     parts: TurnParts,
     session: Session,
-    request: ChatRequest,
+    request: TurnRequest,
     prompt: _Prompt,
     sampling: SamplingParams,
     sampled: _Sampled,
@@ -489,7 +491,7 @@ def _sampling_json(sampling: SamplingParams) -> dict[str, JsonValue]:
     }
 
 
-def _meta(request: ChatRequest, prompt: _Prompt, sampled: _Sampled) -> dict[str, JsonValue]:
+def _meta(request: TurnRequest, prompt: _Prompt, sampled: _Sampled) -> dict[str, JsonValue]:
     generated = sampled.generated
     return {
         "certified_by": prompt.built.certified_by,

@@ -1,4 +1,4 @@
-"""What goes into a prompt and what comes out: shared by `gateway.tito` and `gateway.sessions`."""
+"""What a prompt is made of: shared by `gateway.tito` and `gateway.sessions`."""
 
 from __future__ import annotations
 
@@ -56,73 +56,6 @@ class BuiltPrompt:
     segment_reason: SegmentReason | None
     certified_by: str
     hidden_messages: tuple[int, ...] = ()
-
-
-class ReplyFlag(StrEnum):
-    """What was wrong with the text of a reply; the reply is delivered all the same."""
-
-    MALFORMED_TOOL_CALL = "malformed_tool_call"
-    UNCLOSED_TOOL_CALL = "unclosed_tool_call"
-    UNCLOSED_REASONING = "unclosed_reasoning"
-
-
-@dataclass(frozen=True, slots=True)
-class ReasoningDelta:
-    """More reasoning text."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class ContentDelta:
-    """More visible text."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class ToolCallDelta:
-    """More of tool call `index`; `call_id` and `name` are set on its first delta only."""
-
-    index: int
-    call_id: str | None
-    name: str | None
-    arguments: str
-
-
-ReplyDelta = ReasoningDelta | ContentDelta | ToolCallDelta
-
-
-@dataclass(frozen=True, slots=True)
-class ToolCall:
-    """One parsed call; `arguments` is the JSON text as the model wrote it."""
-
-    call_id: str
-    name: str
-    arguments: str
-
-
-@dataclass(frozen=True, slots=True)
-class ParsedReply:
-    """Output tokens as a message. `content` None means no text at all; `num_reasoning_tokens` counts output tokens."""
-
-    content: str | None
-    reasoning: str | None
-    tool_calls: tuple[ToolCall, ...]
-    flags: tuple[ReplyFlag, ...]
-    num_reasoning_tokens: int
-
-    def message(self) -> dict[str, JsonValue]:
-        """The assistant message as OpenAI's API spells it; reasoning under `reasoning_content`."""
-        message: dict[str, JsonValue] = {"role": "assistant", "content": self.content}
-        if self.reasoning is not None:
-            message["reasoning_content"] = self.reasoning
-        if self.tool_calls:
-            message["tool_calls"] = [
-                {"id": call.call_id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-                for call in self.tool_calls
-            ]
-        return message
 
 
 def check_parent(parent: ParentTurn, conversation: Conversation) -> None:

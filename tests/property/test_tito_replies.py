@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, trainers
 
 from gateway.contracts.generation import Finish, FinishReason, JsonValue
-from gateway.tito.conversation import ContentDelta, ParsedReply, ReasoningDelta, ReplyDelta, ToolCallDelta
+from gateway.contracts.replies import ContentDelta, ParsedReply, ReasoningDelta, ReplyDelta, ToolCallDelta
 from gateway.tito.parsing.choice import CALL_SYNTAXES, choose_parsing
 from gateway.tito.parsing.harmony import HarmonyParsing
 from gateway.tito.parsing.reply import ReplyParsing

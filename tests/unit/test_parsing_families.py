@@ -11,7 +11,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer
 
 from gateway.contracts.generation import Finish, FinishReason, JsonValue
-from gateway.tito.conversation import Conversation, ParsedReply, ReplyFlag
+from gateway.contracts.replies import ParsedReply, ReplyFlag
+from gateway.tito.conversation import Conversation
 from gateway.tito.parsing.choice import choose_parsing
 from gateway.tito.parsing.reply import ReplyParsing
 from gateway.tito.template import ChatTemplate

@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 
 from gateway.contracts.generation import Finish, FinishReason, JsonValue
-from gateway.tito.conversation import ContentDelta, ParsedReply, ReasoningDelta, ReplyFlag, ToolCallDelta
+from gateway.contracts.replies import ContentDelta, ParsedReply, ReasoningDelta, ReplyFlag, ToolCallDelta
 from gateway.tito.parsing.choice import choose_parsing
 from gateway.tito.parsing.hermes import hermes_calls
 from gateway.tito.parsing.marked import MarkedParsing

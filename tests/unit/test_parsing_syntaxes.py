@@ -14,8 +14,8 @@ from tokenizers import AddedToken, Tokenizer
 
 from gateway.contracts.errors import ConfigurationError
 from gateway.contracts.generation import Finish, FinishReason, JsonValue
+from gateway.contracts.replies import ContentDelta, ParsedReply, ReplyFlag
 from gateway.settings import GatewaySettings
-from gateway.tito.conversation import ContentDelta, ParsedReply, ReplyFlag
 from gateway.tito.parsing.call_ids import CallIdStyle, learn_call_ids
 from gateway.tito.parsing.choice import CALL_SYNTAXES, REASONING_STYLES, choose_parsing
 from gateway.tito.parsing.marked import MarkedParsing

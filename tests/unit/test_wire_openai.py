@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -10,31 +11,33 @@ import pytest
 
 from gateway.contracts.errors import ContextOverflow, EngineUnavailable, InvalidRequest, Unauthorized
 from gateway.contracts.experts import RoutedExperts
+from gateway.contracts.generation import Finish, FinishReason
+from gateway.contracts.replies import ContentDelta, ParsedReply
 from gateway.wire.errors import error_body, error_headers
 from gateway.wire.json_text import dump_json, load_json_object
-from gateway.wire.openai import (
-    ChatRequest,
-    Choice,
-    ChunkWriter,
-    ReplyTokens,
-    Usage,
-    completion_body,
-    content_delta,
-    parse_chat_request,
-    sampling_params,
-)
+from gateway.wire.openai import ChatWriter, parse_chat_request
+from gateway.wire.reply import FinishedChoice, ReplyTokens, Usage
+from gateway.wire.request import TurnRequest
+from gateway.wire.sampling import sampling_params
 
 USER = {"role": "user", "content": "x"}
 
 
-def parse(**fields: Any) -> ChatRequest:
+def parse(**fields: Any) -> TurnRequest:
     return parse_chat_request(json.dumps({"messages": [USER], **fields}).encode())
 
 
-def choice() -> Choice:
+def choice() -> FinishedChoice:
     tokens = ReplyTokens(np.array([5, 6], dtype=np.int32), np.array([-0.5, np.nan], dtype=np.float32), ["a", "b"])
     experts = RoutedExperts(np.zeros((3, 4, 2), dtype=np.uint8), 1)
-    return Choice({"role": "assistant", "content": "ab"}, "stop", tokens, experts, {"seen": 2**70}, Usage(3, 2, 1, 0))
+    reply = ParsedReply("ab", None, (), (), 0)
+    prompt = np.array([1, 2, 3], dtype=np.int32)
+    finish = Finish(FinishReason.STOP)
+    return FinishedChoice(reply, finish, prompt, tokens, experts, {"seen": 2**70}, Usage(3, 2, 1, 0))
+
+
+def values(frames: Iterable[bytes]) -> list[Any]:
+    return [json.loads(frame.removeprefix(b"data: ")) for frame in frames]
 
 
 @pytest.mark.parametrize("value", [2**70, 1.0, 1, None, {"b": 1, "a": [None, {"c": -0.0}]}, "ü", True])
@@ -110,13 +113,12 @@ def test_what_is_no_json_object_is_refused(body: bytes) -> None:
 
 def test_reply_holds_captured_arrays_only_where_asked_for() -> None:
     """I7; a missing log-prob is null, never a number (I9)."""
-    prompt = np.array([1, 2, 3], dtype=np.int32)
-    plain = completion_body("id", "m", prompt, [choice()], parse().wanted)
+    plain = ChatWriter(parse().wanted, "id", "m").whole([choice()])
     assert "prompt_token_ids" not in plain
     assert not {"token_ids", "routed_experts"} & plain["choices"][0].keys()
     assert plain["choices"][0]["meta_info"] == {"seen": 2**70}
     asked = parse(return_token_ids=True, return_routed_experts=True).wanted
-    full = completion_body("id", "m", prompt, [choice()], asked)
+    full = ChatWriter(asked, "id", "m").whole([choice()])
     assert full["prompt_token_ids"] == [1, 2, 3]
     assert full["choices"][0]["token_ids"] == [5, 6]
     assert [entry["logprob"] for entry in full["choices"][0]["logprobs"]["content"]] == [-0.5, None]
@@ -125,12 +127,12 @@ def test_reply_holds_captured_arrays_only_where_asked_for() -> None:
 
 
 def test_chunks_carry_each_token_once_even_where_text_is_held_back() -> None:
-    writer = ChunkWriter("id", "m", parse(return_token_ids=True).wanted)
+    writer = ChatWriter(parse(return_token_ids=True).wanted, "id", "m")
     tokens = choice().tokens
-    held = writer.progress([], tokens)
-    shown = writer.progress([content_delta("a"), content_delta("b")], tokens)
+    held = values(writer.progress(0, [], tokens))
+    shown = values(writer.progress(0, [ContentDelta("a"), ContentDelta("b")], tokens))
     assert [chunk["choices"][0].get("token_ids") for chunk in (*held, *shown)] == [[5, 6], [5, 6], None]
-    assert ChunkWriter("id", "m", parse().wanted).progress([], tokens) == []
+    assert list(ChatWriter(parse().wanted, "id", "m").progress(0, [], tokens)) == []
 
 
 def test_errors_take_openai_shape() -> None:

@@ -18,7 +18,7 @@ from enum import Enum
 from functools import cached_property
 
 from gateway.contracts.generation import Finish, FinishReason, JsonValue, TokenIds
-from gateway.tito.conversation import (
+from gateway.contracts.replies import (
     ContentDelta,
     ParsedReply,
     ReasoningDelta,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from gateway.contracts.generation import Finish, JsonValue, TokenIds
-from gateway.tito.conversation import ParsedReply, ReplyDelta
+from gateway.contracts.replies import ParsedReply, ReplyDelta
 from gateway.tito.parsing.markers import Marker
 from gateway.tito.parsing.reasoning import ReasoningMarkers
 

@@ -1,0 +1,320 @@
+"""Running turns for agents, in whatever dialect: the session, the reply whole or streamed, and when it was delivered.
+
+A reply counts as delivered when its last byte has left; a client that goes away earlier leaves turns that are sampled
+on for a grace and recorded as not delivered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import NamedTuple, TypeVar
+from urllib.parse import quote, unquote
+
+import numpy as np
+from fastapi import Request
+from fastapi.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from gateway.contracts.errors import Conflict, EngineUnavailable, NotFound, Unauthorized, VerbatimError
+from gateway.contracts.generation import TokenIds
+from gateway.contracts.records import SessionOrigin
+from gateway.routes.access import Access, session_of_key
+from gateway.routes.bodies import path_id
+from gateway.sessions.model import ServedModel
+from gateway.sessions.registry import Session, SessionRegistry, new_session
+from gateway.sessions.turns import Turn, TurnEvent, TurnFinished, TurnProgress, TurnRunner, TurnStarted
+from gateway.wire.json_text import dump_json
+from gateway.wire.reply import FinishedChoice, ReplyTokens, ReplyWriter, Usage
+from gateway.wire.request import TurnRequest, Wanted
+
+T = TypeVar("T")
+
+_CLIENT_GONE_STATUS = 499
+
+
+class Calls:
+    """Runs the calls of agents; `creates_unknown`: a call under an id that nobody made makes the session."""
+
+    def __init__(self, runner: TurnRunner, registry: SessionRegistry, access: Access, *, creates_unknown: bool) -> None:
+        self.runner = runner
+        self._registry = registry
+        self._access = access
+        self._creates_unknown = creates_unknown
+
+    @property
+    def model(self) -> ServedModel:
+        """The model that is served."""
+        return self.runner.parts.model
+
+    async def answer(
+        self, request: Request, wanted: TurnRequest, make_writer: Callable[[str, str], ReplyWriter]
+    ) -> Response:
+        """Run the turns that a request asks for. make_writer: (turn id, model name) → writer of this reply.
+
+        Raises VerbatimError for what goes wrong before the first token.
+        """
+        session = await self.session(request, wanted)
+        turns = [self.runner.start(session, _variant(wanted, i)) for i in range(wanted.num_choices)]
+        writer = make_writer(turns[0].turn_id, wanted.model or self.model.name)
+        client = _Client(request)
+        try:
+            if wanted.stream:
+                return await self._streamed(client, session, wanted.wanted, turns, writer)
+            return await self._whole(client, session, wanted.wanted, turns, writer)
+        except _ClientGone:
+            self._abandon(turns)
+            return Response(status_code=_CLIENT_GONE_STATUS)
+        except asyncio.CancelledError:
+            self._abandon(turns)
+            raise
+        finally:
+            client.release()
+
+    async def session(self, request: Request, wanted: TurnRequest) -> Session:
+        """Of the path, the header, the key, or made on the spot; the caller may use it."""
+        header = request.headers.get("x-session-id")
+        session_id = path_id(request) or (unquote(header) if header else None) or session_of_key(request)
+        session = await self._registry.find(session_id) if session_id else None
+        if session is None:
+            session = await self._make(request, wanted, session_id)
+        self._access.check_agent(request, session.record)
+        return session
+
+    async def _whole(
+        self, client: _Client, session: Session, wanted: Wanted, turns: Sequence[Turn], writer: ReplyWriter
+    ) -> Response:
+        finished = await client.unless_gone(_all(turn.finished() for turn in turns))
+        body = writer.whole([self._choice(turn, wanted) for turn in finished])
+
+        def delivered() -> None:
+            for turn in finished:
+                self.runner.delivered(session, turn)
+
+        return _RecordedReply(dump_json(body), _headers(session), delivered)
+
+    async def _streamed(
+        self, client: _Client, session: Session, wanted: Wanted, turns: Sequence[Turn], writer: ReplyWriter
+    ) -> Response:
+        """Errors before the first token are plain HTTP errors; later ones are the dialect's error frame and no end."""
+        events = _merged(turns)
+        first = [await client.unless_gone(anext(events)) for _ in range(2)]
+
+        async def frames() -> AsyncGenerator[bytes, None]:
+            finished: dict[int, TurnFinished] = {}
+            sent = False
+            try:
+                async with _resumed(first, events) as items:
+                    async for index, item in items:
+                        if isinstance(item, TurnFinished):
+                            finished[index] = item
+                        for frame in self._frames(writer, index, item, wanted):
+                            yield frame
+                for frame in writer.end([self._choice(finished[i], wanted) for i in sorted(finished)]):
+                    yield frame
+                sent = True
+                for item in finished.values():
+                    # At once: who has read the end may finish the session before this response has wound up.
+                    self.runner.delivered(session, item)
+            except VerbatimError as error:
+                sent = True
+                for frame in writer.failure(error):
+                    yield frame
+            finally:
+                if not sent:
+                    self._abandon(turns)
+
+        headers = _headers(session) | {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        return _ClosingStream(frames(), headers=headers, media_type="text/event-stream")
+
+    def _frames(self, writer: ReplyWriter, index: int, item: TurnEvent, wanted: Wanted) -> Iterable[bytes]:
+        if isinstance(item, TurnStarted):
+            return writer.opening(index, item.prompt_token_ids)
+        if isinstance(item, TurnProgress):
+            texts = self._texts(item.token_ids, wanted)
+            return writer.progress(index, item.deltas, ReplyTokens(item.token_ids, item.logprobs, texts))
+        return writer.closing(index, self._choice(item, wanted))
+
+    def _choice(self, turn: TurnFinished, wanted: Wanted) -> FinishedChoice:
+        record = turn.record
+        texts = self._texts(record.output_token_ids, wanted)
+        return FinishedChoice(
+            reply=turn.reply,
+            finish=record.finish,
+            prompt_token_ids=turn.prompt_token_ids,
+            tokens=ReplyTokens(record.output_token_ids, record.output_logprobs, texts),
+            experts=turn.experts,
+            meta_info=record.meta["engine"],
+            usage=Usage(
+                prompt_tokens=len(turn.prompt_token_ids),
+                completion_tokens=len(record.output_token_ids),
+                cached_tokens=record.cached_tokens,
+                reasoning_tokens=turn.reply.num_reasoning_tokens,
+            ),
+        )
+
+    def _texts(self, token_ids: TokenIds, wanted: Wanted) -> list[str]:
+        """What each token alone decodes to, made only for log-probs that were asked for."""
+        if not wanted.logprobs:
+            return []
+        return [self.model.tokenizer.decode([int(token_id)]) for token_id in np.asarray(token_ids)]
+
+    def _abandon(self, turns: Sequence[Turn]) -> None:
+        for turn in turns:
+            self.runner.abandon(turn)
+
+    async def _make(self, request: Request, wanted: TurnRequest, session_id: str | None) -> Session:
+        if session_id is not None and not self._creates_unknown:
+            raise NotFound(f"no session {session_id!r}; make it with POST /sessions")
+        try:
+            await self._access.check_operator(request)
+        except VerbatimError as error:
+            raise Unauthorized("no session has this id or key; make one with POST /sessions") from error
+        # A first request with replies that nobody here sampled belongs to a session whose record is gone.
+        has_past = any(message["role"] == "assistant" for message in wanted.messages)
+        session_id = session_id or f"session-{uuid.uuid4().hex}"
+        record = new_session(
+            session_id,
+            key_hash="",  # nobody gets a key: its caller has the operator's, or keys are off
+            origin=SessionOrigin.RECREATED if has_past else SessionOrigin.ON_THE_SPOT,
+            complete=not has_past,
+        )
+        try:
+            session, _ = await self._registry.create(record)
+        except Conflict:  # another call of the same agent was faster
+            return await self._registry.get(session_id)
+        return session
+
+
+class _Indexed(NamedTuple):
+    """An event of one choice of a reply."""
+
+    choice: int
+    event: TurnEvent
+
+
+async def _merged(turns: Sequence[Turn]) -> AsyncGenerator[_Indexed, None]:
+    """Events of all turns as they come; raises what ended one of them."""
+    if len(turns) == 1:
+        async for event in turns[0].events():
+            yield _Indexed(0, event)
+        return
+    queue: asyncio.Queue[_Indexed | VerbatimError | None] = asyncio.Queue()
+
+    async def follow(index: int, turn: Turn) -> None:
+        try:
+            async for event in turn.events():
+                queue.put_nowait(_Indexed(index, event))
+        except VerbatimError as error:
+            queue.put_nowait(error)
+        finally:
+            queue.put_nowait(None)
+
+    followers = [asyncio.create_task(follow(i, turn)) for i, turn in enumerate(turns)]
+    try:
+        for _ in turns:
+            while (item := await queue.get()) is not None:
+                if isinstance(item, VerbatimError):
+                    raise item
+                yield item
+    finally:
+        for follower in followers:
+            follower.cancel()
+
+
+@asynccontextmanager
+async def _resumed(
+    first: Sequence[_Indexed], events: AsyncGenerator[_Indexed, None]
+) -> AsyncIterator[AsyncIterator[_Indexed]]:
+    """Events that were taken already, then the others; closed at the end."""
+
+    async def items() -> AsyncIterator[_Indexed]:
+        for item in first:
+            yield item
+        async for item in events:
+            yield item
+
+    try:
+        yield items()
+    finally:
+        await events.aclose()
+
+
+class _ClientGone(Exception):
+    """The connection of a request was closed before its reply."""
+
+
+class _Client:
+    """Notices when the client of a request goes away; `release` before somebody else listens to the connection."""
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self._gone: asyncio.Task[None] | None = None
+
+    async def unless_gone(self, work: Awaitable[T]) -> T:
+        """The result of `work`; raises _ClientGone if the client goes first (work is then cancelled)."""
+        if self._gone is None:
+            self._gone = asyncio.create_task(self._watch())
+        task = asyncio.ensure_future(work)
+        try:
+            await asyncio.wait({task, self._gone}, return_when=asyncio.FIRST_COMPLETED)
+            if self._gone.done():
+                raise _ClientGone
+            return await task
+        except StopAsyncIteration as error:
+            raise EngineUnavailable("the turn ended before it began") from error
+        finally:
+            task.cancel()
+
+    def release(self) -> None:
+        """Stop listening."""
+        if self._gone is not None:
+            self._gone.cancel()
+
+    async def _watch(self) -> None:
+        while (await self._request.receive())["type"] != "http.disconnect":
+            pass
+
+
+class _RecordedReply(Response):
+    """A whole reply that runs `delivered` when its last byte has left."""
+
+    def __init__(self, content: bytes, headers: dict[str, str], delivered: Callable[[], None]) -> None:
+        super().__init__(content, headers=headers, media_type="application/json")
+        self._delivered = delivered
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send, then tell."""
+        await super().__call__(scope, receive, send)
+        self._delivered()
+
+
+class _ClosingStream(StreamingResponse):
+    """A streamed reply whose frames end with it, also those that nobody asked for any more."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send, then close the frames."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            if isinstance(self.body_iterator, AsyncGenerator):
+                await self.body_iterator.aclose()
+
+
+async def _all(work: Iterable[Awaitable[T]]) -> list[T]:
+    return list(await asyncio.gather(*work))
+
+
+def _variant(wanted: TurnRequest, i: int) -> TurnRequest:
+    """Choice i of a request; with a seed every choice gets another one, or all would be the same."""
+    seed = wanted.sampling.get("seed")
+    if not i or seed is None:
+        return wanted
+    return replace(wanted, sampling={**wanted.sampling, "seed": seed + i})
+
+
+def _headers(session: Session) -> dict[str, str]:
+    return {"X-Session-ID": quote(session.record.session_id, safe="")}

@@ -1,0 +1,70 @@
+"""Fields of a JSON object, read with their type; what is wrong is an InvalidRequest that names the field."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+from gateway.contracts.errors import InvalidRequest
+from gateway.contracts.generation import JsonValue
+
+_MAX_NESTING = 200
+
+T = TypeVar("T")
+
+
+def check_nesting(fields: Mapping[str, JsonValue]) -> None:
+    """Raise InvalidRequest for a body nested so deep that what reads it would run out of stack somewhere later."""
+    level: list[JsonValue] = [fields]
+    for _ in range(_MAX_NESTING):
+        children = [item.values() if isinstance(item, dict) else item for item in level]
+        level = [value for values in children for value in values if isinstance(value, dict | list)]
+        if not level:
+            return
+    raise InvalidRequest(f"the body is nested too deeply: at most {_MAX_NESTING} levels")
+
+
+def objects(fields: Mapping[str, JsonValue], name: str) -> tuple[JsonValue, ...]:
+    values = fields.get(name)
+    if values is None:
+        return ()
+    if not isinstance(values, list):
+        raise InvalidRequest(f"{name}: expected a list, got {kind_of(values)}")
+    for i, value in enumerate(values):
+        if not isinstance(value, dict):
+            raise InvalidRequest(f"{name}[{i}]: expected an object, got {kind_of(value)}")
+    return tuple(values)
+
+
+def flag(fields: Mapping[str, JsonValue], name: str) -> bool:
+    return bool(optional(fields, name, bool))
+
+
+def number(fields: Mapping[str, JsonValue], name: str) -> float | None:
+    value = fields.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InvalidRequest(f"{name}: expected a number, got {kind_of(value)}")
+    if abs(value) > 1e9:
+        raise InvalidRequest(f"{name}: {value} is out of range")
+    return float(value)
+
+
+def optional(fields: Mapping[str, JsonValue], name: str, kind: type[T]) -> T | None:
+    value = fields.get(name)
+    if value is None:
+        return None
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise InvalidRequest(f"{name}: expected {_NAMES[kind]}, got {kind_of(value)}")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise InvalidRequest(f"{name}: {value} is out of range")
+    return value
+
+
+_NAMES: Mapping[type, str] = {str: "a string", int: "an integer", bool: "true or false"}
+
+
+def kind_of(value: JsonValue) -> str:
+    names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
+    return names.get(type(value), "null")

@@ -1,0 +1,78 @@
+"""What a reply consists of, and what a dialect makes of it.
+
+`gateway.routes` runs turns and feeds a `ReplyWriter` with what comes; a writer knows its dialect and nothing of turns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from gateway.contracts.errors import VerbatimError
+from gateway.contracts.experts import RoutedExperts
+from gateway.contracts.generation import Finish, JsonValue, TokenIds
+from gateway.contracts.replies import ParsedReply, ReplyDelta
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ReplyTokens:
+    """Captured arrays of new tokens; `texts[i]` is what token i alone decodes to (needed for log-probs only)."""
+
+    token_ids: TokenIds
+    logprobs: npt.NDArray[np.float32]
+    texts: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts of one reply."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    reasoning_tokens: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FinishedChoice:
+    """One whole reply. `meta_info` holds the engine's own fields that we do not know (I8)."""
+
+    reply: ParsedReply
+    finish: Finish
+    prompt_token_ids: TokenIds
+    tokens: ReplyTokens
+    experts: RoutedExperts | None
+    meta_info: Mapping[str, JsonValue]
+    usage: Usage
+
+
+class ReplyWriter(Protocol):
+    """Writes the reply to one request: whole, or as the frames of a stream, in the order in which it is called."""
+
+    def whole(self, choices: Sequence[FinishedChoice]) -> JsonValue:
+        """The body of a reply that is not streamed; at least one choice."""
+        ...
+
+    def opening(self, index: int, prompt_token_ids: TokenIds) -> Iterator[bytes]:
+        """Choice `index` begins; its prompt is int32[P]."""
+        ...
+
+    def progress(self, index: int, deltas: Sequence[ReplyDelta], tokens: ReplyTokens) -> Iterator[bytes]:
+        """New tokens of a choice, and what of them can be shown."""
+        ...
+
+    def closing(self, index: int, choice: FinishedChoice) -> Iterator[bytes]:
+        """A choice is whole and on disk (I4)."""
+        ...
+
+    def end(self, choices: Sequence[FinishedChoice]) -> Iterator[bytes]:
+        """All are."""
+        ...
+
+    def failure(self, error: VerbatimError) -> Iterator[bytes]:
+        """The reply ends here, with this error."""
+        ...

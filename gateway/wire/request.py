@@ -1,0 +1,52 @@
+"""One model call as an agent asked for it, in whatever dialect: what all of them are read into."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from gateway.contracts.generation import JsonValue
+
+PROTECTED = frozenset(
+    (
+        "bootstrap_host", "bootstrap_port", "bootstrap_room", "input_embeds", "input_ids", "logprob_start_len",
+        "lora_path", "max_new_tokens", "prompt_token_ids", "return_indexer_topk", "return_logprob",
+        "return_prompt_token_ids", "return_text_in_logprobs", "rid", "routed_experts_start_len", "sampling_params",
+        "sampling_seed", "session_id", "session_params", "skip_special_tokens", "text", "token_ids_logprob",
+        "top_logprobs_num", "weight_version",
+    )
+)  # fmt: skip
+"""Fields of the engines' own requests, which the gateway alone may set (I7)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What of the captured arrays the client asked to see; what is recorded does not depend on it (I7)."""
+
+    token_ids: bool
+    routed_experts: bool
+    logprobs: bool
+    usage_chunk: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TurnRequest:
+    """One call as asked; messages and tools as OpenAI's chat completions spell them.
+
+    sampling: normalised names (`max_new_tokens`, `temperature`, …) → values, only those that the request has.
+    template_arguments: `chat_template_kwargs`, `reasoning_effort` and `documents`. digest: sha256 hex of the body.
+    """
+
+    model: str | None
+    messages: tuple[JsonValue, ...]
+    tools: tuple[JsonValue, ...]
+    calls_tools: bool
+    template_arguments: Mapping[str, JsonValue]
+    sampling: Mapping[str, JsonValue]
+    num_choices: int
+    stream: bool
+    wanted: Wanted
+    passthrough: Mapping[str, JsonValue]
+    ignored_fields: tuple[str, ...]
+    digest: str
+    num_bytes: int

@@ -1,0 +1,93 @@
+"""How to sample, from the fields of a request: normalised names first, typed parameters then."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from gateway.contracts.errors import InvalidRequest
+from gateway.contracts.generation import JsonValue, SamplingParams
+from gateway.wire.fields import flag, kind_of, number, optional
+from gateway.wire.json_text import dump_json
+
+SAMPLING_EXTRA = frozenset(
+    (
+        "custom_params", "ebnf", "frequency_penalty", "json_schema", "logit_bias", "min_new_tokens", "min_tokens",
+        "presence_penalty", "regex", "repetition_penalty", "stop_regex", "structural_tag",
+    )
+)  # fmt: skip
+"""Sampling fields that engines know and we do not interpret."""
+
+_ALIASES = {"max_completion_tokens": "max_new_tokens", "max_tokens": "max_new_tokens"}
+_MAX_STOP_STRINGS = 16
+
+
+def sampling_fields(fields: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
+    """The sampling fields of a request or of a session's overrides, under their normalised names, nulls left out."""
+    sampling: dict[str, JsonValue] = {}
+    for name in ("temperature", "top_p", "min_p"):
+        if (value := number(fields, name)) is not None:
+            sampling[name] = value
+    for name in ("max_tokens", "max_completion_tokens", "max_new_tokens", "top_k", "seed"):
+        if (integer := optional(fields, name, int)) is not None:
+            sampling[_ALIASES.get(name, name)] = integer
+    if fields.get("stop") is not None:
+        sampling["stop"] = _stop_strings(fields["stop"])
+    if fields.get("stop_token_ids") is not None:
+        sampling["stop_token_ids"] = _stop_ids(fields["stop_token_ids"])
+    if flag(fields, "ignore_eos"):
+        sampling["ignore_eos"] = True
+    for name in SAMPLING_EXTRA & fields.keys():
+        if fields[name] is not None:
+            sampling[name] = fields[name]
+    return sampling | _constraint(fields.get("response_format"))
+
+
+def sampling_params(sampling: Mapping[str, JsonValue], *, max_new_tokens: int) -> SamplingParams:
+    """Typed sampling of normalised fields; raises InvalidRequest for an impossible value."""
+    extra = {name: value for name, value in sampling.items() if name in SAMPLING_EXTRA}
+    return SamplingParams(
+        max_new_tokens=max_new_tokens,
+        temperature=sampling.get("temperature", 1.0),
+        top_p=sampling.get("top_p", 1.0),
+        top_k=sampling.get("top_k", -1),
+        min_p=sampling.get("min_p", 0.0),
+        stop=tuple(sampling.get("stop", ())),
+        stop_token_ids=tuple(sampling.get("stop_token_ids", ())),
+        seed=sampling.get("seed"),
+        ignore_eos=sampling.get("ignore_eos", False),
+        extra=extra,
+    )
+
+
+def _constraint(response_format: JsonValue) -> dict[str, JsonValue]:
+    """`response_format` in the words of the engines' constrained decoding."""
+    if response_format is None:
+        return {}
+    if not isinstance(response_format, dict):
+        raise InvalidRequest(f"response_format: expected an object, got {kind_of(response_format)}")
+    kind = response_format.get("type")
+    if kind == "text":
+        return {}
+    if kind == "json_object":
+        return {"json_schema": '{"type":"object"}'}
+    if kind == "json_schema":
+        described = response_format.get("json_schema")
+        if not isinstance(described, dict) or "schema" not in described:
+            raise InvalidRequest("response_format.json_schema.schema: is missing")
+        return {"json_schema": dump_json(described["schema"]).decode()}
+    raise InvalidRequest(f"response_format.type: {kind!r} is none of text, json_object, json_schema")
+
+
+def _stop_strings(stop: JsonValue) -> list[str]:
+    strings = [stop] if isinstance(stop, str) else stop
+    if not isinstance(strings, list | tuple) or not all(isinstance(text, str) for text in strings):
+        raise InvalidRequest("stop: expected a string or a list of strings")
+    if len(strings) > _MAX_STOP_STRINGS:
+        raise InvalidRequest(f"stop: at most {_MAX_STOP_STRINGS} strings, got {len(strings)}")
+    return [text for text in strings if text]
+
+
+def _stop_ids(stop_ids: JsonValue) -> list[int]:
+    if not isinstance(stop_ids, list | tuple) or any(type(i) is not int or i < 0 for i in stop_ids):
+        raise InvalidRequest("stop_token_ids: expected a list of token ids")
+    return list(stop_ids)
