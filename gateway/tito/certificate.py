@@ -130,7 +130,12 @@ def _cell(
     if not junction.is_engine_stop:
         return Cell(Verdict.OTHER_STOP, junction.stop, local=False)
     history = compare_history(
-        template, conversation, num_messages=num_messages, full_text=full_text, reasoning=reasoning
+        template,
+        conversation,
+        num_messages=num_messages,
+        full_text=full_text,
+        end=junction.stop + junction.suffix,
+        reasoning=reasoning,
     )
     suffix = local_suffix(
         template, conversation, num_messages=num_messages, stop=junction.stop, tools=stand_in_tools(conversation)

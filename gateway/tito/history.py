@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import threading
 from collections import OrderedDict
@@ -50,13 +51,14 @@ class RenderedPrompts:
             if len(self._prefixes) > self._max_entries:
                 self._prefixes.popitem(last=False)
 
-    def starts(self, prompt_ids: TokenIds, text: str) -> bool:
-        """Whether `text` is known to start with the render of `prompt_ids`; False where unknown."""
+    def length_in(self, prompt_ids: TokenIds, text: str) -> int | None:
+        """The length of the render of `prompt_ids` if `text` starts with it; None also where it is unknown."""
         with self._lock:
             prefix = self._prefixes.get(_digest(prompt_ids.tobytes()))
         if prefix is None or len(text) < prefix.length:
-            return False
-        return _digest(text[: prefix.length].encode(errors="surrogatepass")) == prefix.digest
+            return None
+        starts = _digest(text[: prefix.length].encode(errors="surrogatepass")) == prefix.digest
+        return prefix.length if starts else None
 
 
 def compare_history(
@@ -65,17 +67,26 @@ def compare_history(
     *,
     num_messages: int,
     full_text: str,
+    end: str,
     reasoning: ReasoningMarkers | None,
+    past_length: int | None = None,
 ) -> History:
-    """Hold the full render against a render of the messages before reply `num_messages - 1`.
+    """Hold the full render against a render of the messages before reply `num_messages - 1`, and against that reply.
 
+    end: what the full render ends with, from the reply's stop token on. past_length: of the render of the past, where
+    it is known that the full render starts with it.
     The rewrite is by reasoning alone if it vanishes when nobody has any. The opening of the sampled turn itself
     (`<think>` by the generation prompt, gone in history) counts as reasoning: recorded tokens stand there in any case.
     """
     past = replace(conversation, messages=conversation.messages[: num_messages - 1])
     try:
-        if full_text.startswith(template.render(past)):
-            return History.KEPT
+        if past_length is None:
+            past_text = template.render(past)
+            past_length = len(past_text) if full_text.startswith(past_text) else None
+        if past_length is not None:
+            reply_text = full_text[past_length : max(past_length, len(full_text) - len(end))]
+            shown = _shows_reasoning(conversation.messages[num_messages - 1], reply_text)
+            return History.KEPT if shown else History.REASONING_DROPPED
         if reasoning is None:
             bare_past = template.render(past, add_generation_prompt=False)
             return History.REASONING_DROPPED if full_text.startswith(bare_past) else History.REWRITTEN
@@ -86,6 +97,15 @@ def compare_history(
     except TemplateRaised:
         return History.REWRITTEN
     return History.REASONING_DROPPED if bare_full.startswith(bare_past) else History.REWRITTEN
+
+
+def _shows_reasoning(reply: Mapping[str, JsonValue], reply_text: str) -> bool:
+    """Whether a reply's own reasoning is in its render, besides what its text and calls may repeat of it."""
+    thought = next((reply[key] for key in REASONING_KEYS if reply.get(key)), None)
+    if not isinstance(thought, str) or not thought.strip():
+        return True
+    visible = json.dumps([reply.get("content"), reply.get("tool_calls")], ensure_ascii=False)
+    return reply_text.count(thought.strip()) > visible.count(thought.strip())
 
 
 def _without_reasoning(conversation: Conversation, reasoning: ReasoningMarkers) -> Conversation:

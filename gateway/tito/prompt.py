@@ -216,7 +216,7 @@ class PromptBuilder:
         stop_id = self._tokenizer.token_id(junction.stop)
         if stop_id is None:
             return self._whole(full_text, guarded, SegmentReason.UNCERTIFIED)
-        history = self._history(parent, guarded.conversation, full_text)
+        history = self._history(parent, junction, guarded.conversation, full_text)
         if history is History.REWRITTEN:
             return self._whole(full_text, guarded, SegmentReason.REWRITE_OTHER)
         if history is History.REASONING_DROPPED and self._history_policy is HistoryPolicy.TEMPLATE:
@@ -267,16 +267,16 @@ class PromptBuilder:
         markers = self._parsing.reasoning
         return reasoning_close(self._template, closer=markers.closer.text) if markers is not None else ""
 
-    def _history(self, parent: ParentTurn, conversation: Conversation, full_text: str) -> History:
+    def _history(self, parent: ParentTurn, junction: Junction, conversation: Conversation, full_text: str) -> History:
         num_prompt = len(parent.token_ids) - parent.num_output_tokens
-        if self._rendered.starts(parent.token_ids[:num_prompt], full_text):
-            return History.KEPT
         return compare_history(
             self._template,
             conversation,
             num_messages=parent.num_messages,
             full_text=full_text,
+            end=junction.stop + junction.suffix,
             reasoning=self._parsing.reasoning,
+            past_length=self._rendered.length_in(parent.token_ids[:num_prompt], full_text),
         )
 
     def _reason_of(self, parent: ParentTurn, reason: SegmentReason) -> SegmentReason:

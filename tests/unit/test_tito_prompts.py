@@ -278,6 +278,7 @@ REASONED = Scene(
     (user("Sure?"),),
 )
 REWRITES_BY_REASONING = [
+    REASONED,
     Scene("opens_reasoning", said("24."), "Easy.\n</think>\n\n24.<|im_end|>", (user("Sure?"),)),
     # The question after a tool loop makes the template drop reasoning of several turns before the last one.
     Scene(
@@ -319,10 +320,10 @@ def test_a_question_after_reasoning_keeps_the_recorded_reasoning(byte_level_toke
 
 def test_turns_after_a_kept_history_are_append_only_again(byte_level_tokenizer: ChatTokenizer) -> None:
     """Each step is judged against what the template showed one step before."""
-    built, recorded, builder = REWRITES_BY_REASONING[0].build(byte_level_tokenizer)
+    built, recorded, builder = REWRITES_BY_REASONING[1].build(byte_level_tokenizer)
     output = byte_level_tokenizer.encode("Yes.\n</think>\n\n" + call_text("1+1") + "<|im_end|>")
     ids = np.concatenate([recorded, built.token_ids, output])
-    messages = (*REWRITES_BY_REASONING[0].conversation.messages, called("1+1", content=""))
+    messages = (*REWRITES_BY_REASONING[1].conversation.messages, called("1+1", content=""))
     parent = ParentTurn(ids, len(output), len(messages), Finish(FinishReason.STOP))
     following = builder.build(Conversation((*messages, result("2")), (TOOL,)), parent)
     assert (following.segment_reason, following.certified_by) == (None, "probe")
