@@ -278,7 +278,10 @@ class Judge:
         if any(self._has_lookalikes(conversation) for conversation in variants):
             self._judge_lookalikes(turn, variants, added, whole, findings)
             return
-        rendered = (ids for c in variants if (ids := self._encoded(c)) is not None)
+        rendered = [ids for c in variants if (ids := self._encoded(c)) is not None]
+        if not rendered:  # nothing to hold it against; what was certified serves where the template refuses
+            findings.counts["certified where the template refuses"] += 1
+            return
         fits = any(ids == added if whole else ids[len(ids) - len(added) :] == added for ids in rendered)
         kind = "a new segment's prompt is the whole render" if whole else "what is added is the tail of the render"
         text = self._tokenizer.decode(added, skip_special_tokens=False)

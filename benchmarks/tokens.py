@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -25,7 +25,7 @@ from typing import Any
 from benchmarks.cost import Cost, measure_costs
 from benchmarks.histories import Judged, run_histories
 from benchmarks.served import run_served_histories
-from benchmarks.workshop import ModelChoice, all_choices, open_workshop
+from benchmarks.workshop import all_choices, open_workshop
 
 RESULTS = Path(__file__).parent / "results" / "tokens.json"
 _PACKAGES = ("verbatim-rl", "tokenizers", "jinja2", "numpy")
@@ -62,7 +62,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """The flags of `verbatim bench tokens`."""
     parser.add_argument("--histories", type=int, default=10_000, help="how many (10000)")
     parser.add_argument("--seed", type=int, help="of the first history; the others follow (random)")
-    parser.add_argument("--model", metavar="FAMILY[-VOCABULARY]", default="", help="only models whose name begins so")
+    parser.add_argument(
+        "--model", metavar="FAMILY[-VOCABULARY]", default="", help="only the histories of models whose name begins so"
+    )
     parser.add_argument("--served", type=int, default=200, help="how many more over HTTP, with a killed gateway (200)")
     parser.add_argument("--skip-cost", action="store_true", help="do not measure what prompt building costs")
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="FILE", help="where the figures go")
@@ -73,11 +75,12 @@ def run(arguments: argparse.Namespace) -> int:
     # Conversations whose messages a template hides are what this run is full of; they are counted, not told one by one.
     logging.getLogger("gateway.sessions.turns").setLevel(logging.ERROR)
     seed = random.SystemRandom().randrange(1 << 31) if arguments.seed is None else arguments.seed
-    choices = [choice for choice in all_choices() if choice.name.startswith(arguments.model)]
-    sys.stdout.write(f"seed {seed}: {arguments.histories} histories over {len(choices)} models\n")
-    tally = asyncio.run(run_many(choices, seed, arguments.histories, on_progress=_show_progress))
+    wanted = [choice for choice in all_choices() if choice.name.startswith(arguments.model)]
+    sys.stdout.write(f"seed {seed}: {arguments.histories} histories, of them those of {len(wanted)} models\n")
+    seeds = range(seed, seed + arguments.histories)
+    tally = asyncio.run(run_many(seeds, model=arguments.model, on_progress=_show_progress))
     sys.stdout.write(report(tally))
-    served = asyncio.run(run_many_served(choices, seed, arguments.served))
+    served = asyncio.run(run_many_served(range(seed, seed + arguments.served), model=arguments.model))
     sys.stdout.write(f"over HTTP, each gateway killed and started again half-way: {_line(served)}{_failures(served)}")
     costs = [] if arguments.skip_cost else measure_costs()
     sys.stdout.write("".join(map(_cost_line, costs)))
@@ -89,14 +92,16 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 async def run_many(
-    choices: list[ModelChoice], seed: int, histories: int, *, on_progress: Callable[[Tally], None] | None = None
+    seeds: Sequence[int], *, model: str = "", on_progress: Callable[[Tally], None] | None = None
 ) -> Tally:
-    """Judge histories `seed`, `seed + 1`, …; `on_progress` hears after every one."""
+    """Judge the history of each seed, or those of the models whose name begins so; `on_progress` hears of every one."""
+    choices = all_choices()
+    wanted = [seed for seed in seeds if choices[seed % len(choices)].name.startswith(model)]
     tally = Tally()
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="verbatim-bench-") as folder:
         async with open_workshop(Path(folder)) as workshop:
-            async for judged in run_histories(workshop, choices, range(seed, seed + histories)):
+            async for judged in run_histories(workshop, choices, wanted):
                 tally.add(judged)
                 tally.seconds = time.monotonic() - began
                 if on_progress is not None:
@@ -105,14 +110,17 @@ async def run_many(
     return tally
 
 
-async def run_many_served(choices: list[ModelChoice], seed: int, histories: int) -> Tally:
+async def run_many_served(seeds: Sequence[int], *, model: str = "") -> Tally:
     """The same over HTTP; models take turns, some histories each."""
+    choices = all_choices()
     tally = Tally()
     began = time.monotonic()
-    for first in range(seed, seed + histories, _SERVED_AT_ONCE):
-        choice = choices[first // _SERVED_AT_ONCE % len(choices)]
-        for judged in await run_served_histories(choice, range(first, min(first + _SERVED_AT_ONCE, seed + histories))):
-            tally.add(judged)
+    for start in range(0, len(seeds), _SERVED_AT_ONCE):
+        batch = seeds[start : start + _SERVED_AT_ONCE]
+        choice = choices[batch[0] // _SERVED_AT_ONCE % len(choices)]
+        if choice.name.startswith(model):
+            for judged in await run_served_histories(choice, batch):
+                tally.add(judged)
     tally.seconds = time.monotonic() - began
     return tally
 

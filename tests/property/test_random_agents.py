@@ -20,22 +20,22 @@ NUM_MODELS = len(all_choices())
 
 
 async def test_random_agents_lose_no_token_and_are_never_refused() -> None:
-    """I1, I2, I3, I4, I6 over three histories of every model."""
-    tally = await run_many(all_choices(), 0, 3 * NUM_MODELS)
+    """I1, I2, I3, I4, I6 over two histories of every model."""
+    tally = await run_many(range(2 * NUM_MODELS))
     assert not tally.failures, report(tally)
-    assert tally.counts["trained tokens"] > 50_000
+    assert tally.counts["trained tokens"] > 40_000
 
 
 async def test_random_agents_of_a_fresh_seed_lose_no_token() -> None:
     """I1, I2, I3, I4, I6 where nobody has looked before."""
     seed = random.SystemRandom().randrange(1 << 31)
-    tally = await run_many(all_choices(), seed, NUM_MODELS)
+    tally = await run_many(range(seed, seed + NUM_MODELS))
     assert not tally.failures, f"seed {seed}\n{report(tally)}"
 
 
 async def test_random_agents_over_http_lose_no_token_when_the_gateway_is_killed() -> None:
     """I1, I3, I4, I6 over real HTTP: kill -9 half-way through every history, then the same place again."""
-    tally = await run_many_served(all_choices(), 0, 20)
+    tally = await run_many_served(range(20))
     assert not tally.failures, report(tally)
 
 
@@ -43,5 +43,5 @@ async def test_random_agents_over_http_lose_no_token_when_the_gateway_is_killed(
 async def test_ten_thousand_random_histories_lose_no_token() -> None:
     """I1, I2, I3, I4, I6 as `verbatim bench tokens` runs it."""
     seed = random.SystemRandom().randrange(1 << 31)
-    tally = await run_many(all_choices(), seed, 10_000)
+    tally = await run_many(range(seed, seed + 10_000))
     assert not tally.failures, f"seed {seed}\n{report(tally)}"
