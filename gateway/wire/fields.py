@@ -9,6 +9,7 @@ from gateway.contracts.errors import InvalidRequest
 from gateway.contracts.generation import JsonValue
 
 _MAX_NESTING = 200
+_NAMES: Mapping[type, str] = {str: "a string", int: "an integer", bool: "true or false"}
 
 T = TypeVar("T")
 
@@ -25,6 +26,7 @@ def check_nesting(fields: Mapping[str, JsonValue]) -> None:
 
 
 def objects(fields: Mapping[str, JsonValue], name: str) -> tuple[JsonValue, ...]:
+    """A list of objects, () where absent or null."""
     values = fields.get(name)
     if values is None:
         return ()
@@ -37,10 +39,12 @@ def objects(fields: Mapping[str, JsonValue], name: str) -> tuple[JsonValue, ...]
 
 
 def flag(fields: Mapping[str, JsonValue], name: str) -> bool:
+    """A boolean, False where absent or null."""
     return bool(optional(fields, name, bool))
 
 
 def number(fields: Mapping[str, JsonValue], name: str) -> float | None:
+    """A number of ordinary size, None where absent or null."""
     value = fields.get(name)
     if value is None:
         return None
@@ -52,6 +56,7 @@ def number(fields: Mapping[str, JsonValue], name: str) -> float | None:
 
 
 def optional(fields: Mapping[str, JsonValue], name: str, kind: type[T]) -> T | None:
+    """A string, 64-bit integer or boolean, None where absent or null."""
     value = fields.get(name)
     if value is None:
         return None
@@ -62,9 +67,7 @@ def optional(fields: Mapping[str, JsonValue], name: str, kind: type[T]) -> T | N
     return value
 
 
-_NAMES: Mapping[type, str] = {str: "a string", int: "an integer", bool: "true or false"}
-
-
 def kind_of(value: JsonValue) -> str:
+    """What a JSON value is, in words."""
     names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
     return names.get(type(value), "null")

@@ -108,6 +108,20 @@ def test_stream_is_real(gateway: RunningGateway, session_id: str) -> None:
     assert arrivals[-1] - arrivals[0] > 0.3
 
 
+def test_choices_of_one_stream_are_siblings_and_each_adds_up(gateway: RunningGateway, session_id: str) -> None:
+    """I3: `n` choices stream side by side; each is a turn of its own, whole and once."""
+    chunks = list(ask(gateway, session_id, [QUESTION], stream=True, n=3, extra_body=CAPTURE))
+    sampled: dict[int, list[int]] = {0: [], 1: [], 2: []}
+    for chunk in chunks:
+        for choice in chunk.choices:
+            sampled[choice.index] += (choice.model_extra or {}).get("token_ids", [])
+    ends = [choice.index for chunk in chunks for choice in chunk.choices if choice.finish_reason]
+    assert sorted(ends) == [0, 1, 2]
+    turns = gateway.turns(session_id)
+    assert sorted(turn["output_token_ids"] for turn in turns) == sorted(sampled.values())
+    assert all(turn["delivered_at"] for turn in turns)
+
+
 async def test_concurrent_calls_become_siblings(gateway: RunningGateway, session_id: str) -> None:
     """I3: eight identical calls at once are eight samples under one parent."""
     url = f"{gateway.url}/sessions/{session_id}/v1/chat/completions"
