@@ -274,7 +274,7 @@ class Judge:
             num_kept = max(_num_kept(added, other, by_id) for other in by_id.values() if other is not turn)
             findings.expect(num_kept > 0, "I1 a replaced stop token is all that is replaced", turn.turn_id)
             whole, added = False, added[num_kept + 1 :]
-        variants = list(self._conversations(asked))
+        variants = list(self._conversations(asked, turn, by_id))
         if any(self._has_lookalikes(conversation) for conversation in variants):
             self._judge_lookalikes(turn, variants, added, whole, findings)
             return
@@ -300,7 +300,7 @@ class Judge:
         closed = by_id[str(turn.attachment.parent_id)]
         last = int(closed.output_token_ids[-1])
         findings.expect(last not in self._stops, "I1 never two stop tokens in a row", f"{turn.turn_id} behind {last}")
-        variants = list(self._conversations(asked))
+        variants = list(self._conversations(asked, turn, by_id))
         if any(self._has_lookalikes(conversation) for conversation in variants):
             return
         added = turn.prompt_token_ids.tolist()
@@ -337,7 +337,7 @@ class Judge:
             f"{turn.turn_id}: {[self._tokenizer.id_to_token(i) for i in ours]}",
         )
 
-    def _conversations(self, asked: Asked) -> Iterator[Conversation]:
+    def _conversations(self, asked: Asked, turn: TurnRecord, by_id: Mapping[str, TurnRecord]) -> Iterator[Conversation]:
         """As sent, and with the reasoning that a harness dropped put back: in every reply, or in the first ones only
         (a gateway knows what it recorded on the path that a request continues). Any may be what the template is given.
         """
@@ -352,6 +352,14 @@ class Judge:
             messages = list(sent.messages)
             for i in dropped[:num_restored]:
                 messages[i] = {**messages[i], "reasoning_content": asked.lines[i].message["reasoning_content"]}
+            yield Conversation(tuple(messages), sent.tools, sent.template_arguments)
+        # Siblings that differ in dropped reasoning only cannot be told apart: the recorded one counts.
+        recorded = _recorded_messages(turn.attachment.follows_id, by_id)
+        if dropped and recorded:
+            messages = list(sent.messages)
+            for i in dropped:
+                if i < len(recorded) and recorded[i].get("reasoning_content"):
+                    messages[i] = {**messages[i], "reasoning_content": recorded[i]["reasoning_content"]}
             yield Conversation(tuple(messages), sent.tools, sent.template_arguments)
 
     def _render(self, conversation: Conversation) -> str:
@@ -467,6 +475,16 @@ def _num_kept(prompt: Sequence[int], turn: TurnRecord, by_id: Mapping[str, TurnR
     """How many recorded tokens a prompt keeps of a turn's path if it replaces the last one; 0 if that does not hold."""
     recorded = [*_tokens_of_path(turn, by_id), *_own_tokens(turn)]
     return len(recorded) - 1 if list(prompt[: len(recorded) - 1]) == recorded[:-1] else 0
+
+
+def _recorded_messages(turn_id: str | None, by_id: Mapping[str, TurnRecord]) -> list[Message]:
+    """The conversation of a turn as recorded, its reply included."""
+    parts: list[list[Message]] = []
+    while turn_id is not None:
+        turn = by_id[turn_id]
+        parts.append([*turn.added_messages, turn.reply])
+        turn_id = turn.attachment.parent_id
+    return [message for part in reversed(parts) for message in part]
 
 
 def _own_tokens(turn: TurnRecord) -> list[int]:
