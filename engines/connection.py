@@ -6,6 +6,8 @@ ContextOverflow or EngineRejected; bodies that are not what HTTP said → Engine
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
@@ -24,6 +26,8 @@ from gateway.contracts.errors import (
 
 _OVERFLOW_MARKS = ("maximum context length", "longer than the model's context length", "is longer than the maximum")
 _END_OF_EVENT = b"\n\n"
+_EXPERTS = b'"routed_experts":"'
+_LONG_NUMBER = re.compile(rb"[0-9]{19}")
 
 
 class EngineHttp:
@@ -156,11 +160,22 @@ def _message(body: bytes) -> str:
 
 
 def _parsed(body: bytes, named: str) -> Any:
+    """JSON without loss (I8): orjson, which turns integers beyond 64 bits into floats, unless there may be one."""
     try:
-        return orjson.loads(body)
-    except orjson.JSONDecodeError as error:
+        return json.loads(body) if _LONG_NUMBER.search(_without_experts(body)) else orjson.loads(body)
+    except ValueError as error:
         raise EngineProtocolError(f"{named}: the answer is not JSON: {body[:80]!r}") from error
 
 
+def _without_experts(body: bytes) -> bytes:
+    """The answer without its routing rows, megabytes of base64 that need not be searched."""
+    start = body.find(_EXPERTS)
+    stop = body.find(b'"', start + len(_EXPERTS)) if start >= 0 else -1
+    return body[:start] + body[stop:] if stop >= 0 else body
+
+
 def _serialised(body: Any) -> str:
-    return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY).decode()
+    try:
+        return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY).decode()
+    except TypeError:  # an integer beyond 64 bits among the agent's own fields
+        return json.dumps(body, ensure_ascii=False, separators=(",", ":"))

@@ -39,7 +39,7 @@ class ScriptedReply:
     """What one request samples.
 
     delay_seconds: before every chunk of `chunk_size` tokens. fail_after: the connection breaks after so many tokens.
-    hides_experts: no routing rows come back although they were asked for. meta_info: extra fields of the reply.
+    hides_experts: no routing rows come back although they were asked for. meta_info, reply_fields: extra fields.
     """
 
     token_ids: tuple[int, ...]
@@ -49,6 +49,7 @@ class ScriptedReply:
     fail_after: int | None = None
     hides_experts: bool = False
     meta_info: Mapping[str, JsonValue] = field(default_factory=dict)
+    reply_fields: Mapping[str, JsonValue] = field(default_factory=dict)
 
 
 ReplyPlan: TypeAlias = Sequence[ScriptedReply] | Callable[[GenerateRequest], ScriptedReply]
@@ -224,6 +225,7 @@ class ScriptedEngine:
             cached_tokens=0,
             num_retractions=0,
             meta_info=reply.meta_info,
+            reply_fields=reply.reply_fields,
         )
 
 

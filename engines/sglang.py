@@ -323,8 +323,6 @@ class _Stream:
             raise EngineProtocolError(
                 f"{self._named}: the engine read {prompt_tokens} prompt tokens of {len(self._request.token_ids)} (I1)"
             )
-        unknown = {key: value for key, value in event.items() if key not in _KNOWN_TOP}
-        unknown |= {key: value for key, value in meta.items() if key not in _KNOWN_META}
         return GenerateEnd(
             finish=Finish(FinishReason(finish["type"]), finish.get("matched")),
             version_spans=self._version_spans(meta, num_output),
@@ -333,7 +331,8 @@ class _Stream:
             completion_tokens=num_output,
             cached_tokens=int(meta.get("cached_tokens") or 0),
             num_retractions=int(meta.get("num_retractions") or 0),
-            meta_info=unknown,
+            meta_info={key: value for key, value in meta.items() if key not in _KNOWN_META},
+            reply_fields={key: value for key, value in event.items() if key not in _KNOWN_TOP},
         )
 
     def _version_spans(self, meta: Mapping[str, Any], num_output: int) -> tuple[VersionSpan, ...]:

@@ -107,7 +107,8 @@ class GenerateEnd:
     """The last item of a generation stream.
 
     version_spans: cover all output tokens of this request. routed_experts: rows [start, P+C-1), or None if not asked
-    for or not given (I9: missing stays missing). `meta_info` holds fields of the engine's reply that we do not know.
+    for or not given (I9: missing stays missing). `meta_info` and `reply_fields`: what we do not know of the engine's
+    reply, of its meta_info object and of the reply itself (I8).
     """
 
     finish: Finish
@@ -118,6 +119,7 @@ class GenerateEnd:
     cached_tokens: int
     num_retractions: int
     meta_info: Mapping[str, JsonValue]
+    reply_fields: Mapping[str, JsonValue] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_spans(self.version_spans, self.completion_tokens)

@@ -50,6 +50,7 @@ class Generated:
     lost_attempts: int
     versions_certain: bool
     meta_info: Mapping[str, JsonValue]
+    reply_fields: Mapping[str, JsonValue]
 
 
 class Continuation:
@@ -75,6 +76,7 @@ class Continuation:
         self._lost_attempts = 0
         self._versions_certain = True
         self._meta_info: Mapping[str, JsonValue] = {}
+        self._reply_fields: Mapping[str, JsonValue] = {}
 
     @property
     def num_tokens(self) -> int:
@@ -139,6 +141,7 @@ class Continuation:
             self._cached_tokens = end.cached_tokens
         self._num_retractions += end.num_retractions
         self._meta_info = {**self._meta_info, **end.meta_info}
+        self._reply_fields = {**self._reply_fields, **end.reply_fields}
 
     def lose(self, policy_version: int, *, certain: bool) -> None:
         """Close an attempt that broke or was cut off: its tokens stay, sampled by `policy_version` as far as known."""
@@ -169,6 +172,7 @@ class Continuation:
             lost_attempts=self._lost_attempts,
             versions_certain=self._versions_certain,
             meta_info=self._meta_info,
+            reply_fields=self._reply_fields,
         )
 
     def stop_if_over(self, stop_token_ids: frozenset[int]) -> Finish | None:

@@ -148,6 +148,7 @@ class Calls:
             tokens=ReplyTokens(record.output_token_ids, record.output_logprobs, texts),
             experts=turn.experts,
             meta_info=record.meta["engine"],
+            reply_fields=record.meta["engine_reply"],
             usage=Usage(
                 prompt_tokens=len(turn.prompt_token_ids),
                 completion_tokens=len(record.output_token_ids),

@@ -505,6 +505,7 @@ def _meta(request: TurnRequest, prompt: _Prompt, sampled: _Sampled) -> dict[str,
         "ignored_fields": list(request.ignored_fields),
         "error": None if sampled.failure is None else sampled.failure.code,
         "engine": dict(generated.meta_info),
+        "engine_reply": dict(generated.reply_fields),
     }
 
 

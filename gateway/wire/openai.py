@@ -72,6 +72,7 @@ class ChatWriter:
     def whole(self, choices: Sequence[FinishedChoice]) -> JsonValue:
         """The whole reply."""
         body: dict[str, JsonValue] = {
+            **choices[0].reply_fields,
             **self._head,
             "object": "chat.completion",
             "choices": [self._choice(i, choice) for i, choice in enumerate(choices)],
@@ -103,7 +104,7 @@ class ChatWriter:
         """The last chunk of a choice: its finish reason."""
         last = self._chunk(index, {}, finish_reason=_finish_reason(choice))
         last["choices"][0] |= _closing_fields(choice, self._wanted)
-        yield sse.event(last)
+        yield sse.event({**choice.reply_fields, **last})
 
     def end(self, choices: Sequence[FinishedChoice]) -> Iterator[bytes]:
         """Usage where asked for, and the stream's end."""

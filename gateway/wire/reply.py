@@ -39,7 +39,8 @@ class Usage:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FinishedChoice:
-    """One whole reply. `meta_info` holds the engine's own fields that we do not know (I8)."""
+    """One whole reply. `meta_info`, `reply_fields`: what we do not know of the engine's reply, of its meta_info object
+    and of the reply itself (I8)."""
 
     reply: ParsedReply
     finish: Finish
@@ -47,6 +48,7 @@ class FinishedChoice:
     tokens: ReplyTokens
     experts: RoutedExperts | None
     meta_info: Mapping[str, JsonValue]
+    reply_fields: Mapping[str, JsonValue]
     usage: Usage
 
 

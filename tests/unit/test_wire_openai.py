@@ -33,7 +33,7 @@ def choice() -> FinishedChoice:
     reply = ParsedReply("ab", None, (), (), 0)
     prompt = np.array([1, 2, 3], dtype=np.int32)
     finish = Finish(FinishReason.STOP)
-    return FinishedChoice(reply, finish, prompt, tokens, experts, {"seen": 2**70}, Usage(3, 2, 1, 0))
+    return FinishedChoice(reply, finish, prompt, tokens, experts, {"seen": 2**70}, {}, Usage(3, 2, 1, 0))
 
 
 def values(frames: Iterable[bytes]) -> list[Any]:

@@ -105,15 +105,19 @@ def rules_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def start_gateway(tiny_model: Path, rules_file: Path) -> Iterator[StartGateway]:
-    """Starts gateways: `start_gateway(data, *flags, environment=…)`; those still alive at the end are ended."""
+    """Starts gateways: `start_gateway(data, *flags, environment=…, engine=…)`; all are ended at the end."""
     with ExitStack() as stack:
 
         def start(
-            data: Path, *flags: str, environment: Mapping[str, str] | None = None, port: int | None = None
+            data: Path,
+            *flags: str,
+            environment: Mapping[str, str] | None = None,
+            port: int | None = None,
+            engine: str = f"scripted={rules_file}",
         ) -> RunningGateway:
             process = spawn(
                 [
-                    *("--engine", f"scripted={rules_file}", "--model", str(tiny_model), "--data", str(data)),
+                    *("--engine", engine, "--model", str(tiny_model), "--data", str(data)),
                     *("--port", str(port or unused_port()), *flags),
                 ],
                 environment=environment,
