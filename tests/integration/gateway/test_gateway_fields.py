@@ -1,4 +1,4 @@
-"""Fields that we do not know reach the engine and come back equal, streamed too (I8); nothing forges the record (I7)."""
+"""Unknown fields reach the engine and come back equal, streamed too (I8); nothing forges the record (I7)."""
 
 from __future__ import annotations
 
