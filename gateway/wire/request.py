@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from gateway.contracts.generation import JsonValue
+from gateway.contracts.errors import InvalidRequest
+from gateway.contracts.generation import JsonValue, TokenIds
 
 PROTECTED = frozenset(
     (
@@ -29,10 +30,25 @@ class Wanted:
     usage_chunk: bool
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class RawPrompt:
+    """A prompt without messages: exactly one of int32[P] ids and a text. adds_special_tokens: a text gets the tokens
+    that the tokenizer itself puts before texts."""
+
+    token_ids: TokenIds | None = None
+    text: str | None = None
+    adds_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        if (self.token_ids is None) == (self.text is None):
+            raise InvalidRequest("prompt: expected either token ids or a text")
+
+
 @dataclass(frozen=True, slots=True)
 class TurnRequest:
     """One call as asked; messages and tools as OpenAI's chat completions spell them.
 
+    prompt: of a call that has no messages, which are then (); None for a conversation.
     sampling: normalised names (`max_new_tokens`, `temperature`, …) → values, only those that the request has.
     template_arguments: `chat_template_kwargs`, `reasoning_effort` and `documents`. digest: sha256 hex of the body.
     """
@@ -50,3 +66,4 @@ class TurnRequest:
     ignored_fields: tuple[str, ...]
     digest: str
     num_bytes: int
+    prompt: RawPrompt | None = None
