@@ -3,7 +3,7 @@
     VerbatimError
     ├── ConfigurationError            what the user wrote or pointed at is wrong (exit code 2)
     ├── RequestError                  4xx: the caller must change something
-    │   ├── InvalidRequest · ContextOverflow · TemplateRaised
+    │   ├── InvalidRequest · UnknownPrevious · ContextOverflow · TemplateRaised
     │   ├── Unauthorized · Forbidden · TooManyRequests
     │   └── NotFound · SessionSealed · Conflict
     ├── EngineError                   5xx: an inference engine failed us
@@ -55,6 +55,12 @@ class RequestError(VerbatimError):
 
 class InvalidRequest(RequestError):
     """A field is missing, has the wrong type or an impossible value."""
+
+
+class UnknownPrevious(InvalidRequest):
+    """A request continues a response that nobody here has."""
+
+    code = "previous_response_not_found"
 
 
 class ContextOverflow(RequestError):

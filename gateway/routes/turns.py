@@ -51,13 +51,19 @@ class Calls:
         return self.runner.parts.model
 
     async def answer(
-        self, request: Request, wanted: TurnRequest, make_writer: Callable[[str, str], ReplyWriter]
+        self,
+        request: Request,
+        wanted: TurnRequest,
+        make_writer: Callable[[str, str], ReplyWriter],
+        *,
+        session: Session | None = None,
     ) -> Response:
         """Run the turns that a request asks for. make_writer: (turn id, model name) → writer of this reply.
 
+        session: where the caller has found and checked it already.
         Raises VerbatimError for what goes wrong before the first token.
         """
-        session = await self.session(request, wanted)
+        session = session or await self.session(request, wanted)
         turns = [self.runner.start(session, _variant(wanted, i)) for i in range(wanted.num_choices)]
         writer = make_writer(turns[0].turn_id, wanted.model or self.model.name)
         client = _Client(request)
@@ -76,8 +82,7 @@ class Calls:
 
     async def session(self, request: Request, wanted: TurnRequest) -> Session:
         """Of the path, the header, the key, or made on the spot; the caller may use it."""
-        header = request.headers.get("x-session-id")
-        session_id = path_id(request) or (unquote(header) if header else None) or session_of_key(request)
+        session_id = named_session(request)
         session = await self._registry.find(session_id) if session_id else None
         if session is None:
             session = await self._make(request, wanted, session_id)
@@ -188,6 +193,12 @@ class Calls:
         except Conflict:  # another call of the same agent was faster
             return await self._registry.get(session_id)
         return session
+
+
+def named_session(request: Request) -> str | None:
+    """The session id that a request names: in its path, in X-Session-ID (percent-encoded), or by its key."""
+    header = request.headers.get("x-session-id")
+    return path_id(request) or (unquote(header) if header else None) or session_of_key(request)
 
 
 class _Indexed(NamedTuple):

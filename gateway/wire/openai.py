@@ -42,6 +42,11 @@ def parse_chat_request(body: bytes) -> TurnRequest:
     """Read a request; raises InvalidRequest naming the field that is wrong."""
     fields = load_json_object(body)
     check_nesting(fields)
+    return chat_request(fields, body=body)
+
+
+def chat_request(fields: Mapping[str, JsonValue], *, body: bytes) -> TurnRequest:
+    """A request from chat's fields, which other dialects are translated into; `body` is what the client sent."""
     messages = _messages(fields)
     tools = objects(fields, "tools")
     passthrough = {k: v for k, v in fields.items() if k not in _KNOWN | SAMPLING_EXTRA | PROTECTED}
@@ -184,11 +189,12 @@ def _captured(tokens: ReplyTokens, wanted: Wanted) -> dict[str, JsonValue]:
     if wanted.token_ids:
         fields["token_ids"] = tokens.token_ids.tolist()
     if wanted.logprobs:
-        fields["logprobs"] = {"content": _logprob_entries(tokens), "refusal": None}
+        fields["logprobs"] = {"content": logprob_entries(tokens), "refusal": None}
     return fields
 
 
-def _logprob_entries(tokens: ReplyTokens) -> list[JsonValue]:
+def logprob_entries(tokens: ReplyTokens) -> list[JsonValue]:
+    """One entry a token, as OpenAI spells them; needs the tokens' texts."""
     return [
         {
             "token": text,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from gateway.contracts.errors import InvalidRequest
 from gateway.contracts.generation import JsonValue, TokenIds
@@ -51,6 +51,7 @@ class TurnRequest:
     prompt: of a call that has no messages, which are then (); None for a conversation.
     sampling: normalised names (`max_new_tokens`, `temperature`, …) → values, only those that the request has.
     template_arguments: `chat_template_kwargs`, `reasoning_effort` and `documents`. digest: sha256 hex of the body.
+    kept: what the dialect must find again in the record (meta "request"); nothing else reads it.
     """
 
     model: str | None
@@ -66,4 +67,5 @@ class TurnRequest:
     ignored_fields: tuple[str, ...]
     digest: str
     num_bytes: int
+    kept: Mapping[str, JsonValue] = field(default_factory=dict)
     prompt: RawPrompt | None = None
