@@ -63,8 +63,22 @@ class Calls:
         session: where the caller has found and checked it already.
         Raises VerbatimError for what goes wrong before the first token.
         """
+        return await self.answer_all(request, [wanted], make_writer, session=session)
+
+    async def answer_all(
+        self,
+        request: Request,
+        prompts: Sequence[TurnRequest],
+        make_writer: Callable[[str, str], ReplyWriter],
+        *,
+        session: Session | None = None,
+    ) -> Response:
+        """As `answer`, for several prompts in one body, which differ in nothing else; choices in order of prompts."""
+        wanted = prompts[0]
         session = session or await self.session(request, wanted)
-        turns = [self.runner.start(session, _variant(wanted, i)) for i in range(wanted.num_choices)]
+        for one in prompts:
+            self.runner.check(one)
+        turns = [self.runner.start(session, _variant(one, i)) for one in prompts for i in range(one.num_choices)]
         writer = make_writer(turns[0].turn_id, wanted.model or self.model.name)
         client = _Client(request)
         try:
@@ -160,6 +174,7 @@ class Calls:
                 cached_tokens=record.cached_tokens,
                 reasoning_tokens=turn.reply.num_reasoning_tokens,
             ),
+            version_spans=record.version_spans,
         )
 
     def _texts(self, token_ids: TokenIds, wanted: Wanted) -> list[str]:

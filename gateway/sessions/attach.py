@@ -24,6 +24,9 @@ from gateway.sessions.messages import (
 )
 from gateway.sessions.tree import Node, RecordedMessage, TurnTree
 
+RAW = "raw"
+"""`meta.certified_by` of a turn whose prompt was no conversation (`sessions.raw`)."""
+
 _RANK = {MatchTier.EXACT: 0, MatchTier.SEMANTIC: 1, MatchTier.PROJECTION: 2}
 
 
@@ -91,7 +94,9 @@ def restore_reasoning(place: Place, messages: Sequence[JsonValue]) -> tuple[Json
 
 
 def _matches(tree: TurnTree, messages: Sequence[JsonValue]) -> Iterator[list[_Match]]:
-    """Turns that have sampled something and end after 1, 2, … of the request's messages; only where there are any."""
+    """Turns that have sampled something and end after 1, 2, … of the request's messages; only where there are any.
+
+    Turns of raw prompts have no conversation, whatever a message looks like that stands for one."""
     keys, _ = message_keys(messages, calls=NO_CALLS)
     trails = [_Trail(tree.start, MatchTier.EXACT, 0)]
     for num_messages, key in enumerate(keys, start=1):
@@ -102,7 +107,7 @@ def _matches(tree: TurnTree, messages: Sequence[JsonValue]) -> Iterator[list[_Ma
             _Match(node, trail, num_messages)
             for trail in trails
             for node in trail.at.turns
-            if len(node.record.output_token_ids)
+            if len(node.record.output_token_ids) and node.record.meta.get("certified_by") != RAW
         ]
         if matches:
             yield matches

@@ -11,6 +11,7 @@ from gateway.contracts.generation import EngineIdentity
 from gateway.tito.conversation import HistoryPolicy
 from gateway.tito.model_files import read_model_files
 from gateway.tito.parsing.choice import AUTO, choose_parsing
+from gateway.tito.parsing.marked import MarkedParsing
 from gateway.tito.parsing.reply import ReplyParsing
 from gateway.tito.prompt import PromptBuilder
 from gateway.tito.template import ChatTemplate
@@ -19,7 +20,7 @@ from gateway.tito.tokenizer import ChatTokenizer
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ServedModel:
-    """Tokenizer, template and parser of one model folder.
+    """Tokenizer, template and parsers of one model folder; `plain_parsing` takes markup for text.
 
     name: what `/v1/models` says. routing: None for a dense model or an unknown one. context_length: 0 is unknown.
     """
@@ -30,6 +31,7 @@ class ServedModel:
     template: ChatTemplate
     prompts: PromptBuilder
     parsing: ReplyParsing
+    plain_parsing: ReplyParsing
     routing: RoutingShape | None
     context_length: int
 
@@ -55,6 +57,7 @@ class ServedModel:
             template=template,
             prompts=PromptBuilder(tokenizer, template, parsing=parsing, history_policy=history_policy),
             parsing=parsing,
+            plain_parsing=MarkedParsing("text", tokenizer, reasoning=None, calls=None),
             routing=files.routing,
             context_length=files.context_length,
         )

@@ -14,6 +14,7 @@ from gateway.contracts.errors import Conflict, NotFound, SessionSealed, Verbatim
 from gateway.contracts.generation import JsonValue
 from gateway.contracts.ports import Ledger
 from gateway.contracts.records import FinishRecord, SessionOrigin, SessionRecord
+from gateway.sessions.raw import TokenPaths
 from gateway.sessions.tree import TurnTree
 
 
@@ -39,6 +40,10 @@ class Session:
     closing: bool = False
     running: set[RunningTurn] = field(default_factory=set)
     deliveries: set[asyncio.Task[None]] = field(default_factory=set)
+    token_paths: TokenPaths = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.token_paths = TokenPaths(self.tree)
 
     async def deliveries_noted(self) -> None:
         """Wait until the ledger knows of every reply whose last byte has left: its agent may ask at once."""

@@ -25,6 +25,7 @@ from gateway.contracts.errors import LedgerCorrupt, TemplateRaised
 from gateway.contracts.generation import TokenIds
 from gateway.contracts.records import TurnRecord
 from gateway.contracts.rollouts import PickReport
+from gateway.sessions.attach import RAW
 from gateway.sessions.model import ServedModel
 from gateway.sessions.picks import Pick, pick_turns
 from gateway.sessions.segments import RecordedTree, segment_leaves
@@ -127,6 +128,8 @@ def measure_drift(turns: Sequence[TurnRecord], retokenisation: Retokenisation) -
     tally = _Tally()
     for leaf in _extending_leaves(tree):
         for path in _upwards(tree, leaf):
+            if path[-1].meta.get("certified_by") == RAW:
+                continue  # no conversation: nothing that a template could render
             if tally.knows(path[-1]):
                 break
             try:

@@ -43,12 +43,13 @@ from gateway.contracts.records import Attachment, RootContext, SegmentReason, Tu
 from gateway.contracts.replies import ParsedReply, ReplyDelta
 from gateway.replicas.continuation import Continuation, Generated
 from gateway.replicas.pool import ReplicaPool
-from gateway.sessions.attach import Place, attach, restore_reasoning
+from gateway.sessions.attach import RAW, Place, attach, restore_reasoning
 from gateway.sessions.model import ServedModel
+from gateway.sessions.raw import attach_raw, check_ids
 from gateway.sessions.registry import Session
 from gateway.sessions.upkeep import PromptUpkeep
 from gateway.tito.conversation import BuiltPrompt, Conversation, ParentTurn
-from gateway.wire.request import TurnRequest
+from gateway.wire.request import RawPrompt, TurnRequest
 from gateway.wire.sampling import sampling_fields, sampling_params
 
 _log = logging.getLogger(__name__)
@@ -120,7 +121,7 @@ class TurnParts:
 @dataclass(frozen=True, slots=True, eq=False)
 class _Prompt:
     """A built prompt with its place; `token_ids` is all of it. `messages`: as the template was given them, recorded
-    reasoning restored."""
+    reasoning restored; for a raw prompt one that stands for what it adds."""
 
     place: Place
     root: RootContext
@@ -141,9 +142,10 @@ async def run_turn(parts: TurnParts, session: Session, request: TurnRequest, tur
 
     Raises RequestError before anything is sampled. After that an EngineError leaves what was sampled in the ledger.
     """
-    root = RootContext(request.tools, request.template_arguments)
-    place = attach(session.tree, request.messages, root)
-    prompt = await _build_prompt(parts, request, root, place)
+    if request.prompt is None:
+        prompt = await _build_prompt(parts, session, request)
+    else:
+        prompt = await _raw_prompt(parts, session, request, request.prompt)
     sampling = _sampling(parts, session, request, num_prompt_tokens=len(prompt.token_ids))
     if prompt.built.hidden_messages:
         _log.warning(
@@ -259,6 +261,11 @@ class TurnRunner:
         """Turns under way."""
         return len(self._turns)
 
+    def check(self, request: TurnRequest) -> None:
+        """Raise InvalidRequest for ids that the model does not have, before any turn of the same call begins."""
+        if request.prompt is not None and request.prompt.token_ids is not None:
+            check_ids(request.prompt.token_ids, vocab_size=_vocab_size(self.parts))
+
     def start(self, session: Session, request: TurnRequest) -> Turn:
         """Begin a turn; raises SessionSealed for a finished session."""
         session.check_open()
@@ -311,7 +318,9 @@ class TurnRunner:
             _log.error("session %s %s failed", session.record.session_id, turn.turn_id, exc_info=error)
 
 
-async def _build_prompt(parts: TurnParts, request: TurnRequest, root: RootContext, place: Place) -> _Prompt:
+async def _build_prompt(parts: TurnParts, session: Session, request: TurnRequest) -> _Prompt:
+    root = RootContext(request.tools, request.template_arguments)
+    place = attach(session.tree, request.messages, root)
     conversation = Conversation(restore_reasoning(place, request.messages), root.tools, root.template_arguments)
     parent = _parent_turn(place)
     prompts, reason = parts.model.prompts, place.reason or SegmentReason.UNCERTIFIED
@@ -325,6 +334,21 @@ async def _build_prompt(parts: TurnParts, request: TurnRequest, root: RootContex
         token_ids = np.concatenate([parent.token_ids, built.token_ids])
     _check_vocabulary(parts, token_ids)
     return _Prompt(place, root, conversation.messages, built, token_ids)
+
+
+async def _raw_prompt(parts: TurnParts, session: Session, request: TurnRequest, raw: RawPrompt) -> _Prompt:
+    """Recorded ids stay, what is new is added as it came (I1); no template has a say."""
+    tokenizer = parts.model.tokenizer
+    found = attach_raw(session.tree, session.token_paths, raw, tokenizer)
+    if request.num_bytes <= parts.settings.inline_prompt_bytes:
+        added = found.added_ids(tokenizer)
+    else:
+        added = await asyncio.to_thread(found.added_ids, tokenizer)
+    parent = found.place.parent
+    token_ids = added if parent is None else np.concatenate([parent.token_ids(), added])
+    check_ids(token_ids, vocab_size=_vocab_size(parts))
+    built = BuiltPrompt(added, found.place.reason, RAW)
+    return _Prompt(found.place, RootContext((), {}), (found.message(tokenizer),), built, token_ids)
 
 
 def _parent_turn(place: Place) -> ParentTurn | None:
@@ -341,9 +365,13 @@ def _parent_turn(place: Place) -> ParentTurn | None:
 
 def _check_vocabulary(parts: TurnParts, token_ids: TokenIds) -> None:
     """An id that the engine does not have kills some engines; it must never leave."""
-    vocab_size = parts.pool.vocab_size or parts.model.tokenizer.vocab_size
+    vocab_size = _vocab_size(parts)
     if not len(token_ids) or int(token_ids.min()) < 0 or int(token_ids.max()) >= vocab_size:
         raise IntegrityError(f"a prompt holds ids outside [0, {vocab_size}): engine and tokenizer do not fit")
+
+
+def _vocab_size(parts: TurnParts) -> int:
+    return parts.pool.vocab_size or parts.model.tokenizer.vocab_size
 
 
 def _sampling(parts: TurnParts, session: Session, request: TurnRequest, *, num_prompt_tokens: int) -> SamplingParams:
@@ -372,7 +400,8 @@ async def _sample(
     parts: TurnParts, session: Session, request: TurnRequest, prompt: _Prompt, sampling: SamplingParams, turn: Turn
 ) -> _Sampled:
     """Stream from the engines; whatever ends it, what was sampled comes back. If nothing was, the failure is raised."""
-    parser = parts.model.parsing.start(
+    parsing = parts.model.parsing if request.prompt is None else parts.model.plain_parsing
+    parser = parsing.start(
         prompt_ids=prompt.token_ids,
         tools=request.tools if request.calls_tools else (),
         stop=sampling.stop,

@@ -126,6 +126,15 @@ class ChatTokenizer:
         return self._bytes_of_token[token_id]
 
     @cached_property
+    def opening(self) -> str:
+        """The text of the tokens that the tokenizer's own post-processor puts before a text (BOS), "" for none."""
+        with_opening = self._tokenizer.encode("a", add_special_tokens=True).ids
+        without = self._tokenizer.encode("a", add_special_tokens=False).ids
+        starts = range(len(with_opening) - len(without) + 1)
+        at = next((start for start in starts if with_opening[start : start + len(without)] == without), 0)
+        return self.decode(with_opening[:at])
+
+    @cached_property
     def _without_added(self) -> Tokenizer:
         description = json.loads(self._json)
         return _plain_tokenizer(json.dumps(description | {"added_tokens": []}).encode())

@@ -16,6 +16,7 @@ from gateway.contracts.errors import VerbatimError
 from gateway.contracts.experts import RoutedExperts
 from gateway.contracts.generation import Finish, JsonValue, TokenIds
 from gateway.contracts.replies import ParsedReply, ReplyDelta
+from gateway.contracts.versions import VersionSpan
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,7 +41,7 @@ class Usage:
 @dataclass(frozen=True, slots=True, eq=False)
 class FinishedChoice:
     """One whole reply. `meta_info`, `reply_fields`: what we do not know of the engine's reply, of its meta_info object
-    and of the reply itself (I8)."""
+    and of the reply itself (I8). version_spans: the policy that sampled each output token (I5)."""
 
     reply: ParsedReply
     finish: Finish
@@ -50,6 +51,7 @@ class FinishedChoice:
     meta_info: Mapping[str, JsonValue]
     reply_fields: Mapping[str, JsonValue]
     usage: Usage
+    version_spans: tuple[VersionSpan, ...] = ()
 
 
 class ReplyWriter(Protocol):
