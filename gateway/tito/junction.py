@@ -33,13 +33,13 @@ class Junction:
     """`stop`: text of the token that ends the sampled turn where more follows. `suffix`: what is added behind it.
 
     `is_engine_stop`: whether sampling ends at that token; else only the template's history has it there.
-    `last_message_at`: where in the suffix the text of the last appended message stands, at the latest.
+    `results_at`: where in the suffix the text of the last tool result stands; None where none was appended.
     """
 
     stop: str
     suffix: str
     is_engine_stop: bool
-    last_message_at: int
+    results_at: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,9 @@ def learn_junction(
     if marks is None:
         return SegmentReason.UNCERTIFIED
     reply = conversation.messages[num_messages - 1]
-    appended, used_marks = _marked_messages(conversation.messages[num_messages:], marks)
+    new_messages = conversation.messages[num_messages:]
+    appended, used_marks = _marked_messages(new_messages, marks)
+    results = [mark for message, mark in zip(new_messages, marks, strict=True) if _is_result(message)]
     before = conversation.messages[: num_messages - 1]
     raised = False
     for probe in _probes(template, reply, sentinel):
@@ -74,9 +76,10 @@ def learn_junction(
             raised = True
             continue
         if sentinel in text:
-            tail = _Tail(text[text.rindex(sentinel) + len(sentinel) :], used_marks)
+            result_marks = "".join(mark for mark in results if mark in used_marks)
+            tail = _Tail(text[text.rindex(sentinel) + len(sentinel) :], used_marks, result_marks)
             junction = _split(template, conversation, tail, probe, reply, tokens)
-            if isinstance(junction, Junction) and not _is_end(full_text, junction, reply):
+            if isinstance(junction, Junction) and not _is_end(template, full_text, junction, reply):
                 return SegmentReason.UNCERTIFIED
             return junction
     return SegmentReason.TEMPLATE_RAISED if raised else SegmentReason.UNCERTIFIED
@@ -203,10 +206,12 @@ def _with_arguments(call: JsonValue, arguments: str) -> JsonValue:
 
 @dataclass(frozen=True, slots=True)
 class _Tail:
-    """What a probe's render shows behind its sentinel, with the marks that its appended messages carry."""
+    """What a probe's render shows behind its sentinel, with the marks that its appended messages carry, and those among
+    them that are of tool results."""
 
     text: str
     marks: str
+    result_marks: str
 
     @property
     def region(self) -> str:
@@ -236,9 +241,9 @@ def _split(
     marked_suffix = tail.text[stop.end() :]
     if any(_find_mark(marked_suffix, mark) < 0 for mark in tail.marks):
         return SegmentReason.DROPPED_MESSAGE
-    last_mark = max((_find_mark(marked_suffix, mark) for mark in tail.marks), default=0)
-    last_message_at = len(_without_marks(marked_suffix[:last_mark], tail.marks))
-    return Junction(stop.group(), _without_marks(marked_suffix, tail.marks), is_engine_stop, last_message_at)
+    last_result = max((_find_mark(marked_suffix, mark) for mark in tail.result_marks), default=None)
+    results_at = None if last_result is None else len(_without_marks(marked_suffix[:last_result], tail.marks))
+    return Junction(stop.group(), _without_marks(marked_suffix, tail.marks), is_engine_stop, results_at)
 
 
 def _call_close(
@@ -260,7 +265,7 @@ def _call_close(
     except TemplateRaised:
         return None
     _, found, rest = text.rpartition(_LOCAL_SENTINEL)
-    region = _Tail(rest, marks).region if found else ""
+    region = _Tail(rest, marks, marks).region if found else ""
     stop = _earliest(region, tokens.stops, brackets=tokens.brackets)
     return region[: stop.start()] if stop is not None else None
 
@@ -270,20 +275,36 @@ def _name_of(call: Mapping[str, JsonValue]) -> JsonValue:
     return function.get("name") if isinstance(function, Mapping) else None
 
 
-def _is_end(full_text: str, junction: Junction, reply: Mapping[str, JsonValue]) -> bool:
+def _is_result(message: JsonValue) -> bool:
+    return isinstance(message, Mapping) and message.get("role") == "tool"
+
+
+def _is_end(template: ChatTemplate, full_text: str, junction: Junction, reply: Mapping[str, JsonValue]) -> bool:
     """Whether the full render ends with stop and suffix, as they are or with the reply's own text behind its results.
 
-    Some templates print the text of a reply with calls there; in the recorded tokens it stands already. Text that is
-    printed further ahead may be a turn of its own, which an empty text would leave empty.
+    Some templates print the text of a reply with calls there, and some end the turn behind it; in the recorded tokens
+    it stands already. Text that is printed ahead of results may be a turn of its own, which an empty text leaves empty.
     """
     end = junction.stop + junction.suffix
     if full_text.endswith(end):
         return True
     content = reply.get("content")
-    if not reply.get("tool_calls") or not isinstance(content, str) or not content.strip():
+    if junction.results_at is None or not reply.get("tool_calls") or not isinstance(content, str):
         return False
-    start = len(junction.stop) + junction.last_message_at
-    return any(_ends_around(full_text, end, text, start) for text in dict.fromkeys((content, content.strip())))
+    start = len(junction.stop) + junction.results_at
+    printed = [text for text in dict.fromkeys((content, content.strip())) if text.strip()]
+    close = _turn_close(template)
+    return any(_ends_around(full_text, end, text, start) or full_text.endswith(end + text + close) for text in printed)
+
+
+def _turn_close(template: ChatTemplate) -> str:
+    """All that the template writes behind a text turn that is the last message."""
+    messages = ({"role": "user", "content": "q"}, {"role": "assistant", "content": _LOCAL_SENTINEL})
+    try:
+        text = template.render(Conversation(messages), add_generation_prompt=False)
+    except TemplateRaised:
+        return ""
+    return text.rpartition(_LOCAL_SENTINEL)[2]
 
 
 def _ends_around(full_text: str, end: str, inserted: str, start: int) -> bool:
