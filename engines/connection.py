@@ -47,6 +47,13 @@ class EngineHttp:
         async with self._request("GET", path, None, timeout_seconds) as response:
             return _parsed(await response.read(), self._named(path))
 
+    async def get_object(self, path: str, *, timeout_seconds: float) -> Mapping[str, Any]:
+        """GET a JSON object."""
+        content = await self.get_json(path, timeout_seconds=timeout_seconds)
+        if not isinstance(content, dict):
+            raise EngineProtocolError(f"{self._named(path)} answered {type(content).__name__}, expected an object")
+        return content
+
     async def get_status(self, path: str, *, timeout_seconds: float) -> int:
         """The status of a GET, whatever it is."""
         async with (
@@ -142,6 +149,15 @@ def refused(message: str, named: str) -> ContextOverflow | EngineRejected:
         hint = "" if "maximum context length" in message else " (maximum context length exceeded)"
         return ContextOverflow(f"{message}{hint}")
     return EngineRejected(f"{named} refused the request: {message}")
+
+
+def failure(error: Any, named: str) -> VerbatimError:
+    """The error that an `error` inside a stream stands for: `{"message", "code"}`, or its text."""
+    message = error["message"] if isinstance(error, dict) else str(error)
+    code = error.get("code", 400) if isinstance(error, dict) else 400
+    if isinstance(code, int) and code >= 500:
+        return EngineUnavailable(f"{named}: {message}")
+    return refused(message, named)
 
 
 def _message(body: bytes) -> str:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gateway.contracts.experts import RoutingShape
+
+logger = logging.getLogger(__name__)
 
 _EXPERT_COUNTS = ("num_experts", "n_routed_experts", "num_local_experts")
 """What Hugging Face configurations call the routed experts of a layer."""
@@ -39,6 +43,17 @@ def read_folder(folder: Path) -> FolderIdentity:
         vocab_size=int(text_config.get("vocab_size") or 0),
         fingerprints=_fingerprints(folder),
     )
+
+
+async def read_if_here(path: str) -> FolderIdentity:
+    """What the folder at an engine's own `path` says; UNKNOWN_FOLDER if it is not on this machine or not readable."""
+    if not path or not Path(path).is_absolute():
+        return UNKNOWN_FOLDER
+    try:
+        return await asyncio.to_thread(read_folder, Path(path))
+    except (OSError, ValueError) as error:
+        logger.info("model folder %s cannot be read here: %s", path, error)
+        return UNKNOWN_FOLDER
 
 
 def routing_of(config: Mapping[str, Any]) -> RoutingShape | None:

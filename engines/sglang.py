@@ -7,20 +7,17 @@ itself is an EngineProtocolError.
 
 from __future__ import annotations
 
-import asyncio
 import binascii
 import logging
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 import pybase64
 
-from engines.connection import EngineHttp, refused
-from engines.identity import UNKNOWN_FOLDER, FolderIdentity, read_folder
+from engines.connection import EngineHttp, failure, refused
+from engines.identity import read_if_here
 from gateway.contracts.errors import (
     EngineError,
     EngineProtocolError,
@@ -29,7 +26,6 @@ from gateway.contracts.errors import (
     ExpertsMismatch,
     LengthMismatch,
     RequestError,
-    VerbatimError,
 )
 from gateway.contracts.experts import RoutedExperts, RoutingShape, narrow
 from gateway.contracts.generation import (
@@ -143,10 +139,10 @@ class SglangEngine:
 
     async def identity(self) -> EngineIdentity:
         """Ask the engine who it is; files of its model folder are read where this machine has them."""
-        model = _object(await self._http.get_json("/model_info", timeout_seconds=_CONTROL_SECONDS), "/model_info")
-        server = _object(await self._http.get_json("/server_info", timeout_seconds=_CONTROL_SECONDS), "/server_info")
+        model = await self._http.get_object("/model_info", timeout_seconds=_CONTROL_SECONDS)
+        server = await self._http.get_object("/server_info", timeout_seconds=_CONTROL_SECONDS)
         weight_version = str(model.get("weight_version") or "default")
-        folder = await _folder(str(model.get("tokenizer_path") or model.get("model_path") or ""))
+        folder = await read_if_here(str(model.get("tokenizer_path") or model.get("model_path") or ""))
         captures = bool(server.get("enable_return_routed_experts"))
         raw = bool(server.get("return_original_logprob"))
         return EngineIdentity(
@@ -258,7 +254,7 @@ class _Stream:
         """The new tokens of one event, None if it brought none."""
         try:
             if "error" in event:
-                raise self._error(event["error"])
+                raise failure(event["error"], self._named)
             meta = event["meta_info"]
             finish = meta["finish_reason"]
             self._refuse_failed(finish)
@@ -270,13 +266,6 @@ class _Stream:
         except (LengthMismatch, ExpertsMismatch) as error:
             raise EngineProtocolError(f"{self._named}: {error.message}") from error
         return chunk if len(chunk.token_ids) else None
-
-    def _error(self, error: Any) -> VerbatimError:
-        message = error["message"] if isinstance(error, dict) else str(error)
-        code = error.get("code", 400) if isinstance(error, dict) else 400
-        if isinstance(code, int) and code >= 500:
-            return EngineUnavailable(f"{self._named}: {message}")
-        return refused(message, self._named)
 
     def _refuse_failed(self, finish: Any) -> None:
         """SGLang reports some refusals as an abort with a status (an ordinary abort has none)."""
@@ -369,19 +358,3 @@ def decode_routing(encoded: str, shape: RoutingShape, *, start: int, stop: int) 
         )
     ids = np.frombuffer(raw, dtype="<i4").reshape(stop - start, shape.num_layers, shape.top_k)
     return RoutedExperts(narrow(ids, shape), start)
-
-
-async def _folder(path: str) -> FolderIdentity:
-    if not path or not Path(path).is_absolute():
-        return UNKNOWN_FOLDER
-    try:
-        return await asyncio.to_thread(read_folder, Path(path))
-    except (OSError, orjson.JSONDecodeError, ValueError) as error:
-        logger.info("model folder %s cannot be read here: %s", path, error)
-        return UNKNOWN_FOLDER
-
-
-def _object(content: Any, path: str) -> Mapping[str, Any]:
-    if not isinstance(content, dict):
-        raise EngineProtocolError(f"{path} answered {type(content).__name__}, expected an object")
-    return content

@@ -108,7 +108,8 @@ class GenerateEnd:
 
     version_spans: cover all output tokens of this request. routed_experts: rows [start, P+C-1), or None if not asked
     for or not given (I9: missing stays missing). `meta_info` and `reply_fields`: what we do not know of the engine's
-    reply, of its meta_info object and of the reply itself (I8).
+    reply, of its meta_info object and of the reply itself (I8). `versions_certain`: False where the engine's weights
+    changed meanwhile and it does not say at which token (I5).
     """
 
     finish: Finish
@@ -120,6 +121,7 @@ class GenerateEnd:
     num_retractions: int
     meta_info: Mapping[str, JsonValue]
     reply_fields: Mapping[str, JsonValue] = field(default_factory=dict)
+    versions_certain: bool = True
 
     def __post_init__(self) -> None:
         check_spans(self.version_spans, self.completion_tokens)
@@ -135,7 +137,8 @@ class EngineIdentity:
 
     `routing`: None for a dense model, or where the shape cannot be learnt. `captures_experts`: started so that it can
     return routing. `context_length` and `vocab_size` 0 mean unknown. `fingerprints`: sha256 of tokenizer and template
-    files where the engine's files can be read, else empty.
+    files where the engine's files can be read, else empty. `token_exact`: False for an engine that speaks text only,
+    whose ids are our own encoding of its text and not what it sampled: no token of it may be trained (I1).
     """
 
     engine_id: str
@@ -151,3 +154,4 @@ class EngineIdentity:
     context_length: int
     vocab_size: int
     fingerprints: Mapping[str, str]
+    token_exact: bool = True

@@ -34,7 +34,7 @@ class Generated:
 
     token_ids int32[C], logprobs float32[C]; experts: rows [start, P+C-1) or less if the last were never returned, None
     if there are none. lost_attempts: streams that broke; engines: who sampled, in order. versions_certain: False
-    where a stream broke and the policy version of its tokens could only be assumed.
+    where a stream broke and the policy version of its tokens could only be assumed, or its engine could not say it.
     """
 
     token_ids: TokenIds
@@ -129,6 +129,7 @@ class Continuation:
                 f"engine {self._engine_id} streamed {received} tokens and counts {end.completion_tokens}"
             )
         self._add_spans(end.version_spans)
+        self._versions_certain = self._versions_certain and end.versions_certain
         self._open = False
         rows = end.routed_experts
         if rows is not None and self._asked.routed_experts_start is not None:

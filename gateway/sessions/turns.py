@@ -266,6 +266,10 @@ class TurnRunner:
         if request.prompt is not None and request.prompt.token_ids is not None:
             check_ids(request.prompt.token_ids, vocab_size=_vocab_size(self.parts))
 
+    async def prompt_length(self, session: Session, request: TurnRequest) -> int:
+        """Tokens of the prompt that a conversation's next turn would have, recorded ones included; none is begun."""
+        return len((await _build_prompt(self.parts, session, request)).token_ids)
+
     def start(self, session: Session, request: TurnRequest) -> Turn:
         """Begin a turn; raises SessionSealed for a finished session."""
         session.check_open()
@@ -541,6 +545,8 @@ def _meta(request: TurnRequest, prompt: _Prompt, sampled: _Sampled) -> dict[str,
 
 def _untrainable_reason(generated: Generated) -> str | None:
     """I9: what cannot be proved is kept and answered, not trained (a missing log-prob excludes its token only)."""
+    if not all(engine.token_exact for engine in generated.engines):
+        return "text_only_engine"
     if not generated.versions_certain:
         return "policy_version_uncertain"
     kinds = {engine.logprob_kind for engine in generated.engines}
