@@ -21,11 +21,12 @@ from starlette.types import Receive, Scope, Send
 
 from gateway.contracts.errors import Conflict, EngineUnavailable, NotFound, Unauthorized, VerbatimError
 from gateway.contracts.generation import TokenIds
-from gateway.contracts.records import SessionOrigin
+from gateway.contracts.records import SessionOrigin, SessionRecord
 from gateway.routes.access import Access, session_of_key
 from gateway.routes.bodies import path_id
 from gateway.sessions.model import ServedModel
 from gateway.sessions.registry import Session, SessionRegistry, new_session
+from gateway.sessions.tree import TurnTree
 from gateway.sessions.turns import Turn, TurnEvent, TurnFinished, TurnProgress, TurnRunner, TurnStarted
 from gateway.wire.json_text import dump_json
 from gateway.wire.reply import FinishedChoice, ReplyTokens, ReplyWriter, Usage
@@ -102,6 +103,15 @@ class Calls:
             session = await self._make(request, wanted, session_id)
         self._access.check_agent(request, session.record)
         return session
+
+    async def count_prompt_tokens(self, request: Request, wanted: TurnRequest) -> int:
+        """Length of the prompt that this call's turn would have; no session is made for it, and no engine asked."""
+        session_id = named_session(request)
+        session = await self._registry.find(session_id) if session_id else None
+        if session is None:
+            session = Session(await self._new_record(request, wanted, session_id), TurnTree(), None)
+        self._access.check_agent(request, session.record)
+        return await self.runner.prompt_length(session, wanted)
 
     async def _whole(
         self, client: _Client, session: Session, wanted: Wanted, turns: Sequence[Turn], writer: ReplyWriter
@@ -188,6 +198,15 @@ class Calls:
             self.runner.abandon(turn)
 
     async def _make(self, request: Request, wanted: TurnRequest, session_id: str | None) -> Session:
+        record = await self._new_record(request, wanted, session_id)
+        try:
+            session, _ = await self._registry.create(record)
+        except Conflict:  # another call of the same agent was faster
+            return await self._registry.get(record.session_id)
+        return session
+
+    async def _new_record(self, request: Request, wanted: TurnRequest, session_id: str | None) -> SessionRecord:
+        """Of a session that nobody made, if this caller may have one."""
         if session_id is not None and not self._creates_unknown:
             raise NotFound(f"no session {session_id!r}; make it with POST /sessions")
         try:
@@ -197,17 +216,12 @@ class Calls:
         # A first request with replies that nobody here sampled belongs to a session whose record is gone.
         has_past = any(message["role"] == "assistant" for message in wanted.messages)
         session_id = session_id or f"session-{uuid.uuid4().hex}"
-        record = new_session(
+        return new_session(
             session_id,
             key_hash="",  # nobody gets a key: its caller has the operator's, or keys are off
             origin=SessionOrigin.RECREATED if has_past else SessionOrigin.ON_THE_SPOT,
             complete=not has_past,
         )
-        try:
-            session, _ = await self._registry.create(record)
-        except Conflict:  # another call of the same agent was faster
-            return await self._registry.get(session_id)
-        return session
 
 
 def named_session(request: Request) -> str | None:

@@ -270,6 +270,10 @@ class TurnRunner:
         """Tokens of the prompt that a conversation's next turn would have, recorded ones included; none is begun."""
         return len((await _build_prompt(self.parts, session, request)).token_ids)
 
+    async def prompt_length(self, session: Session, request: TurnRequest) -> int:
+        """Tokens of the prompt that a conversation's next turn would have, recorded ones included; none is begun."""
+        return len((await _build_prompt(self.parts, session, request)).token_ids)
+
     def start(self, session: Session, request: TurnRequest) -> Turn:
         """Begin a turn; raises SessionSealed for a finished session."""
         session.check_open()
