@@ -1,0 +1,74 @@
+"""`/v1/messages` and `/v1/messages/count_tokens` as Anthropic's clients call them, errors in Anthropic's shape."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Awaitable
+from functools import partial
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from gateway.contracts.errors import VerbatimError
+from gateway.routes.bodies import json_reply, read_body
+from gateway.routes.turns import Calls
+from gateway.wire.anthropic import parse_count_request, parse_messages_request
+from gateway.wire.anthropic_reply import MessagesWriter, error_body, error_status
+from gateway.wire.errors import error_headers
+
+_log = logging.getLogger(__name__)
+
+
+def messages_router(calls: Calls, *, max_body_bytes: int) -> APIRouter:
+    """The routes, with or without a session before them; to be included before routes that take any path."""
+    routes = _MessagesRoutes(calls, max_body_bytes=max_body_bytes)
+    router = APIRouter(tags=["agents"])
+    for prefix in ("", "/sessions/{session_id}"):
+        # Anthropic's clients put /v1 behind their base URL, OpenAI's have it in there: both may be given the same one.
+        for version in ("/v1", "/v1/v1"):
+            listed = version == "/v1"
+            path = f"{prefix}{version}/messages"
+            router.add_api_route(path, routes.create, methods=["POST"], include_in_schema=listed)
+            router.add_api_route(f"{path}/count_tokens", routes.count, methods=["POST"], include_in_schema=listed)
+    return router
+
+
+class _MessagesRoutes:
+    """The routes' functions."""
+
+    def __init__(self, calls: Calls, *, max_body_bytes: int) -> None:
+        self._calls = calls
+        self._max_body_bytes = max_body_bytes
+
+    async def create(self, request: Request) -> Response:
+        """One message."""
+        return await _answered(request, self._message(request))
+
+    async def count(self, request: Request) -> Response:
+        """Length of the prompt that a message would have; nothing is sampled or recorded."""
+        return await _answered(request, self._count(request))
+
+    async def _message(self, request: Request) -> Response:
+        asked = parse_messages_request(await read_body(request, max_bytes=self._max_body_bytes))
+        wanted = asked.turn
+        writer = partial(MessagesWriter, wanted.wanted, shows_thinking=asked.shows_thinking)
+        return await self._calls.answer(request, wanted, writer)
+
+    async def _count(self, request: Request) -> Response:
+        asked = parse_count_request(await read_body(request, max_bytes=self._max_body_bytes))
+        return json_reply({"input_tokens": await self._calls.count_prompt_tokens(request, asked.turn)})
+
+
+async def _answered(request: Request, work: Awaitable[Response]) -> Response:
+    """The reply with an id of the request, or the error in Anthropic's shape, which holds on these routes only."""
+    request_id = f"req_{uuid.uuid4().hex}"
+    try:
+        reply = await work
+    except VerbatimError as error:
+        if error.http_status >= 500:
+            _log.warning("%s %s: %s", request.method, request.url.path, error)
+        body = error_body(error) | {"request_id": request_id}
+        reply = json_reply(body, status=error_status(error), headers=error_headers(error))
+    reply.headers["request-id"] = request_id
+    return reply
