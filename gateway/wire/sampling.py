@@ -43,8 +43,10 @@ def sampling_fields(fields: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
 
 
 def sampling_params(sampling: Mapping[str, JsonValue], *, max_new_tokens: int) -> SamplingParams:
-    """Typed sampling of normalised fields; raises InvalidRequest for an impossible value."""
+    """Typed sampling of normalised fields, `unknown` ones among them as they came; raises InvalidRequest for an
+    impossible value."""
     extra = {name: value for name, value in sampling.items() if name in SAMPLING_EXTRA}
+    extra = {**sampling.get("unknown", {}), **extra}
     return SamplingParams(
         max_new_tokens=max_new_tokens,
         temperature=sampling.get("temperature", 1.0),

@@ -1,0 +1,267 @@
+"""OpenAI's completions: bytes → raw prompts, and pieces of turns → `text_completion` or its chunks.
+
+Prompts are texts or ids, one or several, `n` choices of each. The fields of captured ids are vLLM's: `prompt_token_ids`
+and `token_ids` in each choice. Log-probs are the legacy object; those of an echoed prompt, and alternatives to the
+sampled token, are not known and therefore null (I9).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+
+from gateway.contracts.errors import InvalidRequest, VerbatimError
+from gateway.contracts.generation import FinishReason, JsonValue, TokenIds
+from gateway.contracts.replies import ContentDelta, ReplyDelta
+from gateway.wire import sse
+from gateway.wire.errors import error_body
+from gateway.wire.fields import check_nesting, flag, kind_of, optional
+from gateway.wire.json_text import load_json_object
+from gateway.wire.openai import experts_body
+from gateway.wire.raw_prompts import raw_prompts
+from gateway.wire.reply import FinishedChoice, ReplyTokens
+from gateway.wire.request import PROTECTED, RawPrompt, TurnRequest, Wanted
+from gateway.wire.sampling import SAMPLING_EXTRA, sampling_fields
+
+_KNOWN = frozenset(
+    (
+        "add_special_tokens", "best_of", "echo", "ignore_eos", "logprobs", "max_tokens", "min_p", "model", "n",
+        "prompt", "prompt_embeds", "response_format", "return_routed_experts", "return_token_ids", "seed", "stop",
+        "stop_token_ids", "stream", "stream_options", "suffix", "temperature", "top_k", "top_p",
+        "truncate_prompt_tokens",
+    )
+)  # fmt: skip
+
+_REFUSED: Mapping[str, str] = {
+    "suffix": "text cannot be inserted before a suffix",
+    "prompt_embeds": "a prompt is text or token ids",
+    "truncate_prompt_tokens": "a prompt is sent whole",
+}
+
+_MAX_CHOICES = 128
+_DEFAULT_MAX_TOKENS = 16
+"""OpenAI's, of this endpoint."""
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionsRequest:
+    """One body: a turn request for each of its prompts, which differ in nothing else."""
+
+    turns: tuple[TurnRequest, ...]
+    echo: bool
+
+
+def parse_completions_request(body: bytes) -> CompletionsRequest:
+    """Read a request; raises InvalidRequest naming the field that is wrong."""
+    fields = load_json_object(body)
+    check_nesting(fields)
+    for name, why in _REFUSED.items():
+        if fields.get(name) not in (None, ""):
+            raise InvalidRequest(f"{name}: is not served; {why}")
+    adds_special_tokens = optional(fields, "add_special_tokens", bool) is not False
+    if fields.get("prompt") is None:
+        raise InvalidRequest("prompt: is missing")
+    prompts = raw_prompts(fields["prompt"], "prompt", adds_special_tokens=adds_special_tokens)
+    digest = hashlib.sha256(body).hexdigest()
+    turns = tuple(
+        TurnRequest(
+            model=optional(fields, "model", str),
+            messages=(),
+            tools=(),
+            calls_tools=False,
+            template_arguments={},
+            sampling={"max_new_tokens": _DEFAULT_MAX_TOKENS, **sampling_fields(fields)},
+            num_choices=_num_choices(fields),
+            stream=flag(fields, "stream"),
+            wanted=_wanted(fields),
+            passthrough={k: v for k, v in fields.items() if k not in _KNOWN | SAMPLING_EXTRA | PROTECTED},
+            ignored_fields=tuple(sorted(PROTECTED & fields.keys())),
+            digest=digest,
+            num_bytes=len(body),
+            prompt=prompt,
+        )
+        for prompt in prompts
+    )
+    return CompletionsRequest(turns, echo=flag(fields, "echo"))
+
+
+class CompletionsWriter:
+    """`text_completion`, whole or in chunks. decode: ids → text, for what is echoed."""
+
+    def __init__(
+        self, request: CompletionsRequest, decode: Callable[[Sequence[int]], str], turn_id: str, model: str
+    ) -> None:
+        self._request = request
+        self._wanted = request.turns[0].wanted
+        self._decode = decode
+        self._head = {
+            "id": f"cmpl-{turn_id}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": model,
+        }
+        self._offsets: dict[int, int] = {}
+
+    def whole(self, choices: Sequence[FinishedChoice]) -> JsonValue:
+        """The whole reply."""
+        return {
+            **choices[0].reply_fields,
+            **self._head,
+            "choices": [self._choice(i, choice) for i, choice in enumerate(choices)],
+            "usage": self._usage(choices),
+        }
+
+    def opening(self, index: int, prompt_token_ids: TokenIds) -> Iterator[bytes]:
+        """A chunk for the echoed prompt and its ids, where either was asked for."""
+        echoed = self._echoed(index, prompt_token_ids)
+        choice = self._piece(index, echoed.text, echoed.tokens)
+        if self._wanted.token_ids:
+            choice["prompt_token_ids"] = prompt_token_ids.tolist()
+        if self._request.echo or self._wanted.token_ids:
+            yield self._chunk(choice)
+
+    def progress(self, index: int, deltas: Sequence[ReplyDelta], tokens: ReplyTokens) -> Iterator[bytes]:
+        """A chunk for new text and the new tokens' arrays."""
+        text = "".join(delta.text for delta in deltas if isinstance(delta, ContentDelta))
+        choice = self._piece(index, text, tokens)
+        if self._wanted.token_ids:
+            choice["token_ids"] = tokens.token_ids.tolist()
+        captured = len(tokens.token_ids) and (self._wanted.token_ids or self._wanted.logprobs)
+        if text or captured:
+            yield self._chunk(choice)
+
+    def closing(self, index: int, choice: FinishedChoice) -> Iterator[bytes]:
+        """The last chunk of a choice: its finish reason."""
+        yield self._chunk(
+            {"index": index, "text": "", "logprobs": None, **self._closing_fields(choice)}, choice.reply_fields
+        )
+
+    def end(self, choices: Sequence[FinishedChoice]) -> Iterator[bytes]:
+        """Usage where asked for, and the stream's end."""
+        if self._wanted.usage_chunk:
+            yield sse.event({**self._head, "choices": [], "usage": self._usage(choices)})
+        yield sse.DONE
+
+    def failure(self, error: VerbatimError) -> Iterator[bytes]:
+        """An error after the first token: a frame of its own, and no end."""
+        yield sse.event(error_body(error))
+
+    def _choice(self, index: int, choice: FinishedChoice) -> dict[str, JsonValue]:
+        echoed = self._echoed(index, choice.prompt_token_ids)
+        text = echoed.text + (choice.reply.content or "")
+        body = self._piece(index, text, echoed.followed_by(choice.tokens)) | self._closing_fields(choice)
+        if self._wanted.token_ids:
+            body["prompt_token_ids"] = choice.prompt_token_ids.tolist()
+            body["token_ids"] = choice.tokens.token_ids.tolist()
+        return body
+
+    def _piece(self, index: int, text: str, tokens: ReplyTokens) -> dict[str, JsonValue]:
+        """Part of a choice; offsets go on from the part before."""
+        logprobs = None
+        if self._wanted.logprobs and len(tokens.texts):
+            offset = self._offsets.get(index, 0)
+            logprobs = _logprobs(tokens, offset)
+            self._offsets[index] = offset + sum(map(len, tokens.texts))
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": None}
+
+    def _closing_fields(self, choice: FinishedChoice) -> dict[str, JsonValue]:
+        finished = choice.finish.reason is FinishReason.STOP
+        fields: dict[str, JsonValue] = {"finish_reason": "stop" if finished else "length"}
+        if self._wanted.routed_experts:
+            fields["routed_experts"] = None if choice.experts is None else experts_body(choice.experts)
+        if choice.meta_info:
+            fields["meta_info"] = choice.meta_info
+        return fields
+
+    def _chunk(self, choice: Mapping[str, JsonValue], reply_fields: Mapping[str, JsonValue] | None = None) -> bytes:
+        return sse.event({**(reply_fields or {}), **self._head, "choices": [choice]})
+
+    def _echoed(self, index: int, prompt_token_ids: TokenIds) -> _Echo:
+        if not self._request.echo:
+            return _Echo("", _no_tokens())
+        ids = prompt_token_ids.tolist()
+        prompt = self._prompt_of(index)
+        texts = [self._decode([token_id]) for token_id in ids] if self._wanted.logprobs else []
+        unknown = np.full(len(ids), np.nan, dtype=np.float32)
+        text = self._decode(ids) if prompt.text is None else prompt.text
+        return _Echo(text, ReplyTokens(prompt_token_ids, unknown, texts))
+
+    def _prompt_of(self, index: int) -> RawPrompt:
+        turn = self._request.turns[index // self._request.turns[0].num_choices]
+        if turn.prompt is None:
+            raise InvalidRequest("prompt: is missing")
+        return turn.prompt
+
+    def _usage(self, choices: Sequence[FinishedChoice]) -> dict[str, JsonValue]:
+        """A prompt counts once, however many choices it has."""
+        prompts = choices[:: self._request.turns[0].num_choices]
+        prompt_tokens = sum(choice.usage.prompt_tokens for choice in prompts)
+        completion_tokens = sum(choice.usage.completion_tokens for choice in choices)
+        return {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": sum(choice.usage.cached_tokens for choice in prompts)},
+        }
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Echo:
+    """A prompt as it is shown before its reply; nothing of it where no echo was asked for."""
+
+    text: str
+    tokens: ReplyTokens
+
+    def followed_by(self, tokens: ReplyTokens) -> ReplyTokens:
+        """The prompt's tokens, then those of the reply."""
+        return ReplyTokens(
+            np.concatenate([self.tokens.token_ids, tokens.token_ids]),
+            np.concatenate([self.tokens.logprobs, tokens.logprobs]),
+            [*self.tokens.texts, *tokens.texts],
+        )
+
+
+def _no_tokens() -> ReplyTokens:
+    return ReplyTokens(np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.float32), [])
+
+
+def _logprobs(tokens: ReplyTokens, offset: int) -> dict[str, JsonValue]:
+    """The legacy object; `text_offset` counts characters of the tokens' own texts."""
+    lengths = map(len, tokens.texts[:-1])
+    return {
+        "tokens": list(tokens.texts),
+        "token_logprobs": [None if math.isnan(logprob) else logprob for logprob in tokens.logprobs.tolist()],
+        "text_offset": list(accumulate(lengths, initial=offset)),
+        "top_logprobs": None,
+    }
+
+
+def _wanted(fields: Mapping[str, JsonValue]) -> Wanted:
+    options = fields.get("stream_options")
+    if not isinstance(options, dict | None):
+        raise InvalidRequest(f"stream_options: expected an object, got {kind_of(options)}")
+    num_logprobs = optional(fields, "logprobs", int)
+    if num_logprobs is not None and num_logprobs < 0:
+        raise InvalidRequest(f"logprobs: expected 0 or more, got {num_logprobs}")
+    return Wanted(
+        token_ids=flag(fields, "return_token_ids"),
+        routed_experts=flag(fields, "return_routed_experts"),
+        logprobs=num_logprobs is not None,
+        usage_chunk=flag(options or {}, "include_usage"),
+    )
+
+
+def _num_choices(fields: Mapping[str, JsonValue]) -> int:
+    asked, best_of = optional(fields, "n", int), optional(fields, "best_of", int)
+    number = 1 if asked is None else asked
+    if not 1 <= number <= _MAX_CHOICES:
+        raise InvalidRequest(f"n: expected 1 to {_MAX_CHOICES}, got {number}")
+    if best_of is not None and best_of != number:
+        raise InvalidRequest(f"best_of: every sample is a choice here; ask for n={best_of} and choose")
+    return number
