@@ -283,6 +283,11 @@ class Judge:
             findings.counts["certified where the template refuses"] += 1
             return
         fits = any(ids == added if whole else ids[len(ids) - len(added) :] == added for ids in rendered)
+        if turn.meta["certified_by"] == "probe_unrendered":
+            refused = all(self._encoded(conversation) is None for conversation in variants)
+            findings.expect(refused, "I6 only what the template refuses goes unrendered", turn.turn_id)
+            findings.counts["prompts behind a refusal"] += 1
+            return
         kind = "a new segment's prompt is the whole render" if whole else "what is added is the tail of the render"
         text = self._tokenizer.decode(added, skip_special_tokens=False)
         shown = f"{turn.turn_id} ({turn.meta['certified_by']}): {text!r}"

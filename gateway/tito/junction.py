@@ -53,14 +53,22 @@ class TurnTokens:
 
 
 def learn_junction(
-    template: ChatTemplate, conversation: Conversation, *, num_messages: int, full_text: str, tokens: TurnTokens
+    template: ChatTemplate,
+    conversation: Conversation,
+    *,
+    num_messages: int,
+    full_text: str | None,
+    tokens: TurnTokens,
+    was_cut: bool = False,
 ) -> Junction | SegmentReason:
     """What follows the turn whose reply is message `num_messages - 1`, or why that cannot be certified.
 
-    full_text: the template's render of `conversation` with the generation prompt. Never raises TemplateRaised.
+    full_text: the template's render of `conversation` with the generation prompt, None where it refuses. was_cut: the
+    reply was sampled without a stop token. Never raises TemplateRaised.
     """
-    sentinel = _sentinel(full_text)
-    marks = absent_characters(full_text, len(conversation.messages) - num_messages)
+    known_text = full_text if full_text is not None else json.dumps(conversation.messages, ensure_ascii=False)
+    sentinel = _sentinel(known_text)
+    marks = absent_characters(known_text, len(conversation.messages) - num_messages)
     if marks is None:
         return SegmentReason.UNCERTIFIED
     reply = conversation.messages[num_messages - 1]
@@ -79,9 +87,17 @@ def learn_junction(
             result_marks = "".join(mark for mark in results if mark in used_marks)
             tail = _Tail(text[text.rindex(sentinel) + len(sentinel) :], used_marks, result_marks)
             junction = _split(template, conversation, tail, probe, reply, tokens)
-            if isinstance(junction, Junction) and not _is_end(template, full_text, junction, reply):
-                return SegmentReason.UNCERTIFIED
-            return junction
+            if not isinstance(junction, Junction) or (
+                full_text is not None and _is_end(template, full_text, junction, reply)
+            ):
+                return junction
+            # A reply without text (cut in its reasoning, ended at once) may be shown without an end, or be refused.
+            # What follows it is certified then by a reply with text, in context and out of it.
+            stands_in = full_text is None or (was_cut and not reply.get("content"))
+            alone = local_suffix(
+                template, conversation, num_messages=num_messages, stop=junction.stop, tools=conversation.tools
+            )
+            return junction if stands_in and alone == junction.suffix else SegmentReason.UNCERTIFIED
     return SegmentReason.TEMPLATE_RAISED if raised else SegmentReason.UNCERTIFIED
 
 

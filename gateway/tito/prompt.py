@@ -47,8 +47,10 @@ SHAPE = "shape"
 SHAPE_KEPT_HISTORY = "shape_kept_history"
 PROBE = "probe"
 PROBE_KEPT_HISTORY = "probe_kept_history"
+PROBE_UNRENDERED = "probe_unrendered"
 CLOSE = "close"
 
+_PROBED = {History.KEPT: PROBE, History.REASONING_DROPPED: PROBE_KEPT_HISTORY}
 _MAX_AUDITS = 16
 """Waiting at once; each keeps a conversation alive."""
 
@@ -113,7 +115,8 @@ class PromptBuilder:
         Without a parent they are the whole prompt, and `reason` is passed on. With one they continue it where that is
         certified. `certified_by` is "full_render", "shape" or "probe" (append-only, by a certificate of the turn's
         shape or in the conversation at hand), the same with "_kept_history" (the template may drop old reasoning here;
-        policy `keep`) or "close" (the parent was cut; masked tokens end its turn).
+        policy `keep`), "probe_unrendered" (the template refuses the whole, but not what follows here) or "close" (the
+        parent was cut; masked tokens end its turn).
         Raises TemplateRaised if the template refuses the conversation, LengthMismatch for a parent that does not fit.
         """
         if parent is not None:
@@ -195,39 +198,51 @@ class PromptBuilder:
     ) -> BuiltPrompt:
         """The long path: a full render, and a probe where there is a parent."""
         guarded = self._guard.guard(conversation)
-        full_text = self._template.render(guarded.conversation)
+        refusal: TemplateRaised | None = None
+        full_text: str | None = None
+        try:
+            full_text = self._template.render(guarded.conversation)
+        except TemplateRaised as error:
+            if parent is None:
+                raise
+            refusal = error
         if parent is None:
-            return self._whole(full_text, guarded, reason)
+            return self._whole(full_text, refusal, guarded, reason)
         junction = learn_junction(
             self._template,
             guarded.conversation,
             num_messages=parent.num_messages,
             full_text=full_text,
             tokens=TurnTokens(self._stop_texts(parent), self._special, guarded.brackets),
+            was_cut=self._was_cut(parent),
         )
-        if isinstance(junction, SegmentReason):
-            return self._whole(full_text, guarded, self._reason_of(parent, junction))
-        return self._continued(parent, junction, guarded, full_text)
+        continued = (
+            self._continued(parent, junction, guarded, full_text) if isinstance(junction, Junction) else junction
+        )
+        if isinstance(continued, SegmentReason):
+            return self._whole(full_text, refusal, guarded, self._reason_of(parent, continued))
+        return continued
 
     def _continued(
-        self, parent: ParentTurn, junction: Junction, guarded: GuardedConversation, full_text: str
-    ) -> BuiltPrompt:
+        self, parent: ParentTurn, junction: Junction, guarded: GuardedConversation, full_text: str | None
+    ) -> BuiltPrompt | SegmentReason:
         """The parent's ids go on with the junction's, unless history or the sampled stop token forbid it."""
         stop_id = self._tokenizer.token_id(junction.stop)
         if stop_id is None:
-            return self._whole(full_text, guarded, SegmentReason.UNCERTIFIED)
-        history = self._history(parent, junction, guarded.conversation, full_text)
+            return SegmentReason.UNCERTIFIED
+        history = History.KEPT
+        if full_text is not None:
+            history = self._history(parent, junction, guarded.conversation, full_text)
         if history is History.REWRITTEN:
-            return self._whole(full_text, guarded, SegmentReason.REWRITE_OTHER)
+            return SegmentReason.REWRITE_OTHER
         if history is History.REASONING_DROPPED and self._history_policy is HistoryPolicy.TEMPLATE:
-            return self._whole(full_text, guarded, SegmentReason.REWRITE_REASONING)
+            return SegmentReason.REWRITE_REASONING
         suffix_ids = self._suffix_ids(junction.stop, junction.suffix, stop_id, guarded.brackets)
         if suffix_ids is None:
-            return self._whole(full_text, guarded, SegmentReason.UNCERTIFIED)
+            return SegmentReason.UNCERTIFIED
         last_id = int(parent.token_ids[-1])
         if last_id == stop_id:
-            certified_by = PROBE if history is History.KEPT else PROBE_KEPT_HISTORY
-            return self._appended(parent, suffix_ids, full_text, certified_by)
+            return self._appended(parent, suffix_ids, full_text, _PROBED[history] if full_text else PROBE_UNRENDERED)
         stop_then_suffix = np.concatenate([np.array([stop_id], dtype=np.int32), suffix_ids])
         if last_id in self._stops_of(parent):
             # Never two stops in a row: history has another one here. The sampled one stays in the parent's record.
@@ -281,8 +296,11 @@ class PromptBuilder:
 
     def _reason_of(self, parent: ParentTurn, reason: SegmentReason) -> SegmentReason:
         """A turn that was cut and cannot be closed says so."""
-        was_cut = int(parent.token_ids[-1]) not in self._stops_of(parent)
-        return SegmentReason.TRUNCATED if was_cut and reason is SegmentReason.UNCERTIFIED else reason
+        is_uncertified = reason is SegmentReason.UNCERTIFIED
+        return SegmentReason.TRUNCATED if is_uncertified and self._was_cut(parent) else reason
+
+    def _was_cut(self, parent: ParentTurn) -> bool:
+        return int(parent.token_ids[-1]) not in self._stops_of(parent)
 
     def _stops_of(self, parent: ParentTurn) -> tuple[int, ...]:
         """Ids that end a turn: of the files, and the added token that the engine says it stopped at.
@@ -296,15 +314,25 @@ class PromptBuilder:
     def _stop_texts(self, parent: ParentTurn) -> tuple[str, ...]:
         return tuple(self._tokenizer.token_text(token_id) for token_id in self._stops_of(parent))
 
-    def _whole(self, full_text: str, guarded: GuardedConversation, reason: SegmentReason) -> BuiltPrompt:
+    def _whole(
+        self,
+        full_text: str | None,
+        refusal: TemplateRaised | None,
+        guarded: GuardedConversation,
+        reason: SegmentReason,
+    ) -> BuiltPrompt:
+        """A whole prompt; raises the template's refusal where there is no text."""
+        if full_text is None:
+            raise refusal or TemplateRaised("the model's chat template refuses this conversation")
         ids = self._guard.encode(full_text, guarded.brackets)
         hidden = unseen_messages(self._template, guarded.conversation, full_text)
         return self._remembered(ids, full_text, BuiltPrompt(ids, reason, FULL_RENDER, hidden))
 
-    def _appended(self, parent: ParentTurn, added: TokenIds, full_text: str, certified_by: str) -> BuiltPrompt:
+    def _appended(self, parent: ParentTurn, added: TokenIds, full_text: str | None, certified_by: str) -> BuiltPrompt:
         prompt = np.concatenate([parent.token_ids, added])
         return self._remembered(prompt, full_text, BuiltPrompt(added, None, certified_by))
 
-    def _remembered(self, prompt_ids: TokenIds, full_text: str, built: BuiltPrompt) -> BuiltPrompt:
-        self._rendered.remember(prompt_ids, full_text)
+    def _remembered(self, prompt_ids: TokenIds, full_text: str | None, built: BuiltPrompt) -> BuiltPrompt:
+        if full_text is not None:
+            self._rendered.remember(prompt_ids, full_text)
         return built

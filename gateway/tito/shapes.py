@@ -28,6 +28,7 @@ class ContentKind(StrEnum):
     """What a message's `content` is."""
 
     ABSENT = "absent"
+    EMPTY = "empty"
     BLANK = "blank"
     TEXT = "text"
     PARTS = "parts"
@@ -86,7 +87,7 @@ class Filling:
     text: str
     past_reasoning: bool
     num_tools: int
-    blank: str = ""
+    blank: str = " "
 
 
 FILLINGS = (
@@ -228,6 +229,8 @@ class _Writer:
             message["reasoning_content"] = f"Thought {self._text()}"
         if form.content is ContentKind.TEXT:
             message["content"] = self._text()
+        elif form.content is ContentKind.EMPTY:
+            message["content"] = ""
         elif form.content is ContentKind.BLANK:
             message["content"] = self._filling.blank
         elif form.content is ContentKind.PARTS:
@@ -288,7 +291,7 @@ def _content_kind(content: JsonValue) -> ContentKind | None:
     if content is None:
         return ContentKind.ABSENT
     if isinstance(content, str):
-        return ContentKind.TEXT if content.strip() else ContentKind.BLANK
+        return ContentKind.TEXT if content.strip() else ContentKind.BLANK if content else ContentKind.EMPTY
     is_one_text = (
         isinstance(content, list)
         and len(content) == 1

@@ -301,6 +301,47 @@ def test_text_parts_are_one_text_where_a_template_knows_no_parts(role: str, show
     assert shown.count("one\ntwo") == 4 - shows_parts
 
 
+ENDS_TEXT_ONLY = CHATML.replace(
+    "{{- '<|im_end|>\n' -}}",
+    "{%- if message.role != 'assistant' or message.content -%}{{- '<|im_end|>\n' -}}{%- endif -%}",
+)
+WANTS_TEXT = (
+    "{%- for message in messages if not message.content -%}{{ raise_exception('no text') }}{%- endfor -%}" + CHATML
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "cut", "certified_by"),
+    [(ENDS_TEXT_ONLY, True, "close"), (WANTS_TEXT, True, "close"), (WANTS_TEXT, False, "probe_unrendered")],
+)
+def test_a_reply_without_text_goes_on_where_the_template_knows_none(
+    tokenizer: ChatTokenizer, text: str, cut: bool, certified_by: str
+) -> None:
+    """I3, I6: a turn cut in its reasoning, or ended at once: what follows is certified without its text."""
+    prompts = builder(tokenizer, text)
+    reply = {"role": "assistant", "content": "", "reasoning_content": "Hm"}
+    messages = ({"role": "user", "content": "q"}, reply, {"role": "user", "content": "And?"})
+    stop = tokenizer.token_id("<|im_end|>")
+    ids = np.array([5, 6, 7, 7, 5] + ([] if cut else [stop]), dtype=np.int32)
+    finish = Finish(FinishReason.LENGTH) if cut else Finish(FinishReason.STOP, stop)
+    built = prompts.build(Conversation(messages), ParentTurn(ids, 3, 2, finish))
+    assert (built.segment_reason, built.certified_by) == (None, certified_by)
+    assert tokenizer.decode(built.token_ids).endswith("\n<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_a_template_that_refuses_what_was_appended_still_says_so(tokenizer: ChatTokenizer) -> None:
+    """The refusal is the agent's to read; nothing is certified around it."""
+    prompts = builder(tokenizer, WANTS_TEXT)
+    messages = (
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "a"},
+        {"role": "user", "content": ""},
+    )
+    parent = ParentTurn(np.array([5, 6, 7], dtype=np.int32), 1, 2, Finish(FinishReason.LENGTH))
+    with pytest.raises(TemplateRaised, match="no text"):
+        prompts.build(Conversation(messages), parent)
+
+
 def test_text_is_a_part_for_a_template_that_knows_nothing_else() -> None:
     """As engines wrap it; else every message would be shown letter by letter, or not at all."""
     write = "{{- '<|im_start|>' + message.role + '\n' + (message.content or '') -}}"
