@@ -37,11 +37,14 @@ from gateway.routes.access import Access
 from gateway.routes.admin import admin_router, status_router
 from gateway.routes.bodies import json_reply
 from gateway.routes.chat import chat_router
+from gateway.routes.completions import completions_router
 from gateway.routes.feed import feed_router
+from gateway.routes.generate import generate_router
 from gateway.routes.messages import messages_router
 from gateway.routes.metrics import GatewayMetrics
 from gateway.routes.paths import SessionPaths
 from gateway.routes.sessions import session_router
+from gateway.routes.tokenize import tokenize_router
 from gateway.routes.turns import Calls
 from gateway.sessions.model import ServedModel
 from gateway.sessions.picks import PickChoice
@@ -213,6 +216,9 @@ def build_app(gateway: Gateway, access: Access) -> FastAPI:
     creates_unknown = settings.unknown_sessions is UnknownSessions.CREATE
     calls = Calls(gateway.runner, gateway.registry, access, creates_unknown=creates_unknown)
     app.include_router(messages_router(calls, max_body_bytes=max_bytes))
+    app.include_router(completions_router(calls, max_body_bytes=max_bytes))
+    app.include_router(generate_router(calls, max_body_bytes=max_bytes))
+    app.include_router(tokenize_router(calls, max_body_bytes=max_bytes))
     app.include_router(chat_router(calls, max_body_bytes=max_bytes))
     app.add_middleware(SessionPaths)
     app.add_exception_handler(VerbatimError, _verbatim_error)

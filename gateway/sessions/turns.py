@@ -142,10 +142,7 @@ async def run_turn(parts: TurnParts, session: Session, request: TurnRequest, tur
 
     Raises RequestError before anything is sampled. After that an EngineError leaves what was sampled in the ledger.
     """
-    if request.prompt is None:
-        prompt = await _build_prompt(parts, session, request)
-    else:
-        prompt = await _raw_prompt(parts, session, request, request.prompt)
+    prompt = await _build_prompt(parts, session, request)
     sampling = _sampling(parts, session, request, num_prompt_tokens=len(prompt.token_ids))
     if prompt.built.hidden_messages:
         _log.warning(
@@ -266,13 +263,9 @@ class TurnRunner:
         if request.prompt is not None and request.prompt.token_ids is not None:
             check_ids(request.prompt.token_ids, vocab_size=_vocab_size(self.parts))
 
-    async def prompt_length(self, session: Session, request: TurnRequest) -> int:
-        """Tokens of the prompt that a conversation's next turn would have, recorded ones included; none is begun."""
-        return len((await _build_prompt(self.parts, session, request)).token_ids)
-
-    async def prompt_length(self, session: Session, request: TurnRequest) -> int:
-        """Tokens of the prompt that a conversation's next turn would have, recorded ones included; none is begun."""
-        return len((await _build_prompt(self.parts, session, request)).token_ids)
+    async def prompt_ids(self, session: Session, request: TurnRequest) -> TokenIds:
+        """int32[P]: the prompt that a turn of this request would have, recorded ids included; none is begun."""
+        return (await _build_prompt(self.parts, session, request)).token_ids
 
     def start(self, session: Session, request: TurnRequest) -> Turn:
         """Begin a turn; raises SessionSealed for a finished session."""
@@ -327,6 +320,12 @@ class TurnRunner:
 
 
 async def _build_prompt(parts: TurnParts, session: Session, request: TurnRequest) -> _Prompt:
+    if request.prompt is None:
+        return await _chat_prompt(parts, session, request)
+    return await _raw_prompt(parts, session, request, request.prompt)
+
+
+async def _chat_prompt(parts: TurnParts, session: Session, request: TurnRequest) -> _Prompt:
     root = RootContext(request.tools, request.template_arguments)
     place = attach(session.tree, request.messages, root)
     conversation = Conversation(restore_reasoning(place, request.messages), root.tools, root.template_arguments)
