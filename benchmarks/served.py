@@ -74,6 +74,7 @@ async def run_served_histories(choice: ModelChoice, seeds: Sequence[int]) -> lis
             agents = {_session_id(seed): _agent(seed, place, http) for seed in seeds}
             async with _gateway(place, kill=True):
                 await asyncio.gather(*(agent.play() for agent in agents.values()))
+                await asyncio.gather(*(_noted(place, http, session_id) for session_id in agents))
             async with _gateway(place, kill=False), GatewayClient(place.url) as client:
                 await asyncio.gather(*(_play_on(agent) for agent in agents.values()))
                 rollouts = await asyncio.gather(*(_finished(client, session_id) for session_id in agents))
@@ -136,6 +137,13 @@ def _session_id(seed: int) -> str:
 def _agent(seed: int, place: _Place, http: aiohttp.ClientSession) -> Agent:
     url = f"{place.url}/sessions/{path_segment(_session_id(seed))}/v1/chat/completions"
     return Agent(random.Random(seed), _HttpChat(http, url), max_requests=4)
+
+
+async def _noted(place: _Place, http: aiohttp.ClientSession, session_id: str) -> None:
+    """Wait until deliveries are on disk. A gateway that dies between a reply's last byte and that note has the reply,
+    and does not know that it was seen, until a later turn goes on from it."""
+    async with http.get(f"{place.url}/sessions/{path_segment(session_id)}/turns") as reply:
+        await reply.read()
 
 
 async def _play_on(agent: Agent) -> None:
