@@ -31,6 +31,7 @@ from gateway.wire.openai import experts_body
 from gateway.wire.reply import FinishedChoice, ReplyTokens, Usage
 from gateway.wire.request import Wanted
 
+_NOT_STOPPED: dict[str, JsonValue] = {"stop_reason": None, "stop_sequence": None, "stop_details": None}
 _OVERLOADED_STATUS = 529
 _ERROR_TYPES: tuple[tuple[type[VerbatimError], str], ...] = (
     (Unauthorized, "authentication_error"),
@@ -77,8 +78,7 @@ class MessagesWriter:
     def opening(self, index: int, prompt_token_ids: TokenIds) -> Iterator[bytes]:
         """`message_start`: an empty message; how much of the prompt was cached is not known yet."""
         usage = _usage(Usage(len(prompt_token_ids), 0, 0, 0))
-        unstopped = {"stop_reason": None, "stop_sequence": None}
-        message: dict[str, JsonValue] = {**self._head, "content": [], **unstopped, "usage": usage}
+        message: dict[str, JsonValue] = {**self._head, "content": [], **_NOT_STOPPED, "usage": usage}
         if self._wanted.token_ids:
             message["prompt_token_ids"] = prompt_token_ids.tolist()
         yield _event("message_start", {"message": message})
@@ -195,10 +195,10 @@ def _signature(thoughts: str) -> str:
 def _stop(choice: FinishedChoice) -> dict[str, JsonValue]:
     finish = choice.finish
     if finish.reason is not FinishReason.STOP:
-        return {"stop_reason": "max_tokens", "stop_sequence": None}
+        return _NOT_STOPPED | {"stop_reason": "max_tokens"}
     if isinstance(finish.matched, str):
-        return {"stop_reason": "stop_sequence", "stop_sequence": finish.matched}
-    return {"stop_reason": "tool_use" if choice.reply.tool_calls else "end_turn", "stop_sequence": None}
+        return _NOT_STOPPED | {"stop_reason": "stop_sequence", "stop_sequence": finish.matched}
+    return _NOT_STOPPED | {"stop_reason": "tool_use" if choice.reply.tool_calls else "end_turn"}
 
 
 def _usage(usage: Usage) -> dict[str, JsonValue]:
