@@ -18,8 +18,9 @@ from gateway.contracts.errors import (
     NotFound,
     SessionSealed,
 )
+from gateway.contracts.examples import example_turn
 from gateway.contracts.experts import RoutedExperts
-from gateway.contracts.generation import Finish, FinishReason, JsonValue, LogprobKind
+from gateway.contracts.generation import Finish, FinishReason, JsonValue
 from gateway.contracts.ports import Ledger
 from gateway.contracts.records import (
     Attachment,
@@ -70,10 +71,9 @@ def a_session(session_id: str = "s", **changes: JsonValue) -> SessionRecord:
 
 
 def a_turn(session_id: str = "s", index: int = 0, *, parent_id: str | None = None, **changes: JsonValue) -> TurnRecord:
-    record = TurnRecord(
+    record = example_turn(
+        index,
         session_id=session_id,
-        turn_id=f"t{index}",
-        index=index,
         attachment=Attachment(
             parent_id=parent_id,
             follows_id=parent_id,
@@ -88,22 +88,15 @@ def a_turn(session_id: str = "s", index: int = 0, *, parent_id: str | None = Non
         output_logprobs=np.array([-0.1, np.nan], dtype=np.float32),
         version_spans=(VersionSpan(0, 1, 3), VersionSpan(1, 2, 4)),
         finish=Finish(FinishReason.STOP, 2),
-        logprob_kind=LogprobKind.TEMPERATURE_SCALED,
         sampling={"temperature": 0.7},
         num_layers=2,
         num_experts=8,
         top_k=2,
-        experts_start=0,
-        experts_stop=0,
         engine_id="sglang-0",
         model="tiny",
         request_digest="ab",
-        cached_tokens=0,
-        num_retractions=0,
         meta={"nested": [1, None, {"x": 1e300}]},
-        untrainable_reason=None,
         created_at=2.0,
-        delivered_at=None,
     )
     return replace(record, **changes)
 

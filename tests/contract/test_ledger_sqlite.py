@@ -15,14 +15,10 @@ import numpy as np
 import pytest
 
 from gateway.contracts.errors import ConfigurationError, LedgerCorrupt, LedgerError, NotFound, SchemaMismatch
+from gateway.contracts.examples import example_turn
 from gateway.contracts.experts import RoutedExperts
-from gateway.contracts.generation import Finish, FinishReason, LogprobKind
 from gateway.contracts.records import (
-    Attachment,
     FinishRecord,
-    MatchTier,
-    RootContext,
-    SegmentReason,
     SessionOrigin,
     SessionRecord,
     TurnRecord,
@@ -40,35 +36,22 @@ def a_session(session_id: str = "s") -> SessionRecord:
 
 
 def a_turn(index: int, session_id: str = "s") -> TurnRecord:
-    return TurnRecord(
+    return example_turn(
+        index,
         session_id=session_id,
-        turn_id=f"t{index}",
-        index=index,
-        attachment=Attachment(None, None, MatchTier.NONE, SegmentReason.FIRST),
-        root=RootContext((), {}),
         added_messages=({"role": "user", "content": f"question {index}"},),
         reply={"role": "assistant", "content": "answer"},
         prompt_token_ids=np.arange(NUM_ROWS, dtype=np.int32),
         output_token_ids=np.array([index], dtype=np.int32),
         output_logprobs=np.array([-0.5], dtype=np.float32),
         version_spans=(VersionSpan(0, 1, 0),),
-        finish=Finish(FinishReason.STOP),
-        logprob_kind=LogprobKind.TEMPERATURE_SCALED,
-        sampling={},
         num_layers=4,
         num_experts=8,
         top_k=2,
-        experts_start=0,
         experts_stop=NUM_ROWS,
         engine_id="engine",
         model="tiny",
-        request_digest="",
-        cached_tokens=0,
-        num_retractions=0,
-        meta={},
-        untrainable_reason=None,
         created_at=1.0,
-        delivered_at=None,
     )
 
 

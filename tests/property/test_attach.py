@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.contracts.generation import Finish, FinishReason, LogprobKind
+from gateway.contracts.examples import example_turn
+from gateway.contracts.generation import LogprobKind
 from gateway.contracts.records import Attachment, MatchTier, RootContext, SegmentReason, TurnRecord
 from gateway.contracts.versions import VersionSpan
 from gateway.sessions.attach import Place, attach, restore_reasoning
@@ -32,10 +33,9 @@ FIRST = Attachment(None, None, MatchTier.NONE, SegmentReason.FIRST)
 
 
 def record(index: int, attachment: Attachment, root: RootContext | None, added: list[Any], reply: Any) -> TurnRecord:
-    return TurnRecord(
-        session_id="s",
+    return example_turn(
+        index,
         turn_id=f"turn-{index}",
-        index=index,
         attachment=attachment,
         root=root,
         added_messages=tuple(added),
@@ -44,23 +44,7 @@ def record(index: int, attachment: Attachment, root: RootContext | None, added: 
         output_token_ids=np.array([100 + index], dtype=np.int32),
         output_logprobs=np.zeros(1, dtype=np.float32),
         version_spans=(VersionSpan(0, 1, 0),),
-        finish=Finish(FinishReason.STOP),
         logprob_kind=LogprobKind.RAW,
-        sampling={},
-        num_layers=0,
-        num_experts=0,
-        top_k=0,
-        experts_start=0,
-        experts_stop=0,
-        engine_id="e",
-        model="m",
-        request_digest="",
-        cached_tokens=0,
-        num_retractions=0,
-        meta={},
-        untrainable_reason=None,
-        created_at=0.0,
-        delivered_at=None,
     )
 
 

@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.contracts.errors import ExpertsMismatch, LedgerCorrupt
+from gateway.contracts.examples import example_turn
 from gateway.contracts.experts import RoutedExperts
-from gateway.contracts.generation import Finish, FinishReason, LogprobKind
+from gateway.contracts.generation import LogprobKind
 from gateway.contracts.records import Attachment, FinishRecord, MatchTier, RootContext, SegmentReason, TurnRecord
 from gateway.contracts.samples import Segment
 from gateway.contracts.versions import VersionSpan, expand_spans
@@ -37,10 +38,8 @@ class Drawn:
 
 
 def a_turn(index: int, parent: TurnRecord | None, **changes: object) -> TurnRecord:
-    record = TurnRecord(
-        session_id="s",
-        turn_id=f"t{index}",
-        index=index,
+    record = example_turn(
+        index,
         attachment=Attachment(
             parent_id=None if parent is None else parent.turn_id,
             follows_id=None,
@@ -48,29 +47,14 @@ def a_turn(index: int, parent: TurnRecord | None, **changes: object) -> TurnReco
             segment_reason=SegmentReason.FIRST if parent is None else None,
         ),
         root=RootContext((), {}) if parent is None else None,
-        added_messages=(),
-        reply={},
         prompt_token_ids=np.array([1000 + index], dtype=np.int32),
         output_token_ids=np.array([2000 + index], dtype=np.int32),
         output_logprobs=np.array([-1.0], dtype=np.float32),
         version_spans=(VersionSpan(0, 1, 0),),
-        finish=Finish(FinishReason.STOP),
-        logprob_kind=LogprobKind.TEMPERATURE_SCALED,
         sampling={"temperature": 0.5, "top_k": 20},
         num_layers=NUM_LAYERS,
         num_experts=NUM_EXPERTS,
         top_k=TOP_K,
-        experts_start=0,
-        experts_stop=0,
-        engine_id="e",
-        model="m",
-        request_digest="",
-        cached_tokens=0,
-        num_retractions=0,
-        meta={},
-        untrainable_reason=None,
-        created_at=0.0,
-        delivered_at=None,
     )
     return replace(record, **changes)
 

@@ -27,14 +27,11 @@ from gateway.contracts.errors import (
     Unauthorized,
     VerbatimError,
 )
+from gateway.contracts.examples import example_turn
 from gateway.contracts.experts import RoutedExperts
-from gateway.contracts.generation import Finish, FinishReason, LogprobKind
+from gateway.contracts.generation import Finish, FinishReason
 from gateway.contracts.records import (
-    Attachment,
     FinishRecord,
-    MatchTier,
-    RootContext,
-    SegmentReason,
     SessionOrigin,
     SessionRecord,
     TurnRecord,
@@ -93,12 +90,9 @@ async def served(tmp_path: Path, free_port: int) -> AsyncIterator[Served]:
 
 
 def a_turn(session_id: str, *, num_output: int = 3) -> TurnRecord:
-    return TurnRecord(
+    return example_turn(
         session_id=session_id,
         turn_id="t0",
-        index=0,
-        attachment=Attachment(None, None, MatchTier.NONE, SegmentReason.FIRST),
-        root=RootContext((), {}),
         added_messages=({"role": "user", "content": "48/2?"},),
         reply={"role": "assistant", "content": "24"},
         prompt_token_ids=np.array([1, 2], dtype=np.int32),
@@ -106,20 +100,13 @@ def a_turn(session_id: str, *, num_output: int = 3) -> TurnRecord:
         output_logprobs=np.full(num_output, -0.25, dtype=np.float32),
         version_spans=(VersionSpan(0, num_output, 5),),
         finish=Finish(FinishReason.STOP, 2),
-        logprob_kind=LogprobKind.TEMPERATURE_SCALED,
         sampling={"temperature": 1.0},
         num_layers=4,
         num_experts=8,
         top_k=2,
-        experts_start=0,
         experts_stop=num_output + 1,
         engine_id="sglang-0",
         model="tiny",
-        request_digest="",
-        cached_tokens=0,
-        num_retractions=0,
-        meta={},
-        untrainable_reason=None,
         created_at=1.0,
         delivered_at=1.5,
     )

@@ -11,16 +11,12 @@ import numpy as np
 import pytest
 
 from gateway.cli import main
-from gateway.contracts.generation import Finish, FinishReason, LogprobKind
+from gateway.contracts.examples import example_turn
+from gateway.contracts.generation import Finish, FinishReason
 from gateway.contracts.records import (
-    Attachment,
     FinishRecord,
-    MatchTier,
-    RootContext,
-    SegmentReason,
     SessionOrigin,
     SessionRecord,
-    TurnRecord,
 )
 from gateway.contracts.versions import VersionSpan
 from gateway.ledger.sqlite import SqliteLedger
@@ -33,12 +29,9 @@ async def data(tmp_path: Path) -> Path:
     await ledger.create_session(
         SessionRecord("s/1", None, None, None, {"run": "a"}, {}, {}, None, "", SessionOrigin.CREATED, True, time.time())
     )
-    turn = TurnRecord(
+    turn = example_turn(
         session_id="s/1",
         turn_id="turn-1",
-        index=0,
-        attachment=Attachment(None, None, MatchTier.NONE, SegmentReason.FIRST),
-        root=RootContext((), {}),
         added_messages=({"role": "user", "content": "hello"},),
         reply={"role": "assistant", "content": "a line\nand another"},
         prompt_token_ids=np.array([1, 2, 3], dtype=np.int32),
@@ -46,22 +39,9 @@ async def data(tmp_path: Path) -> Path:
         output_logprobs=np.array([-0.5, -0.25], dtype=np.float32),
         version_spans=(VersionSpan(0, 1, 4), VersionSpan(1, 2, 5)),
         finish=Finish(FinishReason.STOP, 5),
-        logprob_kind=LogprobKind.TEMPERATURE_SCALED,
-        sampling={},
-        num_layers=0,
-        num_experts=0,
-        top_k=0,
-        experts_start=0,
-        experts_stop=0,
         engine_id="engine-0",
-        model="m",
-        request_digest="",
-        cached_tokens=0,
-        num_retractions=0,
         meta={"certified_by": "full_render"},
-        untrainable_reason=None,
         created_at=time.time(),
-        delivered_at=None,
     )
     await ledger.append_turn(turn, None)
     await ledger.finish(FinishRecord("s/1", "snapshot-1", 0.5, "completed", {}, time.time()))

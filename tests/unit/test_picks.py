@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from gateway.contracts.errors import ConfigurationError, InvalidRequest
-from gateway.contracts.generation import Finish, FinishReason, LogprobKind
+from gateway.contracts.examples import example_turn
 from gateway.contracts.records import Attachment, MatchTier, RootContext, SegmentReason, TurnRecord
 from gateway.contracts.rollouts import LeftOut, PickReport
 from gateway.contracts.versions import VersionSpan
@@ -22,36 +22,16 @@ from gateway.sessions.picks import BUILT_IN, AllTurns, DeliveredTurns, FinalPath
 
 def a_turn(index: int, *, parent: str | None = None, follows: str | None = None, **changes: Any) -> TurnRecord:
     """Two sampled tokens, delivered at time `index`."""
-    record = TurnRecord(
-        session_id="s",
-        turn_id=f"t{index}",
-        index=index,
+    record = example_turn(
+        index,
         attachment=Attachment(
             parent, follows or parent, MatchTier.NONE, SegmentReason.NO_MATCH if parent is None else None
         ),
         root=RootContext((), {}) if parent is None else None,
-        added_messages=(),
-        reply={},
         prompt_token_ids=np.array([1], dtype=np.int32),
         output_token_ids=np.array([2, 3], dtype=np.int32),
         output_logprobs=np.array([-1.0, -2.0], dtype=np.float32),
         version_spans=(VersionSpan(0, 2, 0),),
-        finish=Finish(FinishReason.STOP),
-        logprob_kind=LogprobKind.TEMPERATURE_SCALED,
-        sampling={},
-        num_layers=0,
-        num_experts=0,
-        top_k=0,
-        experts_start=0,
-        experts_stop=0,
-        engine_id="e",
-        model="m",
-        request_digest="",
-        cached_tokens=0,
-        num_retractions=0,
-        meta={},
-        untrainable_reason=None,
-        created_at=0.0,
         delivered_at=float(index),
     )
     return replace(record, **changes)

@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.contracts.errors import TemplateRaised
-from gateway.contracts.generation import Finish, FinishReason, JsonValue, LogprobKind, TokenIds
+from gateway.contracts.examples import example_turn
+from gateway.contracts.generation import JsonValue, TokenIds
 from gateway.contracts.records import Attachment, MatchTier, RootContext, SegmentReason, TurnRecord
 from gateway.contracts.versions import VersionSpan
 from gateway.sessions.model import ServedModel
@@ -73,10 +74,8 @@ def a_turn(
     index: int, *, prompt: tuple[int, ...], output: tuple[int, ...], parent: int | None = None, **changes: Any
 ) -> TurnRecord:
     """A turn whose added message and reply name their own tokens."""
-    record = TurnRecord(
-        session_id="s",
-        turn_id=f"t{index}",
-        index=index,
+    record = example_turn(
+        index,
         attachment=Attachment(
             None if parent is None else f"t{parent}",
             None if parent is None else f"t{parent}",
@@ -90,22 +89,7 @@ def a_turn(
         output_token_ids=ids(*output),
         output_logprobs=np.full(len(output), -1.0, dtype=np.float32),
         version_spans=(VersionSpan(0, len(output), 0),),
-        finish=Finish(FinishReason.STOP),
-        logprob_kind=LogprobKind.TEMPERATURE_SCALED,
-        sampling={},
-        num_layers=0,
-        num_experts=0,
-        top_k=0,
-        experts_start=0,
-        experts_stop=0,
-        engine_id="e",
-        model="m",
-        request_digest="",
-        cached_tokens=0,
-        num_retractions=0,
         meta={"certified_by": "probe", "flags": []},
-        untrainable_reason=None,
-        created_at=0.0,
         delivered_at=1.0,
     )
     return replace(record, **changes)

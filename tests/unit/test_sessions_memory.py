@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gateway.contracts.generation import Finish, FinishReason, JsonValue, LogprobKind
+from gateway.contracts.examples import example_turn
+from gateway.contracts.generation import Finish, FinishReason, JsonValue
 from gateway.contracts.records import Attachment, MatchTier, RootContext, SegmentReason, SessionOrigin, TurnRecord
 from gateway.contracts.versions import VersionSpan
 from gateway.ledger.sqlite import SqliteLedger
@@ -42,10 +43,10 @@ def record(session_id: str, index: int, place: Place, messages: list[JsonValue],
     parent_id = None if place.parent is None else place.parent.record.turn_id
     ids: npt.NDArray[np.int32] = np.arange(200_000, dtype=np.int32)
     num_output = num_tokens // 3
-    return TurnRecord(
+    return example_turn(
+        index,
         session_id=session_id,
         turn_id=f"turn-{index:024}",
-        index=index,
         attachment=Attachment(parent_id, None, place.tier, place.reason),
         root=ROOT if parent_id is None else None,
         added_messages=tuple(messages[place.num_matched :]),
@@ -55,18 +56,10 @@ def record(session_id: str, index: int, place: Place, messages: list[JsonValue],
         output_logprobs=np.zeros(num_output, dtype=np.float32),
         version_spans=(VersionSpan(0, num_output, 0),),
         finish=Finish(FinishReason.STOP, 2),
-        logprob_kind=LogprobKind.TEMPERATURE_SCALED,
         sampling=dict(SAMPLING),
-        num_layers=0,
-        num_experts=0,
-        top_k=0,
-        experts_start=0,
-        experts_stop=0,
         engine_id="engine-0",
         model="model",
         request_digest="0" * 64,
-        cached_tokens=0,
-        num_retractions=0,
         meta={
             "certified_by": "shape",
             "flags": [],
@@ -74,9 +67,6 @@ def record(session_id: str, index: int, place: Place, messages: list[JsonValue],
             "engine_ids": ["engine-0"],
             "engine": {},
         },
-        untrainable_reason=None,
-        created_at=0.0,
-        delivered_at=None,
     )
 
 
