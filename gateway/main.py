@@ -24,7 +24,9 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
+from engines.openai_text import OpenAiTextEngine
 from engines.sglang import SglangEngine
+from engines.vllm import VllmEngine
 from engines.weights.names import policy_version_of
 from gateway.contracts.errors import ConfigurationError, EngineError, IdentityMismatch, VerbatimError
 from gateway.contracts.ports import Engine, Ledger
@@ -43,6 +45,7 @@ from gateway.routes.generate import generate_router
 from gateway.routes.messages import messages_router
 from gateway.routes.metrics import GatewayMetrics
 from gateway.routes.paths import SessionPaths
+from gateway.routes.responses import responses_router
 from gateway.routes.sessions import session_router
 from gateway.routes.tokenize import tokenize_router
 from gateway.routes.turns import Calls
@@ -91,7 +94,7 @@ def serve(
     settings: GatewaySettings, *, operator_key: str | None, engine_kinds: Mapping[str, EngineMaker] | None = None
 ) -> None:
     """Run the gateway in this process; `engine_kinds` adds kinds of engines to those that ship."""
-    kinds = {"sglang": _sglang, **(engine_kinds or {})}
+    kinds = {"sglang": _sglang, "vllm": _vllm, "openai": _openai_text, **(engine_kinds or {})}
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_serve(settings, operator_key, kinds))
 
@@ -216,6 +219,7 @@ def build_app(gateway: Gateway, access: Access) -> FastAPI:
     creates_unknown = settings.unknown_sessions is UnknownSessions.CREATE
     calls = Calls(gateway.runner, gateway.registry, access, creates_unknown=creates_unknown)
     app.include_router(messages_router(calls, max_body_bytes=max_bytes))
+    app.include_router(responses_router(calls, gateway.registry, access, max_body_bytes=max_bytes))
     app.include_router(completions_router(calls, max_body_bytes=max_bytes))
     app.include_router(generate_router(calls, max_body_bytes=max_bytes))
     app.include_router(tokenize_router(calls, max_body_bytes=max_bytes))
@@ -333,6 +337,22 @@ def _sglang(engine_id: str, url: str, model: ServedModel, policies: Mapping[str,
         routing=model.routing,
         policy_version_of=partial(policy_version_of, known=policies),
         context_length=model.context_length,
+    )
+
+
+def _vllm(engine_id: str, url: str, model: ServedModel, policies: Mapping[str, int]) -> Engine:
+    return VllmEngine(
+        url,
+        engine_id=engine_id,
+        routing=model.routing,
+        policy_version_of=partial(policy_version_of, known=policies),
+        context_length=model.context_length,
+    )
+
+
+def _openai_text(engine_id: str, url: str, model: ServedModel, policies: Mapping[str, int]) -> Engine:
+    return OpenAiTextEngine(
+        url, engine_id=engine_id, decode=model.tokenizer.decode, encode=model.tokenizer.encode_after
     )
 
 
