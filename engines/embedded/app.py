@@ -1,4 +1,4 @@
-"""The engine's HTTP face: SGLang's routes over `EmbeddedEngine`."""
+"""The engine's HTTP face: SGLang's routes over `EmbeddedEngine`, and what other faces share with them."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from engines.embedded.protocol import GenerateCall, GenerateInput, ModelLimits, 
 from engines.embedded.sampler import SamplingSettings
 from engines.embedded.scheduler import Generation
 from engines.embedded.settings import EngineSettings
+from engines.embedded.vllm_protocol import vllm_config
 from gateway.contracts.errors import InvalidRequest, RequestError, TransportError
 from gateway.contracts.generation import LogprobKind
 from gateway.contracts.ports import PauseMode
@@ -111,10 +112,9 @@ class EngineServer:
         return opened.reply.build(opened.generation.num_output)
 
 
-def build_app(engine: EmbeddedEngine, settings: EngineSettings) -> FastAPI:
-    """All routes over one engine."""
+def build_app(server: EngineServer) -> FastAPI:
+    """SGLang's routes over one engine."""
     app = FastAPI(title="verbatim engine", openapi_url=None)
-    server = EngineServer(engine, settings)
     _add_generate(app, server)
     _add_information(app, server)
     _add_control(app, server)
@@ -122,11 +122,13 @@ def build_app(engine: EmbeddedEngine, settings: EngineSettings) -> FastAPI:
     return app
 
 
-def _json(content: Any, status: int = 200) -> Response:
+def json_reply(content: Any, status: int = 200) -> Response:
+    """A JSON answer."""
     return Response(orjson.dumps(content), status_code=status, media_type="application/json")
 
 
-async def _body(request: Request) -> Any:
+async def json_body(request: Request) -> Any:
+    """The body as JSON, `{}` if it is empty; raises InvalidRequest."""
     raw = await request.body()
     if not raw:
         return {}
@@ -136,7 +138,8 @@ async def _body(request: Request) -> Any:
         raise InvalidRequest(f"the body is not JSON: {error}") from error
 
 
-async def _done(future: Future[Result]) -> Result:
+async def done(future: Future[Result]) -> Result:
+    """Wait for the engine's thread."""
     return await asyncio.wrap_future(future)
 
 
@@ -147,15 +150,15 @@ def _add_generate(app: FastAPI, server: EngineServer) -> None:
         """Token ids (or text) in, token ids out."""
         stream = False
         try:
-            body = await _body(request)
+            body = await json_body(request)
             stream = isinstance(body, dict) and bool(body.get("stream"))
             call = read_generate(body, server.limits, server.tokenizer)
             opened = _open_all(server, call)
         except RequestError as error:
             if not stream:
-                return _json({"error": {"message": error.message}}, error.http_status)
+                return json_reply({"error": {"message": error.message}}, error.http_status)
             refusal = {"message": error.message, "type": "invalid_request_error", "code": 400, "retryable": False}
-            return Response(_event({"error": refusal}) + _DONE, media_type="text/event-stream")
+            return Response(sse_event({"error": refusal}) + SSE_DONE, media_type="text/event-stream")
         if call.stream:
             return StreamingResponse(_events(server, call, opened), media_type="text/event-stream")
         return await _whole(server, call, opened, request)
@@ -173,10 +176,11 @@ def _open_all(server: EngineServer, call: GenerateCall) -> list[OpenGeneration]:
     return opened
 
 
-_DONE = b"data: [DONE]\n\n"
+SSE_DONE = b"data: [DONE]\n\n"
 
 
-def _event(content: Any) -> bytes:
+def sse_event(content: Any) -> bytes:
+    """One server-sent event."""
     return b"data: " + orjson.dumps(content) + b"\n\n"
 
 
@@ -184,11 +188,11 @@ async def _events(server: EngineServer, call: GenerateCall, opened: list[OpenGen
     try:
         if call.single:
             async for reply in server.replies(opened[0]):
-                yield _event(_with_prompt(reply, call, opened[0]))
+                yield sse_event(_with_prompt(reply, call, opened[0]))
         else:
             async for index, reply in _interleaved(server, opened):
-                yield _event(_with_prompt(reply, call, opened[index]) | {"index": index})
-        yield _DONE
+                yield sse_event(_with_prompt(reply, call, opened[index]) | {"index": index})
+        yield SSE_DONE
     finally:
         for entry in opened:
             server.close(entry)
@@ -237,7 +241,7 @@ async def _whole(server: EngineServer, call: GenerateCall, opened: list[OpenGene
         work.cancel()
         for entry in opened:
             server.close(entry)
-    return _json(replies[0] if call.single else replies)
+    return json_reply(replies[0] if call.single else replies)
 
 
 async def _disconnected(request: Request) -> None:
@@ -253,7 +257,7 @@ def _add_information(app: FastAPI, server: EngineServer) -> None:
     async def model_info() -> Response:
         """Who this is; `model_path`, `served_model_name` and `weight_version` move with a weight update."""
         config = engine.model.network.config
-        return _json(
+        return json_reply(
             {
                 "model_path": str(server.model_path),
                 "served_model_name": server.served_model_name,
@@ -278,7 +282,7 @@ def _add_information(app: FastAPI, server: EngineServer) -> None:
         """Settings and state; `weight_version` stays the one of the start, as in SGLang."""
         settings = asdict(server.settings)
         del settings["model"]
-        return _json(
+        return json_reply(
             settings
             | {
                 "model_path": str(server.settings.model),
@@ -293,6 +297,7 @@ def _add_information(app: FastAPI, server: EngineServer) -> None:
                 "engine": "verbatim-embedded",
                 "startup_time": server.started_at,
                 "internal_states": [{"num_sampled_tokens": engine.num_sampled_tokens, "paused": engine.paused}],
+                "vllm_config": vllm_config(server.limits, path=server.settings.model, kind=engine.logprob_kind),
             }
         )
 
@@ -308,7 +313,7 @@ def _add_information(app: FastAPI, server: EngineServer) -> None:
             "parent": None,
             "max_model_len": engine.limits.context_length,
         }
-        return _json({"object": "list", "data": [card]})
+        return json_reply({"object": "list", "data": [card]})
 
     @app.get("/ready")
     async def ready() -> Response:
@@ -343,16 +348,16 @@ def _add_control(app: FastAPI, server: EngineServer) -> None:
     async def abort_request(request: Request) -> Response:
         """End requests whose rid starts with `rid`, or all; unknown ones are fine."""
         try:
-            body = await _body(request)
+            body = await json_body(request)
         except InvalidRequest as error:
             return _bad_request(error.message)
-        await _done(engine.abort(str(body.get("rid") or ""), everything=bool(body.get("abort_all"))))
+        await done(engine.abort(str(body.get("rid") or ""), everything=bool(body.get("abort_all"))))
         return Response(status_code=200)
 
     @app.api_route("/flush_cache", methods=["GET", "POST"])
     async def flush_cache() -> Response:
         """Forget prefixes; 400 while requests run."""
-        if not await _done(engine.flush()):
+        if not await done(engine.flush()):
             return Response("Flush cache failed.\n", status_code=400)
         return Response(
             "Cache flushed.\nPlease check backend logs for more details. "
@@ -363,19 +368,19 @@ def _add_control(app: FastAPI, server: EngineServer) -> None:
     async def pause_generation(request: Request) -> Response:
         """Stop stepping, in one of three modes."""
         try:
-            mode = PauseMode((await _body(request)).get("mode", "abort"))
+            mode = PauseMode((await json_body(request)).get("mode", "abort"))
         except ValueError:
             return _bad_request("mode: Input should be 'abort', 'retract' or 'in_place'")
         except InvalidRequest as error:
             return _bad_request(error.message)
-        await _done(engine.pause(mode))
-        return _json({"message": "Generation paused successfully.", "status": "ok"})
+        await done(engine.pause(mode))
+        return json_reply({"message": "Generation paused successfully.", "status": "ok"})
 
     @app.post("/continue_generation")
     async def continue_generation() -> Response:
         """Go on."""
-        await _done(engine.resume())
-        return _json({"message": "Generation continued successfully.", "status": "ok"})
+        await done(engine.resume())
+        return json_reply({"message": "Generation continued successfully.", "status": "ok"})
 
 
 def _add_weights(app: FastAPI, server: EngineServer) -> None:
@@ -385,44 +390,44 @@ def _add_weights(app: FastAPI, server: EngineServer) -> None:
     async def update_weights_from_disk(request: Request) -> Response:
         """Load a checkpoint folder; at once while paused, else when running requests have ended."""
         try:
-            body = await _body(request)
+            body = await json_body(request)
         except InvalidRequest as error:
             return _bad_request(error.message)
         path, label = body.get("model_path"), body.get("weight_version")
         if not isinstance(path, str):
             return _bad_request("model_path: Field required")
         if body.get("abort_all_requests"):
-            await _done(engine.abort("", everything=True))
+            await done(engine.abort("", everything=True))
         update = engine.update_weights(
             Path(path), weight_version=label, flush_cache=bool(body.get("flush_cache", True))
         )
         try:
-            message, success = await _done(update), True
+            message, success = await done(update), True
         except TransportError as error:
             message, success = error.message, False
         if engine.model_path is not None and engine.model_path != server.model_path:
             server.model_path = engine.model_path
             server.served_model_name = str(engine.model_path)
-        return _json({"success": success, "message": message, "num_paused_requests": 0}, 200 if success else 400)
+        return json_reply({"success": success, "message": message, "num_paused_requests": 0}, 200 if success else 400)
 
     @app.post("/update_weight_version")
     async def update_weight_version(request: Request) -> Response:
         """Relabel the weights; ends all requests unless told not to."""
         try:
-            body = await _body(request)
+            body = await json_body(request)
         except InvalidRequest as error:
             return _bad_request(error.message)
         label = body.get("new_version")
         if not isinstance(label, str):
             return _bad_request("new_version: Field required")
         if body.get("abort_all_requests", True):
-            await _done(engine.abort("", everything=True))
-        await _done(engine.set_weight_version(label))
-        return _json({"success": True, "message": f"Weight version updated to {label}", "new_version": label})
+            await done(engine.abort("", everything=True))
+        await done(engine.set_weight_version(label))
+        return json_reply({"success": True, "message": f"Weight version updated to {label}", "new_version": label})
 
 
 def _bad_request(message: str) -> Response:
-    return _json(
+    return json_reply(
         {
             "object": "error",
             "message": f"1 validation error:\n  {message}",

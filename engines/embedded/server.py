@@ -1,4 +1,4 @@
-"""`verbatim engine`: the embedded engine as a process of its own, speaking SGLang's HTTP protocol."""
+"""`verbatim engine`: the embedded engine as a process of its own, speaking SGLang's HTTP protocol and vLLM's."""
 
 from __future__ import annotations
 
@@ -111,7 +111,8 @@ async def serve(engine: EmbeddedEngine, settings: EngineSettings, listener: sock
     """Serve on `listener` until SIGTERM or SIGINT (0) or until the engine's thread fails (1)."""
     import uvicorn
 
-    from engines.embedded.app import build_app
+    from engines.embedded.app import EngineServer, build_app
+    from engines.embedded.vllm_routes import add_vllm_routes
 
     class Server(uvicorn.Server):
         """Says when it is ready; leaves signals to us, as uvicorn's own handling ends the process by the signal."""
@@ -126,7 +127,9 @@ async def serve(engine: EmbeddedEngine, settings: EngineSettings, listener: sock
         def capture_signals(self) -> Iterator[None]:
             yield
 
-    app = build_app(engine, settings)
+    shared = EngineServer(engine, settings)
+    app = build_app(shared)
+    add_vllm_routes(app, shared)
     server = Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=5))
     loop = asyncio.get_running_loop()
 

@@ -1,6 +1,7 @@
 """What every `Engine` of `gateway.contracts.ports` promises, asked of each implementation.
 
-The SGLang client talks to a real `verbatim engine` process over HTTP; the scripted engine runs in this process.
+The clients of SGLang and vLLM talk to a real `verbatim engine` process over HTTP, which speaks both protocols; the
+scripted engine runs in this process. What a text-only upstream can promise is in `test_engine_text.py`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import pytest
 from engines.launch import EngineProcess, running_engine
 from engines.scripted import ScriptedEngine, ScriptedReply
 from engines.sglang import SglangEngine
+from engines.vllm import VllmEngine
 from engines.weights.names import policy_version_of
 from gateway.contracts.experts import RoutingShape, valid_rows
 from gateway.contracts.generation import (
@@ -44,14 +46,15 @@ def engine_process(tiny_model: Path) -> Iterator[EngineProcess]:
         yield process
 
 
-@pytest.fixture(params=["sglang", "scripted"])
+@pytest.fixture(params=["sglang", "vllm", "scripted"])
 async def engine(request: pytest.FixtureRequest) -> AsyncIterator[Engine]:
     made: Engine
     if request.param == "scripted":
         made = ScriptedEngine(_scripted_reply, routing=SHAPE)
     else:
         process: EngineProcess = request.getfixturevalue("engine_process")
-        made = SglangEngine(
+        client = {"sglang": SglangEngine, "vllm": VllmEngine}[request.param]
+        made = client(
             process.url, engine_id="e0", routing=None, policy_version_of=lambda label: policy_version_of(label, {})
         )
     yield made

@@ -1,0 +1,238 @@
+"""What vLLM streams, read into tokens: `/inference/v1/generate` in the shapes of 0.30 and 0.32, and `/v1/completions`.
+
+All three send what is new in each event. Ids, log-probs, counts, versions and routing rows are checked against each
+other and against the request (I1, I2, I9). What is missing stays missing; what contradicts itself is an
+EngineProtocolError.
+"""
+
+from __future__ import annotations
+
+import binascii
+import io
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pybase64
+
+from engines.connection import failure
+from gateway.contracts.errors import EngineProtocolError, EngineUnavailable, ExpertsMismatch, LengthMismatch
+from gateway.contracts.experts import RoutedExperts, RoutingShape, narrow
+from gateway.contracts.generation import Finish, FinishReason, GenerateChunk, GenerateEnd, GenerateRequest, JsonValue
+from gateway.contracts.versions import VersionSpan, join_spans
+
+_KNOWN_TOP = frozenset(("request_id", "id", "object", "created", "model", "choices", "usage", "prompt_token_ids"))
+_KNOWN_CHOICE = frozenset(
+    (
+        "index",
+        "text",
+        "token_ids",
+        "logprobs",
+        "finish_reason",
+        "stop_reason",
+        "prompt_token_ids",
+        "routed_experts",
+        "weight_versions",
+    )
+)
+_NO_LOGPROB = -9999.0
+"""What vLLM writes for a log-prob that it does not have, and its floor for those that it has."""
+
+_REASONS = {
+    "stop": FinishReason.STOP,
+    "length": FinishReason.LENGTH,
+    "abort": FinishReason.ABORT,
+    "repetition": FinishReason.STOP,  # the agent asked for `repetition_detection`
+}
+
+
+class VllmStream:
+    """One answer as it is read: `read` every event, then ask `end`.
+
+    `named`: who answers what, for errors. `routing`: the model's shape, None if it has none or it is not known.
+    """
+
+    def __init__(
+        self,
+        request: GenerateRequest,
+        *,
+        routing: RoutingShape | None,
+        policy_version_of: Callable[[str], int],
+        named: str,
+    ) -> None:
+        self._request = request
+        self._routing = routing
+        self._policy_version_of = policy_version_of
+        self._named = named
+        self._num_output = 0
+        self._last_token: int | None = None
+        self._finish: Finish | None = None
+        self._usage: Mapping[str, Any] | None = None
+        self._experts: str | None = None
+        self._versions: Sequence[Mapping[str, Any]] | None = None
+        self._reply_fields: dict[str, JsonValue] = {}
+        self._choice_fields: dict[str, JsonValue] = {}
+
+    @property
+    def tells_versions(self) -> bool:
+        """Whether the answer said which weights sampled which token (0.32 does, 0.30 does not)."""
+        return self._versions is not None
+
+    def read(self, event: Any) -> GenerateChunk | None:
+        """The new tokens of one event, None if it brought none."""
+        try:
+            if "error" in event:
+                raise failure(event["error"], self._named)
+            return self._read(event)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise EngineProtocolError(f"{self._named}: unreadable event ({type(error).__name__}: {error})") from error
+
+    def check_over(self) -> None:
+        """Raise EngineUnavailable if the events ended before the request did."""
+        if self._finish is None and self._usage is None:
+            raise EngineUnavailable(f"{self._named}: the stream ended before the request did")
+
+    def end(self, *, labels: tuple[str, str] | None, notes: Mapping[str, JsonValue]) -> GenerateEnd:
+        """The end of a complete answer.
+
+        labels: of the weights before and after, where the answer does not tell its versions. notes: further fields for
+        `meta_info`. Raises EngineProtocolError for what does not fit together.
+        """
+        usage = self._usage or {}
+        num_prompt = len(self._request.token_ids)
+        self._check_counts(usage)
+        try:
+            return GenerateEnd(
+                # vLLM leaves out the last event of an aborted stream, which has no token, and with it the reason.
+                finish=self._finish or Finish(FinishReason.ABORT),
+                version_spans=self._version_spans(labels),
+                routed_experts=self._routed_experts(num_prompt + self._num_output - 1),
+                prompt_tokens=num_prompt,
+                completion_tokens=self._num_output,
+                cached_tokens=int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0),
+                num_retractions=0,
+                meta_info={**self._choice_fields, **notes},
+                reply_fields=self._reply_fields,
+                versions_certain=self._versions is not None or (labels is not None and labels[0] == labels[1]),
+            )
+        except (LengthMismatch, ExpertsMismatch) as error:
+            raise EngineProtocolError(f"{self._named}: {error.message}") from error
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise EngineProtocolError(f"{self._named}: unreadable end ({type(error).__name__}: {error})") from error
+
+    def _read(self, event: Mapping[str, Any]) -> GenerateChunk | None:
+        self._usage = event.get("usage") or self._usage
+        self._reply_fields |= {key: value for key, value in event.items() if key not in _KNOWN_TOP}
+        self._check_prompt(event.get("prompt_token_ids"))
+        choices = event["choices"]
+        if not choices:
+            return None
+        (choice,) = choices
+        self._check_prompt(choice.get("prompt_token_ids"))
+        self._choice_fields |= {key: value for key, value in choice.items() if key not in _KNOWN_CHOICE}
+        chunk = self._new_tokens(choice)
+        if choice.get("finish_reason") is not None:
+            self._finish = self._finished(choice)
+            self._experts = choice.get("routed_experts")
+            self._versions = choice.get("weight_versions")
+        return chunk if len(chunk.token_ids) else None
+
+    def _check_prompt(self, token_ids: Sequence[int] | None) -> None:
+        if token_ids is not None and list(token_ids) != self._request.token_ids.tolist():
+            raise EngineProtocolError(
+                f"{self._named}: the engine read other prompt ids than it was sent, {len(token_ids)} for "
+                f"{len(self._request.token_ids)} (I1)"
+            )
+
+    def _new_tokens(self, choice: Mapping[str, Any]) -> GenerateChunk:
+        fresh = choice.get("token_ids")
+        if fresh is None:
+            raise EngineProtocolError(f"{self._named}: an event without token ids (is this vLLM?)")
+        token_ids = np.array(fresh, dtype=np.int64)
+        if token_ids.size and (token_ids.min() < 0 or token_ids.max() > np.iinfo(np.int32).max):
+            raise EngineProtocolError(f"{self._named}: token ids out of range")
+        if fresh and self._finish is not None:
+            raise EngineProtocolError(f"{self._named}: tokens after the end")
+        logprobs = self._new_logprobs(choice.get("logprobs"), fresh)
+        self._num_output += len(fresh)
+        self._last_token = int(fresh[-1]) if fresh else self._last_token
+        return GenerateChunk(token_ids.astype(np.int32), logprobs)
+
+    def _new_logprobs(self, given: Any, fresh: list[int]) -> npt.NDArray[np.float32]:
+        """float32[n]; NaN where the engine gave none (I9)."""
+        if not fresh or given is None:
+            return np.full(len(fresh), np.nan, dtype=np.float32)
+        if "content" in given:
+            values = [entry.get("logprob") for entry in given["content"]]
+            if [_token_of(entry) for entry in given["content"]] != fresh:
+                raise EngineProtocolError(f"{self._named}: log-probs are of other tokens than token_ids (I2)")
+        else:
+            values = given["token_logprobs"]
+        if len(values) != len(fresh):
+            raise EngineProtocolError(f"{self._named}: {len(values)} log-probs for {len(fresh)} new tokens (I2)")
+        return np.array([np.nan if v is None or v <= _NO_LOGPROB else v for v in values], dtype=np.float32)
+
+    def _finished(self, choice: Mapping[str, Any]) -> Finish:
+        """`stop_reason` names what matched, but not an end token of the model; 0.30 has no such field."""
+        reason = _REASONS.get(choice["finish_reason"])
+        if reason is None:
+            raise EngineProtocolError(f"{self._named}: unknown finish reason {choice['finish_reason']!r}")
+        matched = choice.get("stop_reason")
+        if (
+            matched is None
+            and reason is FinishReason.STOP
+            and self._last_token in self._request.sampling.stop_token_ids
+        ):
+            matched = self._last_token
+        return Finish(reason, matched)
+
+    def _check_counts(self, usage: Mapping[str, Any]) -> None:
+        """An engine that counts otherwise than it streamed has lost something (I1, I2)."""
+        expected = {"prompt_tokens": len(self._request.token_ids), "completion_tokens": self._num_output}
+        for name, number in expected.items():
+            if usage.get(name, number) != number:
+                raise EngineProtocolError(f"{self._named}: the engine counts {usage[name]} {name}, we {number}")
+
+    def _version_spans(self, labels: tuple[str, str] | None) -> tuple[VersionSpan, ...]:
+        spans = self._versions
+        if spans is None:
+            if labels is None:
+                raise EngineProtocolError(f"{self._named}: the answer does not say which weights sampled it (I5)")
+            spans = [{"version": labels[0], "start": 0, "end": self._num_output}]
+        return join_spans(
+            VersionSpan(int(span["start"]), int(span["end"]), self._policy_version_of(str(span["version"])))
+            for span in spans
+        )
+
+    def _routed_experts(self, stop: int) -> RoutedExperts | None:
+        start = self._request.routed_experts_start
+        if start is None or self._experts is None:
+            return None  # I9: missing stays missing
+        if self._routing is None:
+            raise EngineProtocolError(f"{self._named}: routing came, but the model's routing shape is not known")
+        return decode_npy_routing(self._experts, self._routing, start=start, stop=stop)
+
+
+def decode_npy_routing(encoded: str, shape: RoutingShape, *, start: int, stop: int) -> RoutedExperts:
+    """vLLM's base64 of a `.npy` file, integers [rows, layers, top_k] → rows [start, stop) in the stored type.
+
+    Raises ExpertsMismatch if it is no such file, or its shape or range is not what request and model imply.
+    """
+    try:
+        raw = pybase64.b64decode(encoded, validate=True)
+        ids = np.load(io.BytesIO(raw), allow_pickle=False)
+    except (binascii.Error, ValueError, EOFError, OSError) as error:
+        raise ExpertsMismatch(f"routed experts are no base64 of a .npy file: {error}") from error
+    expected = (stop - start, shape.num_layers, shape.top_k)
+    if ids.shape != expected or ids.dtype.kind not in "iu":
+        raise ExpertsMismatch(
+            f"routing of shape {ids.shape} ({ids.dtype}) for tokens {start} to {stop}, expected integers {expected}"
+        )
+    return RoutedExperts(narrow(ids, shape), start)
+
+
+def _token_of(entry: Mapping[str, Any]) -> int:
+    """0.32 names the id, 0.30 spells it `token_id:17`."""
+    token_id = entry.get("token_id")
+    return int(entry["token"].removeprefix("token_id:")) if token_id is None else int(token_id)
