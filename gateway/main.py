@@ -25,9 +25,7 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from engines.openai_text import OpenAiTextEngine
-from engines.openai_text import OpenAiTextEngine
 from engines.sglang import SglangEngine
-from engines.vllm import VllmEngine
 from engines.vllm import VllmEngine
 from engines.weights.names import policy_version_of
 from gateway.contracts.errors import ConfigurationError, EngineError, IdentityMismatch, VerbatimError
@@ -339,22 +337,6 @@ def _sglang(engine_id: str, url: str, model: ServedModel, policies: Mapping[str,
         routing=model.routing,
         policy_version_of=partial(policy_version_of, known=policies),
         context_length=model.context_length,
-    )
-
-
-def _vllm(engine_id: str, url: str, model: ServedModel, policies: Mapping[str, int]) -> Engine:
-    return VllmEngine(
-        url,
-        engine_id=engine_id,
-        routing=model.routing,
-        policy_version_of=partial(policy_version_of, known=policies),
-        context_length=model.context_length,
-    )
-
-
-def _openai_text(engine_id: str, url: str, model: ServedModel, policies: Mapping[str, int]) -> Engine:
-    return OpenAiTextEngine(
-        url, engine_id=engine_id, decode=model.tokenizer.decode, encode=model.tokenizer.encode_after
     )
 
 
