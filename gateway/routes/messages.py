@@ -10,10 +10,10 @@ from functools import partial
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from gateway.contracts.errors import VerbatimError
+from gateway.contracts.errors import UnknownPrevious, VerbatimError
 from gateway.routes.bodies import json_reply, read_body
 from gateway.routes.turns import Calls
-from gateway.wire.anthropic import parse_count_request, parse_messages_request
+from gateway.wire.anthropic import Earlier, MessagesRequest, parse_count_request, parse_messages_request
 from gateway.wire.anthropic_reply import MessagesWriter, error_body, error_status
 from gateway.wire.errors import error_headers
 
@@ -51,13 +51,25 @@ class _MessagesRoutes:
 
     async def _message(self, request: Request) -> Response:
         asked = parse_messages_request(await read_body(request, max_bytes=self._max_body_bytes))
-        wanted = asked.turn
-        writer = partial(MessagesWriter, wanted.wanted, shows_thinking=asked.shows_thinking)
-        return await self._calls.answer(request, wanted, writer)
+        turn = asked.turn(await self._earlier(request, asked))
+        return await self._calls.answer(
+            request, turn, partial(MessagesWriter, turn.wanted, shows_thinking=asked.shows_thinking)
+        )
 
     async def _count(self, request: Request) -> Response:
         asked = parse_count_request(await read_body(request, max_bytes=self._max_body_bytes))
-        return json_reply({"input_tokens": await self._calls.count_prompt_tokens(request, asked.turn)})
+        turn = asked.turn(await self._earlier(request, asked))
+        return json_reply({"input_tokens": await self._calls.count_prompt_tokens(request, turn)})
+
+    async def _earlier(self, request: Request, asked: MessagesRequest) -> Earlier | None:
+        """What the thread holds that a request continues, read from its session's record; None where it sends all."""
+        if asked.previous_turn_id is None:
+            return None
+        session = await self._calls.known_session(request)
+        for node in session.tree if session is not None else ():
+            if node.record.turn_id == asked.previous_turn_id:
+                return Earlier(node.messages(), node.root.tools, node.num_tokens)
+        raise UnknownPrevious(f"no message msg_{asked.previous_turn_id} in this session; send the whole conversation")
 
 
 async def _answered(request: Request, work: Awaitable[Response]) -> Response:

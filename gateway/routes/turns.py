@@ -104,17 +104,23 @@ class Calls:
         self._access.check_agent(request, session.record)
         return session
 
+    async def known_session(self, request: Request) -> Session | None:
+        """The session that a request names, where there is one; the caller may use it."""
+        session_id = named_session(request)
+        session = await self._registry.find(session_id) if session_id else None
+        if session is not None:
+            self._access.check_agent(request, session.record)
+        return session
+
     async def count_prompt_tokens(self, request: Request, wanted: TurnRequest) -> int:
         """Length of the prompt that this call's turn would have."""
         return len(await self.prompt_token_ids(request, wanted))
 
     async def prompt_token_ids(self, request: Request, wanted: TurnRequest) -> TokenIds:
         """int32[P]: the prompt that this call's turn would have; no session is made for it, and no engine asked."""
-        session_id = named_session(request)
-        session = await self._registry.find(session_id) if session_id else None
+        session = await self.known_session(request)
         if session is None:
-            session = Session(await self._new_record(request, wanted, session_id), TurnTree(), None)
-        self._access.check_agent(request, session.record)
+            session = Session(await self._new_record(request, wanted, named_session(request)), TurnTree(), None)
         return await self.runner.prompt_ids(session, wanted)
 
     async def _whole(

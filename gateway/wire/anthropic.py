@@ -1,13 +1,15 @@
 """Anthropic's Messages: bytes → TurnRequest (its blocks are `anthropic_blocks`, its replies `anthropic_reply`).
 
 A request is put into the words of chat completions and read as one, so that both dialects mean the same: unknown fields
-go on to the engine (I8), and none can switch off or forge what is recorded (I7).
+go on to the engine (I8), and none can switch off or forge what is recorded (I7). Where it continues a message thread,
+which sends only what is new, the conversation so far is put before it as it was recorded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from gateway.contracts.errors import InvalidRequest
 from gateway.contracts.generation import JsonValue
@@ -18,8 +20,11 @@ from gateway.wire.openai import chat_request
 from gateway.wire.request import TurnRequest
 
 _OURS = frozenset(
-    ("cache_control", "messages", "output_config", "stop_sequences", "system", "thinking", "tool_choice", "tools")
-)
+    (
+        "cache_control", "messages", "output_config", "stop_sequences", "system", "thinking", "thread", "tool_choice",
+        "tools",
+    )
+)  # fmt: skip
 _CHAT_ONLY = frozenset(
     (
         "documents", "logprobs", "max_completion_tokens", "n", "parallel_tool_calls", "reasoning_effort",
@@ -28,7 +33,7 @@ _CHAT_ONLY = frozenset(
 )  # fmt: skip
 """Fields of chat completions that this API does not have: one reply a call, and no log-probs in it."""
 
-_KEPT = ("output_config", "thinking", "tool_choice")
+_KEPT = ("output_config", "thinking", "thread", "tool_choice")
 _TOOL_KEYS = frozenset(("cache_control", "description", "eager_input_streaming", "input_schema", "name", "type"))
 """Keys of a tool that chat completions spell otherwise, or that say how to cache and deliver only."""
 
@@ -36,47 +41,95 @@ _THINKING: Mapping[str, bool | None] = {"enabled": True, "disabled": False, "ada
 """Kinds of thinking → `enable_thinking`; None leaves it to the template."""
 
 _TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
+_MESSAGE_ID = "msg_"
+_BYTES_OF_TOKEN = 4
+
+
+class Earlier(NamedTuple):
+    """What a thread holds: its messages and tools as chat completions spell them; num_tokens of them in all."""
+
+    messages: Sequence[JsonValue]
+    tools: Sequence[JsonValue]
+    num_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
 class MessagesRequest:
-    """One call. shows_thinking: whether the text of thinking goes into the reply (`thinking.display`)."""
+    """One call. previous_turn_id: the turn whose conversation it continues, None where it sends all of its own."""
 
-    turn: TurnRequest
-    shows_thinking: bool
+    fields: Mapping[str, JsonValue]
+    body: bytes
+    previous_turn_id: str | None
+
+    @property
+    def shows_thinking(self) -> bool:
+        """Whether the text of thinking goes into the reply."""
+        return _object(self.fields, "thinking").get("display") != "omitted"
+
+    def turn(self, earlier: Earlier | None = None) -> TurnRequest:
+        """The turn that is asked for, behind what its thread holds; raises InvalidRequest naming what is wrong."""
+        fields = self.fields
+        system = system_message(fields.get("system"))
+        tools = [_tool(tool, f"tools[{i}]") for i, tool in enumerate(objects(fields, "tools"))]
+        messages = [*system.messages, *chat_messages(objects(fields, "messages"))]
+        if earlier is not None:
+            messages, tools = [*earlier.messages, *messages], [*earlier.tools]
+        turn = chat_request(_chat_fields(fields, messages, tools), body=self.body)
+        ignored = {*turn.ignored_fields, *(_CHAT_ONLY & fields.keys())}
+        if system.had_billing:
+            ignored.add("system.x-anthropic-billing-header")
+        return replace(
+            turn,
+            ignored_fields=tuple(sorted(ignored)),
+            kept={name: fields[name] for name in _KEPT if name in fields},
+            num_bytes=turn.num_bytes + (0 if earlier is None else _BYTES_OF_TOKEN * earlier.num_tokens),
+        )
 
 
 def parse_messages_request(body: bytes) -> MessagesRequest:
     """Read a call of `/v1/messages`; raises InvalidRequest naming the field that is wrong."""
-    fields = load_json_object(body)
-    if (optional(fields, "max_tokens", int) or 0) < 1:
-        raise InvalidRequest(f"max_tokens: expected at least 1, got {fields.get('max_tokens', 'none')}")
-    return _read(fields, body)
+    request = parse_count_request(body)
+    if (optional(request.fields, "max_tokens", int) or 0) < 1:
+        raise InvalidRequest(f"max_tokens: expected at least 1, got {request.fields.get('max_tokens', 'none')}")
+    return request
 
 
 def parse_count_request(body: bytes) -> MessagesRequest:
     """Read a call of `/v1/messages/count_tokens`: the same without a limit of the reply."""
-    return _read(load_json_object(body), body)
-
-
-def _read(fields: Mapping[str, JsonValue], body: bytes) -> MessagesRequest:
+    fields = load_json_object(body)
     check_nesting(fields)
-    system = system_message(fields.get("system"))
-    thinking, output = _object(fields, "thinking"), _object(fields, "output_config")
-    tools = [_tool(tool, f"tools[{i}]") for i, tool in enumerate(objects(fields, "tools"))]
+    return MessagesRequest(fields, body, _previous_turn_id(fields))
+
+
+def _previous_turn_id(fields: Mapping[str, JsonValue]) -> str | None:
+    thread = _object(fields, "thread")
+    if not thread or thread.get("type") == "create":  # every turn is held anyway
+        return None
+    if thread.get("type") != "continue":
+        raise InvalidRequest(f"thread.type: {thread.get('type')!r} is none of create, continue")
+    previous = thread.get("previous_message_id")
+    if not isinstance(previous, str):
+        raise InvalidRequest(f"thread.previous_message_id: expected a string, got {kind_of(previous)}")
+    for name in ("system", "tools"):
+        if fields.get(name) is not None:
+            raise InvalidRequest(f"{name}: a thread that is continued keeps its own; leave it out")
+    return previous.removeprefix(_MESSAGE_ID)
+
+
+def _chat_fields(
+    fields: Mapping[str, JsonValue], messages: Sequence[JsonValue], tools: Sequence[JsonValue]
+) -> dict[str, JsonValue]:
+    """The request in the words of chat completions, unknown fields in their order."""
     chat = {name: value for name, value in fields.items() if name not in _OURS | _CHAT_ONLY}
-    chat |= {"messages": [*system.messages, *chat_messages(objects(fields, "messages"))], "tools": tools}
-    chat |= _tool_choice(fields, tools) | _output(output) | _stop(fields) | {"logprobs": False}
-    chat["chat_template_kwargs"] = {**_thinking(thinking), **_object(fields, "chat_template_kwargs")}
+    chat |= {"messages": list(messages), "tools": list(tools), "logprobs": False}
+    chat |= _tool_choice(fields, tools) | _output(_object(fields, "output_config")) | _stop(fields)
+    chat["chat_template_kwargs"] = {
+        **_thinking(_object(fields, "thinking")),
+        **_object(fields, "chat_template_kwargs"),
+    }
     if chat.get("top_k") == 0:  # no limit, which engines write otherwise
         del chat["top_k"]
-    turn = chat_request(chat, body=body)
-    ignored = {*turn.ignored_fields, *(_CHAT_ONLY & fields.keys())}
-    if system.had_billing:
-        ignored.add("system.x-anthropic-billing-header")
-    kept = {name: fields[name] for name in _KEPT if name in fields}
-    turn = replace(turn, ignored_fields=tuple(sorted(ignored)), kept=kept)
-    return MessagesRequest(turn, shows_thinking=thinking.get("display") != "omitted")
+    return chat
 
 
 def _tool(tool: Mapping[str, JsonValue], at: str) -> JsonValue:

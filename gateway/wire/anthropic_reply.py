@@ -21,6 +21,7 @@ from gateway.contracts.errors import (
     RequestError,
     TooManyRequests,
     Unauthorized,
+    UnknownPrevious,
     VerbatimError,
 )
 from gateway.contracts.generation import FinishReason, JsonValue, TokenIds
@@ -37,6 +38,7 @@ _ERROR_TYPES: tuple[tuple[type[VerbatimError], str], ...] = (
     (Unauthorized, "authentication_error"),
     (Forbidden, "permission_error"),
     (NotFound, "not_found_error"),
+    (UnknownPrevious, "not_found_error"),
     (TooManyRequests, "rate_limit_error"),
     (EngineTimeout, "timeout_error"),
     (EngineUnavailable, "overloaded_error"),
@@ -156,11 +158,16 @@ def error_body(error: VerbatimError) -> dict[str, JsonValue]:
         kind = "conflict_error"
     # These words are what agents on this API look for; ours, behind them, name both lengths.
     message = f"prompt is too long: {error.message}" if isinstance(error, ContextOverflow) else error.message
-    return {"type": "error", "error": {"type": kind, "message": message}}
+    body: dict[str, JsonValue] = {"type": kind, "message": message}
+    if isinstance(error, UnknownPrevious):  # which has clients send the whole conversation again
+        body["details"] = {"error_code": "thread_not_found"}
+    return {"type": "error", "error": body}
 
 
 def error_status(error: VerbatimError) -> int:
-    """The HTTP status: ours, but 529 for what Anthropic calls overloaded."""
+    """The HTTP status: ours, but 529 for what Anthropic calls overloaded, and 404 for a thread that is not here."""
+    if isinstance(error, UnknownPrevious):
+        return NotFound.http_status
     return _OVERLOADED_STATUS if isinstance(error, EngineUnavailable | LedgerError) else error.http_status
 
 

@@ -22,6 +22,7 @@ from gateway.contracts.errors import (
     SessionSealed,
     TooManyRequests,
     Unauthorized,
+    UnknownPrevious,
     VerbatimError,
 )
 from gateway.contracts.experts import RoutedExperts
@@ -29,7 +30,7 @@ from gateway.contracts.generation import Finish, FinishReason
 from gateway.contracts.records import MatchTier
 from gateway.contracts.replies import ContentDelta, ParsedReply, ReasoningDelta, ReplyDelta, ToolCall, ToolCallDelta
 from gateway.sessions.messages import NO_CALLS, compare, message_keys
-from gateway.wire.anthropic import parse_count_request, parse_messages_request
+from gateway.wire.anthropic import Earlier, parse_count_request, parse_messages_request
 from gateway.wire.anthropic_blocks import SENT_BLOCKS
 from gateway.wire.anthropic_reply import MessagesWriter, error_body, error_status
 from gateway.wire.openai import parse_chat_request
@@ -46,7 +47,7 @@ CACHED = {"cache_control": {"type": "ephemeral"}}
 
 
 def parse(**fields: Any) -> TurnRequest:
-    return parse_messages_request(json.dumps({"max_tokens": 9, "messages": [USER], **fields}).encode()).turn
+    return parse_messages_request(json.dumps({"max_tokens": 9, "messages": [USER], **fields}).encode()).turn()
 
 
 def spelt(*messages: Any) -> tuple[Any, ...]:
@@ -364,6 +365,10 @@ def test_tool_choice_leaves_the_tools_in_the_prompt(tool_choice: dict[str, Any],
         ({"thinking": {"type": ["enabled"]}}, "thinking.type"),
         ({"output_config": {"format": {"type": "text"}}}, "output_config.format"),
         ({"temperature": "hot"}, "temperature"),
+        ({"thread": {"type": "fork"}}, "thread.type"),
+        ({"thread": {"type": "continue"}}, "thread.previous_message_id"),
+        ({"thread": {"type": "continue", "previous_message_id": "msg_1"}, "system": "s"}, "system"),
+        ({"thread": {"type": "continue", "previous_message_id": "msg_1"}, "tools": []}, "tools"),
         ({"stream": 1}, "stream"),
     ],
 )
@@ -374,7 +379,25 @@ def test_wrong_requests_name_the_field(fields: dict[str, Any], named: str) -> No
 
 
 def test_counting_needs_no_limit_of_the_reply() -> None:
-    assert parse_count_request(json.dumps({"messages": [USER]}).encode()).turn.messages == (USER,)
+    assert parse_count_request(json.dumps({"messages": [USER]}).encode()).turn().messages == (USER,)
+
+
+def test_a_continued_thread_stands_behind_what_it_holds() -> None:
+    """The recorded conversation as it is, then what is new; tools are those of the thread."""
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    earlier = Earlier([USER, {"role": "assistant", "content": "y"}], [tool], 100)
+    thread = {"type": "continue", "previous_message_id": "msg_turn-1"}
+    body = {"max_tokens": 9, "messages": [USER], "thread": thread, "tool_choice": {"type": "tool", "name": "f"}}
+    request = parse_messages_request(json.dumps(body).encode())
+    assert request.previous_turn_id == "turn-1"
+    turn = request.turn(earlier)
+    assert turn.messages == (*earlier.messages, USER)
+    assert (turn.tools, turn.calls_tools) == ((tool,), True)
+    assert turn.passthrough == {}
+    assert turn.kept["thread"] == thread
+    assert turn.num_bytes > len(json.dumps(body))
+    created = parse_messages_request(json.dumps(body | {"thread": {"type": "create"}, "tool_choice": None}).encode())
+    assert created.previous_turn_id is None
 
 
 @pytest.mark.parametrize(
@@ -449,6 +472,12 @@ def test_errors_have_the_types_and_statuses_that_anthropics_clients_read(
     assert error_body(error) == {"type": "error", "error": {"type": kind, "message": "x"}}
     [event] = events(MessagesWriter(NOTHING_CAPTURED, "t", "m").failure(error))
     assert event == error_body(error)
+
+
+def test_a_thread_that_is_not_here_makes_clients_send_the_whole_conversation() -> None:
+    error = UnknownPrevious("x")
+    assert error_status(error) == 404
+    assert error_body(error)["error"]["details"] == {"error_code": "thread_not_found"}
 
 
 def test_context_overflow_is_told_in_the_words_that_agents_look_for() -> None:

@@ -277,6 +277,47 @@ def test_counted_tokens_are_those_of_the_prompt_that_follows(
     assert len(messages_gateway.get("/sessions")["sessions"]) == known
 
 
+def test_the_clients_own_tool_loop_runs_on_a_thread_and_stays_one_segment(
+    messages_gateway: RunningGateway, client: anthropic.Anthropic, session_id: str
+) -> None:
+    """I3: turns that send only what is new continue the recorded conversation, its system text and its tools."""
+
+    @anthropic.beta_tool
+    def calculator(expression: str) -> str:
+        """Works it out."""
+        return RESULTS[expression]
+
+    runner = client.beta.messages.tool_runner(
+        model="any", max_tokens=300, tools=[calculator], messages=[QUESTION], system="You are careful."
+    )
+    assert [reply.stop_reason for reply in runner] == ["tool_use", "tool_use", "end_turn"]
+    turns = messages_gateway.turns(session_id)
+    assert [turn["attachment"]["parent_id"] for turn in turns] == [None, turns[0]["turn_id"], turns[1]["turn_id"]]
+    assert turns[1]["meta"]["request"]["thread"]["previous_message_id"] == f"msg_{turns[0]['turn_id']}"
+    assert [message["role"] for message in turns[1]["added_messages"]] == ["tool"]
+
+
+def test_a_thread_that_another_session_holds_is_unknown_and_the_client_sends_all_of_it(
+    messages_gateway: RunningGateway, client: anthropic.Anthropic, session_id: str
+) -> None:
+    thread = client.beta.messages.thread(model="any", max_tokens=300, messages=[QUESTION], tools=[CALCULATOR])
+    first = thread.send()
+    elsewhere = f"{messages_gateway.url}/sessions/{session_id}-2"
+    with anthropic.Anthropic(base_url=elsewhere, api_key="unused", max_retries=0) as other:
+        with pytest.raises(anthropic.NotFoundError) as caught:
+            other.beta.messages.create(
+                model="any",
+                max_tokens=300,
+                messages=[{"role": "user", "content": results_of(first)}],
+                thread={"type": "continue", "previous_message_id": first.id},
+            )
+        assert type(caught.value).__name__ == "ThreadNotFoundError"
+    second = thread.send({"role": "user", "content": results_of(first)})
+    assert second.stop_reason == "tool_use"
+    turns = messages_gateway.turns(session_id)
+    assert turns[1]["attachment"]["parent_id"] == turns[0]["turn_id"]
+
+
 def test_captured_arrays_are_in_the_reply_where_asked_for_and_recorded_always(
     messages_gateway: RunningGateway, client: anthropic.Anthropic, session_id: str
 ) -> None:
