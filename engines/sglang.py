@@ -210,6 +210,8 @@ def _body(request: GenerateRequest) -> dict[str, JsonValue]:
     }
     body.pop("return_routed_experts", None)
     body.pop("routed_experts_start_len", None)
+    if request.reasons_first:
+        body["require_reasoning"] = True
     if request.routed_experts_start is not None:
         body |= {"return_routed_experts": True, "routed_experts_start_len": request.routed_experts_start}
     return body

@@ -16,7 +16,7 @@ def example_turn(index: int = 0, **fields: Any) -> TurnRecord:
 
     fields: of the record, in place of the example's. A turn whose `attachment` names a parent needs `root=None`.
     """
-    example = {
+    example: dict[str, Any] = {
         "session_id": "s",
         "turn_id": f"t{index}",
         "index": index,

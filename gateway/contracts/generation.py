@@ -84,7 +84,8 @@ class GenerateRequest:
     """Token ids in. `request_id` has a fixed length (SGLang aborts by prefix).
 
     `routed_experts_start`: absolute index of the first routing row wanted; None asks for no routing.
-    `passthrough`: unknown top-level fields of the agent's request, for the engine (I8).
+    `passthrough`: unknown top-level fields of the agent's request, for the engine (I8). `reasons_first`: a grammar
+    among the sampling parameters holds behind the reasoning that the prompt has opened.
     """
 
     request_id: str
@@ -92,6 +93,7 @@ class GenerateRequest:
     sampling: SamplingParams
     routed_experts_start: int | None = None
     passthrough: Mapping[str, JsonValue] = field(default_factory=dict)
+    reasons_first: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -49,6 +49,8 @@ from gateway.sessions.raw import attach_raw, check_ids
 from gateway.sessions.registry import Session
 from gateway.sessions.upkeep import PromptUpkeep
 from gateway.tito.conversation import BuiltPrompt, Conversation, ParentTurn
+from gateway.tito.forced_calls import forced_calls
+from gateway.wire.json_text import dump_json
 from gateway.wire.request import RawPrompt, TurnRequest
 from gateway.wire.sampling import sampling_fields, sampling_params
 
@@ -395,12 +397,28 @@ def _sampling(parts: TurnParts, session: Session, request: TurnRequest, *, num_p
             f"{num_prompt_tokens + max(asked, 1)} tokens ({num_prompt_tokens} in the messages, "
             f"{max(asked, 1)} in the completion). Please reduce the length of the messages or completion."
         )
-    params = sampling_params(fields, max_new_tokens=asked)
+    params = _with_forced_calls(parts, request, sampling_params(fields, max_new_tokens=asked))
     if params.ignore_eos:
         return params
     return replace(
         params, stop_token_ids=tuple(dict.fromkeys((*params.stop_token_ids, *parts.model.tokenizer.eos_token_ids)))
     )
+
+
+def _with_forced_calls(parts: TurnParts, request: TurnRequest, params: SamplingParams) -> SamplingParams:
+    """The grammar of a reply that must be calls; a syntax that no grammar can ask for is left to the model."""
+    if not request.required_calls:
+        return params
+    tag = forced_calls(
+        parts.model.template,
+        request.tools,
+        request.required_calls,
+        stops=parts.model.prompts.turn_tokens.stops,
+        several=request.several_calls,
+    )
+    if tag is None:
+        return params
+    return replace(params, extra={**params.extra, "structural_tag": dump_json(tag).decode()})
 
 
 async def _sample(
@@ -414,7 +432,7 @@ async def _sample(
         stop=sampling.stop,
         stop_token_ids=sampling.stop_token_ids,
     )
-    progress = Continuation(_generate_request(request, prompt, sampling))
+    progress = Continuation(_generate_request(parts, request, prompt, sampling))
     finish, failure = Finish(FinishReason.ABORT), None
     try:
         async with asyncio.timeout(parts.settings.timeout_seconds) as deadline:
@@ -441,7 +459,9 @@ async def _sample(
     return _Sampled(generated, reply, failure)
 
 
-def _generate_request(request: TurnRequest, prompt: _Prompt, sampling: SamplingParams) -> GenerateRequest:
+def _generate_request(
+    parts: TurnParts, request: TurnRequest, prompt: _Prompt, sampling: SamplingParams
+) -> GenerateRequest:
     """Rows are wanted from the last token of the parent on: it had none until now (I2)."""
     extends = prompt.built.segment_reason is None and prompt.place.parent is not None
     first_row = len(prompt.token_ids) - len(prompt.built.token_ids) - 1 if extends else 0
@@ -451,6 +471,7 @@ def _generate_request(request: TurnRequest, prompt: _Prompt, sampling: SamplingP
         sampling=sampling,
         routed_experts_start=first_row,
         passthrough=request.passthrough,
+        reasons_first="structural_tag" in sampling.extra and parts.model.parsing.opens_reasoning(prompt.token_ids),
     )
 
 
@@ -504,7 +525,7 @@ def _record(
         request_digest=request.digest,
         cached_tokens=generated.cached_tokens,
         num_retractions=generated.num_retractions,
-        meta=_meta(request, prompt, sampled),
+        meta=_meta(request, prompt, sampling, sampled),
         untrainable_reason=_untrainable_reason(generated),
         created_at=turn.started_at,
         delivered_at=None,
@@ -527,7 +548,12 @@ def _sampling_json(sampling: SamplingParams) -> dict[str, JsonValue]:
     }
 
 
-def _meta(request: TurnRequest, prompt: _Prompt, sampled: _Sampled) -> dict[str, JsonValue]:
+def _enforced(request: TurnRequest, sampling: SamplingParams) -> bool | None:
+    """Whether a grammar made the reply call what the agent wanted called; None where it wanted nothing."""
+    return "structural_tag" in sampling.extra if request.required_calls else None
+
+
+def _meta(request: TurnRequest, prompt: _Prompt, sampling: SamplingParams, sampled: _Sampled) -> dict[str, JsonValue]:
     generated = sampled.generated
     return {
         "certified_by": prompt.built.certified_by,
@@ -539,6 +565,7 @@ def _meta(request: TurnRequest, prompt: _Prompt, sampled: _Sampled) -> dict[str,
         "lost_attempts": generated.lost_attempts,
         "passthrough": dict(request.passthrough),
         "ignored_fields": list(request.ignored_fields),
+        "tool_choice_enforced": _enforced(request, sampling),
         "request": dict(request.kept),
         "error": None if sampled.failure is None else sampled.failure.code,
         "engine": dict(generated.meta_info),

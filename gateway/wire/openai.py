@@ -55,6 +55,8 @@ def chat_request(fields: Mapping[str, JsonValue], *, body: bytes) -> TurnRequest
         messages=messages,
         tools=tools,
         calls_tools=bool(tools) and fields.get("tool_choice") != "none",
+        required_calls=required_calls(fields.get("tool_choice"), tools),
+        several_calls=fields.get("parallel_tool_calls") is not False,
         template_arguments=_template_arguments(fields),
         sampling=sampling_fields(fields),
         num_choices=_num_choices(fields),
@@ -235,6 +237,25 @@ def _messages(fields: Mapping[str, JsonValue]) -> tuple[JsonValue, ...]:
         if isinstance(message.get("content"), int | float):
             raise InvalidRequest(f"messages[{i}].content: expected text or parts, got {kind_of(message['content'])}")
     return messages
+
+
+def required_calls(tool_choice: JsonValue, tools: Sequence[JsonValue]) -> tuple[str, ...]:
+    """Names of the functions of which `tool_choice` wants one called; raises InvalidRequest for what it cannot mean."""
+    if tool_choice in (None, "auto", "none"):
+        return ()
+    functions = [tool.get("function") for tool in tools]
+    names = tuple(str(function["name"]) for function in functions if isinstance(function, dict) and "name" in function)
+    if tool_choice == "required":
+        if not names:
+            raise InvalidRequest("tool_choice: is required, but there are no tools")
+        return names
+    function = tool_choice.get("function") if isinstance(tool_choice, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(name, str):
+        raise InvalidRequest("tool_choice: expected none, auto, required, or a function by name")
+    if name not in names:
+        raise InvalidRequest(f"tool_choice: {name!r} is none of the tools ({', '.join(names) or 'there are none'})")
+    return (name,)
 
 
 def _template_arguments(fields: Mapping[str, JsonValue]) -> dict[str, JsonValue]:

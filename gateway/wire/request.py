@@ -52,6 +52,8 @@ class TurnRequest:
     sampling: normalised names (`max_new_tokens`, `temperature`, …) → values, only those that the request has.
     template_arguments: `chat_template_kwargs`, `reasoning_effort` and `documents`. digest: sha256 hex of the body.
     kept: what the dialect must find again in the record (meta "request"); nothing else reads it.
+    required_calls: names of functions of which the reply must call one; () leaves it to the model. several_calls:
+    whether such a reply may call more than one.
     """
 
     model: str | None
@@ -69,3 +71,5 @@ class TurnRequest:
     num_bytes: int
     kept: Mapping[str, JsonValue] = field(default_factory=dict)
     prompt: RawPrompt | None = None
+    required_calls: tuple[str, ...] = ()
+    several_calls: bool = True

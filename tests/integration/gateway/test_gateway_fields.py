@@ -118,3 +118,18 @@ def test_reply_fields_of_the_gateway_are_its_own(url: str) -> None:
     reply = httpx.post(url, json={"messages": [QUESTION], "usage": "mine", "object": "mine"}, timeout=30).json()
     assert reply["object"] == "chat.completion"
     assert reply["usage"]["completion_tokens"] > 0
+
+
+def test_a_call_that_the_agent_requires_is_asked_of_the_engine_as_a_grammar(
+    echo: tuple[EchoServer, str], url: str
+) -> None:
+    """The grammar is in the model's own call syntax, and the record says that it was enforced."""
+    tools = [{"type": "function", "function": {"name": name, "parameters": {"type": "object"}}} for name in ("f", "g")]
+    choice = {"type": "function", "function": {"name": "g"}}
+    body = {"messages": [QUESTION], "tools": tools, "tool_choice": choice, "parallel_tool_calls": False}
+    assert httpx.post(url, json=body, timeout=30).status_code == 200
+    tag = json.loads(echo[0].requests[-1]["sampling_params"]["structural_tag"])
+    assert [entry["begin"] for entry in tag["format"]["tags"]] == ['<tool_call>\n{"name": "g", "arguments": ']
+    assert tag["format"]["stop_after_first"] is True
+    turn = httpx.get(url.replace("/v1/chat/completions", "/turns"), timeout=30).json()["turns"][-1]
+    assert turn["meta"]["tool_choice_enforced"] is True
