@@ -94,7 +94,7 @@ class OpenAiTextEngine:
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[GenerateChunk | GenerateEnd, None]:
         """Stream new text as ids, whole words at a time, then one GenerateEnd; closing early closes the connection."""
         await self._running.wait()
-        text = _Text(self._encode, f"engine {self.engine_id}, request {request.request_id}")
+        text = TextStream(self._encode, f"engine {self.engine_id}, request {request.request_id}")
         aborted = self._live[request.request_id] = asyncio.Event()
         try:
             async with aclosing(self._http.events("/v1/completions", await self._body(request))) as events:
@@ -183,7 +183,7 @@ class OpenAiTextEngine:
         await self._http.aclose()
 
 
-class _Text:
+class TextStream:
     """An upstream's text as it comes, cut into ids before the last word, so that no control token is cut in two."""
 
     def __init__(self, encode: Callable[[str], TokenIds], named: str) -> None:

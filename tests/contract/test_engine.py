@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from pathlib import Path
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import numpy as np
 import pytest
 
-from engines.launch import EngineProcess, running_engine
+from engines.launch import EngineProcess
 from engines.scripted import ScriptedEngine, ScriptedReply
 from engines.sglang import SglangEngine
 from engines.vllm import VllmEngine
@@ -37,13 +36,6 @@ PROMPT = np.arange(10, 30, dtype=np.int32)
 DEADLINE_SECONDS = 60.0
 
 _request_numbers = itertools.count()
-
-
-@pytest.fixture(scope="session")
-def engine_process(tiny_model: Path) -> Iterator[EngineProcess]:
-    flags = ("--dtype", "float32", "--context-length", "512")
-    with running_engine(tiny_model, flags=flags) as process:
-        yield process
 
 
 @pytest.fixture(params=["sglang", "vllm", "scripted"])

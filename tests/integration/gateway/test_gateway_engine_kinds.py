@@ -1,0 +1,65 @@
+"""One engine behind each kind of client, as an agent's conversation sees it: what is captured, what may train."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engines.launch import EngineProcess, running_engine
+from tests.integration.gateway.conftest import RunningGateway, close, unused_port, wait_ready
+from tests.integration.gateway.test_gateway_embedded_engine import verbatim
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model: Path) -> Iterator[EngineProcess]:
+    with running_engine(tiny_model) as process:
+        yield process
+
+
+@pytest.fixture(scope="module", params=["vllm", "openai"])
+def gateway(
+    request: pytest.FixtureRequest,
+    engine: EngineProcess,
+    tiny_model: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[str, RunningGateway]]:
+    """The kind, and a gateway whose one engine is of it."""
+    data = tmp_path_factory.mktemp("ledger")
+    flags = ["--model", str(tiny_model), "--port", str(unused_port()), "--data", str(data)]
+    process = verbatim("serve", "--engine", f"{request.param}={engine.url}", *flags)
+    try:
+        yield request.param, RunningGateway(process, wait_ready(process))
+    finally:
+        close(process)
+
+
+def converse(gateway: RunningGateway, session_id: str, *, num_turns: int) -> list[dict[str, Any]]:
+    """Turns of a conversation whose replies are cut by length."""
+    messages: list[Any] = [{"role": "user", "content": "What is 48/2?"}]
+    for i in range(num_turns):
+        body = {"messages": messages, "max_tokens": 12}
+        reply = gateway.post(f"/sessions/{session_id}/v1/chat/completions", body)
+        messages = [*messages, reply["choices"][0]["message"], {"role": "user", "content": f"again {i}"}]
+    return gateway.turns(session_id)
+
+
+def test_a_conversation_trains_if_and_only_if_its_tokens_are_the_sampled_ones(
+    gateway: tuple[str, RunningGateway], session_id: str
+) -> None:
+    """I1, I2, I9: with vLLM as with SGLang; through text, everything is recorded and nothing trains."""
+    kind, running = gateway
+    turns = converse(running, session_id, num_turns=3)
+    segments = running.get(f"/sessions/{session_id}/segments?arrays=1")["segments"]
+    sampled = sum(len(turn["output_token_ids"]) for turn in turns)
+    assert sampled > 0
+    if kind == "vllm":
+        [segment] = segments
+        assert segment["num_trained_tokens"] == sampled
+        assert segment["num_routed_rows"] == len(segment["token_ids"]) - 1
+        assert {turn["untrainable_reason"] for turn in turns} == {None}
+    else:
+        assert {turn["untrainable_reason"] for turn in turns} == {"text_only_engine"}
+        assert sum(segment["num_trained_tokens"] for segment in segments) == 0
