@@ -30,6 +30,9 @@ _SPELT = {
 """Keys of an assistant's blocks that a chat message can say. A signature says only that the block is unchanged."""
 
 
+_DOCUMENT_KEYS = frozenset(("type", "source", "title", "context", "content"))
+
+
 class System(NamedTuple):
     """The system message, or none; whether accounting texts were taken out of it."""
 
@@ -147,19 +150,31 @@ def _content(blocks: Sequence[Mapping[str, JsonValue]]) -> JsonValue:
 
 
 def _part(block: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
-    """Texts and images as chat parts; what chat completions have no part for stays as it is."""
+    """Texts, images and plain-text documents as chat parts; what chat completions have no part for stays as it is."""
     part = _unmarked(block)
-    source = part.get("source")
-    if part.get("type") != "image" or not isinstance(source, dict):
-        return part
-    if source.get("type") == "url":
-        reference = source.get("url")
-    elif source.get("type") == "base64":
-        reference = f"data:{source.get('media_type')};base64,{source.get('data')}"
-    else:
-        return part
-    unknown = {name: value for name, value in part.items() if name not in ("type", "source")}
-    return {"type": "image_url", "image_url": {"url": reference}, **unknown}
+    kind, source = part.get("type"), part.get("source")
+    if kind == "image" and isinstance(source, dict) and (reference := _reference(source)) is not None:
+        unknown = {name: value for name, value in part.items() if name not in ("type", "source")}
+        return {"type": "image_url", "image_url": {"url": reference}, **unknown}
+    if kind == "document" and isinstance(source, dict) and source.get("type") == "text":
+        return _text_part(part, (part.get("title"), part.get("context"), source.get("data")))
+    if kind == "search_result" and isinstance(part.get("content"), list):
+        texts = [item.get("text") for item in part["content"] if isinstance(item, dict)]
+        return _text_part(part, (part.get("title"), source, *texts))
+    return part
+
+
+def _reference(source: Mapping[str, JsonValue]) -> JsonValue:
+    """Where an image is, or itself as a data URL; None for a file at Anthropic's."""
+    if source.get("type") == "base64":
+        return f"data:{source.get('media_type')};base64,{source.get('data')}"
+    return source.get("url") if source.get("type") == "url" else None
+
+
+def _text_part(part: Mapping[str, JsonValue], texts: Sequence[JsonValue]) -> dict[str, JsonValue]:
+    """A document's texts, a line each: templates show no other documents."""
+    unknown = {name: value for name, value in part.items() if name not in _DOCUMENT_KEYS}
+    return {"type": "text", "text": "\n".join(text for text in texts if isinstance(text, str) and text), **unknown}
 
 
 def _unmarked(block: Mapping[str, JsonValue]) -> dict[str, JsonValue]:

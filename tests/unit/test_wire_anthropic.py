@@ -261,6 +261,29 @@ def test_images_become_parts_that_name_their_source() -> None:
     ]
 
 
+def test_documents_of_plain_text_are_shown_to_the_model_as_text() -> None:
+    document = {
+        "type": "document",
+        "title": "T",
+        "source": {"type": "text", "media_type": "text/plain", "data": "a\nb"},
+    }
+    found = {
+        "type": "search_result",
+        "source": "http://x",
+        "title": "T",
+        "content": [{"type": "text", "text": "c"}],
+        "y": 1,
+    }
+    pdf = {"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": "AAAA"}}
+    [message] = spelt({"role": "user", "content": [document, found, pdf]})
+    assert message["content"] == [
+        {"type": "text", "text": "T\na\nb"},
+        {"type": "text", "text": "T\nhttp://x\nc", "y": 1},
+        pdf,
+    ]
+    assert spelt({"role": "user", "content": [document]})[0]["content"] == "T\na\nb"
+
+
 def test_what_chat_messages_cannot_say_stays_beside_them() -> None:
     """I8: unknown keys on messages, blocks, calls and tools, and blocks of other servers, are not lost."""
     odd = {"type": "redacted_thinking", "data": "?"}
