@@ -8,8 +8,10 @@ streamed. The stream ends with `response.completed`, `response.incomplete` or `r
 from __future__ import annotations
 
 import time
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Protocol
 
 from gateway.contracts.errors import EngineError, VerbatimError
@@ -134,11 +136,11 @@ class ResponsesWriter:
 
     def _add(self, delta: ReplyDelta) -> Iterator[bytes]:
         item = self._open
+        logprobs = self._take_logprobs(delta.arguments if isinstance(delta, ToolCallDelta) else delta.text)
         if isinstance(item, _Reasoning) and isinstance(delta, ReasoningDelta):
             item.texts.append(delta.text)
             yield self._item_event(item, "response.reasoning_text.delta", content_index=0, delta=delta.text)
         elif isinstance(item, _Message) and isinstance(delta, ContentDelta):
-            logprobs = self._take_logprobs(delta.text)
             item.texts.append(delta.text)
             item.logprobs.extend(logprobs)
             fields = {"content_index": 0, "delta": delta.text, "logprobs": logprobs}
@@ -149,6 +151,8 @@ class ResponsesWriter:
 
     def _take_logprobs(self, text: str) -> list[JsonValue]:
         """Those of the tokens that `text` is made of; tokens before them were markup."""
+        if not self._unshown:
+            return []
         start, stop = _position(text, self._unshown) or (0, len(self._unshown))
         taken, self._unshown = self._unshown[start:stop], self._unshown[stop:]
         return taken
@@ -340,14 +344,14 @@ def _usage(usage: Usage) -> dict[str, JsonValue]:
 
 
 def _position(text: str, entries: Sequence[JsonValue]) -> tuple[int, int] | None:
-    """Which entries' tokens `text` is made of, [start, stop); None if their texts do not hold it."""
-    begin = "".join(entry["token"] for entry in entries).find(text)
+    """Which entries' tokens `text` is made of, [start, stop); None if their texts do not hold it.
+
+    Text that begins with a token is meant before text inside of one, for markup holds letters too.
+    """
+    tokens = [entry["token"] for entry in entries]
+    ends = list(accumulate(map(len, tokens)))
+    joined = "".join(tokens)
+    begin = next((at for at in (0, *ends[:-1]) if joined.startswith(text, at)), joined.find(text))
     if begin < 0:
         return None
-    end, at, start, stop = begin + len(text), 0, len(entries), 0
-    for i, entry in enumerate(entries):
-        following = at + len(entry["token"])
-        if at < end and following > begin:
-            start, stop = min(start, i), i + 1
-        at = following
-    return start, stop
+    return bisect_right(ends, begin), bisect_left(ends, begin + len(text)) + 1
