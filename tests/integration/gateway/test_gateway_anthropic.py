@@ -151,7 +151,7 @@ def test_a_stream_accumulates_to_the_message_that_is_not_streamed(
 async def test_async_stream_tells_every_event_in_order(messages_gateway: RunningGateway, session_id: str) -> None:
     """I4: the end of the stream comes after the record."""
     url = f"{messages_gateway.url}/sessions/{session_id}"
-    thinking, text, arguments = "", "", ""
+    thinking, text, arguments, num_recorded = "", "", "", 0
     async with anthropic.AsyncAnthropic(base_url=url, api_key="k", max_retries=0) as client:
         whole = await client.messages.create(model="any", max_tokens=300, messages=[QUESTION], tools=[CALCULATOR])
         async with client.messages.stream(
@@ -164,7 +164,10 @@ async def test_async_stream_tells_every_event_in_order(messages_gateway: Running
                     text += event.text
                 elif event.type == "input_json":
                     arguments += event.partial_json
+                elif event.type == "message_delta":
+                    num_recorded = len(messages_gateway.turns(session_id))
             final = await stream.get_final_message()
+    assert num_recorded == 2
     assert (thinking, text, json.loads(arguments)) == ("let me see", "I work it out.", {"expression": "48/2"})
     assert without_ids(final) == without_ids(whole)
     assert [turn["attachment"]["parent_id"] for turn in messages_gateway.turns(session_id)] == [None, None]
