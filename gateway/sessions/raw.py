@@ -20,7 +20,7 @@ import numpy as np
 from gateway.contracts.errors import InvalidRequest
 from gateway.contracts.generation import JsonValue, TokenIds
 from gateway.contracts.records import MatchTier, SegmentReason, TurnRecord
-from gateway.sessions.attach import Place
+from gateway.sessions.attach import RAW, Place
 from gateway.sessions.tree import Node, TurnTree
 from gateway.tito.tokenizer import ChatTokenizer
 from gateway.wire.request import RawPrompt
@@ -46,8 +46,10 @@ class RawPlace:
 
     def message(self, tokenizer: ChatTokenizer) -> dict[str, JsonValue]:
         """What the record says was added, for people: the tokens are the truth."""
-        text = self.added if isinstance(self.added, str) else tokenizer.decode(self.added)
-        return {"role": "prompt", "content": text}
+        if isinstance(self.added, str):
+            return {"role": "prompt", "content": self.added}
+        text = _text_after(_last_ids(self.place.parent), self.added, tokenizer)
+        return {"role": "prompt", "content": tokenizer.decode(self.added) if text is None else text}
 
 
 def attach_raw(tree: TurnTree, paths: TokenPaths, prompt: RawPrompt, tokenizer: ChatTokenizer) -> RawPlace:
@@ -167,13 +169,24 @@ def _id_bytes(node: Node) -> _Spelled:
 
 
 def _text_bytes(node: Node, tokenizer: ChatTokenizer) -> _Spelled:
-    """A turn's own text where that stands by itself; the whole path's where its parent ends inside a character."""
-    before = _last_ids(node.parent)
-    text_before = tokenizer.decode(before)
-    text = tokenizer.decode(np.concatenate([before, _own_ids(node.record)]))
-    if text_before.endswith(_HALF_CHARACTER) or not text.startswith(text_before):
+    """A turn's own text, a raw prompt's as it was sent; the whole path's where a part begins inside a character."""
+    record, before = node.record, _last_ids(node.parent)
+    asked = _text_after(before, record.prompt_token_ids, tokenizer)
+    said = _text_after(np.concatenate([before, record.prompt_token_ids]), record.output_token_ids, tokenizer)
+    if asked is None or said is None:
         return _Spelled(tokenizer.decode(node.token_ids()).encode(), whole=True)
-    return _Spelled(text[len(text_before) :].encode(), whole=False)
+    if record.meta.get("certified_by") == RAW:  # some tokenizers decode other spaces than they have read
+        asked = record.added_messages[0]["content"]
+    return _Spelled((asked + said).encode(), whole=False)
+
+
+def _text_after(before: TokenIds, ids: TokenIds, tokenizer: ChatTokenizer) -> str | None:
+    """What ids decode to behind others; None where these end inside a character, which may become another one."""
+    before = before[-_CONTEXT_TOKENS:]
+    text_before, text = tokenizer.decode(before), tokenizer.decode(np.concatenate([before, ids]))
+    if text_before.endswith(_HALF_CHARACTER) or not text.startswith(text_before):
+        return None
+    return text[len(text_before) :]
 
 
 def _last_ids(node: Node | None) -> TokenIds:
