@@ -163,4 +163,4 @@ def _reply(message: Mapping[str, JsonValue], *, num_reasoning_tokens: int) -> Pa
         ToolCall(call["id"], call["function"]["name"], call["function"]["arguments"])
         for call in message.get("tool_calls", ())
     ]
-    return ParsedReply(message["content"], reasoning_of(message), tuple(calls), (), num_reasoning_tokens)
+    return ParsedReply(message.get("content"), reasoning_of(message), tuple(calls), (), num_reasoning_tokens)

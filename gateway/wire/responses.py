@@ -248,9 +248,11 @@ class _ItemReader:
             raise InvalidRequest(f"{name}.type: {kind!r} is none of {known}")
 
     def _add_message(self, name: str, item: Mapping[str, JsonValue]) -> None:
+        if not isinstance(item.get("role"), str):
+            raise InvalidRequest(f"{name}.role: expected a string, got {kind_of(item.get('role'))}")
         content = _content(f"{name}.content", item.get("content"))
         others = _without(item, ("type", "id", "status", "phase", "content"))
-        if item.get("role") != "assistant":
+        if item["role"] != "assistant":
             self.messages.append({**others, "content": content})
             return
         message = self._message_of(item, kind="message")

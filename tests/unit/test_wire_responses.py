@@ -203,6 +203,8 @@ def test_fields_mean_what_they_mean_in_chat_completions() -> None:
         ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input[0]"),
         ({"input": [USER, {"type": "computer_call"}]}, "input[1].type"),
         ({"input": [{}]}, "input[0].type"),
+        ({"input": [{"type": "message", "content": "x"}]}, "input[0].role"),
+        ({"input": [{"role": None, "content": "x"}]}, "input[0].role"),
         ({"input": [{**CALL, "arguments": {}}]}, "input[0].arguments"),
         ({"input": [{**OUTPUT, "call_id": None}]}, "input[0].call_id"),
         ({"input": [{**OUTPUT, "output": 1}]}, "input[0].output"),
@@ -265,17 +267,20 @@ def test_sealed_reasoning_is_read_back_where_a_client_keeps_nothing_else() -> No
     assert messages(reasoning, message)[0]["reasoning_content"] == "ü\n?"
 
 
-def test_logprobs_are_those_of_the_text() -> None:
-    """Neither reasoning, even where it says the same, nor markup is part of it."""
+@pytest.mark.parametrize("content", ["ab", "th"])
+def test_logprobs_are_those_of_the_text(content: str) -> None:
+    """Neither reasoning that says the same nor markup with the same letters in it is part of the text."""
     asked = Wanted(token_ids=False, routed_experts=False, logprobs=True, usage_chunk=False)
-    tokens = ["<think>", "ab", "</think>", "\n", "a", "b", "<end>"]
-    finished = choice(ParsedReply("ab", "ab", (), (), 2), tokens=tokens, num_reasoning=2)
+    tokens = ["<think>", "ab", "</think>", "\n", *content, "<end>"]
+    finished = choice(ParsedReply(content, "ab", (), (), 2), tokens=tokens, num_reasoning=2)
     [part] = writer(wanted=asked).whole([finished])["output"][1]["content"]
     assert [entry["logprob"] for entry in part["logprobs"]] == [-4.0, -5.0]
     made = writer(wanted=asked)
     frames = [*made.progress(0, [ReasoningDelta("ab")], cut(finished, 0, 2))]
-    frames += [*made.progress(0, [], cut(finished, 2, 4)), *made.progress(0, [ContentDelta("a")], cut(finished, 4, 5))]
-    frames += [*made.progress(0, [ContentDelta("b")], cut(finished, 5, 7)), *made.closing(0, finished)]
+    frames += made.progress(0, [], cut(finished, 2, 4))
+    frames += made.progress(0, [ContentDelta(content[0])], cut(finished, 4, 5))
+    frames += made.progress(0, [ContentDelta(content[1])], cut(finished, 5, 7))
+    frames += made.closing(0, finished)
     done = [event for event in events(frames) if event["type"] == "response.output_text.done"]
     assert [entry["logprob"] for entry in done[0]["logprobs"]] == [-4.0, -5.0]
 

@@ -297,6 +297,20 @@ def test_another_gateway_on_the_same_ledger_continues_a_response(
     check_one_segment_in_which_each_token_is_trained_once(second, session_id, num_turns=2, all_delivered=False)
 
 
+def test_a_response_opens_with_the_key_of_its_session_only(start_gateway: StartGateway, tmp_path: Path) -> None:
+    gateway = start_gateway(tmp_path, environment={"VERBATIM_OPERATOR_KEY": "operator"})
+    operator = {"Authorization": "Bearer operator"}
+    mine, other = (gateway.post("/sessions", headers=operator)["api_key"] for _ in range(2))
+    response = gateway.post("/v1/responses", {"input": "x"}, headers={"Authorization": f"Bearer {mine}"})
+    body = {"input": "y", "previous_response_id": response["id"]}
+    wanted = {mine: (200, 200), "operator": (200, 200), other: (404, 400), None: (401, 401)}
+    for key, statuses in wanted.items():
+        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        read = httpx.get(f"{gateway.url}/v1/responses/{response['id']}", headers=headers, timeout=30)
+        told = httpx.post(f"{gateway.url}/v1/responses", json=body, headers=headers, timeout=30)
+        assert (read.status_code, told.status_code) == statuses, key
+
+
 def test_what_is_not_stored_is_recorded_but_not_found(gateway: RunningGateway, session_id: str) -> None:
     """I7: `store: false` keeps a response from agents, not from the record."""
     client = gateway.client(session_id)
