@@ -19,6 +19,11 @@ from tokenizers import Tokenizer
 from engines.echo import EchoServer
 
 QUESTION = {"role": "user", "content": "What is 48/2?"}
+ENDPOINTS: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {"messages": [QUESTION]},
+    "/v1/completions": {"prompt": "What is 48/2?"},
+    "/generate": {"input_ids": [5, 6]},
+}
 numbers = st.one_of(
     st.integers(-(2**90), 2**90), st.floats(allow_nan=False, allow_infinity=False), st.sampled_from([1, 1.0, -0.0, 0])
 )
@@ -77,26 +82,32 @@ def streamed(url: str, body: dict[str, Any]) -> dict[str, Any]:
     return dict(json.loads(lines[-2]))
 
 
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
 @pytest.mark.parametrize("stream", [False, True])
 def test_unknown_fields_reach_the_engine_and_come_back_equal(
-    stream: bool, echo: tuple[EchoServer, str], url: str
+    stream: bool, endpoint: str, echo: tuple[EchoServer, str], url: str
 ) -> None:
     """I8: integers beyond 64 bits, 1.0 beside 1, order of keys, nulls, any nesting; both ways."""
+    url = url.replace("/v1/chat/completions", endpoint)
 
     @settings(
-        max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+        max_examples=40 if "chat" in endpoint else 15,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=[HealthCheck.function_scoped_fixture],
     )
     @given(unknown=fields)
     def check(unknown: dict[str, Any]) -> None:
-        body = {"messages": [QUESTION], **unknown}
+        body = {**ENDPOINTS[endpoint], **unknown}
         reply = (
             streamed(url, body) if stream else json.loads(httpx.post(url, content=json.dumps(body), timeout=30).text)
         )
         engine_saw = {name: value for name, value in echo[0].requests[-1].items() if name.startswith("x_")}
         assert sent(engine_saw) == sent(unknown)
         assert sent({name: reply[name] for name in unknown}) == sent(unknown)
-        assert sent(reply["choices"][0]["meta_info"]["echo"]) == sent(unknown)
-        assert not {"output_token_logprobs", "output_ids"} & reply["choices"][0]["meta_info"].keys()
+        meta_info = (reply["choices"][0] if "choices" in reply else reply)["meta_info"]
+        assert sent(meta_info["echo"]) == sent(unknown)
+        assert not {"output_token_logprobs", "output_ids"} & meta_info.keys()
 
     check()
 
