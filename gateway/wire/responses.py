@@ -114,7 +114,11 @@ def seal(reasoning: str) -> str:
 def flat_tools(tools: Sequence[JsonValue]) -> list[JsonValue]:
     """Tools as responses spell them, from chat's spelling."""
     defaults = {"description": None, "parameters": None, "strict": None}
-    return [{**_without(tool, ("function",)), **defaults, **tool["function"]} for tool in tools if "function" in tool]
+    return [
+        {**_without(tool, ("function",)), **defaults, **tool["function"]}
+        for tool in tools
+        if isinstance(tool.get("function"), dict)
+    ]
 
 
 def _check_served(fields: Mapping[str, JsonValue]) -> None:
@@ -143,7 +147,9 @@ def _chat_fields(fields: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
         chat["tools"] = [_tool(f"tools[{i}]", tool) for i, tool in enumerate(objects(fields, "tools"))]
     if fields.get("tool_choice") is not None:
         chat["tool_choice"] = _tool_choice(fields["tool_choice"])
-    if (effort := optional(fields.get("reasoning") or {}, "effort", str)) is not None:
+    if (effort := (fields.get("reasoning") or {}).get("effort")) is not None:
+        if not isinstance(effort, str):
+            raise InvalidRequest(f"reasoning.effort: expected a string, got {kind_of(effort)}")
         chat["reasoning_effort"] = effort
     if (wanted := (fields.get("text") or {}).get("format")) is not None:
         chat["response_format"] = _response_format(wanted)
@@ -217,10 +223,14 @@ def _input_messages(fields: Mapping[str, JsonValue], *, is_needed: bool) -> Sequ
 
 
 class _Reply(NamedTuple):
-    """An assistant message that items are put into: where it stands, and the turn that its items name, if they do."""
+    """An assistant message that items are put into: where it stands, and the turn that its items name, if they do.
+
+    is_foreign: it came with calls or reasoning of its own, as chat completions write it, and is whole.
+    """
 
     position: int
     turn_id: str | None
+    is_foreign: bool = False
 
 
 class _ItemReader:
@@ -257,6 +267,8 @@ class _ItemReader:
             return
         message = self._message_of(item, kind="message")
         message |= {**others, "content": _joined(message["content"], content)}
+        if self._reply is not None and others.keys() & {"reasoning_content", "tool_calls"}:
+            self._reply = self._reply._replace(is_foreign=True)
 
     def _add_reasoning(self, name: str, item: Mapping[str, JsonValue]) -> None:
         if text := _reasoning_text(name, item):  # other servers' sealed reasoning says nothing to us
@@ -276,8 +288,9 @@ class _ItemReader:
         self._message_of(item, kind="function_call").setdefault("tool_calls", []).append(call)
 
     def _add_output(self, name: str, item: Mapping[str, JsonValue]) -> None:
-        if (call_id := optional(item, "call_id", str)) is None:
-            raise InvalidRequest(f"{name}.call_id: is missing")
+        call_id = item.get("call_id")
+        if not isinstance(call_id, str):
+            raise InvalidRequest(f"{name}.call_id: expected a string, got {kind_of(call_id)}")
         others = _without(item, ("type", "id", "status", "call_id", "output"))
         content = _content(f"{name}.output", item.get("output"))
         self.messages.append({**others, "role": "tool", "tool_call_id": call_id, "content": content})
@@ -296,6 +309,8 @@ class _ItemReader:
     def _goes_on(self, reply: _Reply, turn_id: str | None, kind: str) -> bool:
         """Whether an item is part of `reply`. Ids decide, also where results of its calls stand between its items."""
         since = self.messages[reply.position + 1 :]
+        if reply.is_foreign:
+            return False
         if turn_id is not None and reply.turn_id is not None:
             return turn_id == reply.turn_id and all(message.get("role") == "tool" for message in since)
         message = self.messages[reply.position]
@@ -315,7 +330,8 @@ def _reasoning_text(name: str, item: Mapping[str, JsonValue]) -> str:
 
 
 def _texts(name: str, item: Mapping[str, JsonValue], field: str) -> list[str]:
-    texts = [part.get("text") for part in objects(item, field)]
+    parts = objects({f"{name}.{field}": item.get(field)}, f"{name}.{field}")
+    texts = [part.get("text") for part in parts]
     if not all(isinstance(text, str) for text in texts):
         raise InvalidRequest(f"{name}.{field}: expected parts with a text")
     return texts
@@ -346,7 +362,7 @@ def _part(name: str, part: JsonValue) -> dict[str, JsonValue]:
     if not isinstance(part, dict):
         raise InvalidRequest(f"{name}: expected an object, got {kind_of(part)}")
     kind = part.get("type")
-    if kind in _TEXT_PARTS or kind == "refusal":
+    if isinstance(kind, str) and (kind in _TEXT_PARTS or kind == "refusal"):
         text = part.get("refusal" if kind == "refusal" else "text")
         if not isinstance(text, str):
             raise InvalidRequest(f"{name}: expected a text, got {kind_of(text)}")
@@ -362,10 +378,10 @@ def _part(name: str, part: JsonValue) -> dict[str, JsonValue]:
 def _joined(content: JsonValue, more: JsonValue) -> JsonValue:
     """Content of one reply that came in several items; its text is one text."""
     more = "".join(part["text"] for part in more) if _is_text(more) else more
-    if content is None:
-        return "" if more is None else more
-    if more is None or (isinstance(content, str) and isinstance(more, str)):
-        return content + (more or "")
+    if content is None or more is None:
+        return content or more or ""
+    if isinstance(content, str) and isinstance(more, str):
+        return content + more
     return [*_as_parts(content), *_as_parts(more)]
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.contracts.errors import EngineUnavailable, InvalidRequest
@@ -216,7 +217,7 @@ def test_fields_mean_what_they_mean_in_chat_completions() -> None:
         ({"tool_choice": {"type": "web_search"}}, "tool_choice.type"),
         ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
         ({"text": {"format": {"type": "json_schema", "name": "n"}}}, "text.format.schema"),
-        ({"reasoning": {"effort": 1}}, "effort"),
+        ({"reasoning": {"effort": 1}}, "reasoning.effort"),
         ({"reasoning": "low"}, "reasoning:"),
         ({"metadata": []}, "metadata:"),
         ({"include": "all"}, "include"),
@@ -298,6 +299,96 @@ def test_failure_closes_the_item_and_says_why() -> None:
     assert [event["type"] for event in told[-3:]] == ["response.output_item.done", "error", "response.failed"]
     assert told[-1]["response"]["error"] == {"code": "server_error", "message": "gone"}
     assert told[-1]["response"]["output"][0]["status"] == "incomplete"
+
+
+def test_assistant_message_as_chat_completions_write_it_stays_whole() -> None:
+    """I6: agents mix what they have."""
+    chat = {"role": "assistant", "content": None, "tool_calls": [CHAT_CALL]}
+    assert messages(USER, chat, {"role": "tool", "tool_call_id": "c1", "content": "seen"}, CALL)[1:] == [
+        {**chat, "content": ""},
+        {"role": "tool", "tool_call_id": "c1", "content": "seen"},
+        {"role": "assistant", "content": None, "tool_calls": [CHAT_CALL]},
+    ]
+
+
+NAMES = st.sampled_from(
+    [
+        "type",
+        "role",
+        "content",
+        "text",
+        "id",
+        "call_id",
+        "name",
+        "arguments",
+        "output",
+        "summary",
+        "function",
+        "tools",
+        "tool_calls",
+        "image_url",
+        "reasoning_content",
+        "format",
+        "schema",
+        "effort",
+        "mode",
+        "encrypted_content",
+    ]
+)
+WORDS = st.sampled_from(
+    [
+        "message",
+        "reasoning",
+        "function_call",
+        "function_call_output",
+        "user",
+        "assistant",
+        "input_text",
+        "output_text",
+        "input_image",
+        "refusal",
+        "function",
+        "allowed_tools",
+        "json_schema",
+        "auto",
+        "msg_turn-1_0",
+        "fc_turn-1_1",
+    ]
+)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 2) | WORDS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=4),
+    max_leaves=8,
+)
+ITEMS = st.lists(
+    VALUES
+    | st.builds(
+        lambda known, more: {**known, **more},
+        st.sampled_from([USER, CALL, OUTPUT, text("a", id="msg_turn-1_0"), thought("t")]),
+        st.dictionaries(NAMES, VALUES, max_size=2),
+    ),
+    max_size=5,
+)
+FIELDS = st.dictionaries(
+    st.sampled_from(
+        ["tools", "tool_choice", "text", "reasoning", "include", "metadata", "instructions", "store", "stream_options"]
+    ),
+    VALUES,
+    max_size=2,
+)
+
+
+@settings(max_examples=400)
+@given(ITEMS, FIELDS)
+def test_any_body_is_read_or_refused(items: list[Any], fields: dict[str, Any]) -> None:
+    """Wrong types at any depth are the client's error, told as such, and never ours."""
+    with suppress(InvalidRequest):
+        request = turn(**{"input": items, **fields})
+        assert all(isinstance(message["role"], str) for message in request.messages)
+        told = ResponsesWriter(Asked.by(request, None), "turn-0a", "m").whole(
+            [choice(ParsedReply("a", None, (), (), 0))]
+        )
+        assert told["status"] == "completed"
 
 
 TEXTS = st.text(st.characters(codec="utf-8"), min_size=1, max_size=4)
