@@ -89,7 +89,7 @@ class Calls:
         except _ClientGone:
             self._abandon(turns)
             return Response(status_code=_CLIENT_GONE_STATUS)
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, VerbatimError):  # one of several turns failed: nobody gets the others' replies
             self._abandon(turns)
             raise
         finally:

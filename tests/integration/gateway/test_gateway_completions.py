@@ -190,6 +190,18 @@ def test_one_bad_prompt_of_several_starts_no_turn(gateway: RunningGateway, sessi
     assert gateway.turns(session_id) == []
 
 
+def test_a_prompt_too_long_among_others_refuses_the_call_and_nothing_counts_as_seen(
+    gateway: RunningGateway, session_id: str
+) -> None:
+    """I3: what the other prompts sampled is recorded as not delivered."""
+    body = {"prompt": ["count slowly", [5] * 5000], "max_tokens": 50}
+    reply = httpx.post(f"{gateway.url}/sessions/{session_id}/v1/completions", json=body, timeout=30)
+    assert reply.json()["error"]["code"] == "context_length_exceeded"
+    gateway.post(f"/sessions/{session_id}/finish", {"reward": 0.0})
+    for turn in gateway.turns(session_id):
+        assert turn["delivered_at"] is None
+
+
 def test_generate_answers_in_sglangs_shape(gateway: RunningGateway, session_id: str) -> None:
     reply = generate(
         gateway,

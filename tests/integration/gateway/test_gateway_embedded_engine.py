@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -83,3 +84,54 @@ async def test_weights_change_inside_a_turn_and_the_agent_sees_one_reply(
     assert [span["policy_version"] for span in turn["version_spans"]] == [0, 7]
     assert turn["experts_stop"] == len(turn["prompt_token_ids"]) + 600 - 1
     assert turn["untrainable_reason"] is None
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_generate_answers_what_the_engine_itself_would(
+    stream: bool, served: tuple[str, RunningGateway], session_id: str
+) -> None:
+    """I1, I8: the same request to the engine and through the gateway; ids, log-probs, rows and labels are equal."""
+    engine_url, gateway = served
+    request = {
+        "input_ids": [40, 41, 42, 43],
+        "sampling_params": {"max_new_tokens": 9, "temperature": 0, "ignore_eos": True},
+        "return_logprob": True,
+        "return_routed_experts": True,
+        "stream": stream,
+    }
+    ours, theirs = (
+        last_reply(url, request) for url in (f"{gateway.url}/sessions/{session_id}/generate", engine_url + "/generate")
+    )
+    assert ours["output_ids"] == theirs["output_ids"]
+    of_the_moment = {"id", "e2e_latency", "response_sent_to_client_ts", "cached_tokens", "cached_tokens_details"}
+    shown = ours["meta_info"].keys() - of_the_moment - {"routed_experts_start_len"}
+    left_out = {"input_token_logprobs", "num_retractions", "response_sent_to_client_ts"}
+    assert theirs["meta_info"].keys() - ours["meta_info"].keys() <= left_out
+    assert {name: ours["meta_info"][name] for name in shown} == {name: theirs["meta_info"][name] for name in shown}
+    assert {"output_token_logprobs", "routed_experts", "weight_version", "finish_reason"} <= shown
+
+
+def last_reply(url: str, body: dict[str, Any]) -> Any:
+    """A whole reply, or the last frame of a stream."""
+    text = httpx.post(url, json=body, timeout=60).text
+    return json.loads(text.split("data: ")[-2] if body["stream"] else text)
+
+
+def test_stop_string_is_cut_from_a_completion_and_its_tokens_stay(
+    served: tuple[str, RunningGateway], session_id: str
+) -> None:
+    """I1: the text ends before the stop string; who writes it back, as an agent does, extends the recorded tokens."""
+    _, gateway = served
+    path = f"/sessions/{session_id}/v1/completions"
+    asked = {"prompt": [40, 41, 42, 43], "max_tokens": 30, "temperature": 0, "ignore_eos": True}
+    whole = gateway.post(path, asked)["choices"][0]["text"]
+    stop = whole[len(whole) // 2 :][:2]
+    choice = gateway.post(path, {**asked, "stop": stop, "return_token_ids": True})["choices"][0]
+    assert choice["finish_reason"] == "stop"
+    assert choice["text"] == whole[: whole.index(stop)]
+    recorded = choice["prompt_token_ids"] + choice["token_ids"]
+    text = gateway.post("/detokenize", {"tokens": recorded})["text"]
+    assert text.startswith(gateway.post("/detokenize", {"tokens": asked["prompt"]})["text"] + choice["text"] + stop)
+    gateway.post(path, {**asked, "prompt": f"{text} and"})
+    turns = gateway.turns(session_id)
+    assert turns[2]["attachment"]["parent_id"] == turns[1]["turn_id"]
