@@ -23,6 +23,7 @@ ENDPOINTS: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": [QUESTION]},
     "/v1/completions": {"prompt": "What is 48/2?"},
     "/generate": {"input_ids": [5, 6]},
+    "/v1/responses": {"input": "What is 48/2?"},
 }
 numbers = st.one_of(
     st.integers(-(2**90), 2**90), st.floats(allow_nan=False, allow_infinity=False), st.sampled_from([1, 1.0, -0.0, 0])
@@ -75,11 +76,14 @@ def sent(value: Any) -> str:
 
 
 def streamed(url: str, body: dict[str, Any]) -> dict[str, Any]:
-    """The last chunk of a streamed reply."""
+    """The last chunk of a streamed reply, or the response that the last event holds."""
     with httpx.stream("POST", url, content=json.dumps(body | {"stream": True}), timeout=30) as reply:
         lines = [line.removeprefix("data: ") for line in reply.iter_lines() if line.startswith("data: ")]
-    assert lines[-1] == "[DONE]"
-    return dict(json.loads(lines[-2]))
+    if lines[-1] == "[DONE]":
+        return dict(json.loads(lines[-2]))
+    last = json.loads(lines[-1])
+    assert last["type"] == "response.completed"
+    return dict(last["response"])
 
 
 @pytest.mark.parametrize("endpoint", ENDPOINTS)
