@@ -349,15 +349,17 @@ async def _raw_prompt(parts: TurnParts, session: Session, request: TurnRequest, 
     """Recorded ids stay, what is new is added as it came (I1); no template has a say."""
     tokenizer = parts.model.tokenizer
     found = attach_raw(session.tree, session.token_paths, raw, tokenizer)
-    if request.num_bytes <= parts.settings.inline_prompt_bytes:
-        added = found.added_ids(tokenizer)
-    else:
-        added = await asyncio.to_thread(found.added_ids, tokenizer)
+
+    def read() -> tuple[TokenIds, JsonValue]:
+        return found.added_ids(tokenizer), found.message(tokenizer)
+
+    inline = request.num_bytes <= parts.settings.inline_prompt_bytes
+    added, message = read() if inline else await asyncio.to_thread(read)
     parent = found.place.parent
     token_ids = added if parent is None else np.concatenate([parent.token_ids(), added])
     check_ids(token_ids, vocab_size=_vocab_size(parts))
     built = BuiltPrompt(added, found.place.reason, RAW)
-    return _Prompt(found.place, RootContext((), {}), (found.message(tokenizer),), built, token_ids)
+    return _Prompt(found.place, RootContext((), {}), (message,), built, token_ids)
 
 
 def _parent_turn(place: Place) -> ParentTurn | None:

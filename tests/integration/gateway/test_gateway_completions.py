@@ -13,6 +13,8 @@ import httpx
 import numpy as np
 import openai
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gateway.contracts.codec import decode_rollout
 from tests.integration.gateway.conftest import TOOLS, RunningGateway
@@ -291,6 +293,44 @@ def test_an_impossible_generation_is_a_400_that_names_it(
     reply = httpx.post(f"{gateway.url}/sessions/{session_id}/generate", json=fields, timeout=30)
     assert reply.status_code == 400
     assert named in reply.json()["error"]["message"]
+
+
+CALLS: dict[str, dict[str, Any]] = {
+    "/v1/completions": {"prompt": "so", "max_tokens": 3},
+    "/generate": {"text": "so", "sampling_params": {"max_new_tokens": 3}},
+    "/tokenize": {"prompt": "so"},
+    "/detokenize": {"tokens": [5]},
+}
+FIELDS = (
+    "add_generation_prompt", "add_special_tokens", "best_of", "chat_template_kwargs", "echo", "input_ids", "logit_bias",
+    "logprobs", "max_tokens", "messages", "n", "prompt", "response_format", "return_logprob", "return_routed_experts",
+    "return_text_in_logprobs", "return_token_ids", "return_token_strs", "rid", "routed_experts_start_len",
+    "sampling_params", "seed", "skip_special_tokens", "stop", "stop_token_ids", "stream", "stream_options", "suffix",
+    "temperature", "text", "tokens", "tools", "top_k",
+)  # fmt: skip
+NUMBERS = st.one_of(st.integers(-5, 500), st.integers(-(2**70), 2**70), st.floats(allow_nan=False))
+ANYTHING = st.recursive(
+    st.one_of(st.none(), st.booleans(), NUMBERS, st.text(max_size=5)),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.dictionaries(st.sampled_from(["n", "stop", "top_k", "sampling_seed", "content", "x"]), inner, max_size=2),
+    ),
+    max_leaves=6,
+)
+
+
+@pytest.mark.parametrize("path", CALLS)
+def test_no_value_of_a_field_is_an_error_of_ours(path: str, gateway: RunningGateway) -> None:
+    with httpx.Client(timeout=60) as client:
+
+        @settings(max_examples=60, deadline=None)
+        @given(changed=st.dictionaries(st.sampled_from(FIELDS), ANYTHING, max_size=3))
+        def check(changed: dict[str, Any]) -> None:
+            body = json.dumps({**CALLS[path], **changed}, allow_nan=True)
+            reply = client.post(f"{gateway.url}/sessions/any{path}", content=body)
+            assert reply.status_code in (200, 400), reply.text
+
+        check()
 
 
 def test_tokenize_shows_what_a_chat_would_send(gateway: RunningGateway, session_id: str) -> None:
