@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test test-all test-real-engines check clean
+.PHONY: install demo test test-all test-engines check clean
 
 install: $(STAMP)
 
@@ -29,9 +29,10 @@ test: install
 test-all: install
 	$(BIN)/python -m pytest -m "not real_engine"
 
-# Parity of the embedded engine with the real SGLang on this CPU; installs it into an environment of its own (2.7 GB).
-test-real-engines: install
-	PYTHON=$(PYTHON) tests/real_engines/install.sh
+# The real SGLang and the real vLLM on this CPU, one after the other, each in an environment of its own (2.7 and 2.4 GB).
+test-engines: install
+	PYTHON=$(PYTHON) tests/real_engines/install.sh sglang
+	PYTHON=$(PYTHON) tests/real_engines/install.sh vllm
 	$(BIN)/python -m pytest -m real_engine
 
 check: install

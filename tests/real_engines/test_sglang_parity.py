@@ -1,17 +1,13 @@
 """The embedded engine beside the real SGLang 0.5.23 on one float32 checkpoint: the same requests, compared.
 
-Runs where `tests/real_engines/install.sh` has made `.venv-sglang` (`make test-real-engines`); fails where it has not.
+Runs where `tests/real_engines/install.sh sglang` has made `.venv-sglang` (`make test-engines`); fails where it has not.
 """
 
 from __future__ import annotations
 
 import asyncio
 import base64
-import os
 import shutil
-import signal
-import subprocess
-import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +21,7 @@ import pytest
 import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from engines.launch import free_port, running_engine
+from engines.launch import running_engine
 from engines.sglang import SglangEngine
 from engines.weights.disk import DiskTransport
 from engines.weights.names import policy_version_of
@@ -33,13 +29,11 @@ from gateway.contracts.errors import ContextOverflow, EngineRejected
 from gateway.contracts.experts import RoutingShape
 from gateway.contracts.generation import FinishReason, GenerateChunk, GenerateEnd, GenerateRequest, SamplingParams
 from gateway.contracts.ports import PauseMode
+from tests.real_engines.servers import real_sglang
 
 pytestmark = [pytest.mark.real_engine, pytest.mark.timeout(600)]
 
-HERE = Path(__file__).resolve().parent
-SGLANG_PYTHON = HERE.parents[1] / ".venv-sglang" / "bin" / "python"
 SHAPE = RoutingShape(num_layers=4, num_experts=8, top_k=2)
-START_SECONDS = 240.0
 GREEDY = {"max_new_tokens": 48, "temperature": 0, "ignore_eos": True}
 LONG = {"max_new_tokens": 400, "temperature": 1.0, "ignore_eos": True}
 ROW_TOLERANCE = 0.005
@@ -128,44 +122,8 @@ def write_checkpoint(folder: Path, tokenizer_folder: Path, *, seed: int) -> Path
 
 @pytest.fixture(scope="module")
 def sglang_url(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    if not SGLANG_PYTHON.exists():
-        pytest.fail(f"{SGLANG_PYTHON} is missing: run tests/real_engines/install.sh (make test-real-engines does)")
-    port = free_port()
-    command = [
-        str(SGLANG_PYTHON), str(HERE / "launch_sglang.py"), "--model-path", str(checkpoint),
-        "--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port), "--device", "cpu",
-        "--attention-backend", "torch_native", "--sampling-backend", "pytorch", "--disable-overlap-schedule",
-        "--disable-cuda-graph", "--max-total-tokens", "20000", "--dtype", "float32", "--enable-return-routed-experts",
-    ]  # fmt: skip
-    log = tmp_path_factory.mktemp("log") / "sglang.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            start_new_session=True,
-        )
-    try:
-        asyncio.run(_until_ready(f"http://127.0.0.1:{port}", process, log))
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)  # its own group: the server, its scheduler and detokenizer
-        process.wait()
-
-
-async def _until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=10)) as session:
-        while time.monotonic() < deadline and process.poll() is None:
-            try:
-                async with session.get(url + "/health") as response:
-                    if response.status == 200:
-                        return
-            except (aiohttp.ClientError, TimeoutError):
-                pass
-            await asyncio.sleep(0.5)
-    pytest.fail(f"SGLang did not start:\n{log.read_text(errors='replace')[-3000:]}")
+    with real_sglang(checkpoint, tmp_path_factory.mktemp("log") / "sglang.log") as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
