@@ -40,6 +40,9 @@ pytestmark = [pytest.mark.real_engine, pytest.mark.timeout(600)]
 
 OPENING = "<|im_start|>user\nWhat is the weather in Oslo?<|im_end|>\n<|im_start|>assistant\n"
 
+LONG = 2000
+"""Tokens that take seconds, so that what a test does meanwhile happens meanwhile, on a busy machine too; nearly all of the context."""
+
 _request_numbers = itertools.count()
 
 
@@ -170,7 +173,7 @@ async def test_a_request_that_ran_through_a_pause_is_what_the_model_computes(
 ) -> None:
     """I2, I3: held in place, computed anew, or ended with what it has; its tokens and rows are right either way."""
     prompt = prompt_of(20, seed=15)
-    stream = engine.generate(request_for(prompt, max_new_tokens=300))
+    stream = engine.generate(request_for(prompt, max_new_tokens=LONG))
     first = await anext(stream)
     await engine.pause(mode)
     waiting = asyncio.create_task(collect(engine, request_for(prompt_of(5, seed=16))))
@@ -190,14 +193,14 @@ async def test_a_request_that_ran_through_a_pause_is_what_the_model_computes(
         assert end.finish.reason is FinishReason.ABORT
         assert end.routed_experts is None
     else:
-        assert len(ids) == 300
+        assert len(ids) == LONG
         assert end.routed_experts is not None
         check_rows(end.routed_experts.ids, experts)
 
 
 async def test_a_label_that_moves_under_a_request_makes_its_versions_uncertain(engine: VllmEngine, url: str) -> None:
     """I5: 0.30 does not say which token which weights sampled."""
-    stream = engine.generate(request_for(prompt_of(20, seed=17), max_new_tokens=300))
+    stream = engine.generate(request_for(prompt_of(20, seed=17), max_new_tokens=LONG))
     await anext(stream)
     await engine.pause(PauseMode.IN_PLACE)
     async with aiohttp.ClientSession() as session:
@@ -215,7 +218,7 @@ async def test_a_label_that_moves_under_a_request_makes_its_versions_uncertain(e
 
 async def test_aborts_and_refusals(engine: VllmEngine) -> None:
     """I3: whole ids only; an aborted request is an answer."""
-    request = request_for(prompt_of(9, seed=19), max_new_tokens=900)
+    request = request_for(prompt_of(9, seed=19), max_new_tokens=LONG)
     other = engine.generate(request_for(prompt_of(9, seed=20), max_new_tokens=60))
     await anext(other)
     stream = engine.generate(request)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,8 +46,8 @@ async def engine(url: str) -> AsyncIterator[VllmEngine]:
     await made.aclose()
 
 
-def request_for(prompt: list[int], rid: str, **sampling: float) -> GenerateRequest:
-    params = SamplingParams(max_new_tokens=40, stop_token_ids=(), ignore_eos=True, **sampling)  # type: ignore[arg-type]
+def request_for(prompt: list[int], rid: str, **sampling: Any) -> GenerateRequest:
+    params = SamplingParams(**({"max_new_tokens": 40, "ignore_eos": True} | sampling))
     return GenerateRequest(rid * 32, np.array(prompt, dtype=np.int32), params)
 
 
@@ -71,7 +72,7 @@ async def test_completions_give_the_same_tokens_and_scaled_log_probs(engine: Vll
 
 async def test_an_aborted_completion_is_an_answer(engine: VllmEngine) -> None:
     """I3."""
-    request = request_for([5, 6, 7], "c")
+    request = request_for([5, 6, 7], "c", max_new_tokens=2000)
     stream = engine.generate(request)
     await anext(stream)
     await engine.abort(request.request_id)
