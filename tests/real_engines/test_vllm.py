@@ -41,7 +41,7 @@ pytestmark = [pytest.mark.real_engine, pytest.mark.timeout(600)]
 OPENING = "<|im_start|>user\nWhat is the weather in Oslo?<|im_end|>\n<|im_start|>assistant\n"
 
 LONG = 2000
-"""Tokens that take seconds, so that what a test does meanwhile happens meanwhile, on a busy machine too; nearly all of the context."""
+"""Tokens, nearly all of the context: they take seconds, so what a test does meanwhile happens meanwhile."""
 
 _request_numbers = itertools.count()
 
