@@ -251,8 +251,8 @@ class Judge:
         rendered = self._render(conversation)
         before = conversation.messages[: len(conversation.messages) - len(appended)]
         for i, message in enumerate(appended):
-            text = message.get("content")
-            if not isinstance(text, str) or not text.strip():
+            text = _said(message.get("content"))
+            if not text.strip():
                 continue
             worded = (*before, *appended[:i], {**message, "content": _UNSAID}, *appended[i + 1 :])
             if text.strip() not in rendered or _UNSAID not in self._render(replace(conversation, messages=worded)):
@@ -531,6 +531,13 @@ def _value(arguments: Any) -> Any:
         return json.loads(arguments)
     except ValueError:
         return arguments
+
+
+def _said(content: Any) -> str:
+    """The text of a message, also where it comes in parts."""
+    if isinstance(content, list):
+        return "\n".join(part["text"] for part in content if part.get("type") == "text")
+    return content if isinstance(content, str) else ""
 
 
 def _texts(value: Any) -> Iterator[str]:
