@@ -21,6 +21,7 @@ from gateway.contracts.generation import JsonValue
 from gateway.contracts.records import SegmentReason
 from gateway.tito.conversation import Conversation
 from gateway.tito.lookalikes import Brackets, absent_characters
+from gateway.tito.parsing.call_ids import show_call
 from gateway.tito.template import REASONING_KEYS, ChatTemplate
 
 _WORDS = re.compile(r"(?:^|(?<=>))[^<]+")
@@ -93,11 +94,12 @@ def learn_junction(
                 return junction
             # A reply without text (cut in its reasoning, ended at once) may be shown without an end, or be refused.
             # What follows it is certified then by a reply with text, in context and out of it.
-            stands_in = full_text is None or (was_cut and not reply.get("content"))
+            if full_text is not None and (not was_cut or reply.get("content")):
+                return SegmentReason.UNCERTIFIED
             alone = local_suffix(
                 template, conversation, num_messages=num_messages, stop=junction.stop, tools=conversation.tools
             )
-            return junction if stands_in and alone == junction.suffix else SegmentReason.UNCERTIFIED
+            return junction if alone == junction.suffix else SegmentReason.UNCERTIFIED
     return SegmentReason.TEMPLATE_RAISED if raised else SegmentReason.UNCERTIFIED
 
 
@@ -177,14 +179,7 @@ def call_close(template: ChatTemplate, closers: str) -> str:
     """The markup that closes a call, on a line of its own where the template writes it so; "" stays ""."""
     if not closers:
         return ""
-    function = {"name": "probe", "arguments": json.dumps({"k": _sentinel("")})}
-    call = {"id": "call00001", "type": "function", "function": function}
-    messages = ({"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [call]})
-    try:
-        text = template.render(Conversation(messages), add_generation_prompt=False)
-    except TemplateRaised:
-        return closers
-    return f"\n{closers}" if f"\n{closers}" in text else closers
+    return f"\n{closers}" if f"\n{closers}" in show_call(template) else closers
 
 
 class _ProbeKind(Enum):

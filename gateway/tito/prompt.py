@@ -198,16 +198,24 @@ class PromptBuilder:
     ) -> BuiltPrompt:
         """The long path: a full render, and a probe where there is a parent."""
         guarded = self._guard.guard(conversation)
-        refusal: TemplateRaised | None = None
-        full_text: str | None = None
         try:
             full_text = self._template.render(guarded.conversation)
-        except TemplateRaised as error:
-            if parent is None:
+        except TemplateRaised:
+            unrendered = None if parent is None else self._continued(parent, guarded, None)
+            if not isinstance(unrendered, BuiltPrompt):
                 raise
-            refusal = error
+            return unrendered
         if parent is None:
-            return self._whole(full_text, refusal, guarded, reason)
+            return self._whole(full_text, guarded, reason)
+        continued = self._continued(parent, guarded, full_text)
+        if isinstance(continued, SegmentReason):
+            return self._whole(full_text, guarded, self._reason_of(parent, continued))
+        return continued
+
+    def _continued(
+        self, parent: ParentTurn, guarded: GuardedConversation, full_text: str | None
+    ) -> BuiltPrompt | SegmentReason:
+        """The parent's ids go on with the junction's, unless history or the sampled stop token forbid it."""
         junction = learn_junction(
             self._template,
             guarded.conversation,
@@ -216,17 +224,8 @@ class PromptBuilder:
             tokens=TurnTokens(self._stop_texts(parent), self._special, guarded.brackets),
             was_cut=self._was_cut(parent),
         )
-        continued = (
-            self._continued(parent, junction, guarded, full_text) if isinstance(junction, Junction) else junction
-        )
-        if isinstance(continued, SegmentReason):
-            return self._whole(full_text, refusal, guarded, self._reason_of(parent, continued))
-        return continued
-
-    def _continued(
-        self, parent: ParentTurn, junction: Junction, guarded: GuardedConversation, full_text: str | None
-    ) -> BuiltPrompt | SegmentReason:
-        """The parent's ids go on with the junction's, unless history or the sampled stop token forbid it."""
+        if isinstance(junction, SegmentReason):
+            return junction
         stop_id = self._tokenizer.token_id(junction.stop)
         if stop_id is None:
             return SegmentReason.UNCERTIFIED
@@ -242,7 +241,8 @@ class PromptBuilder:
             return SegmentReason.UNCERTIFIED
         last_id = int(parent.token_ids[-1])
         if last_id == stop_id:
-            return self._appended(parent, suffix_ids, full_text, _PROBED[history] if full_text else PROBE_UNRENDERED)
+            certified_by = PROBE_UNRENDERED if full_text is None else _PROBED[history]
+            return self._appended(parent, suffix_ids, full_text, certified_by)
         stop_then_suffix = np.concatenate([np.array([stop_id], dtype=np.int32), suffix_ids])
         if last_id in self._stops_of(parent):
             # Never two stops in a row: history has another one here. The sampled one stays in the parent's record.
@@ -314,16 +314,7 @@ class PromptBuilder:
     def _stop_texts(self, parent: ParentTurn) -> tuple[str, ...]:
         return tuple(self._tokenizer.token_text(token_id) for token_id in self._stops_of(parent))
 
-    def _whole(
-        self,
-        full_text: str | None,
-        refusal: TemplateRaised | None,
-        guarded: GuardedConversation,
-        reason: SegmentReason,
-    ) -> BuiltPrompt:
-        """A whole prompt; raises the template's refusal where there is no text."""
-        if full_text is None:
-            raise refusal or TemplateRaised("the model's chat template refuses this conversation")
+    def _whole(self, full_text: str, guarded: GuardedConversation, reason: SegmentReason) -> BuiltPrompt:
         ids = self._guard.encode(full_text, guarded.brackets)
         hidden = unseen_messages(self._template, guarded.conversation, full_text)
         return self._remembered(ids, full_text, BuiltPrompt(ids, reason, FULL_RENDER, hidden))

@@ -12,6 +12,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors, trainers
 
 from gateway.contracts.errors import InvalidRequest
+from gateway.contracts.examples import example_turn
 from gateway.contracts.generation import Finish, FinishReason, LogprobKind
 from gateway.contracts.records import Attachment, MatchTier, RootContext, SegmentReason, TurnRecord
 from gateway.contracts.replies import ContentDelta
@@ -88,9 +89,7 @@ def record(
 ) -> TurnRecord:
     first = SegmentReason.FIRST if parent_id is None else None
     values: dict[str, Any] = {
-        "session_id": "s",
         "turn_id": f"turn-{index}",
-        "index": index,
         "attachment": Attachment(parent_id, parent_id, MatchTier.NONE, first),
         "root": RootContext((), {}) if parent_id is None else None,
         "added_messages": ({"role": "prompt", "content": "p"},),
@@ -99,25 +98,10 @@ def record(
         "output_token_ids": np.array(output, dtype=np.int32),
         "output_logprobs": np.zeros(len(output), dtype=np.float32),
         "version_spans": (VersionSpan(0, len(output), 0),) if output else (),
-        "finish": Finish(FinishReason.STOP),
         "logprob_kind": LogprobKind.RAW,
-        "sampling": {},
-        "num_layers": 0,
-        "num_experts": 0,
-        "top_k": 0,
-        "experts_start": 0,
-        "experts_stop": 0,
-        "engine_id": "e",
-        "model": "m",
-        "request_digest": "",
-        "cached_tokens": 0,
-        "num_retractions": 0,
         "meta": {"certified_by": "raw"},
-        "untrainable_reason": None,
-        "created_at": 0.0,
-        "delivered_at": None,
     }
-    return TurnRecord(**values | fields)
+    return example_turn(index, **values | fields)
 
 
 def test_a_character_that_two_turns_share_is_found_whole(tokenizer: ChatTokenizer) -> None:
