@@ -19,17 +19,14 @@ from functools import cached_property
 
 from gateway.contracts.generation import Finish, FinishReason, JsonValue, TokenIds
 from gateway.contracts.replies import (
-    ContentDelta,
     ParsedReply,
-    ReasoningDelta,
     ReplyDelta,
     ReplyFlag,
     ToolCall,
-    ToolCallDelta,
 )
 from gateway.tito.parsing.call_ids import CallIdStyle
 from gateway.tito.parsing.calls import PROBE_NAME
-from gateway.tito.parsing.joined_text import JoinedText
+from gateway.tito.parsing.draft import ReplyDraft
 from gateway.tito.parsing.json_text import object_text
 from gateway.tito.parsing.markers import Marker, Markup, Scanned, TokenScanner, marker
 from gateway.tito.parsing.reasoning import ReasoningMarkers
@@ -142,51 +139,36 @@ class HarmonyParser:
         self._given_header = ""  # what of it stands in the prompt
         self._recipient = ""
         self._call_body: list[str] = []
-        self._content = JoinedText(holds_space=False)
-        self._reasoning = JoinedText(holds_space=True)
-        self._tool_calls: list[ToolCall] = []
-        self._flags: list[ReplyFlag] = []
-        self._num_reasoning_tokens = 0
-        self._deltas: list[ReplyDelta] = []
+        self._draft = ReplyDraft(holds_space=False)
 
     def begin(self, open_message: Sequence[Scanned]) -> None:
         """Start inside the message that a prompt left open: its start marker, and what of it is there already."""
         self._read(open_message)
         # What the prompt holds of a message's text is no part of the reply; only the state is.
         self._given_header = self._header
-        self._reasoning, self._content = JoinedText(holds_space=True), JoinedText(holds_space=False)
-        self._call_body, self._flags, self._deltas = [], [], []
-        self._reasoning.begin_block()
+        self._draft = ReplyDraft(holds_space=False)
+        self._call_body = []
 
     def feed(self, token_ids: Sequence[int]) -> list[ReplyDelta]:
         """Deltas that the next sampled tokens make certain; may be empty."""
         for token_id in token_ids:
             was_reasoning = self._state is _State.REASONING
             self._read(self._scanner.push(int(token_id)))
-            self._num_reasoning_tokens += was_reasoning or self._state is _State.REASONING
-        return self._take_deltas()
+            self._draft.num_reasoning_tokens += was_reasoning or self._state is _State.REASONING
+        return self._draft.take_deltas()
 
     def finish(self, finish: Finish) -> tuple[list[ReplyDelta], ParsedReply]:
         """The last deltas, and the whole reply; the parser takes no more tokens."""
         self._read(self._scanner.finish(finish.matched if isinstance(finish.matched, str) else None))
         if self._state is _State.REASONING:
-            self._flag(ReplyFlag.UNCLOSED_REASONING)
+            self._draft.flag(ReplyFlag.UNCLOSED_REASONING)
         elif self._state is _State.CALL and finish.reason is FinishReason.STOP:
             self._end_message("")
         elif self._state is _State.CALL:
             self._spill_call(ReplyFlag.UNCLOSED_TOOL_CALL, "")
         elif self._state is _State.HEADER and not _is_bare_header(self._own_header()):
             self._spill_header(ReplyFlag.UNCLOSED_TOOL_CALL if _RECIPIENT.search(self._header) else None)
-        self._show_content(self._content.end())
-        deltas = self._take_deltas()
-        reply = ParsedReply(
-            content=self._content.text or None,
-            reasoning=self._reasoning.text or None,
-            tool_calls=tuple(self._tool_calls),
-            flags=tuple(self._flags),
-            num_reasoning_tokens=self._num_reasoning_tokens,
-        )
-        return deltas, reply
+        return self._draft.finish()
 
     @property
     def open_markup(self) -> OpenMarkup:
@@ -215,12 +197,12 @@ class HarmonyParser:
         elif self._state is _State.CALL:
             self._call_body.append(text)
         elif self._state is _State.REASONING:
-            self._show_reasoning(self._reasoning.add(text))
+            self._draft.think(text)
         elif self._state is _State.CONTENT:
-            self._show_content(self._content.add(text))
+            self._draft.say(text)
         elif not text.isspace():
             self._open_content()
-            self._show_content(self._content.add(text))
+            self._draft.say(text)
 
     def _begin_header(self, marker_text: str) -> None:
         if self._state is _State.HEADER and marker_text == _CHANNEL and _CHANNEL not in self._header:
@@ -242,7 +224,7 @@ class HarmonyParser:
             self._open_call()
         elif channel == [_REASONING_CHANNEL]:
             self._state = _State.REASONING
-            self._reasoning.begin_block()
+            self._draft.reasoning.begin_block()
         elif (channel and channel[0] in _CHANNELS) or not self._own_header():
             self._open_content()
         else:
@@ -256,8 +238,8 @@ class HarmonyParser:
 
     def _open_content(self) -> None:
         self._state = _State.CONTENT
-        if not self._content.is_blank:
-            self._content.begin_block()
+        if not self._draft.content.is_blank:
+            self._draft.content.begin_block()
 
     def _end_message(self, closer: str) -> None:
         if self._state is _State.HEADER and not _is_bare_header(self._own_header()):
@@ -273,8 +255,7 @@ class HarmonyParser:
     def _add_call(self, arguments: str) -> None:
         name = self._recipient.removeprefix("functions.") or self._recipient
         call = ToolCall(CallIdStyle.CALL_HEX.new_id(), name, arguments)
-        self._deltas.append(ToolCallDelta(len(self._tool_calls), call.call_id, call.name, call.arguments))
-        self._tool_calls.append(call)
+        self._draft.call(call)
 
     def _spill_call(self, flag: ReplyFlag, closer: str) -> None:
         """What was to be a call becomes content, as written."""
@@ -283,10 +264,10 @@ class HarmonyParser:
     def _spill_header(self, flag: ReplyFlag | None, more: str = "") -> None:
         """What was to be a header becomes content, as far as the model wrote it, and `more` with it."""
         if flag is not None:
-            self._flag(flag)
+            self._draft.flag(flag)
         own = self._own_header()
         self._open_content()
-        self._show_content(self._content.add(own + more))
+        self._draft.say(own + more)
 
     def _broken_header(self) -> ReplyFlag | None:
         """Text without any markup is just text."""
@@ -295,19 +276,3 @@ class HarmonyParser:
 
     def _own_header(self) -> str:
         return self._header[len(self._given_header) :]
-
-    def _flag(self, flag: ReplyFlag) -> None:
-        if flag not in self._flags:
-            self._flags.append(flag)
-
-    def _show_content(self, text: str) -> None:
-        if text:
-            self._deltas.append(ContentDelta(text))
-
-    def _show_reasoning(self, text: str) -> None:
-        if text:
-            self._deltas.append(ReasoningDelta(text))
-
-    def _take_deltas(self) -> list[ReplyDelta]:
-        deltas, self._deltas = self._deltas, []
-        return deltas

@@ -14,17 +14,14 @@ from functools import cached_property
 
 from gateway.contracts.generation import Finish, FinishReason, JsonValue, TokenIds
 from gateway.contracts.replies import (
-    ContentDelta,
     ParsedReply,
-    ReasoningDelta,
     ReplyDelta,
     ReplyFlag,
     ToolCall,
-    ToolCallDelta,
 )
 from gateway.tito.parsing.call_ids import CallIdStyle
 from gateway.tito.parsing.calls import CallFrame, CallSyntax, WrittenCall, body_text
-from gateway.tito.parsing.joined_text import JoinedText
+from gateway.tito.parsing.draft import ReplyDraft
 from gateway.tito.parsing.json_text import object_text
 from gateway.tito.parsing.markers import Marker, Markup, Scanned, TokenScanner
 from gateway.tito.parsing.reasoning import ReasoningMarkers, ReasoningOpening
@@ -95,43 +92,28 @@ class MarkedParser:
         self._tools = tools
         self._scanner = scanner
         self._state = _State.REASONING if reasoning_open else _State.CONTENT
-        self._content = JoinedText(holds_space=self._calls is not None)
-        self._reasoning = JoinedText(holds_space=True)
-        self._reasoning.begin_block()
+        self._draft = ReplyDraft(holds_space=self._calls is not None)
         self._label = _Label(parsing.reasoning.label if parsing.reasoning is not None else "")
         self._beginning: str | None = "" if self._frame.beginnings else None
         self._in_section = False
         self._section_text: list[str] = []  # the opener of a section in which no call was good yet, and space behind it
         self._call_opener = ""
         self._call_body: list[Scanned] = []
-        self._tool_calls: list[ToolCall] = []
-        self._flags: list[ReplyFlag] = []
-        self._num_reasoning_tokens = 0
-        self._deltas: list[ReplyDelta] = []
 
     def feed(self, token_ids: Sequence[int]) -> list[ReplyDelta]:
         """Deltas that the next sampled tokens make certain; may be empty."""
         for token_id in token_ids:
             was_reasoning = self._state is _State.REASONING
             self._read(self._scanner.push(int(token_id)))
-            self._num_reasoning_tokens += was_reasoning or self._state is _State.REASONING
-        return self._take_deltas()
+            self._draft.num_reasoning_tokens += was_reasoning or self._state is _State.REASONING
+        return self._draft.take_deltas()
 
     def finish(self, finish: Finish) -> tuple[list[ReplyDelta], ParsedReply]:
         """The last deltas, and the whole reply; the parser takes no more tokens."""
         stop_string = finish.matched if isinstance(finish.matched, str) else None
         self._read(self._scanner.finish(stop_string))
         self._end_what_is_open(finish, stop_string)
-        self._show_content(self._content.end())
-        deltas = self._take_deltas()
-        reply = ParsedReply(
-            content=self._content.text or None,
-            reasoning=self._reasoning.text or None,
-            tool_calls=tuple(self._tool_calls),
-            flags=tuple(self._flags),
-            num_reasoning_tokens=self._num_reasoning_tokens,
-        )
-        return deltas, reply
+        return self._draft.finish()
 
     @property
     def open_markup(self) -> OpenMarkup:
@@ -158,22 +140,22 @@ class MarkedParser:
         if self._state is _State.CALL:
             self._call_body.append(text)
         elif self._state is _State.REASONING:
-            self._show_reasoning(self._reasoning.add(self._label.skip(text)))
+            self._draft.think(self._label.skip(text))
         elif self._beginning is not None:
             self._decide_beginning(self._beginning + text)
         elif self._section_text and text.isspace():
             self._section_text.append(text)
         else:
             self._spill_section()
-            self._show_content(self._content.add(text))
+            self._draft.say(text)
 
     def _marker_in_reasoning(self, item: Marker) -> None:
         markers = self._reasoning_markers
         if markers is not None and item == markers.closer:
-            self._show_reasoning(self._reasoning.add(self._label.end()))
+            self._draft.think(self._label.end())
             self._state = _State.CONTENT
-            self._content.begin_block()
-        elif markers is not None and item == markers.opener and self._reasoning.is_blank:
+            self._draft.content.begin_block()
+        elif markers is not None and item == markers.opener and self._draft.reasoning.is_blank:
             return  # an opener that the prompt already had, or that the model repeats
         else:
             self._text(item.text)  # a call inside reasoning is not a call
@@ -189,7 +171,7 @@ class MarkedParser:
             self._close_section(item)
         elif self._opens_reasoning(item):
             self._state = _State.REASONING
-            self._reasoning.begin_block()
+            self._draft.reasoning.begin_block()
             self._label.begin()
         else:
             self._end_beginning()
@@ -199,7 +181,9 @@ class MarkedParser:
         if self._reasoning_markers is None or item != self._reasoning_markers.opener:
             return False
         # Spelled out in ordinary tokens, it means reasoning at the very beginning only; later it is quoted text.
-        return item.token_id is not None or (self._content.is_blank and not self._tool_calls and not self._beginning)
+        return item.token_id is not None or (
+            self._draft.content.is_blank and not self._draft.tool_calls and not self._beginning
+        )
 
     def _marker_in_call(self, item: Marker) -> None:
         frame = self._frame
@@ -219,8 +203,8 @@ class MarkedParser:
         flag = ReplyFlag.MALFORMED_TOOL_CALL if finish.reason is FinishReason.STOP else ReplyFlag.UNCLOSED_TOOL_CALL
         closer = self._frame.closer
         if self._state is _State.REASONING:
-            self._show_reasoning(self._reasoning.add(self._label.end()))
-            self._flag(ReplyFlag.UNCLOSED_REASONING)
+            self._draft.think(self._label.end())
+            self._draft.flag(ReplyFlag.UNCLOSED_REASONING)
         elif self._state is _State.CALL and (closer is None or stop_string == closer.text):
             self._end_call(closer="", flag=flag)
         elif self._state is _State.CALL:
@@ -261,15 +245,14 @@ class MarkedParser:
             self._add_call(call)
         self._state = _State.CONTENT
         self._section_text = []
-        self._content.begin_block()
+        self._draft.content.begin_block()
 
     def _add_call(self, written: WrittenCall) -> None:
-        taken = {call.call_id for call in self._tool_calls} if written.call_id is not None else set()
+        taken = {call.call_id for call in self._draft.tool_calls} if written.call_id is not None else set()
         is_own = written.call_id is not None and written.call_id not in taken
         call_id = written.call_id if is_own and written.call_id is not None else self._call_ids.new_id()
         call = ToolCall(call_id, written.name, written.arguments)
-        self._deltas.append(ToolCallDelta(len(self._tool_calls), call.call_id, call.name, call.arguments))
-        self._tool_calls.append(call)
+        self._draft.call(call)
 
     def _spill_call(self, flag: ReplyFlag, *, closer: str) -> None:
         """What was to be a call becomes content, as written."""
@@ -278,15 +261,15 @@ class MarkedParser:
         self._spill_section(flag=flag)
         # JSON without an opener that is no call is an answer in JSON.
         if self._call_opener or object_text(text) is None:
-            self._flag(flag)
-        self._show_content(self._content.add(self._call_opener + text + closer))
+            self._draft.flag(flag)
+        self._draft.say(self._call_opener + text + closer)
 
     def _close_section(self, item: Marker) -> None:
         if self._section_text:
             self._section_text.append(item.text)
             self._spill_section()
         else:
-            self._content.begin_block()
+            self._draft.content.begin_block()
         self._in_section = False
 
     def _spill_section(self, *, flag: ReplyFlag = ReplyFlag.MALFORMED_TOOL_CALL) -> None:
@@ -296,24 +279,8 @@ class MarkedParser:
         text = "".join(self._section_text)
         self._section_text = []
         self._in_section = False
-        self._flag(flag)
-        self._show_content(self._content.add(text))
-
-    def _flag(self, flag: ReplyFlag) -> None:
-        if flag not in self._flags:
-            self._flags.append(flag)
-
-    def _show_content(self, text: str) -> None:
-        if text:
-            self._deltas.append(ContentDelta(text))
-
-    def _show_reasoning(self, text: str) -> None:
-        if text:
-            self._deltas.append(ReasoningDelta(text))
-
-    def _take_deltas(self) -> list[ReplyDelta]:
-        deltas, self._deltas = self._deltas, []
-        return deltas
+        self._draft.flag(flag)
+        self._draft.say(text)
 
 
 class _Label:
