@@ -5,10 +5,10 @@ Produced by `gateway.sessions`, consumed by every class behind the `Engine` Prot
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -79,13 +79,38 @@ class SamplingParams:
             raise InvalidRequest(f"min_p is {self.min_p}; it must be in [0, 1]")
 
 
+class MediaKind(StrEnum):
+    """What a part of a message is that has no text."""
+
+    IMAGE = "image"
+    AUDIO = "audio"
+    VIDEO = "video"
+
+
+@dataclass(frozen=True, slots=True)
+class Media:
+    """One image, recording or film of a prompt; `url` says where it is, or is itself a `data:` URL."""
+
+    kind: MediaKind
+    url: str
+
+
+class TopLogprob(NamedTuple):
+    """One of the likeliest tokens at a position."""
+
+    token_id: int
+    logprob: float
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class GenerateRequest:
     """Token ids in. `request_id` has a fixed length (SGLang aborts by prefix).
 
     `routed_experts_start`: absolute index of the first routing row wanted; None asks for no routing.
     `passthrough`: unknown top-level fields of the agent's request, for the engine (I8). `reasons_first`: a grammar
-    among the sampling parameters holds behind the reasoning that the prompt has opened.
+    among the sampling parameters holds behind the reasoning that the prompt has opened. `num_top_logprobs`: how many of
+    the likeliest tokens are wanted at every position. `media`: of the whole prompt, in the order of its placeholders.
+    `routing_key`: the same for all requests of a session, for a router in front of engines; "" has none.
     """
 
     request_id: str
@@ -94,14 +119,21 @@ class GenerateRequest:
     routed_experts_start: int | None = None
     passthrough: Mapping[str, JsonValue] = field(default_factory=dict)
     reasons_first: bool = False
+    num_top_logprobs: int = 0
+    media: tuple[Media, ...] = ()
+    routing_key: str = ""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GenerateChunk:
-    """New tokens since the last chunk: `token_ids` int32[n], `logprobs` float32[n] (NaN where the engine gave none)."""
+    """New tokens since the last chunk: `token_ids` int32[n], `logprobs` float32[n] (NaN where the engine gave none).
+
+    top_logprobs: for each new token the likeliest at its position, likeliest first; () where none were asked for.
+    """
 
     token_ids: TokenIds
     logprobs: npt.NDArray[np.float32]
+    top_logprobs: Sequence[Sequence[TopLogprob]] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

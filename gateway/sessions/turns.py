@@ -14,6 +14,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, replace
+from urllib.parse import quote
 
 import numpy as np
 import numpy.typing as npt
@@ -434,7 +435,7 @@ async def _sample(
         stop=sampling.stop,
         stop_token_ids=sampling.stop_token_ids,
     )
-    progress = Continuation(_generate_request(parts, request, prompt, sampling))
+    progress = Continuation(_generate_request(parts, session, request, prompt, sampling))
     finish, failure = Finish(FinishReason.ABORT), None
     try:
         async with asyncio.timeout(parts.settings.timeout_seconds) as deadline:
@@ -462,7 +463,7 @@ async def _sample(
 
 
 def _generate_request(
-    parts: TurnParts, request: TurnRequest, prompt: _Prompt, sampling: SamplingParams
+    parts: TurnParts, session: Session, request: TurnRequest, prompt: _Prompt, sampling: SamplingParams
 ) -> GenerateRequest:
     """Rows are wanted from the last token of the parent on: it had none until now (I2)."""
     extends = prompt.built.segment_reason is None and prompt.place.parent is not None
@@ -474,6 +475,7 @@ def _generate_request(
         routed_experts_start=first_row,
         passthrough=request.passthrough,
         reasons_first="structural_tag" in sampling.extra and parts.model.parsing.opens_reasoning(prompt.token_ids),
+        routing_key=quote(session.record.session_id, safe=""),
     )
 
 
