@@ -5,7 +5,7 @@ Delta storage: a turn holds what it added to its parent, so that a session costs
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -16,8 +16,8 @@ from gateway.contracts.errors import LengthMismatch
 from gateway.contracts.generation import Finish, JsonValue, LogprobKind, TokenIds
 from gateway.contracts.versions import VersionSpan, check_spans
 
-SCHEMA_VERSION = 1
-"""Of everything stored; raised with every change of a format."""
+SCHEMA_VERSION = 2
+"""Of everything stored; raised with every change of a format (2: attachments that continue a reply)."""
 
 
 class SessionOrigin(StrEnum):
@@ -82,15 +82,19 @@ class Attachment:
 
     `parent_id`: the turn whose recorded tokens this one extends, or None for a root (a new segment).
     `follows_id`: the turn that it continues as a conversation, also where its tokens start anew.
-    `segment_reason`: None iff `parent_id` is set.
+    `segment_reason`: None iff `parent_id` is set. `continues`: the parent's reply broke off, and this turn is the rest
+    of it: it answers what the parent was asked, and its reply (text of both) stands in the parent's place.
     """
 
     parent_id: str | None
     follows_id: str | None
     tier: MatchTier
     segment_reason: SegmentReason | None
+    continues: bool = False
 
     def __post_init__(self) -> None:
+        if self.continues and self.parent_id is None:
+            raise LengthMismatch("a turn that goes on with a reply needs the turn that began it")
         if (self.parent_id is None) == (self.segment_reason is None):
             raise LengthMismatch(
                 "a turn either extends a parent or has a reason for a new segment, not both or neither"
@@ -110,7 +114,7 @@ class TurnRecord:
     """One model call, as recorded.
 
     added_messages: messages between the parent's reply and this call (for a root: all of them).
-    reply: the assistant message parsed from the output tokens.
+    reply: the assistant message parsed from the output tokens, with those before it where it continues its parent's.
     prompt_token_ids: int32[A], tokens this turn's prompt added to the parent's recorded ids (a root: the whole prompt).
     output_token_ids: int32[C]; output_logprobs: float32[C], NaN where the engine gave none (I9).
     version_spans: cover [0, C). experts_start/experts_stop: routing rows stored for this turn, equal if none.
@@ -174,6 +178,16 @@ class Outcome(StrEnum):
     TRUNCATED = "truncated"
     FAILED = "failed"
     ABANDONED = "abandoned"
+
+
+def conversation(path: Sequence[TurnRecord]) -> list[JsonValue]:
+    """The messages of turns from a root on, the last one's reply included."""
+    messages: list[JsonValue] = []
+    for turn in path:
+        if turn.attachment.continues:
+            messages.pop()
+        messages += (*turn.added_messages, turn.reply)
+    return messages
 
 
 @dataclass(frozen=True, slots=True)

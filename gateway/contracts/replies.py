@@ -62,6 +62,15 @@ class ParsedReply:
     flags: tuple[ReplyFlag, ...]
     num_reasoning_tokens: int
 
+    def deltas(self) -> list[ReplyDelta]:
+        """The whole reply at once, as if it had just been sampled."""
+        deltas: list[ReplyDelta] = []
+        if self.reasoning:
+            deltas.append(ReasoningDelta(self.reasoning))
+        if self.content:
+            deltas.append(ContentDelta(self.content))
+        return deltas + [ToolCallDelta(i, c.call_id, c.name, c.arguments) for i, c in enumerate(self.tool_calls)]
+
     def message(self) -> dict[str, JsonValue]:
         """The assistant message as OpenAI's API spells it; reasoning under `reasoning_content`."""
         message: dict[str, JsonValue] = {"role": "assistant", "content": self.content}

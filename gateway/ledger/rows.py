@@ -210,6 +210,7 @@ def _turn_facts(turn: TurnRecord) -> dict[str, JsonValue]:
             "follows_id": attachment.follows_id,
             "tier": attachment.tier.value,
             "segment_reason": attachment.segment_reason.value if attachment.segment_reason is not None else None,
+            "continues": attachment.continues,
         },
         "root": None
         if turn.root is None
@@ -227,6 +228,7 @@ def _attachment(facts: Mapping[str, Any]) -> Attachment:
         follows_id=facts["follows_id"],
         tier=MatchTier(facts["tier"]),
         segment_reason=None if reason is None else SegmentReason(reason),
+        continues=facts.get("continues", False),  # absent in version 1
     )
 
 

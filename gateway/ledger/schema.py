@@ -79,19 +79,23 @@ _TABLES = (
 )
 
 
+_READ_AS_THEY_ARE = (1,)
+"""Older versions whose rows only lack facts whose absence says the same."""
+
+
 def prepare(connection: sqlite3.Connection, name: str) -> None:
     """Make the tables of an empty store; `connection` is in autocommit mode and `name` is said in errors.
 
-    Raises SchemaMismatch for a store of another version, or one that is no ledger.
+    A store of an older version is migrated. Raises SchemaMismatch for a newer one, or one that is no ledger.
     """
     connection.execute("BEGIN IMMEDIATE")
     try:
-        if not _is_empty(connection):
-            check(connection, name)
-        else:
+        if _is_empty(connection):
             for statement in _TABLES:
                 connection.execute(statement)
-            connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        else:
+            check(connection, name)
+        connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")  # the older program would misread new rows
         connection.execute("COMMIT")
     finally:
         if connection.in_transaction:
@@ -99,16 +103,20 @@ def prepare(connection: sqlite3.Connection, name: str) -> None:
 
 
 def check(connection: sqlite3.Connection, name: str) -> None:
-    """Raise SchemaMismatch unless the store has the schema that this program reads."""
-    (version,) = connection.execute("PRAGMA user_version").fetchone()
-    if version != SCHEMA_VERSION:
+    """Raise SchemaMismatch unless the store has a schema that this program reads."""
+    version = _version(connection)
+    if version not in (*_READ_AS_THEY_ARE, SCHEMA_VERSION):
         raise SchemaMismatch(
             f"{name} has ledger schema version {version}, this program reads {SCHEMA_VERSION}; "
             "use the version of Verbatim that wrote it, or another data folder"
         )
 
 
-def _is_empty(connection: sqlite3.Connection) -> bool:
+def _version(connection: sqlite3.Connection) -> int:
     (version,) = connection.execute("PRAGMA user_version").fetchone()
+    return int(version)
+
+
+def _is_empty(connection: sqlite3.Connection) -> bool:
     (tables,) = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
-    return bool(version == 0 and tables == 0)
+    return bool(_version(connection) == 0 and tables == 0)

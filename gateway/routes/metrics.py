@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from gateway.contracts.ports import Ledger
 from gateway.replicas.continuation import Generated
 from gateway.replicas.pool import Interruption, ReplicaPool
-from gateway.sessions.turns import TurnFinished, TurnTimes
+from gateway.sessions.turn import TurnFinished, TurnTimes
 from gateway.tito.prompt import AuditCounts
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)

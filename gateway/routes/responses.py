@@ -16,11 +16,10 @@ from fastapi.responses import Response
 
 from gateway.contracts.errors import InvalidRequest, NotFound, UnknownPrevious
 from gateway.contracts.generation import JsonValue
-from gateway.contracts.replies import ParsedReply, ToolCall
 from gateway.routes.access import Access
 from gateway.routes.bodies import json_reply, path_id, read_body
 from gateway.routes.turns import Calls, named_session
-from gateway.sessions.messages import reasoning_of
+from gateway.sessions.recorded import recorded_reply
 from gateway.sessions.registry import Session, SessionRegistry
 from gateway.sessions.tree import Node, TurnTree
 from gateway.wire.reply import FinishedChoice, ReplyTokens, Usage
@@ -116,19 +115,19 @@ class _ResponsesRoutes:
 
     def _choice(self, node: Node, *, with_texts: bool) -> FinishedChoice:
         """A recorded turn as it was answered; its arrays are the trainer's to read, not the agent's."""
-        record, prompt = node.record, node.token_ids()[: node.num_tokens - len(node.record.output_token_ids)]
+        record, whole = node.record, recorded_reply(node)
         decode = self._calls.model.tokenizer.decode
-        texts = [decode([token_id]) for token_id in record.output_token_ids.tolist()] if with_texts else []
-        reply = _reply(record.reply, num_reasoning_tokens=record.meta["num_reasoning_tokens"])
+        texts = [decode([token_id]) for token_id in whole.token_ids.tolist()] if with_texts else []
+        num_prompt, num_output = len(whole.prompt_token_ids), len(whole.token_ids)
         return FinishedChoice(
-            reply=reply,
+            reply=whole.reply,
             finish=record.finish,
-            prompt_token_ids=prompt,
-            tokens=ReplyTokens(record.output_token_ids, record.output_logprobs, texts),
+            prompt_token_ids=whole.prompt_token_ids,
+            tokens=ReplyTokens(whole.token_ids, whole.logprobs, texts),
             experts=None,
             meta_info=record.meta["engine"],
             reply_fields=record.meta.get("engine_reply", {}),
-            usage=Usage(len(prompt), len(record.output_token_ids), record.cached_tokens, reply.num_reasoning_tokens),
+            usage=Usage(num_prompt, num_output, record.cached_tokens, whole.reply.num_reasoning_tokens),
         )
 
 
@@ -156,11 +155,3 @@ def _instructions(node: Node) -> str | None:
 def _conversation(node: Node) -> list[JsonValue]:
     """Messages up to a turn's reply, without the instructions, which were for that call only."""
     return node.messages()[1 if _kept(node).get("has_instructions") else 0 :]
-
-
-def _reply(message: Mapping[str, JsonValue], *, num_reasoning_tokens: int) -> ParsedReply:
-    calls = [
-        ToolCall(call["id"], call["function"]["name"], call["function"]["arguments"])
-        for call in message.get("tool_calls", ())
-    ]
-    return ParsedReply(message.get("content"), reasoning_of(message), tuple(calls), (), num_reasoning_tokens)

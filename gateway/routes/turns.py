@@ -11,6 +11,7 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple, TypeVar
 from urllib.parse import quote, unquote
 
@@ -24,10 +25,12 @@ from gateway.contracts.generation import TokenIds
 from gateway.contracts.records import SessionOrigin, SessionRecord
 from gateway.routes.access import Access, session_of_key
 from gateway.routes.bodies import path_id
+from gateway.sessions.idempotency import CallChoice, RetryHint
 from gateway.sessions.model import ServedModel
 from gateway.sessions.registry import Session, SessionRegistry, new_session
 from gateway.sessions.tree import TurnTree
-from gateway.sessions.turns import Turn, TurnEvent, TurnFinished, TurnProgress, TurnRunner, TurnStarted
+from gateway.sessions.turn import Turn, TurnEvent, TurnFinished, TurnProgress, TurnStarted
+from gateway.sessions.turns import TurnRunner
 from gateway.wire.json_text import dump_json
 from gateway.wire.reply import FinishedChoice, ReplyTokens, ReplyWriter, Usage
 from gateway.wire.request import TurnRequest, Wanted
@@ -79,7 +82,7 @@ class Calls:
         session = session or await self.session(request, wanted)
         for one in prompts:
             self.runner.check(one)
-        turns = [self.runner.start(session, _variant(one, i)) for one in prompts for i in range(one.num_choices)]
+        turns = await self._turns(request, session, prompts)
         writer = make_writer(turns[0].turn_id, wanted.model or self.model.name)
         client = _Client(request)
         try:
@@ -87,13 +90,27 @@ class Calls:
                 return await self._streamed(client, session, wanted.wanted, turns, writer)
             return await self._whole(client, session, wanted.wanted, turns, writer)
         except _ClientGone:
-            self._abandon(turns)
+            self._abandon(session, turns)
             return Response(status_code=_CLIENT_GONE_STATUS)
         except (asyncio.CancelledError, VerbatimError):  # one of several turns failed: nobody gets the others' replies
-            self._abandon(turns)
+            self._abandon(session, turns)
             raise
         finally:
             client.release()
+
+    async def _turns(self, request: Request, session: Session, prompts: Sequence[TurnRequest]) -> list[Turn]:
+        """One for every choice of every prompt; if one of them cannot begin, none goes on."""
+        endpoint, retry = _endpoint(request), _retry_hint(request)
+        variants = [_variant(one, i) for one in prompts for i in range(one.num_choices)]
+        turns: list[Turn] = []
+        try:
+            for i, variant in enumerate(variants):
+                call = CallChoice(endpoint, variant.digest, i)
+                turns.append(await self.runner.answer(session, variant, call, retry))
+        except (asyncio.CancelledError, VerbatimError):
+            self._abandon(session, turns)
+            raise
+        return turns
 
     async def session(self, request: Request, wanted: TurnRequest) -> Session:
         """Of the path, the header, the key, or made on the spot; the caller may use it."""
@@ -133,7 +150,7 @@ class Calls:
             for turn in finished:
                 self.runner.delivered(session, turn)
 
-        return _RecordedReply(dump_json(body), _headers(session), delivered)
+        return _RecordedReply(dump_json(body), _headers(session), delivered, partial(self._abandon, session, turns))
 
     async def _streamed(
         self, client: _Client, session: Session, wanted: Wanted, turns: Sequence[Turn], writer: ReplyWriter
@@ -144,7 +161,7 @@ class Calls:
 
         async def frames() -> AsyncGenerator[bytes, None]:
             finished: dict[int, TurnFinished] = {}
-            sent = False
+            delivered = False
             try:
                 async with _resumed(first, events) as items:
                     async for index, item in items:
@@ -154,17 +171,16 @@ class Calls:
                             yield frame
                 for frame in writer.end([self._choice(finished[i], wanted) for i in sorted(finished)]):
                     yield frame
-                sent = True
+                delivered = True
                 for item in finished.values():
                     # At once: who has read the end may finish the session before this response has wound up.
                     self.runner.delivered(session, item)
             except VerbatimError as error:
-                sent = True
                 for frame in writer.failure(error):
                     yield frame
             finally:
-                if not sent:
-                    self._abandon(turns)
+                if not delivered:
+                    self._abandon(session, turns)
 
         headers = _headers(session) | {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         return _ClosingStream(frames(), headers=headers, media_type="text/event-stream")
@@ -179,22 +195,22 @@ class Calls:
 
     def _choice(self, turn: TurnFinished, wanted: Wanted) -> FinishedChoice:
         record = turn.record
-        texts = self._texts(record.output_token_ids, wanted)
+        texts = self._texts(turn.token_ids, wanted)
         return FinishedChoice(
             reply=turn.reply,
             finish=record.finish,
             prompt_token_ids=turn.prompt_token_ids,
-            tokens=ReplyTokens(record.output_token_ids, record.output_logprobs, texts),
+            tokens=ReplyTokens(turn.token_ids, turn.logprobs, texts),
             experts=turn.experts,
             meta_info=record.meta["engine"],
             reply_fields=record.meta["engine_reply"],
             usage=Usage(
                 prompt_tokens=len(turn.prompt_token_ids),
-                completion_tokens=len(record.output_token_ids),
+                completion_tokens=len(turn.token_ids),
                 cached_tokens=record.cached_tokens,
                 reasoning_tokens=turn.reply.num_reasoning_tokens,
             ),
-            version_spans=record.version_spans,
+            version_spans=turn.version_spans,
         )
 
     def _texts(self, token_ids: TokenIds, wanted: Wanted) -> list[str]:
@@ -203,9 +219,9 @@ class Calls:
             return []
         return [self.model.tokenizer.decode([int(token_id)]) for token_id in np.asarray(token_ids)]
 
-    def _abandon(self, turns: Sequence[Turn]) -> None:
+    def _abandon(self, session: Session, turns: Sequence[Turn]) -> None:
         for turn in turns:
-            self.runner.abandon(turn)
+            self.runner.abandon(session, turn)
 
     async def _make(self, request: Request, wanted: TurnRequest, session_id: str | None) -> Session:
         record = await self._new_record(request, wanted, session_id)
@@ -331,16 +347,39 @@ class _Client:
 
 
 class _RecordedReply(Response):
-    """A whole reply that runs `delivered` when its last byte has left."""
+    """A whole reply that runs `delivered` when its last byte has left, or `lost` if its client goes before."""
 
-    def __init__(self, content: bytes, headers: dict[str, str], delivered: Callable[[], None]) -> None:
+    def __init__(
+        self, content: bytes, headers: dict[str, str], delivered: Callable[[], None], lost: Callable[[], None]
+    ) -> None:
         super().__init__(content, headers=headers, media_type="application/json")
         self._delivered = delivered
+        self._lost = lost
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send, then tell."""
-        await super().__call__(scope, receive, send)
-        self._delivered()
+        """Send, then tell; the last byte waits until the client is known to be there still."""
+        is_there = False
+        try:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            await send({"type": "http.response.body", "body": self.body[:-1], "more_body": True})
+            is_there = not await _is_gone(receive)
+            if is_there:
+                await send({"type": "http.response.body", "body": self.body[-1:], "more_body": False})
+        finally:
+            if is_there:
+                self._delivered()
+            else:
+                self._lost()
+
+
+async def _is_gone(receive: Receive) -> bool:
+    """Whether the client has closed its connection, as far as is known now."""
+    message = asyncio.ensure_future(receive())
+    await asyncio.sleep(0)
+    if message.done():
+        return bool(message.result()["type"] == "http.disconnect")
+    message.cancel()
+    return False
 
 
 class _ClosingStream(StreamingResponse):
@@ -365,6 +404,18 @@ def _variant(wanted: TurnRequest, i: int) -> TurnRequest:
     if not i or seed is None:
         return wanted
     return replace(wanted, sampling={**wanted.sampling, "seed": seed + i})
+
+
+def _endpoint(request: Request) -> str:
+    """The path of a call without its session."""
+    path = request.url.path
+    return path if path_id(request) is None else "/" + path.split("/", 3)[3]
+
+
+def _retry_hint(request: Request) -> RetryHint:
+    count = request.headers.get("x-stainless-retry-count", "0")
+    says_retry = count.isascii() and count.isdigit() and count.strip("0") != ""
+    return RetryHint(request.headers.get("idempotency-key") or None, says_retry=says_retry)
 
 
 def _headers(session: Session) -> dict[str, str]:

@@ -214,12 +214,16 @@ BUILT_IN: tuple[Pick, ...] = (AllTurns(), DeliveredTurns(), FinalPath())
 
 
 def _seen(turns: Iterable[TurnRecord]) -> set[str]:
-    """A reply that a later turn goes on from was seen, also where its delivery was never noted (a killed gateway)."""
+    """A reply that a later turn goes on from was seen, also where its delivery was never noted (a killed gateway).
+
+    What broke off was seen with the turn that brought the rest.
+    """
     seen: set[str] = set()
-    for turn in turns:
+    for turn in sorted(turns, key=lambda turn: turn.index, reverse=True):
         if turn.delivered_at is not None:
             seen.add(turn.turn_id)
-        seen.update(_goes_on_from(turn))
+        if not turn.attachment.continues or turn.turn_id in seen:
+            seen.update(_goes_on_from(turn))
     return seen
 
 

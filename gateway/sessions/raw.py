@@ -175,8 +175,8 @@ def _text_bytes(node: Node, tokenizer: ChatTokenizer) -> _Spelled:
     said = _text_after(np.concatenate([before, record.prompt_token_ids]), record.output_token_ids, tokenizer)
     if asked is None or said is None:
         return _Spelled(tokenizer.decode(node.token_ids()).encode(), whole=True)
-    if record.meta.get("certified_by") == RAW:  # some tokenizers decode other spaces than they have read
-        asked = record.added_messages[0]["content"]
+    if record.meta.get("certified_by") == RAW and record.added_messages:
+        asked = record.added_messages[0]["content"]  # some tokenizers decode other spaces than they have read
     return _Spelled((asked + said).encode(), whole=False)
 
 

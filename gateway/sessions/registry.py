@@ -14,11 +14,12 @@ from gateway.contracts.errors import Conflict, NotFound, SessionSealed, Verbatim
 from gateway.contracts.generation import JsonValue
 from gateway.contracts.ports import Ledger
 from gateway.contracts.records import FinishRecord, SessionOrigin, SessionRecord
+from gateway.sessions.idempotency import OpenTurn, SessionCalls
 from gateway.sessions.raw import TokenPaths
 from gateway.sessions.tree import TurnTree
 
 
-class RunningTurn(Protocol):
+class RunningTurn(OpenTurn, Protocol):
     """A turn under way, as its session sees it."""
 
     def cut(self, reason: VerbatimError) -> None:
@@ -41,9 +42,11 @@ class Session:
     running: set[RunningTurn] = field(default_factory=set)
     deliveries: set[asyncio.Task[None]] = field(default_factory=set)
     token_paths: TokenPaths = field(init=False)
+    calls: SessionCalls[RunningTurn] = field(init=False)
 
     def __post_init__(self) -> None:
         self.token_paths = TokenPaths(self.tree)
+        self.calls = SessionCalls(self.tree)
 
     async def deliveries_noted(self) -> None:
         """Wait until the ledger knows of every reply whose last byte has left: its agent may ask at once."""

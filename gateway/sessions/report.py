@@ -23,7 +23,7 @@ import numpy as np
 
 from gateway.contracts.errors import LedgerCorrupt, TemplateRaised
 from gateway.contracts.generation import TokenIds
-from gateway.contracts.records import TurnRecord
+from gateway.contracts.records import TurnRecord, conversation
 from gateway.contracts.rollouts import PickReport
 from gateway.sessions.attach import RAW
 from gateway.sessions.model import ServedModel
@@ -250,7 +250,8 @@ def _upwards(tree: RecordedTree, leaf: TurnRecord) -> Iterator[list[TurnRecord]]
     """Paths to the leaf, to its parent, …, as long as their last turn extends another."""
     path = tree.path(leaf)
     while len(path) > 1:
-        yield path
+        if not path[-1].attachment.continues:  # the rest of a reply: no prompt of its own that could be rendered
+            yield path
         path = path[:-1]
 
 
@@ -265,8 +266,7 @@ def _conversation(path: Sequence[TurnRecord]) -> Conversation:
     root = path[0].root
     if root is None:
         raise LedgerCorrupt(f"session {path[0].session_id} turn {path[0].index}: a root without its context")
-    messages = [message for turn in path for message in (*turn.added_messages, turn.reply)]
-    return Conversation(tuple(messages[:-1]), root.tools, root.template_arguments)
+    return Conversation(tuple(conversation(path)[:-1]), root.tools, root.template_arguments)
 
 
 def _num_hidden_messages(tree: RecordedTree) -> int:
@@ -275,7 +275,8 @@ def _num_hidden_messages(tree: RecordedTree) -> int:
     for turn in tree.turns:
         indices = turn.meta.get("hidden_messages") or ()
         if indices:
-            places = [(t.turn_id, i) for t in tree.path(turn) for i in range(len(t.added_messages) + 1)]
+            asked = [t for t in tree.path(turn) if not t.attachment.continues]
+            places = [(t.turn_id, i) for t in asked for i in range(len(t.added_messages) + 1)]
             hidden.update(places[index] for index in indices)
     return len(hidden)
 

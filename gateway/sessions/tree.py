@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from gateway.contracts.errors import LedgerCorrupt
 from gateway.contracts.generation import JsonValue, TokenIds
-from gateway.contracts.records import RootContext, TurnRecord
+from gateway.contracts.records import RootContext, TurnRecord, conversation
 from gateway.sessions.messages import NO_CALLS, CallPositions, MessageKey, message_keys, root_digest
 
 
@@ -57,14 +57,16 @@ class RecordedMessage:
 class Node:
     """One recorded turn in the tree.
 
-    last: its reply, at its place among the recorded messages. calls: ids of the latest tool calls up to its reply.
-    num_messages, num_tokens: of the whole path.
+    asked, last: its latest message and its reply, at their places among the recorded messages. asked_calls, calls: ids
+    of the latest tool calls up to there. num_messages, num_tokens: of the whole path.
     """
 
     record: TurnRecord
     parent: Node | None
     root: RootContext
     root_digest: bytes
+    asked: RecordedMessage
+    asked_calls: CallPositions
     last: RecordedMessage
     calls: CallPositions
     num_messages: int
@@ -86,7 +88,19 @@ class Node:
 
     def messages(self) -> list[JsonValue]:
         """The conversation of the path as recorded, this node's reply included."""
-        return [message for node in self.path() for message in (*node.record.added_messages, node.record.reply)]
+        return conversation([node.record for node in self.path()])
+
+    def reply_nodes(self) -> list[Node]:
+        """The turns that sampled its reply: itself, and before it those that it goes on with."""
+        nodes, node = [self], self
+        while node.record.attachment.continues and node.parent is not None:
+            node = node.parent
+            nodes.append(node)
+        return nodes[::-1]
+
+    def num_reply_tokens(self) -> int:
+        """Of its whole reply."""
+        return sum(len(node.record.output_token_ids) for node in self.reply_nodes())
 
 
 class TurnTree:
@@ -96,6 +110,7 @@ class TurnTree:
         self._nodes: dict[str, Node] = {}
         self._roots: dict[bytes, RootContext] = {}
         self._delivered: dict[str, float] = {}
+        self._went_on: set[str] = set()
         self._next_index = 0
         self.start = RecordedMessage(None, None)
         for record in records:
@@ -130,6 +145,7 @@ class TurnTree:
         parent = None if parent_id is None else self._nodes[parent_id]
         node = self._node(record, parent)
         node.last.turns = (*node.last.turns, node)
+        self._went_on.update(one for one in (parent_id, record.attachment.follows_id) if one is not None)
         self._nodes[record.turn_id] = node
         self._next_index = max(self._next_index, record.index + 1)
         if record.delivered_at is not None:
@@ -144,23 +160,38 @@ class TurnTree:
         """When a reply left, None if it did not yet."""
         return self._delivered.get(turn_id)
 
+    def goes_on(self, node: Node) -> bool:
+        """Whether a later turn goes on from this one, in tokens or as a conversation."""
+        return node.record.turn_id in self._went_on
+
     def _node(self, record: TurnRecord, parent: Node | None) -> Node:
-        messages = (*record.added_messages, record.reply)
-        keys, calls = message_keys(messages, calls=NO_CALLS if parent is None else parent.calls)
-        last, known = self.start if parent is None else parent.last, []
-        for key, message in zip(keys, messages, strict=True):
-            last = last.extended(key, message)
-            known.append(last.message)
+        if parent is None:
+            asked, calls = self.start, NO_CALLS
+        elif record.attachment.continues:
+            asked, calls = parent.asked, parent.asked_calls
+        else:
+            asked, calls = parent.last, parent.calls
+        known: list[JsonValue] = []
+        keys, asked_calls = message_keys(record.added_messages, calls=calls)
+        for key, message in zip(keys, record.added_messages, strict=True):
+            asked = asked.extended(key, message)
+            known.append(asked.message)
+        (key,), calls = message_keys((record.reply,), calls=asked_calls)
+        last = asked.extended(key, record.reply)
+        known.append(last.message)
         root, digest = self._root(record, parent)
+        num_before = 0 if parent is None else parent.num_messages - record.attachment.continues
         num_own_tokens = len(record.prompt_token_ids) + len(record.output_token_ids)
         return Node(
             record=_slim(record, known, root, parent),
             parent=parent,
             root=root,
             root_digest=digest,
+            asked=asked,
+            asked_calls=asked_calls,
             last=last,
             calls=calls,
-            num_messages=len(messages) + (0 if parent is None else parent.num_messages),
+            num_messages=len(known) + num_before,
             num_tokens=num_own_tokens + (0 if parent is None else parent.num_tokens),
         )
 

@@ -1,7 +1,8 @@
 """One model call from request to record: attach → prompt → sample → record → reply.
 
 `run_turn` reads as the algorithm and is the only place that knows the whole way. A turn runs in a task of its own
-(`TurnRunner.start`), so that a client that goes away takes nothing with it: what was sampled is recorded all the same.
+(`TurnRunner.answer`), so that a client that goes away takes nothing with it: what was sampled is recorded all the same,
+and the same request joins it, gets its reply, or goes on from what it has (`sessions.idempotency`).
 A turn is durable before its caller learns that it is finished (I4).
 """
 
@@ -11,13 +12,13 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import Callable, Coroutine
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from urllib.parse import quote
 
 import numpy as np
-import numpy.typing as npt
 
 from gateway.contracts.errors import (
     ContextOverflow,
@@ -30,7 +31,6 @@ from gateway.contracts.errors import (
     NotFound,
     VerbatimError,
 )
-from gateway.contracts.experts import RoutedExperts
 from gateway.contracts.generation import (
     Finish,
     FinishReason,
@@ -41,13 +41,18 @@ from gateway.contracts.generation import (
 )
 from gateway.contracts.ports import Ledger
 from gateway.contracts.records import Attachment, RootContext, SegmentReason, TurnRecord
-from gateway.contracts.replies import ParsedReply, ReplyDelta
+from gateway.contracts.replies import ParsedReply
+from gateway.contracts.versions import VersionSpan, join_spans
 from gateway.replicas.continuation import Continuation, Generated
 from gateway.replicas.pool import ReplicaPool
 from gateway.sessions.attach import RAW, Place, attach, restore_reasoning
+from gateway.sessions.idempotency import NO_HINT, CallChoice, RetryHint, can_go_on, is_whole
 from gateway.sessions.model import ServedModel
 from gateway.sessions.raw import attach_raw, check_ids
+from gateway.sessions.recorded import RecordedReply, first_missing_row, joined_rows, recorded_reply, recorded_rows
 from gateway.sessions.registry import Session
+from gateway.sessions.tree import Node
+from gateway.sessions.turn import Turn, TurnFinished, TurnProgress, TurnStarted, TurnTimes
 from gateway.sessions.upkeep import PromptUpkeep
 from gateway.tito.conversation import BuiltPrompt, Conversation, ParentTurn
 from gateway.tito.forced_calls import forced_calls
@@ -73,44 +78,6 @@ class TurnSettings:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class TurnStarted:
-    """The prompt stands. `prompt_token_ids`: all of it, int32[P]."""
-
-    prompt_token_ids: TokenIds
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class TurnProgress:
-    """New tokens, and what of them can be shown already."""
-
-    token_ids: TokenIds
-    logprobs: npt.NDArray[np.float32]
-    deltas: Sequence[ReplyDelta]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class TurnFinished:
-    """The turn is on disk; its reply may be sent."""
-
-    record: TurnRecord
-    prompt_token_ids: TokenIds
-    reply: ParsedReply
-    experts: RoutedExperts | None
-
-
-TurnEvent = TurnStarted | TurnProgress | TurnFinished
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class TurnTimes:
-    """For metrics: seconds from the start of a turn to its prompt, its first token and its record."""
-
-    prompt_seconds: float
-    first_token_seconds: float | None
-    total_seconds: float
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class TurnParts:
     """What every turn needs, wired once. `observe` hears of every recorded turn."""
 
@@ -124,29 +91,40 @@ class TurnParts:
 @dataclass(frozen=True, slots=True, eq=False)
 class _Prompt:
     """A built prompt with its place; `token_ids` is all of it. `messages`: as the template was given them, recorded
-    reasoning restored; for a raw prompt one that stands for what it adds."""
+    reasoning restored; for a raw prompt one that stands for what it adds. `begun`: the reply as far as another turn
+    sampled it before it broke off."""
 
     place: Place
     root: RootContext
     messages: tuple[JsonValue, ...]
     built: BuiltPrompt
     token_ids: TokenIds
+    begun: RecordedReply | None = None
+
+    @property
+    def begun_ids(self) -> TokenIds:
+        """int32[B]: what of the reply is sampled already."""
+        return np.zeros(0, dtype=np.int32) if self.begun is None else self.begun.token_ids
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Sampled:
+    """`reply`: of all tokens, also of those that an earlier turn sampled."""
+
     generated: Generated
     reply: ParsedReply
     failure: VerbatimError | None
 
 
-async def run_turn(parts: TurnParts, session: Session, request: TurnRequest, turn: Turn) -> TurnFinished:
-    """One call; events go to `turn`, the record to the ledger.
+async def run_turn(
+    parts: TurnParts, session: Session, request: TurnRequest, turn: Turn, *, begun: Node | None = None
+) -> TurnFinished:
+    """One call; events go to `turn`, the record to the ledger. begun: the turn with whose broken reply it goes on.
 
     Raises RequestError before anything is sampled. After that an EngineError leaves what was sampled in the ledger.
     """
-    prompt = await _build_prompt(parts, session, request)
-    sampling = _sampling(parts, session, request, num_prompt_tokens=len(prompt.token_ids))
+    prompt = await _build_prompt(parts, session, request) if begun is None else _begun_prompt(session, begun)
+    sampling = _sampling(parts, session, request, prompt)
     if prompt.built.hidden_messages:
         _log.warning(
             "session %s: the chat template does not show the model messages %s",
@@ -158,89 +136,27 @@ async def run_turn(parts: TurnParts, session: Session, request: TurnRequest, tur
     record = _record(parts, session, request, prompt, sampling, sampled, turn)
     await parts.ledger.append_turn(record, sampled.generated.experts)  # I4
     session.tree.add(record)
-    finished = TurnFinished(record, prompt.token_ids, sampled.reply, sampled.generated.experts)
+    finished = await _finished(parts, prompt, sampled, record)
     parts.observe(finished, sampled.generated, turn.times())
     if sampled.failure is not None:
         raise sampled.failure
     return finished
 
 
-class Turn:
-    """A turn under way: a stream of events for one reader, and the means to end it early."""
-
-    def __init__(self, turn_id: str) -> None:
-        self.turn_id = turn_id
-        self.started_at = time.time()
-        self._clock = time.monotonic()
-        self._prompt_seconds = 0.0
-        self._first_token_seconds: float | None = None
-        self._events: asyncio.Queue[TurnEvent | None] = asyncio.Queue()
-        self._deadline: asyncio.Timeout | None = None
-        self._cut_at: float | None = None
-        self._cut_reason: VerbatimError = EngineTimeout("the client left, and its grace is over")
-        self._task: asyncio.Task[TurnFinished] | None = None
-
-    def emit(self, event: TurnEvent) -> None:
-        """Tell the reader."""
-        if isinstance(event, TurnStarted):
-            self._prompt_seconds = time.monotonic() - self._clock
-        elif isinstance(event, TurnProgress) and self._first_token_seconds is None:
-            self._first_token_seconds = time.monotonic() - self._clock
-        self._events.put_nowait(event)
-
-    def times(self) -> TurnTimes:
-        """How long it took so far."""
-        return TurnTimes(self._prompt_seconds, self._first_token_seconds, time.monotonic() - self._clock)
-
-    async def events(self) -> AsyncGenerator[TurnEvent, None]:
-        """Events up to TurnFinished; raises what ended the turn instead."""
-        while (event := await self._events.get()) is not None:
-            yield event
-        if self._task is not None:
-            yield await asyncio.shield(self._task)
-
-    async def finished(self) -> TurnFinished:
-        """Skip to the end."""
-        async for event in self.events():
-            if isinstance(event, TurnFinished):
-                return event
-        raise EngineUnavailable("the turn ended before it began")
-
-    async def settled(self) -> None:
-        """Wait for the end, however it comes."""
-        if self._task is not None:
-            await asyncio.wait([self._task])
-
-    def abandon(self, *, grace_seconds: float) -> None:
-        """Nobody waits for the reply any more: sample on for the grace, then record what there is."""
-        if self._task is None or not self._task.done():
-            self._cut_at = asyncio.get_running_loop().time() + grace_seconds
-            self._apply_cut()
-
-    def cut(self, reason: VerbatimError) -> None:
-        """End sampling now; who still waits for the reply is told `reason`."""
-        self._cut_reason = reason
-        self.abandon(grace_seconds=0.0)
-
-    def cut_reason(self) -> VerbatimError | None:
-        """Why it was ended early, None if nobody asked for that."""
-        return self._cut_reason if self._cut_at is not None else None
-
-    def limit(self, deadline: asyncio.Timeout | None) -> None:
-        """The timeout that sampling runs under now (None: it is over)."""
-        self._deadline = deadline
-        self._apply_cut()
-
-    def run(self, work: asyncio.Task[TurnFinished]) -> None:
-        """Follow the task that does the work."""
-        self._task = work
-        work.add_done_callback(lambda _: self._events.put_nowait(None))
-
-    def _apply_cut(self) -> None:
-        if self._deadline is None or self._cut_at is None or self._deadline.expired():
-            return
-        when = self._deadline.when()
-        self._deadline.reschedule(self._cut_at if when is None else min(when, self._cut_at))
+async def give_again(parts: TurnParts, node: Node, turn: Turn) -> TurnFinished:
+    """The reply of a recorded turn, as if it had just been sampled; raises LedgerCorrupt."""
+    recorded, rows = recorded_reply(node), await recorded_rows(parts.ledger, node)
+    turn.emit(TurnStarted(recorded.prompt_token_ids))
+    turn.emit(TurnProgress(recorded.token_ids, recorded.logprobs, recorded.reply.deltas()))
+    return TurnFinished(
+        record=node.record,
+        prompt_token_ids=recorded.prompt_token_ids,
+        token_ids=recorded.token_ids,
+        logprobs=recorded.logprobs,
+        version_spans=recorded.version_spans,
+        reply=recorded.reply,
+        experts=rows,
+    )
 
 
 class TurnRunner:
@@ -270,24 +186,61 @@ class TurnRunner:
         """int32[P]: the prompt that a turn of this request would have, recorded ids included; none is begun."""
         return (await _build_prompt(self.parts, session, request)).token_ids
 
-    def start(self, session: Session, request: TurnRequest) -> Turn:
-        """Begin a turn; raises SessionSealed for a finished session."""
+    async def answer(
+        self, session: Session, request: TurnRequest, call: CallChoice, retry: RetryHint = NO_HINT
+    ) -> Turn:
+        """The turn that answers a request: a new one, or an earlier one whose reply nobody got (see `idempotency`).
+
+        Raises SessionSealed for a finished session, Conflict for an Idempotency-Key of another request.
+        """
         session.check_open()
-        turn = Turn(f"turn-{secrets.token_hex(12)}")
-        task = asyncio.create_task(run_turn(self.parts, session, request, turn), name=turn.turn_id)
+        while isinstance(found := session.calls.take(call, retry), Turn):
+            if found.rejoin():
+                return found
+            session.calls.leave(found.turn_id)
+            await found.settled()  # cut a moment ago: what it has is on disk then
+            session.check_open()
+        if isinstance(found, Node) and is_whole(found.record):
+            turn = Turn(found.record.turn_id, call, retry)
+            return self._follow(session, turn, give_again(self.parts, found, turn))
+        begun = found if isinstance(found, Node) and can_go_on(found.record) else None
+        return self.start(session, request, call, retry, begun=begun)
+
+    def start(
+        self,
+        session: Session,
+        request: TurnRequest,
+        call: CallChoice | None = None,
+        retry: RetryHint = NO_HINT,
+        *,
+        begun: Node | None = None,
+    ) -> Turn:
+        """Begin a new turn, which goes on with a `begun` one; raises SessionSealed for a finished session."""
+        session.check_open()
+        turn = Turn(f"turn-{secrets.token_hex(12)}", call or CallChoice("", request.digest, 0), retry)
+        self._follow(session, turn, run_turn(self.parts, session, request, turn, begun=begun))
+        if begun is not None:  # if nothing came of it, the next retry goes on from there again
+            turn.on_end(partial(session.calls.leave, begun.record.turn_id))
+        return turn
+
+    def _follow(self, session: Session, turn: Turn, work: Coroutine[None, None, TurnFinished]) -> Turn:
+        task = asyncio.create_task(work, name=turn.turn_id)
         self._turns[turn] = task
         session.running.add(turn)
+        session.calls.attend(turn)
         task.add_done_callback(lambda _: self._forget(session, turn))
         turn.run(task)
         return turn
 
-    def abandon(self, turn: Turn) -> None:
+    def abandon(self, session: Session, turn: Turn) -> None:
         """The client of a turn has gone."""
+        session.calls.leave(turn.turn_id)
         turn.abandon(grace_seconds=self.parts.settings.disconnect_grace_seconds)
 
     def delivered(self, session: Session, finished: TurnFinished) -> None:
         """The last byte of a reply has left; the session waits for the note where that matters."""
         delivered_at = time.time()
+        session.calls.leave(finished.record.turn_id)
         session.tree.mark_delivered(finished.record.turn_id, delivered_at)
         task = asyncio.create_task(self._note_delivery(finished.record, delivered_at))
         session.deliveries.add(task)
@@ -314,6 +267,7 @@ class TurnRunner:
 
     def _forget(self, session: Session, turn: Turn) -> None:
         session.running.discard(turn)
+        session.calls.end(turn.turn_id)
         self._upkeep.poke()
         task = self._turns.pop(turn)
         # Retrieved here too, because the reader may have gone; what is no VerbatimError is a bug and is logged as one.
@@ -363,15 +317,23 @@ async def _raw_prompt(parts: TurnParts, session: Session, request: TurnRequest, 
     return _Prompt(found.place, RootContext((), {}), (message,), built, token_ids)
 
 
+def _begun_prompt(session: Session, node: Node) -> _Prompt:
+    """Of a reply that broke off: what its first part answered."""
+    attachment, begun = node.record.attachment, recorded_reply(node)
+    follows = None if attachment.follows_id is None else session.tree[attachment.follows_id]
+    place = Place(node, follows, 0, attachment.tier, None)
+    built = BuiltPrompt(np.zeros(0, dtype=np.int32), None, node.record.meta["certified_by"])
+    return _Prompt(place, node.root, (), built, begun.prompt_token_ids, begun)
+
+
 def _parent_turn(place: Place) -> ParentTurn | None:
     if place.parent is None:
         return None
-    record = place.parent.record
     return ParentTurn(
         token_ids=place.parent.token_ids(),
-        num_output_tokens=len(record.output_token_ids),
+        num_output_tokens=place.parent.num_reply_tokens(),
         num_messages=place.num_matched,
-        finish=record.finish,
+        finish=place.parent.record.finish,
     )
 
 
@@ -386,8 +348,9 @@ def _vocab_size(parts: TurnParts) -> int:
     return parts.pool.vocab_size or parts.model.tokenizer.vocab_size
 
 
-def _sampling(parts: TurnParts, session: Session, request: TurnRequest, *, num_prompt_tokens: int) -> SamplingParams:
+def _sampling(parts: TurnParts, session: Session, request: TurnRequest, prompt: _Prompt) -> SamplingParams:
     """Request, then the session's overrides; the rest of the context where nobody limits the reply."""
+    num_prompt_tokens, num_begun = len(prompt.token_ids), len(prompt.begun_ids)
     fields = {**request.sampling, **sampling_fields(session.record.sampling)}
     lengths = [length for length in (parts.pool.context_length, parts.model.context_length) if length]
     left = min(lengths) - num_prompt_tokens if lengths else None
@@ -400,6 +363,7 @@ def _sampling(parts: TurnParts, session: Session, request: TurnRequest, *, num_p
             f"{num_prompt_tokens + max(asked, 1)} tokens ({num_prompt_tokens} in the messages, "
             f"{max(asked, 1)} in the completion). Please reduce the length of the messages or completion."
         )
+    asked -= num_begun
     params = _with_forced_calls(parts, request, sampling_params(fields, max_new_tokens=asked))
     if params.ignore_eos:
         return params
@@ -435,6 +399,8 @@ async def _sample(
         stop=sampling.stop,
         stop_token_ids=sampling.stop_token_ids,
     )
+    if prompt.begun is not None:
+        turn.emit(TurnProgress(prompt.begun.token_ids, prompt.begun.logprobs, parser.feed(prompt.begun_ids.tolist())))
     progress = Continuation(_generate_request(parts, session, request, prompt, sampling))
     finish, failure = Finish(FinishReason.ABORT), None
     try:
@@ -466,17 +432,23 @@ def _generate_request(
     parts: TurnParts, session: Session, request: TurnRequest, prompt: _Prompt, sampling: SamplingParams
 ) -> GenerateRequest:
     """Rows are wanted from the last token of the parent on: it had none until now (I2)."""
-    extends = prompt.built.segment_reason is None and prompt.place.parent is not None
-    first_row = len(prompt.token_ids) - len(prompt.built.token_ids) - 1 if extends else 0
     return GenerateRequest(
         request_id="",
-        token_ids=prompt.token_ids,
+        token_ids=np.concatenate([prompt.token_ids, prompt.begun_ids]),
         sampling=sampling,
-        routed_experts_start=first_row,
+        routed_experts_start=_first_row(prompt),
         passthrough=request.passthrough,
         reasons_first="structural_tag" in sampling.extra and parts.model.parsing.opens_reasoning(prompt.token_ids),
         routing_key=quote(session.record.session_id, safe=""),
     )
+
+
+def _first_row(prompt: _Prompt) -> int:
+    """The routing row from which the recorded path has none."""
+    parent = prompt.place.parent
+    if parent is None or prompt.built.segment_reason is not None:
+        return 0
+    return parent.num_tokens - 1 if prompt.begun is None else first_missing_row(parent)
 
 
 def _cut_or_timed_out(parts: TurnParts, turn: Turn) -> VerbatimError:
@@ -529,10 +501,31 @@ def _record(
         request_digest=request.digest,
         cached_tokens=generated.cached_tokens,
         num_retractions=generated.num_retractions,
-        meta=_meta(request, prompt, sampling, sampled),
+        meta=_meta(request, prompt, sampling, sampled) | {"call": turn.call.facts(turn.retry)},
         untrainable_reason=_untrainable_reason(generated),
         created_at=turn.started_at,
         delivered_at=None,
+    )
+
+
+async def _finished(parts: TurnParts, prompt: _Prompt, sampled: _Sampled, record: TurnRecord) -> TurnFinished:
+    generated, begun = sampled.generated, prompt.begun
+    if begun is None or prompt.place.parent is None:
+        logprobs, spans, rows = generated.logprobs, generated.version_spans, generated.experts
+    else:
+        shift, earlier = len(begun.token_ids), await recorded_rows(parts.ledger, prompt.place.parent)
+        logprobs = np.concatenate([begun.logprobs, generated.logprobs])
+        later = [VersionSpan(s.start + shift, s.stop + shift, s.policy_version) for s in generated.version_spans]
+        spans = join_spans([*begun.version_spans, *later])
+        rows = joined_rows([part for part in (earlier, generated.experts) if part is not None])
+    return TurnFinished(
+        record=record,
+        prompt_token_ids=prompt.token_ids,
+        token_ids=np.concatenate([prompt.begun_ids, generated.token_ids]),
+        logprobs=logprobs,
+        version_spans=spans,
+        reply=sampled.reply,
+        experts=rows,
     )
 
 
@@ -540,7 +533,8 @@ def _attachment(prompt: _Prompt) -> Attachment:
     place = prompt.place
     follows_id = None if place.follows is None else place.follows.record.turn_id
     if place.parent is not None and prompt.built.segment_reason is None:
-        return Attachment(place.parent.record.turn_id, follows_id, place.tier, None)
+        parent_id = place.parent.record.turn_id
+        return Attachment(parent_id, follows_id, place.tier, None, continues=prompt.begun is not None)
     return Attachment(None, follows_id, place.tier, prompt.built.segment_reason or place.reason)
 
 

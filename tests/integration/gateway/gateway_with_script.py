@@ -1,7 +1,8 @@
 """Runs the real gateway with scripted engines, as a process of its own: `python gateway_with_script.py <serve flags>`.
 
 An engine `scripted=FILE` answers by the rules of a JSON file: `[{"after": …, "reply": …, …}]`; the rule whose `after`
-stands latest in the prompt's text decides, the first one if none does. Other keys are those of ScriptedReply.
+stands latest in the prompt's text decides, the first one if none does. Other keys are those of ScriptedReply. A prompt
+that ends with the beginning of its reply gets the rest of it.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ def scripted_engine(engine_id: str, url: str, model: ServedModel, policies: Mapp
         rule = max(rules, key=lambda rule: prompt.rfind(rule["after"]))
         options = {name: value for name, value in rule.items() if name not in ("after", "reply")}
         stop = model.tokenizer.eos_token_ids[:1]
-        return ScriptedReply((*model.tokenizer.encode(rule["reply"]).tolist(), *stop), **options)
+        tokens = (*model.tokenizer.encode(rule["reply"]).tolist(), *stop)
+        asked = request.token_ids.tolist()
+        begun = next((n for n in range(len(tokens) - 1, 0, -1) if asked[-n:] == list(tokens[:n])), 0)
+        return ScriptedReply(tokens[begun:], **options)
 
     return ScriptedEngine(
         reply,

@@ -177,6 +177,7 @@ def test_replayed_reply_is_found_in_each_spelling(
         "follows_id": turns[0]["turn_id"],
         "tier": tier,
         "segment_reason": None,
+        "continues": False,
     }
 
 

@@ -1,0 +1,236 @@
+"""A turn under way: what its readers hear of it, from whenever on they listen, and the means to end it early.
+
+run_turn ──emit──▶ Turn ──▶ each reader: what there is already, as one event, then event by event
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from gateway.contracts.errors import EngineTimeout, EngineUnavailable, VerbatimError
+from gateway.contracts.experts import RoutedExperts
+from gateway.contracts.generation import TokenIds
+from gateway.contracts.records import TurnRecord
+from gateway.contracts.replies import ContentDelta, ParsedReply, ReasoningDelta, ReplyDelta
+from gateway.contracts.versions import VersionSpan
+from gateway.sessions.idempotency import NO_HINT, CallChoice, RetryHint
+
+_MANY_PIECES = 512
+"""Objects that wait for a late reader, before they are made one."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TurnStarted:
+    """The prompt stands. `prompt_token_ids`: all of it, int32[P]."""
+
+    prompt_token_ids: TokenIds
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TurnProgress:
+    """New tokens, and what of them can be shown already."""
+
+    token_ids: TokenIds
+    logprobs: npt.NDArray[np.float32]
+    deltas: Sequence[ReplyDelta]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TurnFinished:
+    """The turn is on disk; its reply may be sent.
+
+    prompt_token_ids int32[P], token_ids int32[C], logprobs float32[C], version_spans over [0, C), experts: of the whole
+    reply, of which `record` holds the last part only where it goes on with another turn's.
+    """
+
+    record: TurnRecord
+    prompt_token_ids: TokenIds
+    token_ids: TokenIds
+    logprobs: npt.NDArray[np.float32]
+    version_spans: tuple[VersionSpan, ...]
+    reply: ParsedReply
+    experts: RoutedExperts | None
+
+
+TurnEvent = TurnStarted | TurnProgress | TurnFinished
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TurnTimes:
+    """For metrics: seconds from the start of a turn to its prompt, its first token and its record."""
+
+    prompt_seconds: float
+    first_token_seconds: float | None
+    total_seconds: float
+
+
+class Turn:
+    """One turn's events for any number of readers. call, retry: what it answers."""
+
+    def __init__(self, turn_id: str, call: CallChoice, retry: RetryHint = NO_HINT) -> None:
+        self.turn_id = turn_id
+        self.call = call
+        self.retry = retry
+        self.started_at = time.time()
+        self._clock = time.monotonic()
+        self._prompt_seconds = 0.0
+        self._first_token_seconds: float | None = None
+        self._so_far = _SoFar()
+        self._readers: set[asyncio.Queue[TurnEvent | None]] = set()
+        self._deadline: asyncio.Timeout | None = None
+        self._ends_at: float | None = None
+        self._cut_at: float | None = None
+        self._cut_for_good = False
+        self._cut_reason: VerbatimError = EngineTimeout("the client left, and its grace is over")
+        self._task: asyncio.Task[TurnFinished] | None = None
+
+    def emit(self, event: TurnStarted | TurnProgress) -> None:
+        """Tell the readers, also those to come."""
+        if isinstance(event, TurnStarted):
+            self._prompt_seconds = time.monotonic() - self._clock
+        elif self._first_token_seconds is None:
+            self._first_token_seconds = time.monotonic() - self._clock
+        self._so_far.add(event)
+        for reader in self._readers:
+            reader.put_nowait(event)
+
+    def times(self) -> TurnTimes:
+        """How long it took so far."""
+        return TurnTimes(self._prompt_seconds, self._first_token_seconds, time.monotonic() - self._clock)
+
+    async def events(self) -> AsyncGenerator[TurnEvent, None]:
+        """Events up to TurnFinished, those of the past joined; raises what ended the turn instead."""
+        reader: asyncio.Queue[TurnEvent | None] = asyncio.Queue()
+        self._readers.add(reader)
+        try:
+            is_over = self._task is not None and self._task.done()
+            for event in self._so_far.events():
+                yield event
+            while not is_over and (new := await reader.get()) is not None:
+                yield new
+        finally:
+            self._readers.discard(reader)
+        if self._task is not None:
+            yield await asyncio.shield(self._task)
+
+    async def finished(self) -> TurnFinished:
+        """Skip to the end."""
+        if self._task is None:
+            raise EngineUnavailable("the turn ended before it began")
+        return await asyncio.shield(self._task)
+
+    async def settled(self) -> None:
+        """Wait for the end, however it comes."""
+        if self._task is not None:
+            await asyncio.wait([self._task])
+
+    def abandon(self, *, grace_seconds: float) -> None:
+        """Nobody waits for the reply any more: sample on for the grace, then record what there is."""
+        if self._task is None or not self._task.done():
+            self._cut_at = asyncio.get_running_loop().time() + grace_seconds
+            self._apply_cut()
+
+    def rejoin(self) -> bool:
+        """Somebody waits again; False if it is too late, and sampling has been ended."""
+        if self._cut_for_good or (self._deadline is not None and self._deadline.expired()):
+            return False
+        if self._task is not None and self._task.done() and (self._task.cancelled() or self._task.exception()):
+            return False
+        self._cut_at = None
+        if self._deadline is not None:
+            self._deadline.reschedule(self._ends_at)
+        return True
+
+    def cut(self, reason: VerbatimError) -> None:
+        """End sampling now; who still waits for the reply is told `reason`."""
+        self._cut_reason = reason
+        self._cut_for_good = True
+        self.abandon(grace_seconds=0.0)
+
+    def cut_reason(self) -> VerbatimError | None:
+        """Why it was ended early, None if nobody asked for that."""
+        return self._cut_reason if self._cut_at is not None else None
+
+    def limit(self, deadline: asyncio.Timeout | None) -> None:
+        """The timeout that sampling runs under now (None: it is over)."""
+        self._deadline = deadline
+        self._ends_at = None if deadline is None else deadline.when()
+        self._apply_cut()
+
+    def run(self, work: asyncio.Task[TurnFinished]) -> None:
+        """Follow the task that does the work."""
+        self._task = work
+        self.on_end(self._tell_end)
+
+    def on_end(self, do: Callable[[], None]) -> None:
+        """Have something done when the work is over, however it ended."""
+        if self._task is not None:
+            self._task.add_done_callback(lambda _: do())
+
+    def _tell_end(self) -> None:
+        for reader in self._readers:
+            reader.put_nowait(None)
+
+    def _apply_cut(self) -> None:
+        if self._deadline is None or self._cut_at is None or self._deadline.expired():
+            return
+        when = self._deadline.when()
+        self._deadline.reschedule(self._cut_at if when is None else min(when, self._cut_at))
+
+
+class _SoFar:
+    """All that was emitted, as little of it as a late reader needs."""
+
+    def __init__(self) -> None:
+        self._started: TurnStarted | None = None
+        self._token_ids: list[TokenIds] = []
+        self._logprobs: list[npt.NDArray[np.float32]] = []
+        self._deltas: list[ReplyDelta] = []
+
+    def add(self, event: TurnStarted | TurnProgress) -> None:
+        """Keep one event."""
+        if isinstance(event, TurnStarted):
+            self._started = event
+            return
+        if len(event.token_ids):
+            self._token_ids.append(event.token_ids)
+            self._logprobs.append(event.logprobs)
+        self._deltas += event.deltas
+        if max(len(self._token_ids), len(self._deltas)) >= _MANY_PIECES:
+            self._join()
+
+    def events(self) -> list[TurnEvent]:
+        """The start, and one event for all that followed."""
+        if self._started is None:
+            return []
+        if not self._token_ids and not self._deltas:
+            return [self._started]
+        self._join()
+        return [self._started, TurnProgress(self._token_ids[0], self._logprobs[0], tuple(self._deltas))]
+
+    def _join(self) -> None:
+        self._token_ids = [np.concatenate([np.zeros(0, dtype=np.int32), *self._token_ids])]
+        self._logprobs = [np.concatenate([np.zeros(0, dtype=np.float32), *self._logprobs])]
+        self._deltas = joined_deltas(self._deltas)
+
+
+def joined_deltas(deltas: Sequence[ReplyDelta]) -> list[ReplyDelta]:
+    """The same text in as few pieces as its order allows."""
+    joined: list[ReplyDelta] = []
+    texts: list[str] = []
+    for i, delta in enumerate(deltas):
+        if not isinstance(delta, ContentDelta | ReasoningDelta):
+            joined.append(delta)
+            continue
+        texts.append(delta.text)
+        following = deltas[i + 1] if i + 1 < len(deltas) else None
+        if type(following) is not type(delta):
+            joined.append(type(delta)("".join(texts)))
+            texts = []
+    return joined
