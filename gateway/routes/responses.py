@@ -23,7 +23,7 @@ from gateway.routes.turns import Calls, named_session
 from gateway.sessions.messages import reasoning_of
 from gateway.sessions.registry import Session, SessionRegistry
 from gateway.sessions.tree import Node, TurnTree
-from gateway.wire.reply import FinishedChoice, ReplyTokens, Usage
+from gateway.wire.reply import FinishedChoice, Usage
 from gateway.wire.request import Wanted
 from gateway.wire.responses import LOGPROBS, parse_responses_request, turn_id_of
 from gateway.wire.responses_reply import Asked, ResponsesWriter
@@ -117,14 +117,15 @@ class _ResponsesRoutes:
     def _choice(self, node: Node, *, with_texts: bool) -> FinishedChoice:
         """A recorded turn as it was answered; its arrays are the trainer's to read, not the agent's."""
         record, prompt = node.record, node.token_ids()[: node.num_tokens - len(node.record.output_token_ids)]
-        decode = self._calls.model.tokenizer.decode
-        texts = [decode([token_id]) for token_id in record.output_token_ids.tolist()] if with_texts else []
+        tokens = self._calls.reply_tokens(
+            record.output_token_ids, record.output_logprobs, record.top_logprobs, with_texts=with_texts
+        )
         reply = _reply(record.reply, num_reasoning_tokens=record.meta["num_reasoning_tokens"])
         return FinishedChoice(
             reply=reply,
             finish=record.finish,
             prompt_token_ids=prompt,
-            tokens=ReplyTokens(record.output_token_ids, record.output_logprobs, texts),
+            tokens=tokens,
             experts=None,
             meta_info=record.meta["engine"],
             reply_fields=record.meta.get("engine_reply", {}),

@@ -38,9 +38,10 @@ from gateway.contracts.generation import (
     JsonValue,
     SamplingParams,
     TokenIds,
+    TopLogprob,
 )
 from gateway.contracts.ports import Ledger
-from gateway.contracts.records import Attachment, RootContext, SegmentReason, TurnRecord
+from gateway.contracts.records import Attachment, RootContext, SegmentReason, TurnRecord, recorded_top_logprobs
 from gateway.contracts.replies import ParsedReply, ReplyDelta
 from gateway.replicas.continuation import Continuation, Generated
 from gateway.replicas.pool import ReplicaPool
@@ -86,6 +87,7 @@ class TurnProgress:
     token_ids: TokenIds
     logprobs: npt.NDArray[np.float32]
     deltas: Sequence[ReplyDelta]
+    top_logprobs: Sequence[Sequence[TopLogprob]] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -446,7 +448,7 @@ async def _sample(
                         finish = item
                     else:
                         deltas = parser.feed(item.token_ids.tolist())
-                        turn.emit(TurnProgress(item.token_ids, item.logprobs, deltas))
+                        turn.emit(TurnProgress(item.token_ids, item.logprobs, deltas, item.top_logprobs))
     except TimeoutError:
         failure = _cut_or_timed_out(parts, turn)
     except EngineError as error:
@@ -474,6 +476,7 @@ def _generate_request(
         sampling=sampling,
         routed_experts_start=first_row,
         passthrough=request.passthrough,
+        num_top_logprobs=request.wanted.num_top_logprobs,
         reasons_first="structural_tag" in sampling.extra and parts.model.parsing.opens_reasoning(prompt.token_ids),
         routing_key=quote(session.record.session_id, safe=""),
     )
@@ -559,7 +562,9 @@ def _enforced(request: TurnRequest, sampling: SamplingParams) -> bool | None:
 
 def _meta(request: TurnRequest, prompt: _Prompt, sampling: SamplingParams, sampled: _Sampled) -> dict[str, JsonValue]:
     generated = sampled.generated
+    top_logprobs = recorded_top_logprobs(generated.top_logprobs)
     return {
+        **({"top_logprobs": top_logprobs} if request.wanted.num_top_logprobs else {}),
         "certified_by": prompt.built.certified_by,
         "hidden_messages": list(prompt.built.hidden_messages),
         "flags": [flag.value for flag in sampled.reply.flags],
