@@ -175,7 +175,7 @@ class TurnRecord:
 
 
 def recorded_top_logprobs(top_logprobs: Sequence[Sequence[TopLogprob]]) -> list[JsonValue]:
-    """The likeliest tokens as a record's meta "top_logprobs" holds them: for each token a list [id, log-prob, id, …]."""
+    """The likeliest tokens as a record's meta "top_logprobs" holds them: a list [id, log-prob, id, …] a token."""
     return [[value for entry in row for value in entry] for row in top_logprobs]
 
 

@@ -257,9 +257,7 @@ def _top_logprobs(tokens: ReplyTokens) -> list[dict[str, float] | None]:
     ]
 
 
-def _named(
-    tops: Sequence[TopLogprob], sampled: TopLogprob, spell: Callable[[int], Spelling]
-) -> dict[str, float]:
+def _named(tops: Sequence[TopLogprob], sampled: TopLogprob, spell: Callable[[int], Spelling]) -> dict[str, float]:
     is_missing = math.isnan(sampled.logprob) or any(top.token_id == sampled.token_id for top in tops)
     named: dict[str, float] = {}
     for token_id, logprob in [*tops] if is_missing else [*tops, sampled]:
