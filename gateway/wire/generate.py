@@ -34,7 +34,7 @@ _READ = frozenset(
     (
         "input_ids", "model", "return_logprob", "return_prompt_token_ids", "return_routed_experts",
         "return_text_in_logprobs", "rid", "routed_experts_start_len", "sampling_params", "stream", "text",
-        "top_logprobs_num",
+        "token_ids_logprob", "top_logprobs_num",
     )
 )  # fmt: skip
 
