@@ -47,7 +47,7 @@ from gateway.replicas.continuation import Continuation, Generated
 from gateway.replicas.pool import ReplicaPool
 from gateway.sessions.attach import RAW, Place, attach, restore_reasoning
 from gateway.sessions.model import ServedModel
-from gateway.sessions.raw import attach_raw, check_ids
+from gateway.sessions.raw import attach_raw, check_ids, check_sampling_ids
 from gateway.sessions.registry import Session
 from gateway.sessions.upkeep import PromptUpkeep
 from gateway.tito.conversation import BuiltPrompt, Conversation, ParentTurn
@@ -265,6 +265,7 @@ class TurnRunner:
 
     def check(self, request: TurnRequest) -> None:
         """Raise InvalidRequest for ids that the model does not have, before any turn of the same call begins."""
+        check_sampling_ids(request.sampling, vocab_size=_vocab_size(self.parts))
         if request.prompt is not None and request.prompt.token_ids is not None:
             check_ids(request.prompt.token_ids, vocab_size=_vocab_size(self.parts))
 

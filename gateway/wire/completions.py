@@ -209,6 +209,7 @@ class CompletionsWriter:
             "completion_tokens": completion_tokens,
             "total_tokens": prompt_tokens + completion_tokens,
             "prompt_tokens_details": {"cached_tokens": sum(choice.usage.cached_tokens for choice in prompts)},
+            "completion_tokens_details": {"reasoning_tokens": sum(c.usage.reasoning_tokens for c in choices)},
         }
 
 

@@ -94,7 +94,7 @@ class ChatWriter:
 
     def opening(self, index: int, prompt_token_ids: TokenIds) -> Iterator[bytes]:
         """The first chunk of a choice: the role, and the prompt's ids if asked for."""
-        chunk = self._chunk(index, {"role": "assistant", "content": ""})
+        chunk = self._chunk(index, {"role": "assistant", "content": "", "refusal": None})
         if self._wanted.token_ids:
             chunk["prompt_token_ids"] = prompt_token_ids.tolist()
         yield sse.event(chunk)
@@ -130,7 +130,7 @@ class ChatWriter:
     def _choice(self, index: int, choice: FinishedChoice) -> dict[str, JsonValue]:
         body: dict[str, JsonValue] = {
             "index": index,
-            "message": choice.reply.message(),
+            "message": choice.reply.message() | {"refusal": None},
             "logprobs": None,
             "finish_reason": _finish_reason(choice),
         }
@@ -140,7 +140,8 @@ class ChatWriter:
         self, index: int, delta: Mapping[str, JsonValue], *, finish_reason: str | None = None
     ) -> dict[str, JsonValue]:
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-        return {**self._head, "object": "chat.completion.chunk", "choices": [choice]}
+        usage = {"usage": None} if self._wanted.usage_chunk else {}  # as in OpenAI's API: its own chunk has it
+        return {**self._head, "object": "chat.completion.chunk", "choices": [choice], **usage}
 
 
 def _delta(delta: ReplyDelta) -> dict[str, JsonValue]:
