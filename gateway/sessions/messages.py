@@ -1,10 +1,9 @@
 """What makes two chat messages the same message, as digests: the ground that attachment stands on (design 4).
 
-A message of a request is held against a recorded one in three tiers. *Exact*: equal JSON, whatever the order of keys and
-with or without `"refusal": null`.
-*Semantic*: null, "" and absent are one, one text part is its text, tool-call arguments compare as JSON values.
-*Projection*: the same, but the reasoning was left out. Everything here is a function of the message and of the tool
-calls before it, so that a tree that is rebuilt from the ledger has the same keys.
+A message of a request is held against a recorded one in three tiers. *Exact*: equal JSON, whatever the order of keys,
+with or without a null `refusal`. *Semantic*: null, "" and absent are one, one text part is its text, tool-call
+arguments compare as JSON values. *Projection*: the same, but the reasoning was left out. Everything here is a function
+of the message and of the tool calls before it, so that a tree that is rebuilt from the ledger has the same keys.
 """
 
 from __future__ import annotations

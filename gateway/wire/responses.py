@@ -142,6 +142,8 @@ def _chat_fields(fields: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
     """All but the messages as chat completions have it; unknown fields stay as they are (I8)."""
     chat = {name: value for name, value in fields.items() if name not in _TRANSLATED}
     if (limit := optional(fields, "max_output_tokens", int)) is not None:
+        if limit < 1:
+            raise InvalidRequest(f"max_output_tokens: expected at least 1, got {limit}")
         chat["max_completion_tokens"] = limit
     if fields.get("tools") is not None:
         chat["tools"] = [_tool(f"tools[{i}]", tool) for i, tool in enumerate(objects(fields, "tools"))]

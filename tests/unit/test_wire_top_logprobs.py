@@ -8,6 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from openai.types import Completion
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from openai.types.responses import Response, ResponseStreamEvent
+from pydantic import TypeAdapter
 from tokenizers import Tokenizer, decoders, models
 
 from gateway.contracts.errors import InvalidRequest
@@ -205,6 +209,22 @@ def test_a_response_shows_them_in_its_text_and_in_its_deltas() -> None:
     deltas = [event["logprobs"] for event in events if event["type"] == "response.output_text.delta"]
     assert [entry for delta in deltas for entry in delta] == part["logprobs"]
     assert events[-1]["response"]["top_logprobs"] == 3
+
+
+def test_openais_own_models_accept_every_reply() -> None:
+    """Required fields and their types, as the client library of today declares them; whole replies and frames (but for
+    completions' frames, whose null `finish_reason` OpenAI itself sends and does not declare)."""
+    asked = {"logprobs": True, "top_logprobs": 3, "stream_options": {"include_usage": True}}
+    wanted = chat(**asked).wanted
+    ChatCompletion.model_validate(ChatWriter(wanted, "id", "m").whole([choice()]))
+    for frame in streamed(ChatWriter(wanted, "id", "m")):
+        ChatCompletionChunk.model_validate(frame)
+    text = parse_completions_request(body(prompt=[2, 2], logprobs=3))
+    Completion.model_validate(CompletionsWriter(text, lambda _: "b", "t", "m").whole([choice()]))
+    response = Asked.by(responses(include=[LOGPROBS], top_logprobs=3), None)
+    Response.model_validate(ResponsesWriter(response, "turn-1", "m").whole([choice()]))
+    for event in streamed(ResponsesWriter(response, "turn-1", "m")):
+        TypeAdapter(ResponseStreamEvent).validate_python(event)
 
 
 def test_nothing_of_them_is_shown_unasked() -> None:
