@@ -25,6 +25,7 @@ from gateway.wire import sse
 from gateway.wire.errors import error_body
 from gateway.wire.fields import check_nesting, flag, kind_of, optional, within
 from gateway.wire.json_text import load_json_object
+from gateway.wire.openai import MAX_TOP_LOGPROBS
 from gateway.wire.raw_prompts import is_batch, raw_prompts
 from gateway.wire.reply import FinishedChoice, ReplyTokens
 from gateway.wire.request import PROTECTED, RawPrompt, TurnRequest, Wanted
@@ -46,8 +47,6 @@ _TYPED_SAMPLING = frozenset(
 )  # fmt: skip
 
 _MAX_CHOICES = 128
-_MAX_TOP_LOGPROBS = 128
-"""More than OpenAI's, for distillation; SGLang itself knows no limit, and every one of them costs memory."""
 _DEFAULT_MAX_NEW_TOKENS = 128
 """SGLang's."""
 
@@ -329,7 +328,7 @@ def _num_top_logprobs(fields: Mapping[str, JsonValue]) -> int:
     if any(type(number) is not type(numbers[0]) or number != numbers[0] for number in numbers):
         raise InvalidRequest("top_logprobs_num: must be the same for all prompts of a list")
     name = "top_logprobs_num"
-    return within({name: numbers[0] if numbers else None}, name, 0, _MAX_TOP_LOGPROBS) or 0
+    return within({name: numbers[0] if numbers else None}, name, 0, MAX_TOP_LOGPROBS) or 0
 
 
 def _rids(value: JsonValue, num_prompts: int) -> tuple[str, ...]:

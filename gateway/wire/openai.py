@@ -38,7 +38,8 @@ _KNOWN = frozenset(
 
 _MAX_CHOICES = 128
 MAX_TOP_LOGPROBS = 20
-"""OpenAI's, of chat completions and responses; also what vLLM grants unless it was started with another limit."""
+"""OpenAI's, and what vLLM grants unless it was started with another limit. SGLang knows none, but each of them costs
+memory for every token, in the engine's streams and in the record."""
 
 
 def parse_chat_request(body: bytes) -> TurnRequest:
