@@ -88,6 +88,7 @@ _NOT_FOR_PASSTHROUGH = frozenset(
         "content_parts",
         "echo",
         "features",
+        "logprob_token_ids",
         "model",
         "n",
         "prompt_embeds",
@@ -98,7 +99,7 @@ _NOT_FOR_PASSTHROUGH = frozenset(
         "use_beam_search",
     )
 )
-"""Fields that change the prompt, the number of answers, or where the tokens come from (I1)."""
+"""Fields that change the prompt, the number of answers, where the tokens come from (I1), or whose log-probs are told."""
 
 _DEFAULT_MAX_LOGPROBS = 20
 _CONTROL_SECONDS = 60.0
