@@ -99,7 +99,7 @@ _NOT_FOR_PASSTHROUGH = frozenset(
         "use_beam_search",
     )
 )
-"""Fields that change the prompt, the number of answers, where the tokens come from (I1), or whose log-probs are told."""
+"""Fields that change the prompt, the number of answers, where the tokens come from (I1), or whose log-probs come."""
 
 _DEFAULT_MAX_LOGPROBS = 20
 _CONTROL_SECONDS = 60.0
