@@ -98,7 +98,9 @@ class _HttpChat:
                     choice = await _gathered(reply) if streams else (await reply.json())["choices"][0]
         except TimeoutError:
             return Vanished()
-        return Answered(choice["message"], choice["finish_reason"])
+        # A null that OpenAI's shape requires; the record holds what was sampled.
+        message = {name: value for name, value in choice["message"].items() if name != "refusal"}
+        return Answered(message, choice["finish_reason"])
 
 
 async def _gathered(reply: aiohttp.ClientResponse) -> dict[str, Any]:

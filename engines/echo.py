@@ -17,7 +17,7 @@ from gateway.contracts.generation import JsonValue
 _KNOWN = frozenset(
     (
         "rid", "input_ids", "sampling_params", "stream", "return_logprob", "logprob_start_len",
-        "return_routed_experts", "routed_experts_start_len",
+        "return_routed_experts", "routed_experts_start_len", "top_logprobs_num",
     )
 )  # fmt: skip
 
@@ -64,7 +64,7 @@ class EchoServer:
         stream = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await stream.prepare(request)
         for count in range(1, len(self._token_ids) + 1):
-            event = self._event(len(body["input_ids"]), count)
+            event = self._event(len(body["input_ids"]), count, num_top_logprobs=body.get("top_logprobs_num", 0))
             if count == len(self._token_ids):
                 event = unknown | event
                 event["meta_info"] |= {"echo": unknown}
@@ -72,9 +72,9 @@ class EchoServer:
         await stream.write(b"data: [DONE]\n\n")
         return stream
 
-    def _event(self, num_prompt: int, count: int) -> dict[str, JsonValue]:
+    def _event(self, num_prompt: int, count: int, *, num_top_logprobs: int) -> dict[str, JsonValue]:
         ended = count == len(self._token_ids)
-        return {
+        event: dict[str, JsonValue] = {
             "text": "",
             "output_ids": self._token_ids[:count],
             "meta_info": {
@@ -86,3 +86,7 @@ class EchoServer:
                 "output_token_logprobs": [[-0.5, token_id, None] for token_id in self._token_ids[:count]],
             },
         }
+        if num_top_logprobs:  # it is sure of nothing else
+            tops = [[[-0.5, token_id, None]] for token_id in self._token_ids[:count]]
+            event["meta_info"]["output_top_logprobs"] = tops
+        return event

@@ -1,8 +1,9 @@
 """ScriptedEngine: a deterministic engine in this process, for gateway development and tests without torch.
 
-It promises what the `Engine` Protocol promises: streamed ids, a log-prob a token, distinct experts in every row,
-version spans, pausing and aborting. Log-probs and experts are functions of token id and position only, so that a row is
-the same whether a token was sampled or prefilled. It does not compute anything: a plan says what it samples.
+It promises what the `Engine` Protocol promises: streamed ids, a log-prob a token, the likeliest tokens, distinct
+experts in every row, version spans, pausing and aborting. Log-probs and experts are functions of token id and position
+only, so that a row is the same whether a token was sampled or prefilled. It does not compute anything: a plan says what
+it samples.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from gateway.contracts.generation import (
     JsonValue,
     LogprobKind,
     TokenIds,
+    TopLogprob,
 )
 from gateway.contracts.ports import PauseMode
 from gateway.contracts.versions import VersionSpan, join_spans
@@ -128,7 +130,9 @@ class ScriptedEngine:
                 spans.append(VersionSpan(sampled, stop, self._policy_version))
                 first = len(request.token_ids) + sampled
                 sampled = stop
-                yield GenerateChunk(token_ids, scripted_logprobs(token_ids, first=first))
+                logprobs = scripted_logprobs(token_ids, first=first)
+                tops = scripted_top_logprobs(token_ids, logprobs, number=request.num_top_logprobs)
+                yield GenerateChunk(token_ids, logprobs, tops)
             yield self._end(request, reply, sampled, spans)
         finally:
             self._live.discard(request.request_id)
@@ -233,6 +237,19 @@ def scripted_logprobs(token_ids: TokenIds, *, first: int) -> npt.NDArray[np.floa
     """float32[n], between -2 and 0: a function of token id and absolute position (`first` is that of token 0)."""
     positions = np.arange(first, first + len(token_ids))
     return np.asarray(-((token_ids * 7 + positions * 3) % 97 + 1) / 50, dtype=np.float32)
+
+
+def scripted_top_logprobs(
+    token_ids: TokenIds, logprobs: npt.NDArray[np.float32], *, number: int
+) -> tuple[tuple[TopLogprob, ...], ...]:
+    """`number` likeliest tokens of each position, () for 0: the sampled one and those below it, each less likely by a
+    half; as if the likeliest were always sampled."""
+    if not number:
+        return ()
+    return tuple(
+        tuple(TopLogprob(token_id - i, logprob - i / 2) for i in range(min(number, token_id + 1)))
+        for token_id, logprob in zip(token_ids.tolist(), logprobs.tolist(), strict=True)
+    )
 
 
 def scripted_experts(inputs: TokenIds, routing: RoutingShape, *, start: int) -> ExpertIds:

@@ -18,6 +18,7 @@ import pybase64
 
 from engines.connection import EngineHttp, failure, refused
 from engines.identity import read_if_here
+from engines.likeliest import likeliest
 from gateway.contracts.errors import (
     EngineError,
     EngineProtocolError,
@@ -38,6 +39,7 @@ from gateway.contracts.generation import (
     JsonValue,
     LogprobKind,
     SamplingParams,
+    TopLogprob,
 )
 from gateway.contracts.ports import PauseMode
 from gateway.contracts.versions import VersionSpan, join_spans
@@ -55,6 +57,8 @@ _KNOWN_META = frozenset(
         "input_token_logprobs",
         "output_token_logprobs",
         "output_token_logprobs_length",
+        "input_top_logprobs",
+        "output_top_logprobs",
         "completion_tokens",
         "cached_tokens",
         "routed_experts",
@@ -208,8 +212,10 @@ def _body(request: GenerateRequest) -> dict[str, JsonValue]:
         "return_logprob": True,
         "logprob_start_len": -1,
     }
-    body.pop("return_routed_experts", None)
-    body.pop("routed_experts_start_len", None)
+    for name in ("return_routed_experts", "routed_experts_start_len", "top_logprobs_num"):
+        body.pop(name, None)
+    if request.num_top_logprobs:
+        body["top_logprobs_num"] = request.num_top_logprobs
     if request.reasons_first:
         body["require_reasoning"] = True
     if request.routed_experts_start is not None:
@@ -295,7 +301,8 @@ class _Stream:
         token_ids = np.array(fresh, dtype=np.int64)
         if token_ids.size and (token_ids.min() < 0 or token_ids.max() > np.iinfo(np.int32).max):
             raise EngineProtocolError(f"{self._named}: token ids out of range")
-        return GenerateChunk(token_ids.astype(np.int32), logprobs)
+        top_logprobs = self._new_top_logprobs(fresh, logprobs, meta.get("output_top_logprobs"))
+        return GenerateChunk(token_ids.astype(np.int32), logprobs, top_logprobs)
 
     def _new_logprobs(self, fresh: list[int], triples: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
         """float32[n]; NaN where the engine gave none (I9)."""
@@ -307,6 +314,16 @@ class _Stream:
         if [triple[1] for triple in newest] != fresh:
             raise EngineProtocolError(f"{self._named}: log-probs are of other tokens than output_ids (I2)")
         return np.array([np.nan if triple[0] is None else triple[0] for triple in newest], dtype=np.float32)
+
+    def _new_top_logprobs(
+        self, fresh: list[int], logprobs: np.ndarray[Any, np.dtype[np.float32]], rows: Any
+    ) -> tuple[tuple[TopLogprob, ...], ...]:
+        """A row for each new token; () where none were asked for or the engine gave none (I9)."""
+        wanted = self._request.num_top_logprobs
+        if not fresh or not wanted or rows is None:
+            return ()
+        pairs = [None if row is None else [(triple[1], triple[0]) for triple in row] for row in rows[-len(fresh) :]]
+        return likeliest(pairs, fresh, logprobs, most=wanted, named=self._named)
 
     def _ended(self, event: Mapping[str, Any], meta: Mapping[str, Any], finish: Mapping[str, Any]) -> GenerateEnd:
         prompt_tokens, num_output = int(meta["prompt_tokens"]), len(self._output_ids)

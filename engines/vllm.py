@@ -12,12 +12,15 @@ vLLM's ways that shape this client:
 - A per-request seed ends the whole CPU server as soon as some prompt is computed in parts, its own or because other
   prompts used the step up: a server on a CPU, or one that does not say, gets no seeds. The reply's meta_info says so.
 - An aborted stream has no last event: no reason, no routing. It is told by `usage`, which still comes.
+- `/inference/v1/generate` counts the sampled token among the N likeliest asked for: one more is asked for. More than
+  `--max-logprobs` would be refused, so no more are asked for; the agent gets fewer.
 - Unknown sampling parameters are ignored without a word, so names are translated, and what vLLM lacks is refused here.
 """
 
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -85,6 +88,7 @@ _NOT_FOR_PASSTHROUGH = frozenset(
         "content_parts",
         "echo",
         "features",
+        "logprob_token_ids",
         "model",
         "n",
         "prompt_embeds",
@@ -95,8 +99,9 @@ _NOT_FOR_PASSTHROUGH = frozenset(
         "use_beam_search",
     )
 )
-"""Fields that change the prompt, the number of answers, or where the tokens come from (I1)."""
+"""Fields that change the prompt, the number of answers, where the tokens come from (I1), or whose log-probs come."""
 
+_DEFAULT_MAX_LOGPROBS = 20
 _CONTROL_SECONDS = 60.0
 _ABORT_SECONDS = 5.0
 
@@ -106,7 +111,7 @@ class VllmServer:
     """What one server process is; it does not change while the process lives.
 
     generates: it has `/inference/v1/generate`. controllable: it has the routes for reinforcement learning. on_gpu: it
-    says that it does not run on a CPU.
+    says that it does not run on a CPU. max_logprobs: how many likeliest tokens it gives at each position.
     """
 
     generates: bool
@@ -117,6 +122,7 @@ class VllmServer:
     context_length: int
     captures_experts: bool
     logprob_kind: LogprobKind
+    max_logprobs: int
     folder: FolderIdentity
 
 
@@ -258,6 +264,7 @@ class VllmEngine:
             context_length=int(card.get("max_model_len") or 0),
             captures_experts=generates and bool(model.get("enable_return_routed_experts")),
             logprob_kind=self._kind_of(model.get("logprobs_mode")),
+            max_logprobs=_max_logprobs(model.get("max_logprobs")),
             folder=await read_if_here(model_path),
         )
 
@@ -326,10 +333,18 @@ def _first_card(models: Mapping[str, Any], url: str) -> Mapping[str, Any]:
     return card
 
 
+def _max_logprobs(configured: Any) -> int:
+    """vLLM's own default where the server does not say; -1 stands for the whole vocabulary."""
+    number = configured if type(configured) is int else _DEFAULT_MAX_LOGPROBS
+    return sys.maxsize if number < 0 else number
+
+
 def _body(request: GenerateRequest, server: VllmServer, *, seeded: bool) -> tuple[str, dict[str, JsonValue]]:
     """Where to ask, and with what."""
     passed = {key: value for key, value in request.passthrough.items() if key not in _NOT_FOR_PASSTHROUGH}
     sampling = _sampling(request.sampling, seeded=seeded)
+    # 0 stands for the sampled token only.
+    sampling["logprobs"] = min(request.num_top_logprobs, server.max_logprobs)
     # I7: what is recorded is ours to ask for, whatever the agent's own fields say.
     ours: dict[str, JsonValue] = {
         "request_id": request.request_id,
@@ -339,10 +354,14 @@ def _body(request: GenerateRequest, server: VllmServer, *, seeded: bool) -> tupl
     }
     if not server.generates:
         ours |= {"model": server.served_model_name, "prompt": request.token_ids.tolist()}
+        if request.num_top_logprobs:
+            ours["return_tokens_as_token_ids"] = True  # else the likeliest are named by texts, which several may share
         if "extra_args" in sampling:
             sampling["vllm_xargs"] = sampling.pop("extra_args")
         # Without it this route takes the model folder's own, which nobody asked for.
         return _COMPLETIONS, {"repetition_penalty": 1.0} | passed | sampling | ours
+    if request.num_top_logprobs:
+        sampling["logprobs"] = min(request.num_top_logprobs + 1, server.max_logprobs)
     if request.routed_experts_start is not None:
         sampling["routed_experts_prompt_start"] = request.routed_experts_start
     sampling = {key: passed.pop(key) for key in _SAMPLING_OF_VLLM & passed.keys()} | sampling
@@ -368,7 +387,6 @@ def _sampling(sampling: SamplingParams, *, seeded: bool) -> dict[str, JsonValue]
         "top_k": sampling.top_k,
         "min_p": sampling.min_p,
         "ignore_eos": sampling.ignore_eos,
-        "logprobs": 0,  # of the sampled token only
     }
     if sampling.stop:
         parameters["stop"] = list(sampling.stop)

@@ -17,9 +17,18 @@ import numpy.typing as npt
 import pybase64
 
 from engines.connection import failure
+from engines.likeliest import Row, likeliest
 from gateway.contracts.errors import EngineProtocolError, EngineUnavailable, ExpertsMismatch, LengthMismatch
 from gateway.contracts.experts import RoutedExperts, RoutingShape, narrow
-from gateway.contracts.generation import Finish, FinishReason, GenerateChunk, GenerateEnd, GenerateRequest, JsonValue
+from gateway.contracts.generation import (
+    Finish,
+    FinishReason,
+    GenerateChunk,
+    GenerateEnd,
+    GenerateRequest,
+    JsonValue,
+    TopLogprob,
+)
 from gateway.contracts.versions import VersionSpan, join_spans
 
 _KNOWN_TOP = frozenset(("request_id", "id", "object", "created", "model", "choices", "usage", "prompt_token_ids"))
@@ -38,6 +47,8 @@ _KNOWN_CHOICE = frozenset(
 )
 _NO_LOGPROB = -9999.0
 """What vLLM writes for a log-prob that it does not have, and its floor for those that it has."""
+
+_ID_MARK = "token_id:"
 
 _REASONS = {
     "stop": FinishReason.STOP,
@@ -155,9 +166,10 @@ class VllmStream:
         if fresh and self._finish is not None:
             raise EngineProtocolError(f"{self._named}: tokens after the end")
         logprobs = self._new_logprobs(choice.get("logprobs"), fresh)
+        top_logprobs = self._new_top_logprobs(choice.get("logprobs"), fresh, logprobs)
         self._num_output += len(fresh)
         self._last_token = int(fresh[-1]) if fresh else self._last_token
-        return GenerateChunk(token_ids.astype(np.int32), logprobs)
+        return GenerateChunk(token_ids.astype(np.int32), logprobs, top_logprobs)
 
     def _new_logprobs(self, given: Any, fresh: list[int]) -> npt.NDArray[np.float32]:
         """float32[n]; NaN where the engine gave none (I9)."""
@@ -172,6 +184,19 @@ class VllmStream:
         if len(values) != len(fresh):
             raise EngineProtocolError(f"{self._named}: {len(values)} log-probs for {len(fresh)} new tokens (I2)")
         return np.array([np.nan if v is None or v <= _NO_LOGPROB else v for v in values], dtype=np.float32)
+
+    def _new_top_logprobs(
+        self, given: Any, fresh: list[int], logprobs: npt.NDArray[np.float32]
+    ) -> tuple[tuple[TopLogprob, ...], ...]:
+        """A row for each new token; () where none were asked for or the engine gave none (I9)."""
+        wanted = self._request.num_top_logprobs
+        if not fresh or not wanted or given is None:
+            return ()
+        if "content" in given:
+            rows = [_generated_row(entry, wanted) for entry in given["content"]]
+        else:
+            rows = [None if row is None else _completed_row(row) for row in given.get("top_logprobs") or ()]
+        return likeliest(rows, fresh, logprobs, most=wanted, named=self._named) if any(rows) else ()
 
     def _finished(self, choice: Mapping[str, Any]) -> Finish:
         """`stop_reason` names what matched, but not an end token of the model; 0.30 has no such field."""
@@ -232,7 +257,33 @@ def decode_npy_routing(encoded: str, shape: RoutingShape, *, start: int, stop: i
     return RoutedExperts(narrow(ids, shape), start)
 
 
+def _generated_row(entry: Mapping[str, Any], wanted: int) -> Row:
+    """The likeliest of one position, and among them the sampled token whatever its rank; 0.30 does not say ranks."""
+    tops = [top for top in entry.get("top_logprobs") or () if (top.get("rank") or 1) <= wanted]
+    row = [(_token_of(top), _known(top.get("logprob"))) for top in tops]
+    sampled, *others = row or [(0, None)]
+    # A server that grants no entry for the sampled token beside the likeliest: nobody can tell whether it is one.
+    is_doubtful = "rank" not in entry and len(row) == wanted and all(_less(sampled, other) for other in others)
+    return others if is_doubtful else row
+
+
+def _completed_row(row: Mapping[str, float]) -> Row:
+    """The same of `/v1/completions`, whose rows hold the sampled token beside the likeliest; None where a server names
+    tokens by their texts all the same, which several may share."""
+    if not all(name.startswith(_ID_MARK) for name in row):
+        return None
+    return [(_token_of({"token": name}), _known(logprob)) for name, logprob in row.items()]
+
+
+def _less(one: tuple[int, float | None], other: tuple[int, float | None]) -> bool:
+    return one[1] is None or (other[1] is not None and one[1] < other[1])
+
+
+def _known(logprob: float | None) -> float | None:
+    return None if logprob is None or logprob <= _NO_LOGPROB else logprob
+
+
 def _token_of(entry: Mapping[str, Any]) -> int:
     """0.32 names the id, 0.30 spells it `token_id:17`."""
     token_id = entry.get("token_id")
-    return int(entry["token"].removeprefix("token_id:")) if token_id is None else int(token_id)
+    return int(entry["token"].removeprefix(_ID_MARK)) if token_id is None else int(token_id)

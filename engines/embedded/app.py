@@ -78,6 +78,7 @@ class EngineServer:
             logprob_start=len(request.prompt) if start < 0 else start,
             routed_start=request.routed_start,
             on_progress=on_progress,
+            num_top_logprobs=request.num_top_logprobs,
         )
         reply = Reply(request, generation, self.tokenizer, incremental=self.settings.incremental_streaming_output)
         self.open_rids.add(request.rid)

@@ -26,10 +26,10 @@ import torch
 from engines.embedded.cache import SlotCache, plan_step
 from engines.embedded.experts import RouterCapture
 from engines.embedded.model import LoadedModel, load_weights
-from engines.embedded.sampler import Draw, SamplingSettings, sample
+from engines.embedded.sampler import Draw, SamplingSettings, sample, top_logprobs
 from engines.embedded.scheduler import FREE, Generation, Scheduler, SlotTable, StepWork, own_randomness
 from gateway.contracts.errors import TransportError
-from gateway.contracts.generation import LogprobKind
+from gateway.contracts.generation import LogprobKind, TopLogprob
 from gateway.contracts.ports import PauseMode
 
 logger = logging.getLogger(__name__)
@@ -123,9 +123,10 @@ class EmbeddedEngine:
         logprob_start: int,
         routed_start: int | None,
         on_progress: Callable[[], None],
+        num_top_logprobs: int = 0,
     ) -> Generation:
         """A request ready to submit; `prompt` was checked by the caller (vocabulary, length)."""
-        draw = Draw(settings, own_randomness(settings.seed, self._randomness))
+        draw = Draw(settings, own_randomness(settings.seed, self._randomness), num_top_logprobs=num_top_logprobs)
         if settings.min_new_tokens:
             draw.forbidden = self._end_ids(settings)
         return Generation(
@@ -274,13 +275,13 @@ class EmbeddedEngine:
         logits, samplers = self._forward(work)
         if not samplers:
             return
-        tokens, logprobs = sample(logits, [generation.draw for generation in samplers], kind=self.logprob_kind)
-        self.num_sampled_tokens += len(tokens)
-        for generation, token_id, logprob in zip(samplers, tokens, logprobs, strict=True):
+        sampled = sample(logits, [generation.draw for generation in samplers], kind=self.logprob_kind)
+        self.num_sampled_tokens += len(sampled.token_ids)
+        for generation, token_id, logprob, tops in zip(samplers, *sampled, strict=True):
             if generation.settings.max_new_tokens == 0:
                 self._finish(generation, {"type": "length", "length": 0})
             else:
-                self._take_token(generation, token_id, logprob)
+                self._take_token(generation, token_id, logprob, tops)
 
     def _forward(self, work: StepWork) -> tuple[torch.Tensor, list[Generation]]:
         """Run the model on the step's tokens; logits [B, vocab] of the B sequences that sample now."""
@@ -317,12 +318,14 @@ class EmbeddedEngine:
                 continue  # computed again after a retraction
             logprobs = torch.log_softmax(logits[row].float(), dim=-1)
             generation.input_logprobs.append(float(logprobs[generation.token_ids[following]]))
+            generation.input_top_logprobs.append(top_logprobs(logprobs, generation.draw.num_top_logprobs))
 
-    def _take_token(self, generation: Generation, token_id: int, logprob: float) -> None:
+    def _take_token(self, generation: Generation, token_id: int, logprob: float, tops: list[TopLogprob]) -> None:
         if not generation.version_starts or generation.version_starts[-1][0] != self.weight_version:
             # I5: weights may change inside a turn.
             generation.version_starts.append((self.weight_version, generation.num_output))
-        generation.logprobs.append(logprob)
+        generation.top_logprobs.append(tops)
+        generation.logprobs.append(logprob)  # after all else that is told of a token: readers count these
         self._scheduler.append(generation, token_id)
         finish = self._finish_reason(generation, token_id)
         if finish is not None:

@@ -10,7 +10,7 @@ import math
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pybase64
@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from engines.embedded.sampler import NO_TOP_K, SamplingSettings
 from engines.embedded.scheduler import Generation
 from gateway.contracts.errors import ContextOverflow, InvalidRequest
+from gateway.contracts.generation import TopLogprob
 
 _SAMPLING_FIELDS = frozenset(
     (
@@ -71,7 +72,8 @@ _NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class GenerateInput:
-    """One prompt of a `/generate` call. `logprob_start` -1 stands for "output tokens only"."""
+    """One prompt of a `/generate` call. `logprob_start` -1 stands for "output tokens only". num_top_logprobs: of the
+    likeliest tokens at each position whose log-prob is wanted."""
 
     rid: str
     prompt: list[int]
@@ -79,6 +81,7 @@ class GenerateInput:
     return_logprob: bool
     logprob_start: int
     routed_start: int | None
+    num_top_logprobs: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,11 +114,15 @@ def read_generate(body: Any, limits: ModelLimits, tokenizer: Tokenizer | None) -
         raise InvalidRequest("sampling_params must be an object, or a list with one object for each prompt")
     copies = _integer(per_prompt[0], "n", 1, least=1)
     rids = _rids(body.get("rid"), len(prompts), copies)
+    if body.get("token_ids_logprob"):
+        raise InvalidRequest("the embedded engine does not implement token_ids_logprob")
+    top_numbers = _top_numbers(body, len(prompts))
     inputs: list[GenerateInput] = []
-    for prompt, entry in zip(prompts, per_prompt, strict=True):
+    for prompt, entry, top_number in zip(prompts, per_prompt, top_numbers, strict=True):
         settings = _settings(entry, tokenizer)
         _check_prompt(prompt, entry.get("max_new_tokens"), limits)
-        inputs += [_input(body, rids[len(inputs) + copy], prompt, settings, limits) for copy in range(copies)]
+        read = [_input(body, rids[len(inputs) + copy], prompt, settings, limits) for copy in range(copies)]
+        inputs += [replace(each, num_top_logprobs=top_number) for each in read]
     return GenerateCall(
         inputs=tuple(inputs),
         single=not batch and copies == 1,
@@ -145,6 +152,15 @@ def _prompts(body: Mapping[str, Any], tokenizer: Tokenizer | None) -> tuple[list
         if not isinstance(prompt, list) or not prompt or not all(type(token) is int for token in prompt):
             raise InvalidRequest("input_ids must be a non-empty list of integers, or a list of such lists")
     return prompts, batch
+
+
+def _top_numbers(body: Mapping[str, Any], num_prompts: int) -> list[int]:
+    """`top_logprobs_num` of each prompt; without log-probs it asks for nothing."""
+    asked = body.get("top_logprobs_num") if body.get("return_logprob") else None
+    numbers = asked if isinstance(asked, list) else [asked] * num_prompts
+    if len(numbers) != num_prompts:
+        raise InvalidRequest("top_logprobs_num must be an integer, or a list with one integer for each prompt")
+    return [_integer({"top_logprobs_num": number}, "top_logprobs_num", 0, least=0) for number in numbers]
 
 
 def _rids(rid: Any, num_prompts: int, copies: int) -> list[str]:
@@ -332,6 +348,9 @@ class Reply:
                 [logprob, token, None] for logprob, token in zip(logprobs, output_ids[since:], strict=True)
             ]
             meta["output_token_logprobs_length"] = num_output
+        if request.num_top_logprobs:
+            meta["input_top_logprobs"] = self._input_top_logprobs()
+            meta["output_top_logprobs"] = [_triples(row) for row in generation.top_logprobs[since:num_output]]
         meta["reasoning_tokens"] = 0
         meta["completion_tokens"] = num_output
         meta["cached_tokens"] = generation.cached_tokens
@@ -356,6 +375,16 @@ class Reply:
         values: list[float | None] = [None, *generation.input_logprobs]
         tokens = generation.token_ids[start : generation.prompt_length]
         return [[value, token, None] for value, token in zip(values, tokens, strict=False)]
+
+    def _input_top_logprobs(self) -> list[list[list[Any]] | None]:
+        generation, start = self._generation, self._request.logprob_start
+        if start < 0 or start >= generation.prompt_length:
+            return []
+        return [None, *(_triples(row) for row in generation.input_top_logprobs)]
+
+
+def _triples(row: Sequence[TopLogprob]) -> list[list[Any]]:
+    return [[logprob, token_id, None] for token_id, logprob in row]
 
 
 def _version_spans(generation: Generation, num_output: int) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Sampling: logits of a step → one token and its log-prob for each sequence.
+"""Sampling: logits of a step → one token, its log-prob, and the likeliest tokens, for each sequence.
 
 The log-prob is of the temperature-scaled distribution before top-k, top-p and min-p (SGLang's meaning); greedy
 requests use temperature 1. With `LogprobKind.RAW` it is of the unscaled one.
@@ -9,11 +9,12 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from gateway.contracts.generation import LogprobKind
+from gateway.contracts.generation import LogprobKind, TopLogprob
 
 NO_TOP_K = 1 << 30
 """What a top_k of -1 stands for."""
@@ -53,17 +54,28 @@ class SamplingSettings:
 
 @dataclass(slots=True)
 class Draw:
-    """One sequence's turn at the sampler: its settings, its own random numbers, and tokens that must not come yet."""
+    """One sequence's turn at the sampler: its settings, its own random numbers, tokens that must not come yet, and how
+    many of the likeliest tokens it wants to hear of."""
 
     settings: SamplingSettings
     randomness: random.Random
     forbidden: list[int] = field(default_factory=list)
+    num_top_logprobs: int = 0
 
 
-def sample(logits_BV: torch.Tensor, draws: Sequence[Draw], *, kind: LogprobKind) -> tuple[list[int], list[float]]:
+class Sampled(NamedTuple):
+    """What came of B draws; the likeliest tokens are of the distribution that log-probs are of, likeliest first."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    top_logprobs: list[list[TopLogprob]]
+
+
+def sample(logits_BV: torch.Tensor, draws: Sequence[Draw], *, kind: LogprobKind) -> Sampled:
     """Tokens and log-probs, one for each of B rows. Overwrites nothing of `logits_BV`.
 
-    A sequence's tokens depend on its logits and its own random numbers only, never on its neighbours in the batch.
+    A sequence's tokens depend on its logits and its own random numbers only, never on its neighbours in the batch, and
+    not on how many of the likeliest it wants to hear of (I7).
     """
     logits = logits_BV.float()
     if any(draw.forbidden for draw in draws):
@@ -77,7 +89,17 @@ def sample(logits_BV: torch.Tensor, draws: Sequence[Draw], *, kind: LogprobKind)
     if kind is LogprobKind.RAW and scaled is not logits:
         logprobs = torch.log_softmax(logits, dim=-1)
     chosen = logprobs.gather(1, tokens[:, None])[:, 0]
-    return tokens.tolist(), chosen.tolist()
+    tops = [top_logprobs(row_V, draw.num_top_logprobs) for row_V, draw in zip(logprobs, draws, strict=True)]
+    return Sampled(tokens.tolist(), chosen.tolist(), tops)
+
+
+def top_logprobs(logprobs_V: torch.Tensor, number: int) -> list[TopLogprob]:
+    """The `number` likeliest tokens of one distribution, or as many as are possible at all, likeliest first."""
+    if not number:
+        return []
+    values, indices = logprobs_V.topk(min(number, len(logprobs_V)))
+    pairs = zip(indices.tolist(), values.tolist(), strict=True)
+    return [TopLogprob(token_id, logprob) for token_id, logprob in pairs if logprob > float("-inf")]
 
 
 def _without_forbidden(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:

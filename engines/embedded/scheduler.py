@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from engines.embedded.sampler import Draw, SamplingSettings
 from gateway.contracts.experts import RoutingShape
+from gateway.contracts.generation import TopLogprob
 
 FREE = -1
 """`Generation.slot` of a sequence that is not running."""
@@ -49,7 +50,9 @@ class Generation:
     num_retractions: int = 0
     admitted: bool = False
     logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[list[TopLogprob]] = field(default_factory=list)
     input_logprobs: list[float] = field(default_factory=list)
+    input_top_logprobs: list[list[TopLogprob]] = field(default_factory=list)
     version_starts: list[tuple[str, int]] = field(default_factory=list)
     routed_experts: npt.NDArray[np.int32] | None = None
     weight_version: str = ""

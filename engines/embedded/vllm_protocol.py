@@ -26,6 +26,9 @@ from gateway.contracts.generation import LogprobKind
 VLLM_VERSION = "0.30.0"
 """Whose protocol this is."""
 
+MAX_LOGPROBS = 20
+"""vLLM's, unless it is started with another limit."""
+
 _SAMPLING = {
     "max_tokens": "max_new_tokens",
     "min_tokens": "min_new_tokens",
@@ -53,6 +56,7 @@ def vllm_config(limits: ModelLimits, *, path: Path, kind: LogprobKind) -> dict[s
             "model": str(path),
             "tokenizer": str(path),
             "max_model_len": limits.context_length,
+            "max_logprobs": MAX_LOGPROBS,
             "enable_return_routed_experts": limits.captures_experts,
             "logprobs_mode": "raw_logprobs" if kind is LogprobKind.RAW else "processed_logprobs",
         },
@@ -99,6 +103,11 @@ def _checked(
     ids = request.get("input_ids")
     if "max_new_tokens" not in known and isinstance(ids, list):
         known["max_new_tokens"] = max(1, limits.context_length - len(ids))
+    number = sampling.get("logprobs")
+    if number is not None:
+        if type(number) is not int or not 0 <= number <= MAX_LOGPROBS:
+            raise InvalidRequest(f"Requested sample logprobs of {number}, which is not between 0 and {MAX_LOGPROBS}")
+        request |= {"return_logprob": True, "top_logprobs_num": number}
     return read_generate(request | {"sampling_params": known}, limits, tokenizer)
 
 
@@ -109,6 +118,7 @@ class TokensEvents:
         self._generation = generation
         self._request_id = generation.rid
         self._wants_logprobs = body["sampling_params"].get("logprobs") is not None
+        self._num_logprobs = int(body["sampling_params"].get("logprobs") or 0)
         self._wants_prompt = bool(body.get("return_token_ids"))
         self._num_experts = num_experts
 
@@ -116,8 +126,12 @@ class TokensEvents:
         """With the output tokens of `fresh`; `text` is not shown here."""
         token_ids = _output(self._generation, fresh)
         logprobs: list[dict[str, Any]] = [
-            {"token": f"token_id:{token}", "logprob": logprob, "bytes": None, "top_logprobs": []}
-            for token, logprob in zip(token_ids, self._generation.logprobs[fresh], strict=True)
+            {**entry, "top_logprobs": [_entry(*top) for top in list(row.items())[: max(self._num_logprobs, 1)]]}
+            for entry, row in zip(
+                map(_entry, token_ids, self._generation.logprobs[fresh]),
+                _rows(self._generation, fresh),
+                strict=True,
+            )
         ]
         choice = {
             "index": 0,
@@ -173,7 +187,9 @@ class CompletionsEvents:
         }
         if self._wants_logprobs:
             tokens = [f"token_id:{token}" for token in token_ids]
-            choice["logprobs"] = {"tokens": tokens, "token_logprobs": generation.logprobs[fresh]}
+            rows = [{f"token_id:{token}": value for token, value in row.items()} for row in _rows(generation, fresh)]
+            logprobs = generation.logprobs[fresh]
+            choice["logprobs"] = {"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": rows}
         if self._wants_ids:
             first = generation.token_ids[: generation.prompt_length] if fresh.start == 0 else None
             choice |= {"prompt_token_ids": first, "token_ids": token_ids}
@@ -182,6 +198,16 @@ class CompletionsEvents:
     def usage(self, usage: Mapping[str, int]) -> dict[str, Any]:
         """The event that counts, after all others."""
         return self._head | {"choices": [], "usage": usage}
+
+
+def _entry(token: int, logprob: float) -> dict[str, Any]:
+    return {"token": f"token_id:{token}", "logprob": logprob, "bytes": None}
+
+
+def _rows(generation: Generation, fresh: slice) -> list[dict[int, float]]:
+    """As vLLM keeps them: the sampled token first, then the likeliest, each once."""
+    sampled = zip(_output(generation, fresh), generation.logprobs[fresh], strict=True)
+    return [dict([one, *tops]) for one, tops in zip(sampled, generation.top_logprobs[fresh], strict=True)]
 
 
 def _output(generation: Generation, fresh: slice) -> Sequence[int]:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gateway.contracts.errors import LengthMismatch
-from gateway.contracts.generation import Finish, JsonValue, LogprobKind, TokenIds
+from gateway.contracts.generation import Finish, JsonValue, LogprobKind, TokenIds, TopLogprob
 from gateway.contracts.versions import VersionSpan, check_spans
 
 SCHEMA_VERSION = 2
@@ -169,6 +169,18 @@ class TurnRecord:
     def trainable(self) -> bool:
         """Whether this turn's sampled tokens may be trained."""
         return self.untrainable_reason is None
+
+    @property
+    def top_logprobs(self) -> Sequence[Sequence[TopLogprob]]:
+        """For each output token the likeliest at its position, as `recorded_top_logprobs` wrote them; () where the
+        agent asked for none."""
+        rows = self.meta.get("top_logprobs", ())
+        return [tuple(map(TopLogprob, row[::2], row[1::2])) for row in rows]
+
+
+def recorded_top_logprobs(top_logprobs: Sequence[Sequence[TopLogprob]]) -> list[JsonValue]:
+    """The likeliest tokens as a record's meta "top_logprobs" holds them: a list [id, log-prob, id, …] a token."""
+    return [[value for entry in row for value in entry] for row in top_logprobs]
 
 
 class Outcome(StrEnum):

@@ -7,7 +7,7 @@ Version spans are shifted, expert rows joined; no token and no row is kept twice
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,6 +24,7 @@ from gateway.contracts.generation import (
     GenerateRequest,
     JsonValue,
     TokenIds,
+    TopLogprob,
 )
 from gateway.contracts.versions import VersionSpan, join_spans
 
@@ -35,6 +36,7 @@ class Generated:
     token_ids int32[C], logprobs float32[C]; experts: rows [start, P+C-1) or less if the last were never returned, None
     if there are none. lost_attempts: streams that broke; engines: who sampled, in order. versions_certain: False
     where a stream broke and the policy version of its tokens could only be assumed, or its engine could not say it.
+    top_logprobs: a row for each token, () for one whose engine gave none; no rows where none were asked for.
     """
 
     token_ids: TokenIds
@@ -51,6 +53,7 @@ class Generated:
     versions_certain: bool
     meta_info: Mapping[str, JsonValue]
     reply_fields: Mapping[str, JsonValue]
+    top_logprobs: Sequence[Sequence[TopLogprob]] = ()
 
 
 class Continuation:
@@ -64,6 +67,7 @@ class Continuation:
         self._asked = request
         self._token_ids: list[TokenIds] = []
         self._logprobs: list[npt.NDArray[np.float32]] = []
+        self._top_logprobs: list[Sequence[TopLogprob]] = []
         self._spans: list[VersionSpan] = []
         self._experts: list[RoutedExperts] = []
         self._num_tokens = 0
@@ -116,9 +120,16 @@ class Continuation:
             raise EngineProtocolError(
                 f"engine {self._engine_id} sent {len(chunk.token_ids)} tokens with {len(chunk.logprobs)} log-probs"
             )
+        if chunk.top_logprobs and len(chunk.token_ids) != len(chunk.top_logprobs):
+            raise EngineProtocolError(
+                f"engine {self._engine_id} sent {len(chunk.token_ids)} tokens with {len(chunk.top_logprobs)} rows of "
+                "likeliest tokens"
+            )
         if len(chunk.token_ids):
             self._token_ids.append(chunk.token_ids)
             self._logprobs.append(chunk.logprobs)
+            if self._asked.num_top_logprobs:  # I9: what an engine does not give stays missing, at its own place
+                self._top_logprobs += chunk.top_logprobs or [()] * len(chunk.token_ids)
             self._num_tokens += len(chunk.token_ids)
 
     def end(self, end: GenerateEnd) -> None:
@@ -174,6 +185,7 @@ class Continuation:
             versions_certain=self._versions_certain,
             meta_info=self._meta_info,
             reply_fields=self._reply_fields,
+            top_logprobs=tuple(self._top_logprobs),
         )
 
     def stop_if_over(self, stop_token_ids: frozenset[int]) -> Finish | None:

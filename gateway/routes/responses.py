@@ -22,7 +22,7 @@ from gateway.routes.turns import Calls, named_session
 from gateway.sessions.recorded import recorded_reply
 from gateway.sessions.registry import Session, SessionRegistry
 from gateway.sessions.tree import Node, TurnTree
-from gateway.wire.reply import FinishedChoice, ReplyTokens, Usage
+from gateway.wire.reply import FinishedChoice, Usage
 from gateway.wire.request import Wanted
 from gateway.wire.responses import LOGPROBS, parse_responses_request, turn_id_of
 from gateway.wire.responses_reply import Asked, ResponsesWriter
@@ -116,14 +116,13 @@ class _ResponsesRoutes:
     def _choice(self, node: Node, *, with_texts: bool) -> FinishedChoice:
         """A recorded turn as it was answered; its arrays are the trainer's to read, not the agent's."""
         record, whole = node.record, recorded_reply(node)
-        decode = self._calls.model.tokenizer.decode
-        texts = [decode([token_id]) for token_id in whole.token_ids.tolist()] if with_texts else []
+        tokens = self._calls.reply_tokens(whole.token_ids, whole.logprobs, whole.top_logprobs, with_texts=with_texts)
         num_prompt, num_output = len(whole.prompt_token_ids), len(whole.token_ids)
         return FinishedChoice(
             reply=whole.reply,
             finish=record.finish,
             prompt_token_ids=whole.prompt_token_ids,
-            tokens=ReplyTokens(whole.token_ids, whole.logprobs, texts),
+            tokens=tokens,
             experts=None,
             meta_info=record.meta["engine"],
             reply_fields=record.meta.get("engine_reply", {}),

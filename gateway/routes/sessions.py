@@ -267,7 +267,7 @@ def _turn_json(turn: TurnRecord, *, arrays: bool) -> dict[str, JsonValue]:
             "request_digest": turn.request_digest,
             "cached_tokens": turn.cached_tokens,
             "num_retractions": turn.num_retractions,
-            "meta": turn.meta,
+            "meta": {k: v for k, v in turn.meta.items() if arrays or k != "top_logprobs"},
             "trainable": turn.trainable,
             "untrainable_reason": turn.untrainable_reason,
             "created_at": turn.created_at,

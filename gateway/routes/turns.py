@@ -16,12 +16,13 @@ from typing import NamedTuple, TypeVar
 from urllib.parse import quote, unquote
 
 import numpy as np
+import numpy.typing as npt
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from gateway.contracts.errors import Conflict, EngineUnavailable, NotFound, Unauthorized, VerbatimError
-from gateway.contracts.generation import TokenIds
+from gateway.contracts.generation import TokenIds, TopLogprob
 from gateway.contracts.records import SessionOrigin, SessionRecord
 from gateway.routes.access import Access, session_of_key
 from gateway.routes.bodies import path_id
@@ -34,6 +35,7 @@ from gateway.sessions.turns import TurnRunner
 from gateway.wire.json_text import dump_json
 from gateway.wire.reply import FinishedChoice, ReplyTokens, ReplyWriter, Usage
 from gateway.wire.request import TurnRequest, Wanted
+from gateway.wire.token_texts import Spelling, spelling
 
 T = TypeVar("T")
 
@@ -189,18 +191,18 @@ class Calls:
         if isinstance(item, TurnStarted):
             return writer.opening(index, item.prompt_token_ids)
         if isinstance(item, TurnProgress):
-            texts = self._texts(item.token_ids, wanted)
-            return writer.progress(index, item.deltas, ReplyTokens(item.token_ids, item.logprobs, texts))
+            tokens = self.reply_tokens(item.token_ids, item.logprobs, item.top_logprobs, with_texts=wanted.logprobs)
+            return writer.progress(index, item.deltas, tokens)
         return writer.closing(index, self._choice(item, wanted))
 
     def _choice(self, turn: TurnFinished, wanted: Wanted) -> FinishedChoice:
         record = turn.record
-        texts = self._texts(turn.token_ids, wanted)
+        tokens = self.reply_tokens(turn.token_ids, turn.logprobs, turn.top_logprobs, with_texts=wanted.logprobs)
         return FinishedChoice(
             reply=turn.reply,
             finish=record.finish,
             prompt_token_ids=turn.prompt_token_ids,
-            tokens=ReplyTokens(turn.token_ids, turn.logprobs, texts),
+            tokens=tokens,
             experts=turn.experts,
             meta_info=record.meta["engine"],
             reply_fields=record.meta["engine_reply"],
@@ -213,11 +215,20 @@ class Calls:
             version_spans=turn.version_spans,
         )
 
-    def _texts(self, token_ids: TokenIds, wanted: Wanted) -> list[str]:
-        """What each token alone decodes to, made only for log-probs that were asked for."""
-        if not wanted.logprobs:
-            return []
-        return [self.model.tokenizer.decode([int(token_id)]) for token_id in np.asarray(token_ids)]
+    def reply_tokens(
+        self,
+        token_ids: TokenIds,
+        logprobs: npt.NDArray[np.float32],
+        top_logprobs: Sequence[Sequence[TopLogprob]],
+        *,
+        with_texts: bool,
+    ) -> ReplyTokens:
+        """Captured arrays for a writer; what each token alone decodes to is needed for log-probs only."""
+        texts = [self._spelling(token_id).text for token_id in token_ids.tolist()] if with_texts else []
+        return ReplyTokens(token_ids, logprobs, texts, top_logprobs, self._spelling)
+
+    def _spelling(self, token_id: int) -> Spelling:
+        return spelling(self.model.tokenizer, token_id)
 
     def _abandon(self, session: Session, turns: Sequence[Turn]) -> None:
         for turn in turns:

@@ -1,9 +1,9 @@
 """What makes two chat messages the same message, as digests: the ground that attachment stands on (design 4).
 
-A message of a request is held against a recorded one in three tiers. *Exact*: equal JSON, whatever the order of keys.
-*Semantic*: null, "" and absent are one, one text part is its text, tool-call arguments compare as JSON values.
-*Projection*: the same, but the reasoning was left out. Everything here is a function of the message and of the tool
-calls before it, so that a tree that is rebuilt from the ledger has the same keys.
+A message of a request is held against a recorded one in three tiers. *Exact*: equal JSON, whatever the order of keys,
+with or without a null `refusal`. *Semantic*: null, "" and absent are one, one text part is its text, tool-call
+arguments compare as JSON values. *Projection*: the same, but the reasoning was left out. Everything here is a function
+of the message and of the tool calls before it, so that a tree that is rebuilt from the ledger has the same keys.
 """
 
 from __future__ import annotations
@@ -107,6 +107,8 @@ def reasoning_of(message: Mapping[str, JsonValue]) -> str | None:
 
 
 def _message_key(message: Mapping[str, JsonValue], calls: CallPositions) -> MessageKey:
+    if "refusal" in message and message["refusal"] is None:  # our replies say so, and records do not
+        message = {name: value for name, value in message.items() if name != "refusal"}
     content = message.get("content")
     text = _text_digest(content) if isinstance(content, str) and content else None
     if text is not None and len(message) == 2 and "role" in message:  # most messages, and most bytes

@@ -10,7 +10,7 @@ have. Chats and raw prompts share the tree: a raw prompt may extend a chat's tur
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple, TypeAlias
@@ -78,6 +78,15 @@ def check_ids(token_ids: TokenIds, *, vocab_size: int) -> None:
         )
     if not len(token_ids):
         raise InvalidRequest("the prompt is empty: it needs at least one token")
+
+
+def check_sampling_ids(sampling: Mapping[str, JsonValue], *, vocab_size: int) -> None:
+    """Raise InvalidRequest for ids among the sampling fields that the model does not have: they kill engines too."""
+    named = {"stop_token_ids": sampling.get("stop_token_ids", ()), "logit_bias": sampling.get("logit_bias", ())}
+    for name, ids in named.items():
+        outside = next((token_id for token_id in map(int, ids) if not 0 <= token_id < vocab_size), None)
+        if outside is not None:
+            raise InvalidRequest(f"{name}: token id {outside} is out of vocabulary: ids are in [0, {vocab_size})")
 
 
 class TokenPaths:

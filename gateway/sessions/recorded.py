@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gateway.contracts.experts import RoutedExperts
-from gateway.contracts.generation import TokenIds
+from gateway.contracts.generation import TokenIds, TopLogprob
 from gateway.contracts.ports import Ledger
 from gateway.contracts.replies import ParsedReply, ReplyFlag, ToolCall
 from gateway.contracts.versions import VersionSpan, join_spans
@@ -20,12 +20,16 @@ from gateway.sessions.tree import Node
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RecordedReply:
-    """prompt_token_ids int32[P], token_ids int32[C], logprobs float32[C]; version_spans cover [0, C)."""
+    """prompt_token_ids int32[P], token_ids int32[C], logprobs float32[C]; version_spans cover [0, C).
+
+    top_logprobs: a row for each token, () where none were asked for.
+    """
 
     prompt_token_ids: TokenIds
     token_ids: TokenIds
     logprobs: npt.NDArray[np.float32]
     version_spans: tuple[VersionSpan, ...]
+    top_logprobs: Sequence[Sequence[TopLogprob]]
     reply: ParsedReply
 
 
@@ -44,6 +48,7 @@ def recorded_reply(node: Node) -> RecordedReply:
         token_ids=path[len(path) - num_tokens :],
         logprobs=np.concatenate([record.output_logprobs for record in records]),
         version_spans=join_spans(spans),
+        top_logprobs=[row for record in records for row in record.top_logprobs],
         reply=_parsed(node),
     )
 

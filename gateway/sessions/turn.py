@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from gateway.contracts.errors import EngineTimeout, EngineUnavailable, VerbatimError
 from gateway.contracts.experts import RoutedExperts
-from gateway.contracts.generation import TokenIds
+from gateway.contracts.generation import TokenIds, TopLogprob
 from gateway.contracts.records import TurnRecord
 from gateway.contracts.replies import ContentDelta, ParsedReply, ReasoningDelta, ReplyDelta
 from gateway.contracts.versions import VersionSpan
@@ -39,14 +39,16 @@ class TurnProgress:
     token_ids: TokenIds
     logprobs: npt.NDArray[np.float32]
     deltas: Sequence[ReplyDelta]
+    top_logprobs: Sequence[Sequence[TopLogprob]] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TurnFinished:
     """The turn is on disk; its reply may be sent.
 
-    prompt_token_ids int32[P], token_ids int32[C], logprobs float32[C], version_spans over [0, C), experts: of the whole
-    reply, of which `record` holds the last part only where it goes on with another turn's.
+    prompt_token_ids int32[P], token_ids int32[C], logprobs float32[C], version_spans over [0, C), top_logprobs (a row
+    for each token, or none), experts: of the whole reply, of which `record` holds the last part only where it goes on
+    with another turn's.
     """
 
     record: TurnRecord
@@ -54,6 +56,7 @@ class TurnFinished:
     token_ids: TokenIds
     logprobs: npt.NDArray[np.float32]
     version_spans: tuple[VersionSpan, ...]
+    top_logprobs: Sequence[Sequence[TopLogprob]]
     reply: ParsedReply
     experts: RoutedExperts | None
 
@@ -191,6 +194,7 @@ class _SoFar:
         self._started: TurnStarted | None = None
         self._token_ids: list[TokenIds] = []
         self._logprobs: list[npt.NDArray[np.float32]] = []
+        self._top_logprobs: list[Sequence[TopLogprob]] = []
         self._deltas: list[ReplyDelta] = []
 
     def add(self, event: TurnStarted | TurnProgress) -> None:
@@ -201,6 +205,7 @@ class _SoFar:
         if len(event.token_ids):
             self._token_ids.append(event.token_ids)
             self._logprobs.append(event.logprobs)
+            self._top_logprobs += event.top_logprobs
         self._deltas += event.deltas
         if max(len(self._token_ids), len(self._deltas)) >= _MANY_PIECES:
             self._join()
@@ -212,7 +217,8 @@ class _SoFar:
         if not self._token_ids and not self._deltas:
             return [self._started]
         self._join()
-        return [self._started, TurnProgress(self._token_ids[0], self._logprobs[0], tuple(self._deltas))]
+        top_logprobs, deltas = tuple(self._top_logprobs), tuple(self._deltas)
+        return [self._started, TurnProgress(self._token_ids[0], self._logprobs[0], deltas, top_logprobs)]
 
     def _join(self) -> None:
         self._token_ids = [np.concatenate([np.zeros(0, dtype=np.int32), *self._token_ids])]

@@ -40,7 +40,7 @@ from gateway.contracts.generation import (
     TokenIds,
 )
 from gateway.contracts.ports import Ledger
-from gateway.contracts.records import Attachment, RootContext, SegmentReason, TurnRecord
+from gateway.contracts.records import Attachment, RootContext, SegmentReason, TurnRecord, recorded_top_logprobs
 from gateway.contracts.replies import ParsedReply
 from gateway.contracts.versions import VersionSpan, join_spans
 from gateway.replicas.continuation import Continuation, Generated
@@ -48,7 +48,7 @@ from gateway.replicas.pool import ReplicaPool
 from gateway.sessions.attach import RAW, Place, attach, restore_reasoning
 from gateway.sessions.idempotency import NO_HINT, CallChoice, RetryHint, can_go_on, is_whole
 from gateway.sessions.model import ServedModel
-from gateway.sessions.raw import attach_raw, check_ids
+from gateway.sessions.raw import attach_raw, check_ids, check_sampling_ids
 from gateway.sessions.recorded import RecordedReply, first_missing_row, joined_rows, recorded_reply, recorded_rows
 from gateway.sessions.registry import Session
 from gateway.sessions.tree import Node
@@ -147,13 +147,14 @@ async def give_again(parts: TurnParts, node: Node, turn: Turn) -> TurnFinished:
     """The reply of a recorded turn, as if it had just been sampled; raises LedgerCorrupt."""
     recorded, rows = recorded_reply(node), await recorded_rows(parts.ledger, node)
     turn.emit(TurnStarted(recorded.prompt_token_ids))
-    turn.emit(TurnProgress(recorded.token_ids, recorded.logprobs, recorded.reply.deltas()))
+    turn.emit(TurnProgress(recorded.token_ids, recorded.logprobs, recorded.reply.deltas(), recorded.top_logprobs))
     return TurnFinished(
         record=node.record,
         prompt_token_ids=recorded.prompt_token_ids,
         token_ids=recorded.token_ids,
         logprobs=recorded.logprobs,
         version_spans=recorded.version_spans,
+        top_logprobs=recorded.top_logprobs,
         reply=recorded.reply,
         experts=rows,
     )
@@ -179,6 +180,7 @@ class TurnRunner:
 
     def check(self, request: TurnRequest) -> None:
         """Raise InvalidRequest for ids that the model does not have, before any turn of the same call begins."""
+        check_sampling_ids(request.sampling, vocab_size=_vocab_size(self.parts))
         if request.prompt is not None and request.prompt.token_ids is not None:
             check_ids(request.prompt.token_ids, vocab_size=_vocab_size(self.parts))
 
@@ -399,8 +401,9 @@ async def _sample(
         stop=sampling.stop,
         stop_token_ids=sampling.stop_token_ids,
     )
-    if prompt.begun is not None:
-        turn.emit(TurnProgress(prompt.begun.token_ids, prompt.begun.logprobs, parser.feed(prompt.begun_ids.tolist())))
+    if (begun := prompt.begun) is not None:
+        deltas = parser.feed(begun.token_ids.tolist())
+        turn.emit(TurnProgress(begun.token_ids, begun.logprobs, deltas, begun.top_logprobs))
     progress = Continuation(_generate_request(parts, session, request, prompt, sampling))
     finish, failure = Finish(FinishReason.ABORT), None
     try:
@@ -412,7 +415,7 @@ async def _sample(
                         finish = item
                     else:
                         deltas = parser.feed(item.token_ids.tolist())
-                        turn.emit(TurnProgress(item.token_ids, item.logprobs, deltas))
+                        turn.emit(TurnProgress(item.token_ids, item.logprobs, deltas, item.top_logprobs))
     except TimeoutError:
         failure = _cut_or_timed_out(parts, turn)
     except EngineError as error:
@@ -438,6 +441,7 @@ def _generate_request(
         sampling=sampling,
         routed_experts_start=_first_row(prompt),
         passthrough=request.passthrough,
+        num_top_logprobs=request.wanted.num_top_logprobs,
         reasons_first="structural_tag" in sampling.extra and parts.model.parsing.opens_reasoning(prompt.token_ids),
         routing_key=quote(session.record.session_id, safe=""),
     )
@@ -512,11 +516,13 @@ async def _finished(parts: TurnParts, prompt: _Prompt, sampled: _Sampled, record
     generated, begun = sampled.generated, prompt.begun
     if begun is None or prompt.place.parent is None:
         logprobs, spans, rows = generated.logprobs, generated.version_spans, generated.experts
+        top_logprobs = generated.top_logprobs
     else:
         shift, earlier = len(begun.token_ids), await recorded_rows(parts.ledger, prompt.place.parent)
         logprobs = np.concatenate([begun.logprobs, generated.logprobs])
         later = [VersionSpan(s.start + shift, s.stop + shift, s.policy_version) for s in generated.version_spans]
         spans = join_spans([*begun.version_spans, *later])
+        top_logprobs = [*begun.top_logprobs, *generated.top_logprobs]
         rows = joined_rows([part for part in (earlier, generated.experts) if part is not None])
     return TurnFinished(
         record=record,
@@ -524,6 +530,7 @@ async def _finished(parts: TurnParts, prompt: _Prompt, sampled: _Sampled, record
         token_ids=np.concatenate([prompt.begun_ids, generated.token_ids]),
         logprobs=logprobs,
         version_spans=spans,
+        top_logprobs=top_logprobs,
         reply=sampled.reply,
         experts=rows,
     )
@@ -553,7 +560,9 @@ def _enforced(request: TurnRequest, sampling: SamplingParams) -> bool | None:
 
 def _meta(request: TurnRequest, prompt: _Prompt, sampling: SamplingParams, sampled: _Sampled) -> dict[str, JsonValue]:
     generated = sampled.generated
+    top_logprobs = recorded_top_logprobs(generated.top_logprobs)
     return {
+        **({"top_logprobs": top_logprobs} if request.wanted.num_top_logprobs else {}),
         "certified_by": prompt.built.certified_by,
         "hidden_messages": list(prompt.built.hidden_messages),
         "flags": [flag.value for flag in sampled.reply.flags],

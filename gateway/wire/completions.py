@@ -1,8 +1,8 @@
 """OpenAI's completions: bytes → raw prompts, and pieces of turns → `text_completion` or its chunks.
 
 Prompts are texts or ids, one or several, `n` choices of each. The fields of captured ids are vLLM's: `prompt_token_ids`
-and `token_ids` in each choice. Log-probs are the legacy object; those of an echoed prompt, and alternatives to the
-sampled token, are not known and therefore null (I9).
+and `token_ids` in each choice. Log-probs are the legacy object; those of an echoed prompt are not known and therefore
+null (I9). `logprobs: N` asks for the N likeliest tokens at each position besides the sampled one.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ from itertools import accumulate
 import numpy as np
 
 from gateway.contracts.errors import InvalidRequest, VerbatimError
-from gateway.contracts.generation import FinishReason, JsonValue, TokenIds
+from gateway.contracts.generation import FinishReason, JsonValue, TokenIds, TopLogprob
 from gateway.contracts.replies import ContentDelta, ReplyDelta
 from gateway.wire import sse
 from gateway.wire.errors import error_body
-from gateway.wire.fields import check_nesting, flag, kind_of, optional
+from gateway.wire.fields import check_nesting, flag, kind_of, optional, within
 from gateway.wire.json_text import load_json_object
-from gateway.wire.openai import experts_body
+from gateway.wire.openai import MAX_TOP_LOGPROBS, experts_body
 from gateway.wire.raw_prompts import raw_prompts
 from gateway.wire.reply import FinishedChoice, ReplyTokens
 from gateway.wire.request import PROTECTED, RawPrompt, TurnRequest, Wanted
 from gateway.wire.sampling import SAMPLING_EXTRA, sampling_fields
+from gateway.wire.token_texts import Spelling
 
 _KNOWN = frozenset(
     (
@@ -166,7 +167,7 @@ class CompletionsWriter:
         logprobs = None
         if self._wanted.logprobs and len(tokens.texts):
             offset = self._offsets.get(index, 0)
-            logprobs = _logprobs(tokens, offset)
+            logprobs = _logprobs(tokens, offset, shows_top=self._wanted.num_top_logprobs > 0)
             self._offsets[index] = offset + sum(map(len, tokens.texts))
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": None}
 
@@ -208,6 +209,7 @@ class CompletionsWriter:
             "completion_tokens": completion_tokens,
             "total_tokens": prompt_tokens + completion_tokens,
             "prompt_tokens_details": {"cached_tokens": sum(choice.usage.cached_tokens for choice in prompts)},
+            "completion_tokens_details": {"reasoning_tokens": sum(c.usage.reasoning_tokens for c in choices)},
         }
 
 
@@ -224,6 +226,8 @@ class _Echo:
             np.concatenate([self.tokens.token_ids, tokens.token_ids]),
             np.concatenate([self.tokens.logprobs, tokens.logprobs]),
             [*self.tokens.texts, *tokens.texts],
+            [*self.tokens.top_rows, *tokens.top_rows],
+            tokens.spell,
         )
 
 
@@ -231,29 +235,56 @@ def _no_tokens() -> ReplyTokens:
     return ReplyTokens(np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.float32), [])
 
 
-def _logprobs(tokens: ReplyTokens, offset: int) -> dict[str, JsonValue]:
+def _logprobs(tokens: ReplyTokens, offset: int, *, shows_top: bool) -> dict[str, JsonValue]:
     """The legacy object; `text_offset` counts characters of the tokens' own texts."""
     lengths = map(len, tokens.texts[:-1])
+    logprobs = [None if math.isnan(logprob) else logprob for logprob in tokens.logprobs.tolist()]
     return {
         "tokens": list(tokens.texts),
-        "token_logprobs": [None if math.isnan(logprob) else logprob for logprob in tokens.logprobs.tolist()],
+        "token_logprobs": logprobs,
         "text_offset": list(accumulate(lengths, initial=offset)),
-        "top_logprobs": None,
+        "top_logprobs": _top_logprobs(tokens) if shows_top else None,
     }
+
+
+def _top_logprobs(tokens: ReplyTokens) -> list[dict[str, float] | None]:
+    """For each token the likeliest ones by name, then the sampled one if it is none of them, as OpenAI has it; null
+    where nothing is known (an echoed prompt)."""
+    return [
+        _named(tops, TopLogprob(token_id, logprob), tokens.spell) if tops else None
+        for tops, token_id, logprob in zip(
+            tokens.top_rows, tokens.token_ids.tolist(), tokens.logprobs.tolist(), strict=True
+        )
+    ]
+
+
+def _named(tops: Sequence[TopLogprob], sampled: TopLogprob, spell: Callable[[int], Spelling]) -> dict[str, float]:
+    is_missing = math.isnan(sampled.logprob) or any(top.token_id == sampled.token_id for top in tops)
+    named: dict[str, float] = {}
+    for token_id, logprob in [*tops] if is_missing else [*tops, sampled]:
+        name = _name(spell(token_id))
+        named[f"token_id:{token_id}" if name in named else name] = logprob  # two tokens may read the same
+    return named
+
+
+def _name(spelled: Spelling) -> str:
+    """A token's text; the bytes of one that is only a part of a character, or all such would have one name."""
+    if spelled.raw is None or spelled.text.encode() == spelled.raw:
+        return spelled.text
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled.raw)
 
 
 def _wanted(fields: Mapping[str, JsonValue]) -> Wanted:
     options = fields.get("stream_options")
     if not isinstance(options, dict | None):
         raise InvalidRequest(f"stream_options: expected an object, got {kind_of(options)}")
-    num_logprobs = optional(fields, "logprobs", int)
-    if num_logprobs is not None and num_logprobs < 0:
-        raise InvalidRequest(f"logprobs: expected 0 or more, got {num_logprobs}")
+    num_logprobs = within(fields, "logprobs", 0, MAX_TOP_LOGPROBS)
     return Wanted(
         token_ids=flag(fields, "return_token_ids"),
         routed_experts=flag(fields, "return_routed_experts"),
         logprobs=num_logprobs is not None,
         usage_chunk=flag(options or {}, "include_usage"),
+        num_top_logprobs=num_logprobs or 0,
     )
 
 

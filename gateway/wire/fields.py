@@ -67,6 +67,14 @@ def optional(fields: Mapping[str, JsonValue], name: str, kind: type[T]) -> T | N
     return value
 
 
+def within(fields: Mapping[str, JsonValue], name: str, least: int, most: int) -> int | None:
+    """An integer from `least` to `most`, None where absent or null."""
+    value = optional(fields, name, int)
+    if value is not None and not least <= value <= most:
+        raise InvalidRequest(f"{name}: expected {least} to {most}, got {value}")
+    return value
+
+
 def kind_of(value: JsonValue) -> str:
     """What a JSON value is, in words."""
     names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}

@@ -23,8 +23,9 @@ from gateway.contracts.replies import ContentDelta, ReplyDelta
 from gateway.contracts.versions import VersionSpan
 from gateway.wire import sse
 from gateway.wire.errors import error_body
-from gateway.wire.fields import check_nesting, flag, kind_of, optional
+from gateway.wire.fields import check_nesting, flag, kind_of, optional, within
 from gateway.wire.json_text import load_json_object
+from gateway.wire.openai import MAX_TOP_LOGPROBS
 from gateway.wire.raw_prompts import is_batch, raw_prompts
 from gateway.wire.reply import FinishedChoice, ReplyTokens
 from gateway.wire.request import PROTECTED, RawPrompt, TurnRequest, Wanted
@@ -34,6 +35,7 @@ _READ = frozenset(
     (
         "input_ids", "model", "return_logprob", "return_prompt_token_ids", "return_routed_experts",
         "return_text_in_logprobs", "rid", "routed_experts_start_len", "sampling_params", "stream", "text",
+        "token_ids_logprob", "top_logprobs_num",
     )
 )  # fmt: skip
 
@@ -115,6 +117,7 @@ class _Streamed:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[JsonValue] = field(default_factory=list)
+    top_logprobs: list[JsonValue] = field(default_factory=list)
     prompt_token_ids: list[int] = field(default_factory=list)
 
 
@@ -124,6 +127,7 @@ class SglangWriter:
     def __init__(self, request: SglangRequest, label: Callable[[int], str], turn_id: str, model: str) -> None:
         self._request = request
         self._wants_logprobs = request.turns[0].wanted.logprobs
+        self._wants_top_logprobs = request.turns[0].wanted.num_top_logprobs > 0
         self._wants_experts = request.turns[0].wanted.routed_experts
         self._label = label
         self._turn_id = turn_id
@@ -155,6 +159,9 @@ class SglangWriter:
         if self._wants_logprobs:
             so_far.logprobs += self._triples(tokens)
             meta |= _logprob_fields(so_far.logprobs)
+        if self._wants_top_logprobs:
+            so_far.top_logprobs += self._top_triples(tokens)
+            meta["output_top_logprobs"] = so_far.top_logprobs
         yield self._frame(index, {"text": so_far.text, "output_ids": so_far.token_ids, "meta_info": meta})
 
     def closing(self, index: int, choice: FinishedChoice) -> Iterator[bytes]:
@@ -196,6 +203,8 @@ class SglangWriter:
         }
         if self._wants_logprobs:
             meta |= _logprob_fields(self._triples(choice.tokens))
+        if self._wants_top_logprobs:
+            meta["output_top_logprobs"] = self._top_triples(choice.tokens)
         if self._wants_experts:
             meta |= _experts_fields(choice.experts, self._request.shown.experts_start)
         return meta
@@ -211,6 +220,15 @@ class SglangWriter:
         return [
             [None if math.isnan(logprob) else logprob, token_id, text]
             for logprob, token_id, text in zip(tokens.logprobs.tolist(), tokens.token_ids.tolist(), texts, strict=True)
+        ]
+
+    def _top_triples(self, tokens: ReplyTokens) -> list[JsonValue]:
+        """For each token the triples of the likeliest at its position; null where the engine gave none (I9)."""
+        shows_text = self._request.shown.logprob_texts
+        return [
+            [[logprob, token_id, tokens.spell(token_id).text if shows_text else None] for token_id, logprob in tops]
+            or None
+            for tops in tokens.top_rows
         ]
 
     def _id(self, index: int) -> str:
@@ -290,12 +308,27 @@ def _num_choices(parameters: Mapping[str, JsonValue]) -> int:
 
 
 def _wanted(fields: Mapping[str, JsonValue]) -> Wanted:
+    """As in SGLang, the likeliest tokens come with log-probs only."""
+    logprobs, num_top_logprobs = flag(fields, "return_logprob"), _num_top_logprobs(fields)
+    if fields.get("token_ids_logprob") not in (None, []):
+        raise InvalidRequest("token_ids_logprob: is not served; top_logprobs_num gives the likeliest tokens")
     return Wanted(
         token_ids=True,
         routed_experts=flag(fields, "return_routed_experts"),
-        logprobs=flag(fields, "return_logprob"),
+        logprobs=logprobs,
         usage_chunk=False,
+        num_top_logprobs=num_top_logprobs if logprobs else 0,
     )
+
+
+def _num_top_logprobs(fields: Mapping[str, JsonValue]) -> int:
+    """One number, or SGLang's list with the number of every prompt, which are all the same here."""
+    asked = fields.get("top_logprobs_num")
+    numbers = asked if isinstance(asked, list) else [asked]
+    if any(type(number) is not type(numbers[0]) or number != numbers[0] for number in numbers):
+        raise InvalidRequest("top_logprobs_num: must be the same for all prompts of a list")
+    name = "top_logprobs_num"
+    return within({name: numbers[0] if numbers else None}, name, 0, MAX_TOP_LOGPROBS) or 0
 
 
 def _rids(value: JsonValue, num_prompts: int) -> tuple[str, ...]:

@@ -20,11 +20,12 @@ from gateway.contracts.generation import FinishReason, JsonValue, TokenIds
 from gateway.contracts.replies import ContentDelta, ReasoningDelta, ReplyDelta, ToolCallDelta
 from gateway.wire import sse
 from gateway.wire.errors import error_body
-from gateway.wire.fields import check_nesting, flag, kind_of, objects, optional
+from gateway.wire.fields import check_nesting, flag, kind_of, objects, optional, within
 from gateway.wire.json_text import load_json_object
 from gateway.wire.reply import FinishedChoice, ReplyTokens, Usage
 from gateway.wire.request import PROTECTED, TurnRequest, Wanted
 from gateway.wire.sampling import SAMPLING_EXTRA, sampling_fields
+from gateway.wire.token_texts import Spelling
 
 _KNOWN = frozenset(
     (
@@ -36,6 +37,9 @@ _KNOWN = frozenset(
 )  # fmt: skip
 
 _MAX_CHOICES = 128
+MAX_TOP_LOGPROBS = 20
+"""OpenAI's, and what vLLM grants unless it was started with another limit. SGLang knows none, but each of them costs
+memory for every token, in the engine's streams and in the record."""
 
 
 def parse_chat_request(body: bytes) -> TurnRequest:
@@ -91,7 +95,7 @@ class ChatWriter:
 
     def opening(self, index: int, prompt_token_ids: TokenIds) -> Iterator[bytes]:
         """The first chunk of a choice: the role, and the prompt's ids if asked for."""
-        chunk = self._chunk(index, {"role": "assistant", "content": ""})
+        chunk = self._chunk(index, {"role": "assistant", "content": "", "refusal": None})
         if self._wanted.token_ids:
             chunk["prompt_token_ids"] = prompt_token_ids.tolist()
         yield sse.event(chunk)
@@ -127,7 +131,7 @@ class ChatWriter:
     def _choice(self, index: int, choice: FinishedChoice) -> dict[str, JsonValue]:
         body: dict[str, JsonValue] = {
             "index": index,
-            "message": choice.reply.message(),
+            "message": choice.reply.message() | {"refusal": None},
             "logprobs": None,
             "finish_reason": _finish_reason(choice),
         }
@@ -137,7 +141,8 @@ class ChatWriter:
         self, index: int, delta: Mapping[str, JsonValue], *, finish_reason: str | None = None
     ) -> dict[str, JsonValue]:
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-        return {**self._head, "object": "chat.completion.chunk", "choices": [choice]}
+        usage = {"usage": None} if self._wanted.usage_chunk else {}  # as in OpenAI's API: its own chunk has it
+        return {**self._head, "object": "chat.completion.chunk", "choices": [choice], **usage}
 
 
 def _delta(delta: ReplyDelta) -> dict[str, JsonValue]:
@@ -201,11 +206,22 @@ def logprob_entries(tokens: ReplyTokens) -> list[JsonValue]:
         {
             "token": text,
             "logprob": None if math.isnan(logprob) else logprob,  # I9: missing stays missing
-            "bytes": list(text.encode()),
-            "top_logprobs": [],
+            "bytes": _byte_values(tokens.spell(token_id)),
+            "top_logprobs": [_top_entry(tokens.spell(top.token_id), top.logprob) for top in tops],
         }
-        for text, logprob in zip(tokens.texts, tokens.logprobs.tolist(), strict=True)
+        for text, token_id, logprob, tops in zip(
+            tokens.texts, tokens.token_ids.tolist(), tokens.logprobs.tolist(), tokens.top_rows, strict=True
+        )
     ]
+
+
+def _top_entry(spelled: Spelling, logprob: float) -> dict[str, JsonValue]:
+    return {"token": spelled.text, "logprob": logprob, "bytes": _byte_values(spelled)}
+
+
+def _byte_values(spelled: Spelling) -> list[int] | None:
+    """The bytes of a token also where they are only a part of a character, which no text can show."""
+    return None if spelled.raw is None else list(spelled.raw)
 
 
 def _closing_fields(choice: FinishedChoice, wanted: Wanted) -> dict[str, JsonValue]:
@@ -272,11 +288,16 @@ def _wanted(fields: Mapping[str, JsonValue]) -> Wanted:
         raise InvalidRequest(f"stream_options: expected an object, got {kind_of(options)}")
     token_ids = flag(fields, "return_token_ids")
     refuses_logprobs = fields.get("logprobs") is False
+    logprobs = flag(fields, "logprobs") or (token_ids and not refuses_logprobs)
+    num_top_logprobs = within(fields, "top_logprobs", 0, MAX_TOP_LOGPROBS) or 0
+    if num_top_logprobs and not logprobs:
+        raise InvalidRequest("top_logprobs: come with log-probs only; set logprobs to true")
     return Wanted(
         token_ids=token_ids,
         routed_experts=flag(fields, "return_routed_experts"),
-        logprobs=flag(fields, "logprobs") or (token_ids and not refuses_logprobs),
+        logprobs=logprobs,
         usage_chunk=flag(options or {}, "include_usage"),
+        num_top_logprobs=num_top_logprobs,
     )
 
 

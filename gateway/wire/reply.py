@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,18 +14,30 @@ import numpy.typing as npt
 
 from gateway.contracts.errors import VerbatimError
 from gateway.contracts.experts import RoutedExperts
-from gateway.contracts.generation import Finish, JsonValue, TokenIds
+from gateway.contracts.generation import Finish, JsonValue, TokenIds, TopLogprob
 from gateway.contracts.replies import ParsedReply, ReplyDelta
 from gateway.contracts.versions import VersionSpan
+from gateway.wire.token_texts import Spelling, unknown_spelling
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ReplyTokens:
-    """Captured arrays of new tokens; `texts[i]` is what token i alone decodes to (needed for log-probs only)."""
+    """Captured arrays of new tokens; `texts[i]` is what token i alone decodes to (needed for log-probs only).
+
+    top_logprobs: the likeliest tokens at each position, likeliest first; () where none were asked for. spell: how any
+    token is spelled (needed for log-probs only).
+    """
 
     token_ids: TokenIds
     logprobs: npt.NDArray[np.float32]
     texts: Sequence[str]
+    top_logprobs: Sequence[Sequence[TopLogprob]] = ()
+    spell: Callable[[int], Spelling] = unknown_spelling
+
+    @property
+    def top_rows(self) -> Sequence[Sequence[TopLogprob]]:
+        """`top_logprobs`, one row for each token also where none were asked for."""
+        return self.top_logprobs or [()] * len(self.token_ids)
 
 
 @dataclass(frozen=True, slots=True)

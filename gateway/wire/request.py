@@ -12,9 +12,10 @@ PROTECTED = frozenset(
     (
         "bootstrap_host", "bootstrap_port", "bootstrap_room", "input_embeds", "input_ids", "logprob_start_len",
         "lora_path", "max_new_tokens", "prompt_token_ids", "return_indexer_topk", "return_logprob",
-        "return_prompt_token_ids", "return_text_in_logprobs", "rid", "routed_experts_start_len", "sampling_params",
-        "sampling_seed", "session_id", "session_params", "skip_special_tokens", "text", "token_ids_logprob",
-        "top_logprobs_num", "weight_version",
+        "return_flat_raw_output_top_logprobs", "return_flat_raw_top_logprobs", "return_flat_raw_top_logprobs_b64",
+        "return_prompt_token_ids", "return_text_in_logprobs", "rid",
+        "routed_experts_start_len", "sampling_params", "sampling_seed", "session_id", "session_params",
+        "skip_special_tokens", "text", "token_ids_logprob", "top_logprobs_num", "weight_version",
     )
 )  # fmt: skip
 """Fields of the engines' own requests, which the gateway alone may set (I7)."""
@@ -22,12 +23,17 @@ PROTECTED = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What of the captured arrays the client asked to see; what is recorded does not depend on it (I7)."""
+    """What of the captured arrays the client asked to see; what is recorded does not depend on it (I7).
+
+    num_top_logprobs: how many of the likeliest tokens at each position, beside the log-prob of the sampled one. Engines
+    are asked for them, and records hold them, only where this is above 0.
+    """
 
     token_ids: bool
     routed_experts: bool
     logprobs: bool
     usage_chunk: bool
+    num_top_logprobs: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 from gateway.contracts.errors import InvalidRequest
 from gateway.contracts.generation import JsonValue
-from gateway.wire.fields import check_nesting, flag, kind_of, objects, optional
+from gateway.wire.fields import check_nesting, flag, kind_of, objects, optional, within
 from gateway.wire.json_text import load_json_object
-from gateway.wire.openai import chat_request
+from gateway.wire.openai import MAX_TOP_LOGPROBS, chat_request
 from gateway.wire.request import TurnRequest
 
 LOGPROBS = "message.output_text.logprobs"
@@ -142,6 +142,8 @@ def _chat_fields(fields: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
     """All but the messages as chat completions have it; unknown fields stay as they are (I8)."""
     chat = {name: value for name, value in fields.items() if name not in _TRANSLATED}
     if (limit := optional(fields, "max_output_tokens", int)) is not None:
+        if limit < 1:
+            raise InvalidRequest(f"max_output_tokens: expected at least 1, got {limit}")
         chat["max_completion_tokens"] = limit
     if fields.get("tools") is not None:
         chat["tools"] = [_tool(f"tools[{i}]", tool) for i, tool in enumerate(objects(fields, "tools"))]
@@ -153,8 +155,11 @@ def _chat_fields(fields: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
         chat["reasoning_effort"] = effort
     if (wanted := (fields.get("text") or {}).get("format")) is not None:
         chat["response_format"] = _response_format(wanted)
+    within(fields, "top_logprobs", 0, MAX_TOP_LOGPROBS)
     if LOGPROBS in _include(fields):
         chat["logprobs"] = True
+    elif not flag(fields, "return_token_ids"):
+        chat.pop("top_logprobs", None)  # this API asks for them beside `include`; without it they are not shown
     return chat
 
 

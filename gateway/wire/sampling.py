@@ -17,7 +17,13 @@ SAMPLING_EXTRA = frozenset(
 )  # fmt: skip
 """Sampling fields that engines know and we do not interpret."""
 
+_NUMBERS = ("frequency_penalty", "presence_penalty", "repetition_penalty")
+_INTEGERS = ("min_new_tokens", "min_tokens")
+_MAX_LOGIT_BIAS = 100
+"""OpenAI's; beyond it a token is certain or impossible anyway."""
+
 _ALIASES = {"max_completion_tokens": "max_new_tokens", "max_tokens": "max_new_tokens"}
+_LENGTHS = ("max_tokens", "max_completion_tokens", "max_new_tokens")
 _MAX_STOP_STRINGS = 16
 
 
@@ -27,8 +33,10 @@ def sampling_fields(fields: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
     for name in ("temperature", "top_p", "min_p"):
         if (value := number(fields, name)) is not None:
             sampling[name] = value
-    for name in ("max_tokens", "max_completion_tokens", "max_new_tokens", "top_k", "seed"):
+    for name in (*_LENGTHS, "top_k", "seed"):
         if (integer := optional(fields, name, int)) is not None:
+            if integer < 1 and name in _LENGTHS:
+                raise InvalidRequest(f"{name}: expected at least 1, got {integer}")
             sampling[_ALIASES.get(name, name)] = integer
     if fields.get("stop") is not None:
         sampling["stop"] = _stop_strings(fields["stop"])
@@ -36,6 +44,7 @@ def sampling_fields(fields: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
         sampling["stop_token_ids"] = _stop_ids(fields["stop_token_ids"])
     if flag(fields, "ignore_eos"):
         sampling["ignore_eos"] = True
+    _check_extra(fields)
     for name in SAMPLING_EXTRA & fields.keys():
         if fields[name] is not None:
             sampling[name] = fields[name]
@@ -59,6 +68,22 @@ def sampling_params(sampling: Mapping[str, JsonValue], *, max_new_tokens: int) -
         ignore_eos=sampling.get("ignore_eos", False),
         extra=extra,
     )
+
+
+def _check_extra(fields: Mapping[str, JsonValue]) -> None:
+    """Types only, of fields whose meaning is the engines': some of them fail as a whole on a wrong one."""
+    for name in _NUMBERS:
+        number(fields, name)
+    for name in _INTEGERS:
+        optional(fields, name, int)
+    bias = fields.get("logit_bias")
+    if not isinstance(bias, dict | None):
+        raise InvalidRequest(f"logit_bias: expected an object, got {kind_of(bias)}")
+    for token, value in (bias or {}).items():
+        if not (token.isascii() and token.isdigit() and len(token) <= 10):
+            raise InvalidRequest(f"logit_bias: expected token ids as keys, got {token[:40]!r}")
+        if number({f"logit_bias.{token}": value}, f"logit_bias.{token}") is None or abs(value) > _MAX_LOGIT_BIAS:
+            raise InvalidRequest(f"logit_bias.{token}: expected -{_MAX_LOGIT_BIAS} to {_MAX_LOGIT_BIAS}")
 
 
 def _constraint(response_format: JsonValue) -> dict[str, JsonValue]:

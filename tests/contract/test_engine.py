@@ -59,10 +59,16 @@ def _scripted_reply(request: GenerateRequest) -> ScriptedReply:
 
 
 def request_for(
-    *, new_tokens: int = 8, routed_start: int | None = 0, prompt: np.ndarray[tuple[int], np.dtype[np.int32]] = PROMPT
+    *,
+    new_tokens: int = 8,
+    routed_start: int | None = 0,
+    prompt: np.ndarray[tuple[int], np.dtype[np.int32]] = PROMPT,
+    num_top_logprobs: int = 0,
+    temperature: float = 1.0,
 ) -> GenerateRequest:
-    sampling = SamplingParams(max_new_tokens=new_tokens, temperature=1.0, ignore_eos=True)
-    return GenerateRequest(f"request-{next(_request_numbers):08d}", prompt, sampling, routed_start)
+    sampling = SamplingParams(max_new_tokens=new_tokens, temperature=temperature, ignore_eos=True)
+    name = f"request-{next(_request_numbers):08d}"
+    return GenerateRequest(name, prompt, sampling, routed_start, num_top_logprobs=num_top_logprobs)
 
 
 async def collect(engine: Engine, request: GenerateRequest) -> tuple[list[GenerateChunk], GenerateEnd]:
@@ -91,6 +97,36 @@ async def test_chunks_and_end_describe_the_same_tokens(engine: Engine) -> None:
     assert end.prompt_tokens == len(PROMPT)
     assert end.finish.reason is FinishReason.LENGTH
     assert end.version_spans == (VersionSpan(0, 12, 0),)
+
+
+@pytest.mark.parametrize("number", [1, 5, 20])
+async def test_likeliest_tokens_come_for_every_token_as_many_as_asked(engine: Engine, number: int) -> None:
+    """I2: one row a token, likeliest first, and the sampled token's own log-prob where it is one of them."""
+    chunks, end = await collect(engine, request_for(new_tokens=12, num_top_logprobs=number))
+    assert end.completion_tokens == 12
+    for chunk in chunks:
+        assert len(chunk.top_logprobs) == len(chunk.token_ids)
+        told = zip(chunk.token_ids.tolist(), chunk.logprobs.tolist(), chunk.top_logprobs, strict=True)
+        for token_id, logprob, row in told:
+            # vLLM grants 20 in all, and one of them is the sampled token, likely or not.
+            assert number - (number == 20) <= len(row) <= number
+            assert [top.logprob for top in row] == sorted((top.logprob for top in row), reverse=True)
+            assert len({top.token_id for top in row}) == len(row)
+            own = dict(row).get(token_id)
+            assert logprob <= row[-1].logprob if own is None else own == pytest.approx(logprob, abs=1e-6)
+    assert not {"output_top_logprobs", "input_top_logprobs"} & end.meta_info.keys()
+
+
+async def test_the_likeliest_of_greedy_tokens_is_the_token(engine: Engine) -> None:
+    chunks, _ = await collect(engine, request_for(new_tokens=6, num_top_logprobs=3, temperature=0.0))
+    firsts = [row[0].token_id for chunk in chunks for row in chunk.top_logprobs]
+    assert firsts == [i for chunk in chunks for i in chunk.token_ids.tolist()]
+
+
+async def test_likeliest_tokens_that_were_not_asked_for_are_absent(engine: Engine) -> None:
+    """I7: no engine is asked for more than the agent wants to see."""
+    chunks, _ = await collect(engine, request_for())
+    assert all(not chunk.top_logprobs for chunk in chunks)
 
 
 async def test_routing_rows_cover_every_input_token(engine: Engine) -> None:

@@ -115,6 +115,12 @@ async def ask(engine: SglangEngine, **fields: Any) -> tuple[list[GenerateChunk],
         ([event([7, 8], finish=LENGTH, routed_experts=rows(4, highest=9))], "the model has 4 experts"),
         ([event([7, 8], finish=LENGTH, routed_experts="§§§")], "not base64"),
         ([event([-7], finish=LENGTH)], "out of range"),
+        ([event([7, 8], finish=LENGTH, output_top_logprobs=[[[-0.5, 7, None]]])], "1 positions for 2 tokens"),
+        (
+            [event([7, 8], finish=LENGTH, output_top_logprobs=[[[-0.5, 8, None]], [[-0.9, 8, None]]])],
+            "another position",
+        ),
+        ([event([7, 8], finish=LENGTH, output_top_logprobs=[[-0.5, 7], None])], "unreadable event"),
         ([event([7], finish={"type": "bored"})], "unreadable event"),
         ([{"meta_info": {}}], "unreadable event"),
         ([[1]], "unreadable event"),
@@ -125,7 +131,29 @@ async def test_an_answer_that_contradicts_itself_is_a_protocol_error(events: lis
     """I2, I9: lengths, ids, versions and rows are checked, never repaired."""
     async with served(streaming(*events)) as engine:
         with pytest.raises(EngineProtocolError, match=words):
-            await ask(engine, routed_experts_start=0)
+            await ask(engine, routed_experts_start=0, num_top_logprobs=2)
+
+
+async def test_likeliest_tokens_are_read_from_both_kinds_of_stream() -> None:
+    """I2, I9: cut to what was asked, a row that is missing stays missing, nothing of it is left in meta_info."""
+    rows_told = [[[-0.1, 4, None], [-0.5, 7, None], [-0.9, 5, None]], None, [[-0.5, 9, "x"]]]
+    cumulative = [
+        event([7], output_top_logprobs=rows_told[:1]),
+        event([7, 8, 9], finish=LENGTH, output_top_logprobs=rows_told, input_top_logprobs=[]),
+    ]
+    incremental = [
+        event([7], output_top_logprobs=rows_told[:1]),
+        event([8, 9], finish=LENGTH, completion_tokens=3, output_top_logprobs=rows_told[1:]),
+    ]
+    for events in (cumulative, incremental):
+        async with served(streaming(*events)) as engine:
+            chunks, end = await ask(engine, num_top_logprobs=2)
+        told = [[top.token_id for top in row] for chunk in chunks for row in chunk.top_logprobs]
+        assert told == [[4, 7], [], [9]]
+        assert end.meta_info == {}
+        async with served(streaming(*events)) as engine:
+            unasked, _ = await ask(engine)
+        assert [chunk.top_logprobs for chunk in unasked] == [(), ()]
 
 
 async def test_incremental_streams_say_the_same_as_cumulative_ones() -> None:
@@ -214,7 +242,7 @@ async def test_an_agents_fields_cannot_change_what_is_captured() -> None:
 
     forged = {
         "return_logprob": False, "stream": False, "input_ids": [9], "rid": "x", "text": "other prompt",
-        "return_routed_experts": True, "custom": {"kept": [1, None]},
+        "return_routed_experts": True, "custom": {"kept": [1, None]}, "top_logprobs_num": 9,
     }  # fmt: skip
     async with served(answer) as engine:
         await ask(engine, passthrough=forged)
@@ -223,4 +251,4 @@ async def test_an_agents_fields_cannot_change_what_is_captured() -> None:
     assert body["input_ids"] == [1, 2, 3]
     assert body["rid"] == "r" * 32
     assert body["stream"] is body["return_logprob"] is True
-    assert not {"text", "return_routed_experts"} & set(body)
+    assert not {"text", "return_routed_experts", "top_logprobs_num"} & set(body)

@@ -271,6 +271,86 @@ async def test_what_is_missing_stays_missing() -> None:
     assert end.routed_experts is None
 
 
+def tops(shape: str, sampled: int, *rows: Mapping[int, float], logprob: float = -2.0) -> dict[str, Any]:
+    """One event with the token `sampled` of every row, its likeliest tokens in the order of the row."""
+    if shape == "completions":
+        named = [{f"token_id:{token}": value for token, value in row.items()} for row in rows]
+        names = [f"token_id:{sampled}"] * len(rows)
+        told = {"tokens": names, "token_logprobs": [logprob] * len(rows), "top_logprobs": named}
+        return event(shape, [sampled] * len(rows), logprobs=told)
+    content = []
+    for row in rows:
+        ranks = {token: rank for rank, token in enumerate(sorted(row, key=lambda token: -row[token]), 1)}
+        entries = [
+            {"token_id": token, "logprob": value, "rank": 9 if value < -5 else ranks[token]}
+            if shape == "0.32"
+            else {"token": f"token_id:{token}", "logprob": value}
+            for token, value in row.items()
+        ]
+        of_sampled = {"token_id": sampled, "rank": 1} if shape == "0.32" else {"token": f"token_id:{sampled}"}
+        content.append(of_sampled | {"logprob": logprob, "top_logprobs": entries})
+    return event(shape, [sampled] * len(rows), logprobs={"content": content})
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+async def test_the_likeliest_are_cut_to_what_was_asked_and_the_sampled_one_is_no_extra(shape: str) -> None:
+    """I2, I9: vLLM puts the sampled token first whatever its rank; entries of -9999 are none."""
+    rows_told = [{7: -2.0, 4: -0.5, 5: -1.0, 6: -1.5}, {7: -2.0, 4: -9999.0, 5: -3.0}]
+    upstream = Upstream(shape, [tops(shape, 7, *rows_told), event(shape, [], finish="length"), usage(2)])
+    chunks, end = await ask(upstream, num_top_logprobs=3)
+    told = [[top.token_id for top in row] for chunk in chunks for row in chunk.top_logprobs]
+    assert told == [[4, 5, 6], [7, 5]]
+    assert end.meta_info == {}
+    unasked, _ = await ask(Upstream(shape, upstream.events))
+    assert [chunk.top_logprobs for chunk in unasked] == [()]
+
+
+@pytest.mark.parametrize("shape", ["0.30", "0.32"])
+async def test_a_sampled_token_that_takes_the_place_of_a_likelier_one_is_left_out(shape: str) -> None:
+    """I9: where the server grants no more entries than are wanted, only 0.32 says the rank; nothing is guessed."""
+    row = {7: -6.0, 4: -0.5, 5: -1.0}
+    upstream = Upstream(shape, [tops(shape, 7, row, row, logprob=-6.0), event(shape, [], finish="length"), usage(2)])
+    chunks, _ = await ask(upstream, num_top_logprobs=3)
+    assert [[top.token_id for top in row] for chunk in chunks for row in chunk.top_logprobs] == [[4, 5], [4, 5]]
+
+
+@pytest.mark.parametrize(
+    ("shape", "most", "wanted", "asked"),
+    [
+        ("0.30", None, 5, 6),
+        ("0.30", None, 20, 20),
+        ("0.30", 5, 9, 5),
+        ("0.30", -1, 50, 51),
+        ("completions", None, 5, 5),
+    ],
+)
+async def test_no_more_likeliest_tokens_are_asked_for_than_the_server_grants(
+    shape: str, most: int | None, wanted: int, asked: int
+) -> None:
+    """A server refuses the whole request else; the one more is for the sampled token."""
+    model = {"logprobs_mode": "raw_logprobs"} | ({} if most is None else {"max_logprobs": most})
+    upstream = Upstream(shape, whole(shape), config={"model_config": model})
+    await ask(upstream, num_top_logprobs=wanted)
+    [body] = upstream.bodies
+    assert body.get("sampling_params", body)["logprobs"] == asked
+    assert body.get("return_tokens_as_token_ids", False) is (shape == "completions")
+
+
+async def test_likeliest_tokens_named_by_texts_are_missing() -> None:
+    """I9: several tokens may read the same, so no id is guessed from a text."""
+    named = {"tokens": ["x"], "token_logprobs": [-0.5], "top_logprobs": [{"x": -0.5, "y": -1.0}]}
+    upstream = Upstream("completions", [event("completions", [7], finish="length", logprobs=named), usage(1)])
+    chunks, _ = await ask(upstream, num_top_logprobs=2)
+    assert [chunk.top_logprobs for chunk in chunks] == [()]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+async def test_likeliest_tokens_of_another_position_are_refused(shape: str) -> None:
+    """I2."""
+    with pytest.raises(EngineProtocolError, match="another position"):
+        await ask(Upstream(shape, [tops(shape, 7, {8: -3.0, 9: -4.0}), usage(1)]), num_top_logprobs=2)
+
+
 @pytest.mark.parametrize(
     ("given", "matched"),
     [({"stop_reason": "END"}, "END"), ({"stop_reason": 9}, 9), ({"stop_reason": None}, 8), ({}, 8)],
@@ -313,7 +393,7 @@ async def test_an_agents_fields_cannot_change_what_is_captured(shape: str) -> No
     }  # fmt: skip
     dropped = {
         "features": {}, "content_parts": [], "echo": True, "n": 3, "truncate_prompt_tokens": 1,
-        "trace_decode_token_ids": [5],
+        "trace_decode_token_ids": [5], "logprob_token_ids": [5],
     }  # fmt: skip
     upstream = Upstream(shape, whole(shape))
     await ask(upstream, passthrough=forged | dropped)
@@ -322,9 +402,7 @@ async def test_an_agents_fields_cannot_change_what_is_captured(shape: str) -> No
     assert body["request_id"] == "r" * 32
     assert body["stream"] is body["return_token_ids"] is True
     assert body["stream_options"] == {"include_usage": True}
-    assert not {"features", "content_parts", "echo", "n", "truncate_prompt_tokens", "trace_decode_token_ids"} & set(
-        body
-    )
+    assert not dropped.keys() & body.keys()
     if shape == "completions":
         assert (body["prompt"], body["model"], body["logprobs"]) == ([1, 2, 3], "tiny", 0)
     else:

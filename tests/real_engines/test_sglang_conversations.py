@@ -54,3 +54,21 @@ def test_a_sampled_conversation_cut_by_length_trains_every_token(
     assert segment["num_trained_tokens"] == 27
     assert segment["logprob_kind"] == "temperature_scaled"
     reference.check_segment(segment, temperature=0.7)
+
+
+@pytest.mark.parametrize("number", [1, 5, 20])
+def test_top_logprobs_are_those_of_the_models_own_softmax(
+    gateway: RunningGateway, reference: Reference, session_id: str, number: int
+) -> None:
+    """I2: of the scaled distribution, as the record's log-probs are; as many as were asked for, at every position."""
+    body = {"messages": [{"role": "user", "content": "What is 12*7?"}], "max_tokens": 24, "temperature": 0.7}
+    wanted = {"ignore_eos": True, "logprobs": True, "top_logprobs": number, "return_token_ids": True}
+    reply = gateway.post(f"/sessions/{session_id}/v1/chat/completions", body | wanted)
+    [turn] = gateway.turns(session_id)
+    rows = [list(zip(row[::2], row[1::2], strict=True)) for row in turn["meta"]["top_logprobs"]]
+    reference.check_likeliest(reply["prompt_token_ids"], turn["output_token_ids"], rows, temperature=0.7)
+    assert {len(row) for row in rows} == {number}
+    shown = reply["choices"][0]["logprobs"]["content"]
+    assert [[top["logprob"] for top in entry["top_logprobs"]] for entry in shown] == [
+        [p for _, p in row] for row in rows
+    ]

@@ -188,6 +188,21 @@ async def test_replies_are_equal(both: tuple[Server, Server], length: int, wante
             assert_same_rows(rows_of(real), rows_of(ours))
 
 
+@pytest.mark.parametrize("wanted", [{}, {"logprob_start_len": 0}, {"logprob_start_len": 12}])
+async def test_top_logprobs_are_equal(both: tuple[Server, Server], wanted: dict[str, Any]) -> None:
+    """I8: keys, order and values of the likeliest tokens, of output and prompt, whole and streamed."""
+    asked = {"return_logprob": True, "top_logprobs_num": 5, **wanted}
+    real, ours = [await server.generate(prompt_of(33, seed=3), **asked) for server in both]
+    last_real, last_ours = [(await server.events(prompt_of(33, seed=3), **asked))[-1] for server in both]
+    for theirs, embedded in ((real, ours), (last_real, last_ours)):
+        assert set(theirs["meta_info"]) == set(embedded["meta_info"])
+        for key in ("output_top_logprobs", "input_top_logprobs"):
+            rows = [side["meta_info"][key] for side in (theirs, embedded)]
+            assert [row is None for row in rows[0]] == [row is None for row in rows[1]]
+            for row, own in zip(*rows, strict=True):
+                assert_same_logprobs(row or [], own or [])
+
+
 async def test_sampled_logprobs_mean_the_same(both: tuple[Server, Server]) -> None:
     """Each engine's sampled tokens, scored by the other as a prompt: equal at temperature 1, and not at another."""
     for temperature in (1.0, 0.6):

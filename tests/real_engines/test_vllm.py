@@ -117,6 +117,25 @@ def test_a_sampled_conversation_cut_by_length_trains_every_token(
     reference.check_segment(segment)
 
 
+@pytest.mark.parametrize("number", [1, 5, 20])
+def test_top_logprobs_are_those_of_the_models_own_softmax(
+    gateway: RunningGateway, reference: Reference, session_id: str, number: int
+) -> None:
+    """I2: of the unscaled distribution, as the record's log-probs are; as many as were asked for, at every position."""
+    body = {"messages": [{"role": "user", "content": "What is 12*7?"}], "max_tokens": 24, "temperature": 0.7}
+    wanted = {"ignore_eos": True, "logprobs": True, "top_logprobs": number, "return_token_ids": True}
+    reply = gateway.post(f"/sessions/{session_id}/v1/chat/completions", body | wanted)
+    [turn] = gateway.turns(session_id)
+    rows = [list(zip(row[::2], row[1::2], strict=True)) for row in turn["meta"]["top_logprobs"]]
+    reference.check_likeliest(reply["prompt_token_ids"], turn["output_token_ids"], rows, temperature=1.0)
+    least = number - (number == 20)  # 20 is all that vLLM grants, and one of them is the sampled token, likely or not
+    assert all(least <= len(row) <= number for row in rows)
+    shown = reply["choices"][0]["logprobs"]["content"]
+    assert [[top["logprob"] for top in entry["top_logprobs"]] for entry in shown] == [
+        [p for _, p in row] for row in rows
+    ]
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0])
 async def test_log_probs_are_raw_at_every_temperature(
     engine: VllmEngine, reference: Reference, temperature: float

@@ -5,6 +5,7 @@ Runs where `tests/real_engines/install.sh vllm` has made `.venv-vllm` (`make tes
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,17 @@ async def test_completions_give_the_same_tokens_and_scaled_log_probs(engine: Vll
     *_, again = [item async for item in engine.generate(request_for(prompt, "b", temperature=0.6))]
     assert isinstance(again, GenerateEnd)
     assert again.cached_tokens > 0
+
+
+async def test_completions_give_top_logprobs_by_id(engine: VllmEngine, reference: Reference) -> None:
+    """I2: of the temperature-scaled distribution, as the log-probs are; as many as were asked for, everywhere."""
+    prompt = np.random.default_rng(2).integers(3, 300, 40).tolist()
+    request = dataclasses.replace(request_for(prompt, "e", temperature=0.6), num_top_logprobs=20)
+    kept = [item async for item in engine.generate(request) if isinstance(item, GenerateChunk)]
+    ids = [i for chunk in kept for i in chunk.token_ids.tolist()]
+    rows = [row for chunk in kept for row in chunk.top_logprobs]
+    assert {len(row) for row in rows} == {20}
+    reference.check_likeliest(prompt, ids, rows, temperature=0.6)
 
 
 async def test_an_aborted_completion_is_an_answer(engine: VllmEngine) -> None:

@@ -137,6 +137,19 @@ class Reference:
             layers = [logits.reshape(len(token_ids), -1).topk(top_k).indices for logits in output.router_logits]
         return chosen.float().numpy(), np.sort(torch.stack(layers, dim=1)[:-1].numpy(), axis=-1)
 
+    def check_likeliest(
+        self, prompt: Sequence[int], output: Sequence[int], rows: Sequence[Sequence[Any]], *, temperature: float = 1.0
+    ) -> None:
+        """I2: the likeliest tokens of each output position, rows of (id, log-prob), are the model's own within 1e-4."""
+        with torch.inference_mode():
+            logits = self._model(torch.tensor([[*prompt, *output]])).logits[0, len(prompt) - 1 : -1].double()
+        logprobs = torch.log_softmax(logits / temperature, dim=-1)
+        assert len(rows) == len(output) > 0
+        for own, row in zip(logprobs, rows, strict=True):
+            values = [logprob for _, logprob in row]
+            np.testing.assert_allclose(values, own.topk(len(row)).values, atol=1e-4)
+            np.testing.assert_allclose(values, own[[token_id for token_id, _ in row]], atol=1e-4)
+
     def check_segment(self, segment: Any, *, temperature: float = 1.0) -> None:
         """I1, I2: what the gateway would give a trainer is what the model computes on those tokens."""
         token_ids = segment["token_ids"]

@@ -43,6 +43,7 @@ class Harness:
         rid: str = "r",
         logprob_start: int | None = None,
         routed_start: int = 0,
+        num_top_logprobs: int = 0,
     ) -> tuple[Generation, threading.Event]:
         """Submit a prompt; the event is set when it ended."""
         ended = threading.Event()
@@ -60,6 +61,7 @@ class Harness:
             logprob_start=len(prompt) if logprob_start is None else logprob_start,
             routed_start=routed_start,
             on_progress=on_progress,
+            num_top_logprobs=num_top_logprobs,
         )
         self.engine.submit(generation)
         return generation, ended
@@ -103,6 +105,16 @@ def forward(
         hook.remove()
     logprobs = torch.log_softmax(logits[:-1], dim=-1).gather(1, ids[0, 1:, None])[:, 0]
     return logprobs.numpy(), torch.stack(selected, dim=1).numpy()
+
+
+def softmax_tops(
+    model: Any, token_ids: Sequence[int], number: int, temperature: float
+) -> list[list[tuple[int, float]]]:
+    """For each token but the first the likeliest at its position, by one full forward pass."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([list(token_ids)]), use_cache=False).logits[0, :-1].float() / temperature
+    values, ids = torch.log_softmax(logits, dim=-1).topk(number)
+    return [list(zip(*row, strict=True)) for row in zip(ids.tolist(), values.tolist(), strict=True)]
 
 
 def make_engine(model: Path, **limits: int) -> EmbeddedEngine:
@@ -408,3 +420,19 @@ def test_a_dense_model_is_served_without_routing(tmp_path: Path) -> None:
     expected = logprobs.gather(1, ids[0, 30:, None])[:, 0].numpy()
     assert np.abs(expected - np.array(generation.logprobs)).max() < 1e-4
     assert generation.routed_experts is None
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 0.6])
+def test_likeliest_tokens_are_those_of_the_models_own_softmax(harness: Harness, temperature: float) -> None:
+    """As the log-probs: of the temperature-scaled distribution, also of tokens computed by a batch and from a cache."""
+    settings = SamplingSettings(max_new_tokens=8, temperature=temperature, ignore_eos=True, top_k=3)
+    prompt = list(range(20, 40))
+    generation = harness.run(prompt, settings, num_top_logprobs=6, logprob_start=0)
+    expected = softmax_tops(harness.reference, generation.token_ids, 6, temperature or 1.0)
+    assert len(generation.top_logprobs) == generation.num_output == 8
+    for row, want in zip(generation.top_logprobs, expected[len(prompt) - 1 :], strict=True):
+        assert [top.logprob for top in row] == pytest.approx([logprob for _, logprob in want], abs=1e-4)
+        assert dict(row) == pytest.approx(dict(want), abs=1e-4)
+    unscaled = softmax_tops(harness.reference, generation.token_ids, 6, 1.0)[: len(prompt) - 1]
+    for row, want in zip(generation.input_top_logprobs, unscaled, strict=True):
+        assert [top.logprob for top in row] == pytest.approx([logprob for _, logprob in want], abs=1e-4)

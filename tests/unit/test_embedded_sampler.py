@@ -21,8 +21,7 @@ KIND = LogprobKind.TEMPERATURE_SCALED
 
 def drawn(how: SamplingSettings, times: int, *, seed: int = 0) -> list[int]:
     draws = [Draw(how, random.Random(seed * 100_003 + i)) for i in range(times)]
-    tokens, _ = sample(LOGITS.expand(times, -1), draws, kind=KIND)
-    return tokens
+    return sample(LOGITS.expand(times, -1), draws, kind=KIND).token_ids
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -58,7 +57,7 @@ def test_filters_of_one_request_do_not_touch_its_neighbours() -> None:
     ]
     alone = [drawn(how, 1, seed=i)[0] for i, how in enumerate(kinds)]
     draws = [Draw(how, random.Random(i * 100_003)) for i, how in enumerate(kinds)]
-    together, _ = sample(LOGITS.expand(len(kinds), -1), draws, kind=KIND)
+    together = sample(LOGITS.expand(len(kinds), -1), draws, kind=KIND).token_ids
     assert together == alone
 
 
@@ -69,7 +68,7 @@ def test_logprobs_are_scaled_or_raw_as_asked_and_greedy_ones_are_at_temperature_
             Draw(SamplingSettings(temperature=0.5), random.Random(1)),
             Draw(SamplingSettings(temperature=0.0), random.Random(2)),
         ]
-        tokens, logprobs = sample(LOGITS.expand(2, -1), draws, kind=kind)
+        tokens, logprobs, _ = sample(LOGITS.expand(2, -1), draws, kind=kind)
         scaled = torch.log_softmax(LOGITS / temperature, dim=-1)
         assert logprobs[0] == pytest.approx(float(scaled[tokens[0]]), abs=1e-6)
         assert logprobs[1] == pytest.approx(float(torch.log_softmax(LOGITS, dim=-1)[0]), abs=1e-6)
@@ -77,7 +76,7 @@ def test_logprobs_are_scaled_or_raw_as_asked_and_greedy_ones_are_at_temperature_
 
 def test_forbidden_tokens_are_not_sampled() -> None:
     draws = [Draw(SamplingSettings(), random.Random(i), forbidden=[0, 1]) for i in range(500)]
-    tokens, _ = sample(LOGITS.expand(500, -1), draws, kind=KIND)
+    tokens, _, _ = sample(LOGITS.expand(500, -1), draws, kind=KIND)
     assert not {0, 1} & set(tokens)
 
 
@@ -95,8 +94,41 @@ def test_any_settings_give_a_possible_token_and_its_logprob(
     """I9: a log-prob is finite and belongs to the token that came."""
     how = SamplingSettings(temperature=temperature, top_p=top_p, top_k=top_k)
     row = torch.tensor([logits])
-    tokens, logprobs = sample(row, [Draw(how, random.Random(seed))], kind=KIND)
+    tokens, logprobs, _ = sample(row, [Draw(how, random.Random(seed))], kind=KIND)
     scale = 1.0 if how.greedy else temperature
     expected = torch.log_softmax(row / scale, dim=-1)[0, tokens[0]]
     assert logprobs[0] == pytest.approx(float(expected), abs=1e-5)
     assert np.isfinite(logprobs[0])
+
+
+@pytest.mark.parametrize("kind", list(LogprobKind))
+def test_likeliest_tokens_are_of_the_distribution_that_logprobs_are_of(kind: LogprobKind) -> None:
+    """Scaled or raw like the log-prob itself, likeliest first, each sequence as many as it wants; filters hide none."""
+    hows = [SamplingSettings(temperature=0.5, top_k=2), SamplingSettings(temperature=0.0), SamplingSettings()]
+    draws = [
+        Draw(how, random.Random(i), num_top_logprobs=n) for i, (how, n) in enumerate(zip(hows, (3, 9, 0), strict=True))
+    ]
+    sampled = sample(LOGITS.expand(3, -1), draws, kind=kind)
+    scaled = torch.log_softmax(LOGITS / (0.5 if kind is LogprobKind.TEMPERATURE_SCALED else 1.0), dim=-1).tolist()
+    plain = torch.log_softmax(LOGITS, dim=-1).tolist()
+    first, second, third = sampled.top_logprobs
+    assert [top.token_id for top in first] == [0, 1, 2]
+    assert [top.logprob for top in first] == pytest.approx(scaled[:3], abs=1e-6)
+    assert [top.logprob for top in second] == pytest.approx(plain, abs=1e-6)
+    assert third == []
+    assert second[0].logprob == sampled.logprobs[1]
+
+
+def test_wanting_likeliest_tokens_changes_nothing_that_is_sampled() -> None:
+    """I7: and a token that must not come yet is none of them."""
+    how = SamplingSettings(temperature=1.3, top_p=0.9)
+    without, with_tops = (
+        sample(
+            LOGITS.expand(40, -1),
+            [Draw(how, random.Random(i), forbidden=[0], num_top_logprobs=n) for i in range(40)],
+            kind=KIND,
+        )
+        for n in (0, 6)
+    )
+    assert without[:2] == with_tops[:2]
+    assert all([top.token_id for top in tops] == [1, 2, 3, 4, 5] for tops in with_tops.top_logprobs)

@@ -203,3 +203,9 @@ def test_root_depends_on_tools_and_arguments_not_on_key_order() -> None:
     assert root_digest(RootContext(tools, {})) != root_digest(RootContext((), {}))
     both = (json.loads('{"name": "a"}'), {"name": "b"})
     assert root_digest(RootContext(both, {})) != root_digest(RootContext(both[::-1], {}))
+
+
+def test_the_null_refusal_of_our_own_replies_leaves_a_replay_exact() -> None:
+    """A text there is something that a client has put on the message."""
+    assert tier(REPLY, REPLY | {"refusal": None}) is MatchTier.EXACT
+    assert tier(REPLY, REPLY | {"refusal": "no"}) is MatchTier.SEMANTIC

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from gateway.contracts.errors import ContextOverflow, EngineUnavailable, InvalidRequest, Unauthorized
 from gateway.contracts.experts import RoutedExperts
 from gateway.contracts.generation import Finish, FinishReason
-from gateway.contracts.replies import ContentDelta, ParsedReply
+from gateway.contracts.replies import ContentDelta, ParsedReply, ToolCall
 from gateway.wire.errors import error_body, error_headers
 from gateway.wire.json_text import dump_json, load_json_object
 from gateway.wire.openai import ChatWriter, parse_chat_request
@@ -89,6 +90,17 @@ def test_response_format_becomes_a_constraint() -> None:
         ({"stop": [1]}, "stop"),
         ({"stop_token_ids": [-1]}, "stop_token_ids"),
         ({"stream_options": []}, "stream_options"),
+        ({"max_tokens": 0}, "max_tokens: expected at least 1"),
+        ({"max_completion_tokens": -3}, "max_completion_tokens: expected at least 1"),
+        ({"stop": ["x"] * 17}, "stop: at most 16"),
+        ({"logit_bias": [5]}, "logit_bias: expected an object"),
+        ({"logit_bias": {"five": 1}}, "logit_bias: expected token ids as keys"),
+        ({"logit_bias": {"-5": 1}}, "logit_bias: expected token ids as keys"),
+        ({"logit_bias": {"5": 101}}, "logit_bias.5: expected -100 to 100"),
+        ({"logit_bias": {"5": "x"}}, "logit_bias.5: expected a number"),
+        ({"logit_bias": {"5": None}}, "logit_bias.5:"),
+        ({"frequency_penalty": "x"}, "frequency_penalty: expected a number"),
+        ({"min_tokens": 1.5}, "min_tokens: expected an integer"),
         ({"chat_template_kwargs": []}, "chat_template_kwargs"),
         ({"response_format": {"type": "xml"}}, "response_format.type"),
         ({"messages": [USER, 1]}, "messages[1]"),
@@ -124,6 +136,34 @@ def test_reply_holds_captured_arrays_only_where_asked_for() -> None:
     assert [entry["logprob"] for entry in full["choices"][0]["logprobs"]["content"]] == [-0.5, None]
     assert full["choices"][0]["routed_experts"]["shape"] == [3, 4, 2]
     assert full["choices"][0]["routed_experts"]["start"] == 1
+
+
+def test_a_reply_has_the_fields_that_clients_require() -> None:
+    """`refusal` is null in every message, and `usage` in every chunk but the one that holds it."""
+    [whole] = ChatWriter(parse().wanted, "id", "m").whole([choice()])["choices"]
+    assert whole["message"] == {"role": "assistant", "content": "ab", "refusal": None}
+    writer, done = ChatWriter(parse(stream_options={"include_usage": True}).wanted, "id", "m"), choice()
+    frames = [*writer.opening(0, done.prompt_token_ids), *writer.closing(0, done), *writer.end([done])]
+    chunks = values(frames[:-1])
+    assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": "", "refusal": None}
+    assert [chunk["usage"] is None for chunk in chunks] == [True, True, False]
+    [opening] = values(ChatWriter(parse().wanted, "id", "m").opening(0, done.prompt_token_ids))
+    assert "usage" not in opening
+
+
+@pytest.mark.parametrize(
+    ("reason", "calls", "told"),
+    [
+        (FinishReason.STOP, 1, "tool_calls"),
+        (FinishReason.STOP, 0, "stop"),
+        (FinishReason.LENGTH, 1, "length"),
+        (FinishReason.LENGTH, 0, "length"),
+    ],
+)
+def test_calls_that_were_cut_by_length_are_told_as_cut(reason: FinishReason, calls: int, told: str) -> None:
+    reply = ParsedReply(None, None, (ToolCall("c", "f", '{"a"'),) * calls, (), 0)
+    done = dataclasses.replace(choice(), reply=reply, finish=Finish(reason))
+    assert ChatWriter(parse().wanted, "id", "m").whole([done])["choices"][0]["finish_reason"] == told
 
 
 def test_chunks_carry_each_token_once_even_where_text_is_held_back() -> None:

@@ -223,6 +223,7 @@ def test_fields_mean_what_they_mean_in_chat_completions() -> None:
         ({"include": "all"}, "include"),
         ({"store": 1}, "store"),
         ({"truncation": "some"}, "truncation"),
+        ({"max_output_tokens": 0}, "max_output_tokens: expected at least 1"),
         ({"max_output_tokens": "9"}, "max_output_tokens"),
         ({"instructions": []}, "instructions"),
         ({"previous_response_id": 1}, "previous_response_id"),
@@ -378,7 +379,7 @@ FIELDS = st.dictionaries(
 )
 
 
-@settings(max_examples=400)
+@settings(max_examples=400, deadline=None)
 @given(ITEMS, FIELDS)
 def test_any_body_is_read_or_refused(items: list[Any], fields: dict[str, Any]) -> None:
     """Wrong types at any depth are the client's error, told as such, and never ours."""

@@ -219,7 +219,12 @@ def test_context_overflow_is_told_as_agents_expect_it(gateway: RunningGateway, s
         (b'{"messages": [{"content": "x"}]}', "messages[0].role"),
         (b'{"messages": [{"role": "user", "content": 5}]}', "messages[0].content"),
         (b'{"messages": [{"role": "user", "content": "x"}], "temperature": "hot"}', "temperature"),
-        (b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": 0}', "max_new_tokens"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": 0}', "max_tokens: expected at least 1"),
+        (
+            b'{"messages": [{"role": "user", "content": "x"}], "stop_token_ids": [99999]}',
+            "stop_token_ids: token id 99999 is out of vocabulary",
+        ),
+        (b'{"messages": [{"role": "user", "content": "x"}], "logit_bias": {"99999": 1}}', "logit_bias: token id 99999"),
         (b'{"messages": [{"role": "user", "content": "x", "n": ' + b"7" * 5000 + b"}]}", "more than 4300 digits"),
         (b'{"messages": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "deep"),
     ],

@@ -96,6 +96,7 @@ def test_generate_answers_what_the_engine_itself_would(
         "input_ids": [40, 41, 42, 43],
         "sampling_params": {"max_new_tokens": 9, "temperature": 0, "ignore_eos": True},
         "return_logprob": True,
+        "top_logprobs_num": 4,
         "return_routed_experts": True,
         "stream": stream,
     }
@@ -105,10 +106,16 @@ def test_generate_answers_what_the_engine_itself_would(
     assert ours["output_ids"] == theirs["output_ids"]
     of_the_moment = {"id", "e2e_latency", "response_sent_to_client_ts", "cached_tokens", "cached_tokens_details"}
     shown = ours["meta_info"].keys() - of_the_moment - {"routed_experts_start_len"}
-    left_out = {"input_token_logprobs", "num_retractions", "response_sent_to_client_ts"}
+    left_out = {"input_token_logprobs", "input_top_logprobs", "num_retractions", "response_sent_to_client_ts"}
     assert theirs["meta_info"].keys() - ours["meta_info"].keys() <= left_out
     assert {name: ours["meta_info"][name] for name in shown} == {name: theirs["meta_info"][name] for name in shown}
-    assert {"output_token_logprobs", "routed_experts", "weight_version", "finish_reason"} <= shown
+    assert {
+        "output_token_logprobs",
+        "output_top_logprobs",
+        "routed_experts",
+        "weight_version",
+        "finish_reason",
+    } <= shown
 
 
 def last_reply(url: str, body: dict[str, Any]) -> Any:
