@@ -9,16 +9,19 @@ where `content` is the parsed tokenizer.json after these steps:
 2. Numbers that are whole are integers (`-3.0` is `-3`).
 3. `added_tokens` are sorted by `id`; each has `id`, `content`, and those of `single_word`, `lstrip`, `rstrip`,
    `normalized` and `special` that are true.
-4. `merges` written as one text (`"a b"`) are pairs (`["a", "b"]`). Their order stays: it is their rank.
-5. A model without `type` gets the one that its fields imply. Fields of the model that are null or false are left out,
+4. A `vocab` of texts with ids is the list of pairs `[id, text]` in order. One of texts with scores (Unigram; the ids
+   are their places) keeps its order; each score is rounded to nine significant digits (`%.9g`), because libraries
+   differ in the last bits when they read and write it.
+5. `merges` written as one text (`"a b"`) are pairs (`["a", "b"]`). Their order stays: it is their rank.
+6. A model without `type` gets the one that its fields imply. Fields of the model that are null or false are left out,
    and so are a `dropout` of 0, and a `continuing_subword_prefix` or `end_of_word_suffix` of "".
-6. A `Sequence` of normalizers, pre-tokenizers, post-processors or decoders is the list of its parts, a sequence inside
+7. A `Sequence` of normalizers, pre-tokenizers, post-processors or decoders is the list of its parts, a sequence inside
    one is taken apart, and a single part is a list of one; none at all (null) is the empty list.
-7. What a part says by default is said: `Metaspace` has `prepend_scheme` ("never" where an older file has
+8. What a part says by default is said: `Metaspace` has `prepend_scheme` ("never" where an older file has
    `add_prefix_space` false, else "always") and `split` (true), and neither `add_prefix_space` nor `str_rep`; a
    `ByteLevel` pre-tokenizer has `use_regex` (true); `Digits` has `individual_digits` (false); `Punctuation` has
    `behavior` ("Isolated").
-8. `trim_offsets` is left out everywhere. A `ByteLevel` decoder is its `type` alone, and a `ByteLevel` post-processor
+9. `trim_offsets` is left out everywhere. A `ByteLevel` decoder is its `type` alone, and a `ByteLevel` post-processor
    is left out: neither's settings change an id or a character.
 
 Files of one tokenizer saved by different versions of its library come out equal; a difference in any id, merge, flag
@@ -30,6 +33,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from operator import itemgetter
 from typing import Any
 
 from gateway.contracts.errors import IdentityMismatch
@@ -87,13 +91,18 @@ def _model(model: Mapping[str, Any]) -> dict[str, Any]:
     if not kept.get("dropout"):
         kept.pop("dropout", None)
     kept.setdefault("type", _implied_type(model))
-    vocab = model["vocab"]
-    if isinstance(vocab, list):  # Unigram: [piece, score] in the order of ids
-        kept["vocab"] = [[piece, _whole(score)] for piece, score in vocab]
+    kept["vocab"] = _vocabulary(model["vocab"])
     if "merges" in kept:
         kept["merges"] = [_pair(merge) for merge in kept["merges"]]
     large = ("vocab", "merges")
     return {name: value if name in large else _whole_inside(value) for name, value in kept.items()}
+
+
+def _vocabulary(vocab: Mapping[str, int] | list[tuple[str, float]]) -> list[list[Any]]:
+    if isinstance(vocab, list):
+        return [[piece, _whole(float(f"{score:.9g}"))] for piece, score in vocab]
+    # By id and not by text: files are in that order already, and there are hundreds of thousands.
+    return [[token_id, text] for text, token_id in sorted(vocab.items(), key=itemgetter(1, 0))]
 
 
 def _implied_type(model: Mapping[str, Any]) -> str:
