@@ -79,7 +79,7 @@ async def run_training(settings: TrainSettings, progress: Progress) -> RunState:
         sandboxes = await stack.enter_async_context(_open_sandboxes(settings))
         gateway = await stack.enter_async_context(_open_gateway(settings.gateway.url))
         await _check_pick(gateway, settings.batch.pick)
-        await _check_experts(gateway, settings.replay.mode)
+        await check_experts(gateway, settings.replay.mode)
         backend = await asyncio.to_thread(
             HFBackend, settings.model, settings.optimizer, replay=settings.replay.mode, seed=settings.run.seed
         )
@@ -190,7 +190,7 @@ async def _check_pick(gateway: GatewayClient, pick: str | None) -> None:
         raise ConfigurationError(f"batch.pick {pick!r} is none of the gateway's: {', '.join(names)}")
 
 
-async def _check_experts(gateway: GatewayClient, mode: ReplayMode) -> None:
+async def check_experts(gateway: GatewayClient, mode: ReplayMode) -> None:
     """Replay needs what engines must have been started for; an engine that comes later is the gateway's to refuse."""
     if mode is ReplayMode.OFF:
         return

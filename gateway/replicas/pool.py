@@ -65,11 +65,12 @@ class ReplicaSettings:
 
 @dataclass(eq=False, slots=True)
 class Replica:
-    """One engine and what the pool knows of it now."""
+    """One engine and what the pool knows of it now. verified: the identity that `verification` was made of."""
 
     engine: Engine
     identity: EngineIdentity
-    verification: Verification = field(default_factory=Verification)
+    verification: Verification
+    verified: EngineIdentity
     healthy: bool = True
     draining: bool = False
     running: int = 0
@@ -145,7 +146,7 @@ class ReplicaPool:
         verification = await self._check_identity(engine, identity, None)
         if engine.engine_id in self._replicas:
             raise Conflict(f"there is an engine {engine.engine_id!r} already")
-        self._replicas[engine.engine_id] = Replica(engine, identity, verification)
+        self._replicas[engine.engine_id] = Replica(engine, identity, verification, identity)
         _tell_unverified(identity, verification)
         self._changed.set()
         return identity
@@ -184,16 +185,27 @@ class ReplicaPool:
         """Ask one engine who it is: the right one is (re)admitted, a silent or a wrong one ejected."""
         try:
             identity = await replica.engine.identity()
-            known = replica.healthy and _process_and_weights(identity) == _process_and_weights(replica.identity)
-            proven = replica.verification if known else None
+            proven = replica.verification if self._is_proven(replica, identity) else None
             verification = await self._check_identity(replica.engine, identity, proven)
         except (EngineError, IdentityMismatch) as error:
             self.eject(replica, error)
             return
         if verification != replica.verification:
             _tell_unverified(identity, verification)
-        replica.identity, replica.verification = identity, verification
+        if proven is None:
+            replica.verification, replica.verified = verification, identity
+        replica.identity = identity
         self._readmit(replica)
+
+    def _is_proven(self, replica: Replica, identity: EngineIdentity) -> bool:
+        """Whether an engine is the same as when it was verified; an ejection forgets it.
+
+        While generation is paused only its process counts: new weights are coming in, and an engine that holds requests
+        back could not be asked in every way. The next health check asks it.
+        """
+        if not replica.healthy or identity.process != replica.verified.process:
+            return False
+        return self._paused is not None or _weights(identity) == _weights(replica.verified)
 
     def eject(self, replica: Replica, error: VerbatimError) -> None:
         """Send nothing more to an engine until a health check passes."""
@@ -318,9 +330,8 @@ def _final(end: GenerateEnd) -> Finish | None:
     return None if end.finish.reason is FinishReason.ABORT else end.finish
 
 
-def _process_and_weights(identity: EngineIdentity) -> tuple[str, str, str]:
-    """What is the same as long as nothing that was verified can have changed (an ejection forgets it too)."""
-    return identity.process, identity.model_path, identity.weight_version
+def _weights(identity: EngineIdentity) -> tuple[str, str]:
+    return identity.model_path, identity.weight_version
 
 
 def _tell_unverified(identity: EngineIdentity, verification: Verification) -> None:

@@ -19,7 +19,8 @@ from tokenizers import Tokenizer
 
 from engines.echo import EchoServer
 from engines.sglang import SglangEngine
-from gateway.contracts.errors import IdentityMismatch
+from gateway.client import GatewayClient
+from gateway.contracts.errors import ConfigurationError, IdentityMismatch
 from gateway.contracts.fingerprints import template_sha256, tokenizer_sha256
 from gateway.contracts.verification import Proof, Verification
 from gateway.sessions.admission import Admission
@@ -27,6 +28,8 @@ from gateway.sessions.model import ServedModel
 from gateway.tito.conversation import HistoryPolicy
 from tests.integration.gateway.conftest import RunningGateway, close, unused_port, wait_ready
 from tests.integration.gateway.test_gateway_embedded_engine import started, verbatim
+from trainer.main import check_experts
+from trainer.settings import ReplayMode
 
 Start = Callable[..., RunningGateway]
 
@@ -363,6 +366,32 @@ def test_an_engine_that_becomes_another_is_ejected_and_comes_back_when_it_is_rig
         assert "another tokenizer (ffffffffffff) than" in engine()["last_error"]
         del server.info["tokenizer_sha256"]
         wait_until(lambda: bool(engine()["healthy"]))
+
+
+async def test_a_trainer_that_replays_does_not_start_before_engines_without_experts(
+    server: TokenizingServer, serve: Start
+) -> None:
+    """I10: not at the first batch, when rollouts were sampled for nothing."""
+    with serving(server.app()) as url:
+        gateway = serve("--engine", f"sglang={url}")
+        async with GatewayClient(gateway.url) as client:
+            await check_experts(client, ReplayMode.OFF)
+            with pytest.raises(ConfigurationError, match="--require routed_experts"):
+                await check_experts(client, ReplayMode.R3)
+
+
+async def test_while_generation_is_paused_an_engine_is_not_asked_to_spell(
+    server: TokenizingServer, serve: Start
+) -> None:
+    """It may hold requests back; new weights are verified once it goes on."""
+    with serving(server.app()) as url:
+        gateway = serve("--engine", f"sglang={url}")
+        gateway.post("/admin/generation/pause", {"mode": "drain"})
+        server.info["weight_version"] = "policy-000001"
+        wait_until(lambda: gateway.get("/admin/engines")["engines"][0]["policy_version"] == 1)
+        assert server.num_probes == 1
+        gateway.post("/admin/generation/resume")
+        wait_until(lambda: server.num_probes == 2)
 
 
 def test_doctor_shows_an_engine_beside_the_folder_without_a_gateway(
