@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
@@ -69,6 +69,10 @@ class Witness:
     async def identity(self) -> EngineIdentity:
         """The engine's own."""
         return await self._engine.identity()
+
+    async def tokenize(self, texts: Sequence[str]) -> Sequence[Sequence[int]] | None:
+        """The engine's."""
+        return await self._engine.tokenize(texts)
 
     async def healthy(self) -> bool:
         """The engine's own."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -154,6 +154,9 @@ class OpenAiTextEngine:
             fingerprints={},
             token_exact=False,
         )
+
+    async def tokenize(self, texts: Sequence[str]) -> None:
+        """Not to be asked: nothing here depends on the upstream's ids."""
 
     async def healthy(self) -> bool:
         """Whether it lists its models."""

@@ -156,7 +156,13 @@ class ScriptedEngine:
             context_length=self._context_length,
             vocab_size=self._vocab_size,
             fingerprints={},
+            process=self._engine_id,
+            version_spans=True,
+            pause_modes=tuple(mode.value for mode in PauseMode),
         )
+
+    async def tokenize(self, texts: Sequence[str]) -> None:
+        """Not to be asked: it has no tokenizer."""
 
     async def healthy(self) -> bool:
         """Whether it is up."""

@@ -8,8 +8,10 @@ itself is an EngineProtocolError.
 from __future__ import annotations
 
 import binascii
+import json
 import logging
-from collections.abc import AsyncGenerator, Callable, Mapping
+import re
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -17,7 +19,7 @@ import numpy as np
 import pybase64
 
 from engines.connection import EngineHttp, failure, refused
-from engines.identity import read_if_here
+from engines.identity import read_if_here, with_told
 from engines.likeliest import likeliest
 from gateway.contracts.errors import (
     EngineError,
@@ -30,6 +32,7 @@ from gateway.contracts.errors import (
 )
 from gateway.contracts.experts import RoutedExperts, RoutingShape, narrow
 from gateway.contracts.generation import (
+    Capability,
     EngineIdentity,
     Finish,
     FinishReason,
@@ -38,6 +41,7 @@ from gateway.contracts.generation import (
     GenerateRequest,
     JsonValue,
     LogprobKind,
+    MediaKind,
     SamplingParams,
     TopLogprob,
 )
@@ -67,6 +71,16 @@ _KNOWN_META = frozenset(
 _KNOWN_TOP = frozenset(("text", "output_ids", "meta_info", "index"))
 _NOT_FOR_PASSTHROUGH = frozenset(("text", "input_embeds"))
 """Another prompt beside `input_ids` would leave it to the engine which one counts (I1)."""
+
+_ENABLING = {
+    Capability.ROUTED_EXPERTS: "start it with --enable-return-routed-experts, on a model that has experts",
+    Capability.RAW_LOGPROBS: "start it with SGLANG_RETURN_ORIGINAL_LOGPROB=1 in its environment",
+    Capability.SCALED_LOGPROBS: "start it without SGLANG_RETURN_ORIGINAL_LOGPROB",
+    Capability.VERSION_SPANS: "SGLang says them from 0.5.23 on",
+    Capability.GRAMMAR: "start it with --grammar-backend xgrammar",
+}
+_FIRST_WITH_SPANS = (0, 5, 23)
+_UNDERSTANDS = {"has_image_understanding": MediaKind.IMAGE, "has_audio_understanding": MediaKind.AUDIO}
 
 _CONTROL_SECONDS = 60.0
 _ABORT_SECONDS = 5.0
@@ -100,6 +114,7 @@ class SglangEngine:
         self._routing = routing
         self._policy_version_of = policy_version_of
         self._context_length = context_length
+        self._tokenizes = True
 
     @property
     def engine_id(self) -> str:
@@ -145,9 +160,10 @@ class SglangEngine:
         """Ask the engine who it is; files of its model folder are read where this machine has them."""
         model = await self._http.get_object("/model_info", timeout_seconds=_CONTROL_SECONDS)
         server = await self._http.get_object("/server_info", timeout_seconds=_CONTROL_SECONDS)
+        self._tokenizes = not server.get("skip_tokenizer_init")
         weight_version = str(model.get("weight_version") or "default")
         folder = await read_if_here(str(model.get("tokenizer_path") or model.get("model_path") or ""))
-        captures = bool(server.get("enable_return_routed_experts"))
+        own = with_told(folder, model, named=f"engine {self.engine_id}")
         raw = bool(server.get("return_original_logprob"))
         return EngineIdentity(
             engine_id=self.engine_id,
@@ -158,12 +174,47 @@ class SglangEngine:
             weight_version=weight_version,
             policy_version=self._policy_version_of(weight_version),
             logprob_kind=LogprobKind.RAW if raw else LogprobKind.TEMPERATURE_SCALED,
-            captures_experts=captures,
-            routing=self._routing or folder.routing,
+            captures_experts=bool(server.get("enable_return_routed_experts")),
+            routing=self._routing or own.routing,
             context_length=self._context_length or await self._longest_context(),
-            vocab_size=folder.vocab_size,
-            fingerprints=folder.fingerprints,
+            vocab_size=own.dimensions.vocab_size,
+            fingerprints=own.fingerprints,
+            dimensions=own.dimensions,
+            told=own.told,
+            parsers={kind: str(name) for kind in ("tool_call", "reasoning") if (name := model.get(f"{kind}_parser"))},
+            process=str(server.get("startup_time") or ""),
+            media=tuple(kind for field, kind in _UNDERSTANDS.items() if model.get(field)),
+            top_logprobs=True,
+            version_spans=_release(server.get("version")) >= _FIRST_WITH_SPANS,
+            pause_modes=tuple(mode.value for mode in PauseMode),
+            grammar=server.get("grammar_backend") not in (None, "none"),
+            enabling=_ENABLING,
         )
+
+    async def tokenize(self, texts: Sequence[str]) -> Sequence[Sequence[int]] | None:
+        """Each text's ids by the engine's own tokenizer: by its `/tokenize`, or where it has none as prompts."""
+        if not self._tokenizes or not texts:
+            return None if texts else []
+        body = {"prompt": list(texts), "add_special_tokens": False}
+        try:
+            raw = await self._http.post("/tokenize", body, timeout_seconds=_CONTROL_SECONDS)
+            return _spellings(raw, lambda answer: answer["tokens"], self.engine_id)
+        except EngineRejected:
+            return await self._tokenize_as_prompts(texts)
+
+    async def _tokenize_as_prompts(self, texts: Sequence[str]) -> Sequence[Sequence[int]] | None:
+        """One token is sampled of each; the ids of a prompt come back with its log-probs."""
+        body = {
+            "text": list(texts),
+            "sampling_params": {"max_new_tokens": 1, "temperature": 0},
+            "return_logprob": True,
+            "logprob_start_len": 0,
+        }
+        try:
+            raw = await self._http.post("/generate", body, timeout_seconds=_CONTROL_SECONDS)
+        except EngineRejected:
+            return None
+        return _spellings(raw, lambda answers: [_prompt_ids(answer["meta_info"]) for answer in answers], self.engine_id)
 
     async def _longest_context(self) -> int:
         cards = await self._http.get_json("/v1/models", timeout_seconds=_CONTROL_SECONDS)
@@ -221,6 +272,24 @@ def _body(request: GenerateRequest) -> dict[str, JsonValue]:
     if request.routed_experts_start is not None:
         body |= {"return_routed_experts": True, "routed_experts_start_len": request.routed_experts_start}
     return body
+
+
+def _release(version: Any) -> tuple[int, ...]:
+    """(0, 5, 23) of "0.5.23.post1"; () where there is none."""
+    return tuple(int(number) for number in re.findall(r"\d+", str(version or ""))[:3])
+
+
+def _spellings(raw: bytes, read: Callable[[Any], Any], engine_id: str) -> list[list[int]]:
+    try:
+        return [[int(token_id) for token_id in ids] for ids in read(json.loads(raw))]
+    except (KeyError, TypeError, ValueError) as error:
+        raise EngineProtocolError(
+            f"engine {engine_id}: unreadable token ids ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _prompt_ids(meta: Mapping[str, Any]) -> list[int]:
+    return [triple[1] for triple in meta["input_token_logprobs"]]
 
 
 def _sampling(sampling: SamplingParams) -> dict[str, JsonValue]:

@@ -19,9 +19,12 @@ vLLM's ways that shape this client:
 
 from __future__ import annotations
 
+import asyncio
+import json
 import logging
+import re
 import sys
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +42,7 @@ from gateway.contracts.errors import (
 )
 from gateway.contracts.experts import RoutingShape
 from gateway.contracts.generation import (
+    Capability,
     EngineIdentity,
     GenerateChunk,
     GenerateEnd,
@@ -102,6 +106,16 @@ _NOT_FOR_PASSTHROUGH = frozenset(
 """Fields that change the prompt, the number of answers, where the tokens come from (I1), or whose log-probs come."""
 
 _DEFAULT_MAX_LOGPROBS = 20
+_ENABLING = {
+    Capability.ROUTED_EXPERTS: "start it with --enable-scale-out --enable-return-routed-experts, and with "
+    "VLLM_SERVER_DEV_MODE=1 in its environment",
+    Capability.RAW_LOGPROBS: "start it with --logprobs-mode raw_logprobs",
+    Capability.SCALED_LOGPROBS: "start it with --logprobs-mode processed_logprobs",
+    Capability.VERSION_SPANS: "vLLM says them from 0.32 on, if started with --enable-scale-out",
+    Capability.PAUSE: "start it with VLLM_SERVER_DEV_MODE=1 in its environment",
+}
+_FIRST_WITH_SPANS = (0, 32)
+
 _CONTROL_SECONDS = 60.0
 _ABORT_SECONDS = 5.0
 
@@ -111,7 +125,8 @@ class VllmServer:
     """What one server process is; it does not change while the process lives.
 
     generates: it has `/inference/v1/generate`. controllable: it has the routes for reinforcement learning. on_gpu: it
-    says that it does not run on a CPU. max_logprobs: how many likeliest tokens it gives at each position.
+    says that it does not run on a CPU. max_logprobs: how many likeliest tokens it gives at each position. constrains:
+    it can hold sampling to a grammar. release: (0, 30, 0), or less where it does not say.
     """
 
     generates: bool
@@ -123,6 +138,8 @@ class VllmServer:
     captures_experts: bool
     logprob_kind: LogprobKind
     max_logprobs: int
+    constrains: bool
+    release: tuple[int, ...]
     folder: FolderIdentity
 
 
@@ -238,9 +255,30 @@ class VllmEngine:
             captures_experts=server.captures_experts,
             routing=self._routing or server.folder.routing,
             context_length=self._context_length or server.context_length,
-            vocab_size=server.folder.vocab_size,
+            vocab_size=server.folder.dimensions.vocab_size,
             fingerprints=server.folder.fingerprints,
+            dimensions=server.folder.dimensions,
+            top_logprobs=True,
+            version_spans=server.generates and server.release >= _FIRST_WITH_SPANS,
+            pause_modes=tuple(mode.value for mode in _PAUSES) if server.controllable else (),
+            grammar=server.constrains,
+            enabling=_ENABLING,
         )
+
+    async def tokenize(self, texts: Sequence[str]) -> Sequence[Sequence[int]] | None:
+        """Each text's ids by the server's own tokenizer; None if it was started without one."""
+        try:
+            return await asyncio.gather(*map(self._tokenize, texts))
+        except EngineRejected:
+            return None
+
+    async def _tokenize(self, text: str) -> list[int]:
+        body = {"prompt": text, "add_special_tokens": False}
+        raw = await self._http.post("/tokenize", body, timeout_seconds=_CONTROL_SECONDS)
+        try:
+            return [int(token_id) for token_id in json.loads(raw)["tokens"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise EngineProtocolError(f"engine {self.engine_id}: unreadable token ids of {text[:60]!r}") from error
 
     async def _known_server(self) -> VllmServer:
         if self._server is None:
@@ -265,8 +303,17 @@ class VllmEngine:
             captures_experts=generates and bool(model.get("enable_return_routed_experts")),
             logprob_kind=self._kind_of(model.get("logprobs_mode")),
             max_logprobs=_max_logprobs(model.get("max_logprobs")),
+            constrains=config is None or "structured_outputs_config" in config,
+            release=await self._release(),
             folder=await read_if_here(model_path),
         )
+
+    async def _release(self) -> tuple[int, ...]:
+        try:
+            answer = await self._http.get_object("/version", timeout_seconds=_CONTROL_SECONDS)
+        except EngineRejected:
+            return ()
+        return tuple(int(number) for number in re.findall(r"\d+", str(answer.get("version")))[:3])
 
     async def _config(self) -> Mapping[str, Any] | None:
         """The server's configuration; None where its routes for development are closed."""

@@ -1,7 +1,9 @@
-"""`verbatim doctor`: what is known of a model, before anything depends on it.
+"""`verbatim doctor`: what is known of a model and of engines that are to serve it, before anything depends on them.
 
 `--model PATH` reads a model folder as the gateway would and shows which turns its chat template only appends to, which
 it rewrites and why, where a turn ends, and which of the template's own switches would make more turns append-only.
+`--engine KIND=URL` with it asks engines who they are and shows them beside the folder, as `/admin/identity` does for a
+gateway that runs: what each says, how it was verified, what it can do, and why the gateway would refuse it.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from rich.table import Table
 from rich.text import Text
 
 from gateway.contracts.errors import ConfigurationError
-from gateway.contracts.generation import JsonValue
+from gateway.contracts.generation import Capability, JsonValue
+from gateway.engine_check import show_engines
 from gateway.sessions.model import ServedModel
 from gateway.tito.certificate import ShapeCertificate, Verdict
 from gateway.tito.conversation import HistoryPolicy
@@ -34,13 +37,30 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--template-arguments", default="{}", metavar="JSON", help="chat_template_kwargs to try it with (default {})"
     )
+    parser.add_argument(
+        "--engine", action="append", default=[], metavar="KIND=URL", help="check an engine instead, repeatable"
+    )
+    parser.add_argument(
+        "--require",
+        action="append",
+        default=[],
+        choices=[capability.value for capability in Capability],
+        metavar="CAPABILITY",
+        help="what engines must be able to do, repeatable",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print what the model folder comes to; ConfigurationError for a folder that cannot be served."""
+    """Print what the model folder comes to; ConfigurationError for a folder that cannot be served.
+
+    With engines: 0 if the gateway would take all of them, else 1.
+    """
     template_arguments = _json_object(arguments.template_arguments)
     model = ServedModel.load(arguments.model, history_policy=HistoryPolicy.KEEP)
+    if arguments.engine:
+        required = tuple(map(Capability, arguments.require))
+        return show_engines(model, arguments.engine, required, as_json=arguments.json)
     found = survey(model.prompts, model.template, model.tokenizer, template_arguments)
     if arguments.json:
         sys.stdout.write(json.dumps(_as_json(model, found), ensure_ascii=False) + "\n")

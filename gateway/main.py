@@ -29,6 +29,7 @@ from engines.sglang import SglangEngine
 from engines.vllm import VllmEngine
 from engines.weights.names import policy_version_of
 from gateway.contracts.errors import ConfigurationError, EngineError, IdentityMismatch, VerbatimError
+from gateway.contracts.generation import Capability
 from gateway.contracts.ports import Engine, Ledger
 from gateway.contracts.settings import load_settings, settings_toml
 from gateway.contracts.telemetry import ready_line
@@ -49,6 +50,7 @@ from gateway.routes.responses import responses_router
 from gateway.routes.sessions import session_router
 from gateway.routes.tokenize import tokenize_router
 from gateway.routes.turns import Calls
+from gateway.sessions.admission import Admission
 from gateway.sessions.model import ServedModel
 from gateway.sessions.picks import PickChoice
 from gateway.sessions.registry import SessionRegistry
@@ -75,6 +77,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=int, help="port to listen on (8600; 0 takes a free one)")
     parser.add_argument("--data", type=Path, metavar="DIR", help="the ledger's folder (verbatim-data)")
     parser.add_argument("--pick", metavar="NAME", help="which turns train: all, delivered, final-path, module:function")
+    parser.add_argument(
+        "--require",
+        action="append",
+        choices=[capability.value for capability in Capability],
+        metavar="CAPABILITY",
+        help=f"refuse engines without it, repeatable: {', '.join(Capability)}",
+    )
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings as TOML")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override one setting, repeatable")
     parser.add_argument("--print-config", action="store_true", help="show the settings and stop")
@@ -94,7 +103,7 @@ def serve(
     settings: GatewaySettings, *, operator_key: str | None, engine_kinds: Mapping[str, EngineMaker] | None = None
 ) -> None:
     """Run the gateway in this process; `engine_kinds` adds kinds of engines to those that ship."""
-    kinds = {"sglang": _sglang, "vllm": _vllm, "openai": _openai_text, **(engine_kinds or {})}
+    kinds = {**ENGINE_KINDS, **(engine_kinds or {})}
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_serve(settings, operator_key, kinds))
 
@@ -135,14 +144,27 @@ class Gateway:
 
     def connect(self, kind: str, url: str, engine_id: str | None = None) -> Engine:
         """A client of one engine; raises ConfigurationError for a kind that we do not know."""
-        if kind not in self.kinds:
-            raise ConfigurationError(f"engine kind {kind!r} is none of {', '.join(sorted(self.kinds))}")
-        return self.kinds[kind](engine_id or _engine_id(kind, url), url, self.model, self.policies)
+        return make_engine(self.kinds, kind, url, self.model, self.policies, engine_id=engine_id)
 
     async def learn_policy(self, policy_version: int, weight_version: str) -> None:
         """Store what an engine's label means, on disk first."""
         await self.ledger.set_policy(policy_version, weight_version)
         self.policies[weight_version] = policy_version
+
+
+def make_engine(
+    kinds: Mapping[str, EngineMaker],
+    kind: str,
+    url: str,
+    model: ServedModel,
+    policies: Mapping[str, int],
+    *,
+    engine_id: str | None = None,
+) -> Engine:
+    """A client of one engine; raises ConfigurationError for a kind that we do not know."""
+    if kind not in kinds:
+        raise ConfigurationError(f"engine kind {kind!r} is none of {', '.join(sorted(kinds))}")
+    return kinds[kind](engine_id or _engine_id(kind, url), url, model, policies)
 
 
 @asynccontextmanager
@@ -161,7 +183,7 @@ async def open_gateway(settings: GatewaySettings, kinds: Mapping[str, EngineMake
     metrics = GatewayMetrics(feed_consumer=settings.feed_consumer)
     pool = ReplicaPool(
         settings.replicas,
-        check_identity=model.check_engine,
+        check_identity=Admission(model, settings.require).check,
         stop_token_ids=frozenset(model.tokenizer.eos_token_ids),
         on_interruption=metrics.observe_interruption,
     )
@@ -212,6 +234,7 @@ def build_app(gateway: Gateway, access: Access) -> FastAPI:
             gateway.pool,
             gateway.model,
             access,
+            required=settings.require,
             connect=gateway.connect,
             learn_policy=gateway.learn_policy,
         )
@@ -270,6 +293,7 @@ def _settings(arguments: argparse.Namespace) -> GatewaySettings:
         "port": arguments.port,
         "data": arguments.data,
         "pick": arguments.pick,
+        "require": None if arguments.require is None else tuple(map(Capability, arguments.require)),
     }
     return replace(settings, **{name: value for name, value in flags.items() if value is not None})
 
@@ -354,6 +378,10 @@ def _openai_text(engine_id: str, url: str, model: ServedModel, policies: Mapping
     return OpenAiTextEngine(
         url, engine_id=engine_id, decode=model.tokenizer.decode, encode=model.tokenizer.encode_after
     )
+
+
+ENGINE_KINDS: Mapping[str, EngineMaker] = {"sglang": _sglang, "vllm": _vllm, "openai": _openai_text}
+"""The kinds of engines that ship."""
 
 
 def _engine_id(kind: str, url: str) -> str:

@@ -7,6 +7,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from gateway.contracts.errors import ConfigurationError
+from gateway.contracts.generation import Capability
 from gateway.replicas.pool import ReplicaSettings
 from gateway.sessions.picks import DEFAULT_PICK
 from gateway.sessions.turns import TurnSettings
@@ -33,7 +34,8 @@ class GatewaySettings:
     folder's name). tool_call_parser, reasoning_parser: names of `gateway.tito.parsing.choice`; `auto` reads them from
     the template. drain_seconds: how long a stop waits for running replies. feed_consumer: whose feed figures are in
     `/metrics`. pick: which turns train where a trainer does not say, a built-in name of `gateway.sessions.picks` or the
-    operator's own `module:function`.
+    operator's own `module:function`. require: what every engine must be able to do; one that cannot is refused, at the
+    start and when it is added.
     """
 
     model: Path | None = None
@@ -51,6 +53,7 @@ class GatewaySettings:
     drain_seconds: int = 30
     feed_consumer: str = "trainer"
     pick: str = DEFAULT_PICK
+    require: tuple[Capability, ...] = ()
     turns: TurnSettings = field(default_factory=TurnSettings)
     replicas: ReplicaSettings = field(default_factory=ReplicaSettings)
 

@@ -167,7 +167,7 @@ def _start_servers(plan: DemoPlan, children: Children) -> tuple[str, str]:
     engine += ["--set", "stream_interval=8", "--set", "incremental_streaming_output=true"]
     engine_url = children.start_server("engine", engine, timeout_seconds=_READY_SECONDS)
     gateway = ["--engine", f"sglang={engine_url}", "--model", str(plan.model), "--port", str(free_port(port))]
-    gateway += ["--data", str(plan.folder / "ledger")]
+    gateway += ["--data", str(plan.folder / "ledger"), "--require", "routed_experts"]
     return engine_url, children.start_server("serve", gateway, timeout_seconds=_READY_SECONDS)
 
 

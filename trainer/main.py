@@ -34,7 +34,7 @@ from trainer.progress import Progress, make_progress
 from trainer.publish import Publisher
 from trainer.rollouts.controller import RolloutController
 from trainer.rollouts.recipe import Recipe, load_recipe
-from trainer.settings import TrainSettings
+from trainer.settings import ReplayMode, TrainSettings
 
 OPERATOR_KEY_VARIABLE = "VERBATIM_OPERATOR_KEY"
 """Environment variable with the operator's key of the gateway, where keys are on."""
@@ -79,6 +79,7 @@ async def run_training(settings: TrainSettings, progress: Progress) -> RunState:
         sandboxes = await stack.enter_async_context(_open_sandboxes(settings))
         gateway = await stack.enter_async_context(_open_gateway(settings.gateway.url))
         await _check_pick(gateway, settings.batch.pick)
+        await check_experts(gateway, settings.replay.mode)
         backend = await asyncio.to_thread(
             HFBackend, settings.model, settings.optimizer, replay=settings.replay.mode, seed=settings.run.seed
         )
@@ -187,6 +188,20 @@ async def _check_pick(gateway: GatewayClient, pick: str | None) -> None:
     """Before anything is sampled, not when the first rollouts are read."""
     if pick is not None and pick not in (names := await gateway.picks()):
         raise ConfigurationError(f"batch.pick {pick!r} is none of the gateway's: {', '.join(names)}")
+
+
+async def check_experts(gateway: GatewayClient, mode: ReplayMode) -> None:
+    """Replay needs what engines must have been started for; an engine that comes later is the gateway's to refuse."""
+    if mode is ReplayMode.OFF:
+        return
+    engines = await gateway.engines()
+    silent = [engine["engine_id"] for engine in engines if engine["routing"] and not engine["captures_experts"]]
+    if silent:
+        raise ConfigurationError(
+            f"replay.mode {mode.value} needs routed experts, which {', '.join(silent)} does not return: start such "
+            "engines with --enable-return-routed-experts, and the gateway with --require routed_experts, or set "
+            "replay.mode to off"
+        )
 
 
 @asynccontextmanager

@@ -21,6 +21,7 @@ from engines.embedded.sampler import SamplingSettings
 from engines.embedded.scheduler import Generation
 from engines.embedded.settings import EngineSettings
 from engines.embedded.vllm_protocol import vllm_config
+from engines.identity import told_information
 from gateway.contracts.errors import InvalidRequest, RequestError, TransportError
 from gateway.contracts.generation import LogprobKind
 from gateway.contracts.ports import PauseMode
@@ -51,6 +52,8 @@ class EngineServer:
         self.settings = settings
         self.model_path = settings.model
         self.served_model_name = settings.served_model_name or str(settings.model)
+        # Of the folder as the engine has read it; files that change under a running engine change nothing in it.
+        self.told = told_information(engine.model.folder)
         self.tokenizer = None if settings.skip_tokenizer_init else engine.model.tokenizer
         self.limits = ModelLimits(
             vocab_size=engine.model.vocab_size,
@@ -274,8 +277,28 @@ def _add_information(app: FastAPI, server: EngineServer) -> None:
                 "has_audio_understanding": False,
                 "model_type": config.model_type,
                 "architectures": config.architectures,
+                **server.told,
             }
         )
+
+    @app.post("/tokenize")
+    @app.post("/v1/tokenize")
+    async def tokenize(request: Request) -> Response:
+        """Ids of `prompt`, a text or a list of them, as SGLang and vLLM answer."""
+        try:
+            body = await json_body(request)
+        except InvalidRequest as error:
+            return _bad_request(error.message)
+        prompt = body.get("prompt") if isinstance(body, dict) else None
+        texts = [prompt] if isinstance(prompt, str) else prompt
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            return _bad_request("prompt: expected a text or a list of texts")
+        if server.tokenizer is None:
+            return _bad_request("prompt: this engine has no tokenizer")
+        adds = body.get("add_special_tokens") is not False
+        ids = [server.tokenizer.encode(text, add_special_tokens=adds).ids for text in texts]
+        tokens, count = (ids[0], len(ids[0])) if isinstance(prompt, str) else (ids, [len(each) for each in ids])
+        return json_reply({"tokens": tokens, "count": count, "max_model_len": engine.limits.context_length})
 
     @app.get("/server_info")
     @app.get("/get_server_info")
@@ -294,6 +317,7 @@ def _add_information(app: FastAPI, server: EngineServer) -> None:
                 "enable_return_routed_experts": server.limits.captures_experts,
                 "return_original_logprob": engine.logprob_kind is LogprobKind.RAW,
                 "disaggregation_mode": "null",
+                "grammar_backend": "none",
                 "version": SGLANG_VERSION,
                 "engine": "verbatim-embedded",
                 "startup_time": server.started_at,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from engines.embedded.cache import ATTENTION_NAME
 from engines.embedded.experts import routing_shape
-from gateway.contracts.errors import ConfigurationError, TransportError
+from engines.identity import UNKNOWN_FOLDER, FolderIdentity, read_folder
+from gateway.contracts.errors import ConfigurationError, IdentityMismatch, TransportError
 from gateway.contracts.experts import RoutingShape
+from gateway.contracts.fingerprints import in_order_of_ids
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +29,10 @@ EXPERTS_IMPLEMENTATION = "grouped_mm"
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model ready to serve. `end_token_ids` end a sequence unless `ignore_eos`; `tokenizer` None: ids only."""
+    """A model ready to serve. `end_token_ids` end a sequence unless `ignore_eos`; `tokenizer` None: ids only.
+
+    `folder`: what its files said when it was loaded.
+    """
 
     network: PreTrainedModel
     dtype: torch.dtype
@@ -34,6 +40,7 @@ class LoadedModel:
     vocab_size: int
     end_token_ids: frozenset[int]
     tokenizer: Tokenizer | None
+    folder: FolderIdentity = UNKNOWN_FOLDER
 
 
 def load_model(folder: Path, dtype: torch.dtype) -> LoadedModel:
@@ -43,16 +50,18 @@ def load_model(folder: Path, dtype: torch.dtype) -> LoadedModel:
         network = _read_network(folder, dtype)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ConfigurationError(f"{folder}: cannot be loaded as a model: {_first_line(error)}") from error
-    tokenizer = None
-    if (folder / "tokenizer.json").is_file():
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    try:
+        identity = read_folder(folder)
+    except (OSError, ValueError, IdentityMismatch) as error:
+        raise ConfigurationError(f"{folder}: cannot be read as a model: {_first_line(error)}") from error
     return LoadedModel(
         network=network,
         dtype=dtype,
         routing=routing_shape(network.config),
         vocab_size=network.config.vocab_size,
         end_token_ids=_end_token_ids(network),
-        tokenizer=tokenizer,
+        tokenizer=_read_tokenizer(folder / "tokenizer.json"),
+        folder=identity,
     )
 
 
@@ -82,6 +91,12 @@ def _read_network(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     if getattr(config, "use_sliding_window", False) and getattr(config, "sliding_window", None):
         raise ValueError("sliding-window attention is not supported by the embedded engine")
     return network.eval().requires_grad_(False)
+
+
+def _read_tokenizer(file: Path) -> Tokenizer | None:
+    if not file.is_file():
+        return None
+    return Tokenizer.from_str(json.dumps(in_order_of_ids(json.loads(file.read_bytes()))))
 
 
 def _end_token_ids(network: PreTrainedModel) -> frozenset[int]:

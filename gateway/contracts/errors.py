@@ -11,7 +11,8 @@
     │   └── EngineRejected · EngineProtocolError   it answered, and the answer is a refusal or nonsense
     ├── LedgerError                   the store cannot take or give what was asked
     ├── IntegrityError                two things that must be equal are not; never retried, never repaired silently
-    │   └── ExpertsMismatch · LengthMismatch · LedgerCorrupt · SchemaMismatch · IdentityMismatch
+    │   ├── ExpertsMismatch · LengthMismatch · LedgerCorrupt · SchemaMismatch
+    │   └── IdentityMismatch · CapabilityMissing   an engine that may not serve here
     ├── SandboxError                  the sandbox itself failed (a command's non-zero exit is data, not this)
     │   └── SandboxUnavailable · SandboxLost
     ├── ProcessFailed                 a process that we started ended, or never got ready
@@ -196,6 +197,13 @@ class IdentityMismatch(IntegrityError):
     """Gateway and engine do not have the same tokenizer, template or model."""
 
     code = "identity_mismatch"
+    http_status = 409
+
+
+class CapabilityMissing(IdentityMismatch):
+    """An engine cannot give what this gateway was told to require of engines."""
+
+    code = "capability_missing"
 
 
 class SandboxError(VerbatimError):

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from gateway.contracts.dimensions import UNKNOWN_DIMENSIONS, ModelDimensions
 from gateway.contracts.errors import InvalidRequest, LengthMismatch
 from gateway.contracts.experts import RoutedExperts, RoutingShape
 from gateway.contracts.versions import VersionSpan, check_spans
@@ -165,14 +166,42 @@ class GenerateEnd:
             raise LengthMismatch(f"routing rows end at {rows.stop}, expected {expected} (prompt + completion - 1)")
 
 
+class Capability(StrEnum):
+    """What a job may demand of an engine (`--require`).
+
+    ROUTED_EXPERTS: it returns which experts computed each token. TOKEN_IDS: it takes ids and returns those it sampled.
+    SCALED_LOGPROBS, RAW_LOGPROBS: of which distribution its log-probs are. TOP_LOGPROBS: those of the likeliest tokens
+    too. VERSION_SPANS: it says which weights sampled which token. PAUSE: it stops generating on demand. GRAMMAR: it
+    holds sampling to a schema. IMAGES, AUDIO: it takes such parts of a prompt.
+    """
+
+    ROUTED_EXPERTS = "routed_experts"
+    TOKEN_IDS = "token_ids"
+    SCALED_LOGPROBS = "scaled_logprobs"
+    RAW_LOGPROBS = "raw_logprobs"
+    TOP_LOGPROBS = "top_logprobs"
+    VERSION_SPANS = "version_spans"
+    PAUSE = "pause"
+    GRAMMAR = "grammar"
+    IMAGES = "images"
+    AUDIO = "audio"
+
+
 @dataclass(frozen=True, slots=True)
 class EngineIdentity:
     """What an engine says it is, for `/admin/identity` and for refusing the wrong one.
 
     `routing`: None for a dense model, or where the shape cannot be learnt. `captures_experts`: started so that it can
-    return routing. `context_length` and `vocab_size` 0 mean unknown. `fingerprints`: sha256 of tokenizer and template
-    files where the engine's files can be read, else empty. `token_exact`: False for an engine that speaks text only,
-    whose ids are our own encoding of its text and not what it sampled: no token of it may be trained (I1).
+    return routing. `context_length` and `vocab_size` 0 mean unknown. `fingerprints`: of "tokenizer" and "template" (see
+    `gateway.contracts.fingerprints`), as the engine says them, else of its model folder where this machine has it.
+    `token_exact`: False for an engine that speaks text only, whose ids are our own encoding of its text and not what it
+    sampled: no token of it may be trained (I1).
+
+    `dimensions`: of the engine's own model; never the gateway's. `told`: which of "tokenizer", "template" and
+    "dimensions" the engine itself said (the rest is of its folder). `parsers`: names of the engine's own "tool_call"
+    and "reasoning" parsers, which read nothing here. `process`: differs between two starts of the engine, "" unknown.
+    `media`: parts of a prompt that it understands besides text. `pause_modes`: values of `ports.PauseMode`.
+    `enabling`: a capability that it lacks → what to start it with.
     """
 
     engine_id: str
@@ -189,3 +218,37 @@ class EngineIdentity:
     vocab_size: int
     fingerprints: Mapping[str, str]
     token_exact: bool = True
+    dimensions: ModelDimensions = UNKNOWN_DIMENSIONS
+    told: tuple[str, ...] = ()
+    parsers: Mapping[str, str] = field(default_factory=dict)
+    process: str = ""
+    media: tuple[MediaKind, ...] = ()
+    top_logprobs: bool = False
+    version_spans: bool = False
+    pause_modes: tuple[str, ...] = ()
+    grammar: bool = False
+    enabling: Mapping[Capability, str] = field(default_factory=dict)
+
+    def can(self, capability: Capability) -> bool:
+        """Whether it has one capability."""
+        match capability:
+            case Capability.ROUTED_EXPERTS:
+                return self.captures_experts
+            case Capability.TOKEN_IDS:
+                return self.token_exact
+            case Capability.SCALED_LOGPROBS:
+                return self.token_exact and self.logprob_kind is LogprobKind.TEMPERATURE_SCALED
+            case Capability.RAW_LOGPROBS:
+                return self.token_exact and self.logprob_kind is LogprobKind.RAW
+            case Capability.TOP_LOGPROBS:
+                return self.top_logprobs
+            case Capability.VERSION_SPANS:
+                return self.version_spans
+            case Capability.PAUSE:
+                return bool(self.pause_modes)
+            case Capability.GRAMMAR:
+                return self.grammar
+            case Capability.IMAGES:
+                return MediaKind.IMAGE in self.media
+            case Capability.AUDIO:
+                return MediaKind.AUDIO in self.media

@@ -51,6 +51,13 @@ class Engine(Protocol):
         """Ask the engine who it is; raises EngineError."""
         ...
 
+    async def tokenize(self, texts: Sequence[str]) -> Sequence[Sequence[int]] | None:
+        """Each text's ids as the engine's own tokenizer spells it, adding no token; None if it cannot be asked.
+
+        Raises EngineError.
+        """
+        ...
+
     async def healthy(self) -> bool:
         """Whether the engine answers its cheap health check."""
         ...

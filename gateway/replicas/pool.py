@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from gateway.contracts.errors import (
     Conflict,
@@ -31,10 +32,17 @@ from gateway.contracts.generation import (
     GenerateEnd,
 )
 from gateway.contracts.ports import Engine
+from gateway.contracts.verification import Proof, Verification
 from gateway.replicas.continuation import Continuation
 from gateway.replicas.pause import GatewayPause, PauseGate
 
 _log = logging.getLogger(__name__)
+
+IdentityCheck: TypeAlias = Callable[[Engine, EngineIdentity, Verification | None], Awaitable[Verification]]
+"""(engine, what it says it is, what was proven of the same process and weights before) → how it was verified.
+
+Raises IdentityMismatch for an engine that must not serve this gateway's model, EngineError for one that fails.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +65,12 @@ class ReplicaSettings:
 
 @dataclass(eq=False, slots=True)
 class Replica:
-    """One engine and what the pool knows of it now."""
+    """One engine and what the pool knows of it now. verified: the identity that `verification` was made of."""
 
     engine: Engine
     identity: EngineIdentity
+    verification: Verification
+    verified: EngineIdentity
     healthy: bool = True
     draining: bool = False
     running: int = 0
@@ -80,15 +90,15 @@ class Interruption:
 class ReplicaPool:
     """The engines that may sample.
 
-    check_identity: raises IdentityMismatch for an engine that must not serve this gateway's model. stop_token_ids: ids
-    that end a turn, to know a finished reply whose stream broke at the very end.
+    check_identity: who may serve here. stop_token_ids: ids that end a turn, to know a finished reply whose stream broke
+    at the very end.
     """
 
     def __init__(
         self,
         settings: ReplicaSettings,
         *,
-        check_identity: Callable[[EngineIdentity], None],
+        check_identity: IdentityCheck,
         stop_token_ids: frozenset[int],
         on_interruption: Callable[[Interruption], None] = lambda interruption: None,
     ) -> None:
@@ -133,10 +143,11 @@ class ReplicaPool:
         if engine.engine_id in self._replicas:
             raise Conflict(f"there is an engine {engine.engine_id!r} already")
         identity = await engine.identity()
-        self._check_identity(identity)
+        verification = await self._check_identity(engine, identity, None)
         if engine.engine_id in self._replicas:
             raise Conflict(f"there is an engine {engine.engine_id!r} already")
-        self._replicas[engine.engine_id] = Replica(engine, identity)
+        self._replicas[engine.engine_id] = Replica(engine, identity, verification, identity)
+        _tell_unverified(identity, verification)
         self._changed.set()
         return identity
 
@@ -174,12 +185,27 @@ class ReplicaPool:
         """Ask one engine who it is: the right one is (re)admitted, a silent or a wrong one ejected."""
         try:
             identity = await replica.engine.identity()
-            self._check_identity(identity)
+            proven = replica.verification if self._is_proven(replica, identity) else None
+            verification = await self._check_identity(replica.engine, identity, proven)
         except (EngineError, IdentityMismatch) as error:
             self.eject(replica, error)
             return
+        if verification != replica.verification:
+            _tell_unverified(identity, verification)
+        if proven is None:
+            replica.verification, replica.verified = verification, identity
         replica.identity = identity
         self._readmit(replica)
+
+    def _is_proven(self, replica: Replica, identity: EngineIdentity) -> bool:
+        """Whether an engine is the same as when it was verified; an ejection forgets it.
+
+        While generation is paused only its process counts: new weights are coming in, and an engine that holds requests
+        back could not be asked in every way. The next health check asks it.
+        """
+        if not replica.healthy or identity.process != replica.verified.process:
+            return False
+        return self._paused is not None or _weights(identity) == _weights(replica.verified)
 
     def eject(self, replica: Replica, error: VerbatimError) -> None:
         """Send nothing more to an engine until a health check passes."""
@@ -302,6 +328,19 @@ class ReplicaPool:
 def _final(end: GenerateEnd) -> Finish | None:
     """An abort that we did not ask for is an interruption, not an end."""
     return None if end.finish.reason is FinishReason.ABORT else end.finish
+
+
+def _weights(identity: EngineIdentity) -> tuple[str, str]:
+    return identity.model_path, identity.weight_version
+
+
+def _tell_unverified(identity: EngineIdentity, verification: Verification) -> None:
+    if verification.tokenizer is Proof.UNVERIFIED and identity.token_exact:
+        _log.warning(
+            "engine %s: its tokenizer is not verified: it has no fingerprint, no way to tokenise a text, and no model "
+            "folder here; if it is another one, every token is recorded wrongly",
+            identity.engine_id,
+        )
 
 
 def _affinity(session_id: str, engine_id: str) -> bytes:

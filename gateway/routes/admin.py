@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
 from gateway.contracts.errors import InvalidRequest
-from gateway.contracts.generation import JsonValue
+from gateway.contracts.generation import Capability, JsonValue
 from gateway.contracts.ports import Engine, Ledger
 from gateway.replicas.pause import GatewayPause
 from gateway.replicas.pool import Replica, ReplicaPool
@@ -32,11 +32,13 @@ def admin_router(
     model: ServedModel,
     access: Access,
     *,
+    required: Sequence[Capability],
     connect: Callable[[str, str, str | None], Engine],
     learn_policy: Callable[[int, str], Awaitable[None]],
 ) -> APIRouter:
-    """Routes under `/admin`. connect(kind, url, engine_id) makes an engine's client; learn_policy stores a label."""
-    routes = _AdminRoutes(pool, model, connect, learn_policy)
+    """Routes under `/admin`. required: what engines must be able to do. connect(kind, url, engine_id) makes an engine's
+    client; learn_policy stores a label."""
+    routes = _AdminRoutes(pool, model, required, connect, learn_policy)
     router = APIRouter(prefix="/admin", tags=["admin"], dependencies=[Depends(access.check_operator)])
     router.add_api_route("/engines", routes.engines, methods=["GET"])
     router.add_api_route("/engines", routes.add_engine, methods=["POST"])
@@ -67,11 +69,13 @@ class _AdminRoutes:
         self,
         pool: ReplicaPool,
         model: ServedModel,
+        required: Sequence[Capability],
         connect: Callable[[str, str, str | None], Engine],
         learn_policy: Callable[[int, str], Awaitable[None]],
     ) -> None:
         self._pool = pool
         self._model = model
+        self._required = tuple(required)
         self._connect = connect
         self._learn_policy = learn_policy
 
@@ -129,18 +133,12 @@ class _AdminRoutes:
         return json_reply({"policy_version": policy_version, "weight_version": weight_version})
 
     async def identity(self, request: Request) -> Response:
-        """What gateway and engines say of their model."""
-        model = self._model
-        return json_reply(
-            {
-                "model": model.name,
-                "fingerprints": model.fingerprints,
-                "vocab_size": model.tokenizer.vocab_size,
-                "context_length": model.context_length,
-                "routing": None if model.routing is None else asdict(model.routing),
-                "engines": [asdict(replica.identity) for replica in self._pool.replicas],
-            }
-        )
+        """Gateway and engines side by side, and how each part of each engine was verified."""
+        engines = [{**_replica_json(replica), "unmet": self._unmet(replica)} for replica in self._pool.replicas]
+        return json_reply({**identity_json(self._model), "required": list(self._required), "engines": engines})
+
+    def _unmet(self, replica: Replica) -> list[str]:
+        return [capability for capability in self._required if not replica.identity.can(capability)]
 
 
 class _StatusRoutes:
@@ -190,9 +188,25 @@ class _StatusRoutes:
         }
 
 
-def _replica_json(replica: Replica) -> dict[str, JsonValue]:
+def identity_json(model: ServedModel) -> dict[str, JsonValue]:
+    """What the gateway itself knows of its model."""
     return {
-        **asdict(replica.identity),
+        "model": model.name,
+        "fingerprints": model.fingerprints,
+        "parsing": model.parsing.name,
+        "vocab_size": model.tokenizer.vocab_size,
+        "context_length": model.context_length,
+        "routing": None if model.routing is None else asdict(model.routing),
+        "dimensions": asdict(model.dimensions),
+    }
+
+
+def _replica_json(replica: Replica) -> dict[str, JsonValue]:
+    identity = replica.identity
+    return {
+        **asdict(identity),
+        "capabilities": [capability for capability in Capability if identity.can(capability)],
+        "verified": asdict(replica.verification),
         "healthy": replica.healthy,
         "draining": replica.draining,
         "running": replica.running,

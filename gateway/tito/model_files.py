@@ -1,4 +1,4 @@
-"""What a model folder's JSON files say, without its weights: routing shape, context length, end and special tokens.
+"""What a model folder's JSON files say, without its weights: dimensions, context length, end and special tokens.
 
 Promises: a file that is absent means "unknown"; one that is there but unreadable is a ConfigurationError in one line.
 """
@@ -6,56 +6,37 @@ Promises: a file that is absent means "unknown"; one that is there but unreadabl
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeGuard
 
+from gateway.contracts.dimensions import ModelDimensions, dimensions_of, first_positive, with_nested
 from gateway.contracts.errors import ConfigurationError
-from gateway.contracts.experts import RoutingShape
 from gateway.contracts.generation import JsonValue
 
-# The same three facts under the names that model families give them, most specific first.
-_NUM_EXPERTS_KEYS = (
-    "num_experts",  # Qwen2/3-MoE, OLMoE, Hunyuan, Llama 4 (beside num_local_experts)
-    "n_routed_experts",  # DeepSeek V2/V3, GLM-4.5+, Kimi-K2, Ling
-    "num_local_experts",  # Mixtral, gpt-oss, MiniMax, Granite-MoE
-    "moe_num_experts",  # Ernie 4.5, Step
-    "num_routed_experts",
-)
-_TOP_K_KEYS = (
-    "num_experts_per_tok",
-    "experts_per_token",  # gpt-oss beside num_experts_per_tok
-    "num_experts_per_token",
-    "moe_topk",  # Hunyuan, LongCat
-    "moe_k",  # Ernie 4.5
-    "top_k_experts",  # Gemma MoE
-    "moe_top_k",
-)
-_NUM_LAYERS_KEYS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 _CONTEXT_KEYS = ("max_position_embeddings", "max_sequence_length", "max_seq_len", "seq_length", "n_positions")
-_NESTED_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config")
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
-    """`routing` is None for a dense model or where config.json is absent; `context_length` is in tokens, 0 unknown."""
+    """`dimensions` are unknown where config.json is absent; `context_length` is in tokens, 0 unknown."""
 
-    routing: RoutingShape | None
+    dimensions: ModelDimensions
     context_length: int
 
 
 def read_model_files(model_path: Path) -> ModelFiles:
-    """Routing shape and context length of a model folder; raises ConfigurationError for a file that is not JSON."""
+    """Dimensions and context length of a model folder; raises ConfigurationError for a file that is not JSON."""
     config = read_json_object(model_path / "config.json")
-    return ModelFiles(routing=_routing_shape(config), context_length=_first_integer(config, _CONTEXT_KEYS) or 0)
+    lengths = (first_positive(candidate, _CONTEXT_KEYS) for candidate in with_nested(config))
+    return ModelFiles(dimensions_of(config), context_length=next(filter(None, lengths), 0))
 
 
 def read_eos_entries(model_path: Path) -> tuple[int, ...]:
     """End token ids of generation_config.json, then config.json (nested text configurations too), without repeats."""
     entries: dict[int, None] = {}
     for file_name in ("generation_config.json", "config.json"):
-        for config in _with_nested(read_json_object(model_path / file_name)):
+        for config in with_nested(read_json_object(model_path / file_name)):
             value = config.get("eos_token_id")
             for token_id in value if isinstance(value, list) else [value]:
                 if _is_integer(token_id):
@@ -92,40 +73,6 @@ def read_json_object(file: Path) -> dict[str, JsonValue]:
     if not isinstance(value, dict):
         raise ConfigurationError(f"{file}: expected a JSON object")
     return value
-
-
-def _routing_shape(config: Mapping[str, JsonValue]) -> RoutingShape | None:
-    for candidate in _with_nested(config):
-        num_experts = _own_integer(candidate, _NUM_EXPERTS_KEYS)
-        top_k = _own_integer(candidate, _TOP_K_KEYS)
-        num_layers = _own_integer(candidate, _NUM_LAYERS_KEYS)
-        if num_experts and top_k and num_layers:
-            return RoutingShape(num_layers=num_layers, num_experts=num_experts, top_k=top_k)
-    return None
-
-
-def _first_integer(config: Mapping[str, JsonValue], keys: tuple[str, ...]) -> int | None:
-    found = (_own_integer(candidate, keys) for candidate in _with_nested(config))
-    return next((value for value in found if value), None)
-
-
-def _own_integer(config: Mapping[str, JsonValue], keys: tuple[str, ...]) -> int | None:
-    """The first positive integer among `keys`; a list (one entry a layer, as Hunyuan writes) counts by its largest."""
-    for key in keys:
-        value = config.get(key)
-        if isinstance(value, list) and value and all(_is_integer(entry) for entry in value):
-            value = max(value)
-        if _is_integer(value) and value > 0:
-            return int(value)
-    return None
-
-
-def _with_nested(config: Mapping[str, JsonValue]) -> Iterator[Mapping[str, JsonValue]]:
-    yield config
-    for name in _NESTED_CONFIGS:
-        nested = config.get(name)
-        if isinstance(nested, dict):
-            yield from _with_nested(nested)
 
 
 def _is_integer(value: JsonValue) -> TypeGuard[int]:

@@ -6,7 +6,6 @@ from the chat template). Everything here is about one text at a time; what a con
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -19,6 +18,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from gateway.contracts.errors import ConfigurationError, IdentityMismatch
+from gateway.contracts.fingerprints import in_order_of_ids, tokenizer_sha256
 from gateway.contracts.generation import JsonValue, TokenIds
 from gateway.tito.model_files import read_eos_entries, read_special_tokens
 
@@ -44,7 +44,7 @@ class ChatTokenizer:
     """A tokenizer.json with its end tokens.
 
     vocab_size counts added tokens. eos_token_ids: of generation_config.json, config.json and the tokenizer, in that
-    order. fingerprint: sha256 hex of the bytes of tokenizer.json.
+    order. Added tokens are numbered in the order of the ids that the file gives them, in whatever order they stand.
     """
 
     def __init__(
@@ -52,7 +52,6 @@ class ChatTokenizer:
     ) -> None:
         self._json = tokenizer_json
         self._tokenizer = _plain_tokenizer(tokenizer_json)
-        self.fingerprint: str = hashlib.sha256(tokenizer_json).hexdigest()
         self.vocab_size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
         self.added_tokens: Mapping[int, AddedToken] = {
             token_id: AddedToken(token_id, token.content, token.special)
@@ -126,6 +125,11 @@ class ChatTokenizer:
         return self._bytes_of_token[token_id]
 
     @cached_property
+    def fingerprint(self) -> str:
+        """See `gateway.contracts.fingerprints`: the same for every spelling of the same tokenizer."""
+        return tokenizer_sha256(json.loads(self._json))
+
+    @cached_property
     def opening(self) -> str:
         """The text of the tokens that the tokenizer's own post-processor puts before a text (BOS), "" for none."""
         with_opening = self._tokenizer.encode("a", add_special_tokens=True).ids
@@ -197,10 +201,12 @@ def _plain_tokenizer(tokenizer_json: bytes) -> Tokenizer:
         description: JsonValue = json.loads(tokenizer_json)
         if not isinstance(description, dict) or "model" not in description:
             raise ValueError("it describes no model")
-    except ValueError as error:
+        ordered = in_order_of_ids(description)
+    except (ValueError, KeyError, TypeError) as error:
         raise IdentityMismatch(f"not a tokenizer description: {error}") from error
     try:
-        tokenizer = Tokenizer.from_buffer(tokenizer_json)
+        unchanged = ordered["added_tokens"] == (description.get("added_tokens") or [])
+        tokenizer = Tokenizer.from_buffer(tokenizer_json if unchanged else json.dumps(ordered).encode())
     except Exception as error:  # the library's binding raises nothing narrower
         raise IdentityMismatch(f"not a tokenizer description: {error}") from error
     tokenizer.no_truncation()

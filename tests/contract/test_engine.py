@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from engines.launch import EngineProcess
 from engines.scripted import ScriptedEngine, ScriptedReply
@@ -83,6 +85,17 @@ async def collect(engine: Engine, request: GenerateRequest) -> tuple[list[Genera
                 chunks.append(item)
     assert len(ends) == 1
     return chunks, ends[0]
+
+
+async def test_texts_are_spelled_by_the_engines_own_tokenizer_or_not_at_all(
+    engine: Engine, engine_process: EngineProcess, tiny_model: Path
+) -> None:
+    """Without a token of its own: what the gateway compares with its own spelling."""
+    texts = ["What is 48/2?", "<|im_start|>user\n<think>", " two  spaces", "é😀"]
+    tokenizer = Tokenizer.from_file(str(tiny_model / "tokenizer.json"))
+    spelled = await engine.tokenize(texts)
+    expected = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+    assert spelled == (None if isinstance(engine, ScriptedEngine) else expected)
 
 
 async def test_chunks_and_end_describe_the_same_tokens(engine: Engine) -> None:

@@ -27,8 +27,16 @@ from engines.weights.disk import DiskTransport
 from engines.weights.names import policy_version_of
 from gateway.contracts.errors import ContextOverflow, EngineRejected
 from gateway.contracts.experts import RoutingShape
-from gateway.contracts.generation import FinishReason, GenerateChunk, GenerateEnd, GenerateRequest, SamplingParams
+from gateway.contracts.generation import (
+    Capability,
+    FinishReason,
+    GenerateChunk,
+    GenerateEnd,
+    GenerateRequest,
+    SamplingParams,
+)
 from gateway.contracts.ports import PauseMode
+from tests.real_engines.known_model import check_is_known
 from tests.real_engines.servers import real_sglang
 
 pytestmark = [pytest.mark.real_engine, pytest.mark.timeout(600)]
@@ -296,8 +304,9 @@ async def test_stopping_is_equal(both: tuple[Server, Server]) -> None:
 
 async def test_information_is_shaped_alike(both: tuple[Server, Server]) -> None:
     (_, real), (_, ours) = [await server.get("/model_info") for server in both]
-    assert set(ours) <= set(real)
-    for key in set(ours):
+    # What SGLang does not say, and a gateway compares.
+    assert set(ours) - set(real) == {"tokenizer_sha256", "chat_template_sha256", "dimensions"}
+    for key in set(ours) & set(real):
         assert real[key] == ours[key], key
     (_, real), (_, ours) = [await server.get("/v1/models") for server in both]
     assert set(real["data"][0]) == set(ours["data"][0])
@@ -395,6 +404,21 @@ async def engine(both: tuple[Server, Server], request: pytest.FixtureRequest) ->
 def request_for(prompt: list[int], *, rid: str, **sampling: Any) -> GenerateRequest:
     parameters = SamplingParams(**({"max_new_tokens": 60, "temperature": 0.0, "ignore_eos": True} | sampling))
     return GenerateRequest(rid.ljust(32, "0"), np.array(prompt, dtype=np.int32), parameters, 0)
+
+
+async def test_either_engine_is_known_by_its_spelling(engine: SglangEngine, checkpoint: Path, tmp_path: Path) -> None:
+    """I1: an engine that does not say its tokenizer's fingerprint."""
+    await check_is_known(engine, checkpoint, tmp_path / "changed")
+
+
+async def test_capabilities_are_read_from_either_engine(engine: SglangEngine) -> None:
+    identity = await engine.identity()
+    can = {each for each in Capability if identity.can(each)}
+    both = {"routed_experts", "token_ids", "scaled_logprobs", "top_logprobs", "version_spans", "pause"}
+    assert can - {Capability.GRAMMAR} == both
+    assert identity.can(Capability.GRAMMAR) == (not identity.told)  # the embedded engine tells, and has none
+    assert identity.dimensions.moe_layers == (0, 1, 2, 3)
+    assert identity.process
 
 
 async def test_our_client_reads_either_engine(engine: SglangEngine, checkpoint: Path, other_checkpoint: Path) -> None:

@@ -21,6 +21,7 @@ from engines.vllm import VllmEngine
 from engines.weights.names import policy_version_of
 from gateway.contracts.errors import ContextOverflow, EngineRejected
 from gateway.contracts.generation import (
+    Capability,
     Finish,
     FinishReason,
     GenerateChunk,
@@ -33,6 +34,7 @@ from gateway.contracts.ports import PauseMode
 from gateway.tito.tokenizer import ChatTokenizer
 from tests.integration.gateway.conftest import RunningGateway
 from tests.real_engines.conftest import gateway_before
+from tests.real_engines.known_model import check_is_known
 from tests.real_engines.servers import real_vllm
 from tests.real_engines.transcripts import TRANSCRIPTS, Reference, check_rows, repeat_transcript
 
@@ -284,6 +286,17 @@ async def test_identity_is_read_from_the_server_and_its_folder(engine: VllmEngin
     assert (identity.routing.num_layers, identity.routing.num_experts, identity.routing.top_k) == (4, 8, 2)
     assert identity.context_length == 2048
     assert set(identity.fingerprints) == {"tokenizer", "template"}
+
+
+async def test_the_server_is_known_by_its_spelling(engine: VllmEngine, memorised: Path, tmp_path: Path) -> None:
+    """I1: vLLM says no fingerprint, and tokenises one text a request."""
+    await check_is_known(engine, memorised, tmp_path / "changed")
+
+
+async def test_capabilities_are_read_from_the_server(engine: VllmEngine) -> None:
+    identity = await engine.identity()
+    can = {each for each in Capability if identity.can(each)}
+    assert can == {"routed_experts", "token_ids", "raw_logprobs", "top_logprobs", "pause", "grammar"}
 
 
 async def test_the_embedded_engine_streams_the_same_events(url: str, memorised: Path) -> None:

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, models
 
+from gateway.contracts.dimensions import UNKNOWN_DIMENSIONS
 from gateway.contracts.errors import ConfigurationError, TemplateRaised
 from gateway.contracts.experts import RoutingShape
+from gateway.contracts.fingerprints import tokenizer_sha256
 from gateway.contracts.generation import JsonValue
 from gateway.tito.conversation import Conversation
 from gateway.tito.model_files import ModelFiles, read_model_files
@@ -23,10 +25,11 @@ from gateway.tito.tokenizer import ChatTokenizer
 def test_the_tiny_model_is_read_from_its_files(tiny_model: Path) -> None:
     """Identity of a model is what its files say."""
     tokenizer = ChatTokenizer.load(tiny_model)
-    assert read_model_files(tiny_model) == ModelFiles(RoutingShape(num_layers=4, num_experts=8, top_k=2), 2048)
+    files = read_model_files(tiny_model)
+    assert (files.dimensions.routing, files.context_length) == (RoutingShape(4, num_experts=8, top_k=2), 2048)
     assert tokenizer.vocab_size == json.loads((tiny_model / "config.json").read_text())["vocab_size"]
     assert [tokenizer.token_text(i) for i in tokenizer.eos_token_ids] == ["<|im_end|>", "<|endoftext|>"]
-    assert tokenizer.fingerprint == hashlib.sha256((tiny_model / "tokenizer.json").read_bytes()).hexdigest()
+    assert tokenizer.fingerprint == tokenizer_sha256(json.loads((tiny_model / "tokenizer.json").read_text()))
     template_bytes = (tiny_model / "chat_template.jinja").read_bytes()
     assert ChatTemplate.load(tiny_model).fingerprint == hashlib.sha256(template_bytes).hexdigest()
 
@@ -61,7 +64,7 @@ def test_routing_shapes_are_found_under_each_familys_names(
 ) -> None:
     """I2: rows can only be read with the right shape."""
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert read_model_files(tmp_path).routing == expected
+    assert read_model_files(tmp_path).dimensions.routing == expected
 
 
 def test_context_length_is_found_in_nested_configurations(tmp_path: Path) -> None:
@@ -72,7 +75,7 @@ def test_context_length_is_found_in_nested_configurations(tmp_path: Path) -> Non
 
 def test_a_folder_without_config_is_unknown_not_wrong(tmp_path: Path) -> None:
     """The gateway needs tokenizer and template only."""
-    assert read_model_files(tmp_path) == ModelFiles(None, 0)
+    assert read_model_files(tmp_path) == ModelFiles(UNKNOWN_DIMENSIONS, 0)
 
 
 @pytest.mark.parametrize("missing", ["folder", "tokenizer.json", "chat template"])

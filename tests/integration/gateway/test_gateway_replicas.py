@@ -14,6 +14,7 @@ from gateway.contracts.errors import EngineUnavailable, IdentityMismatch
 from gateway.contracts.experts import RoutingShape
 from gateway.contracts.generation import EngineIdentity, Finish, FinishReason, GenerateRequest, SamplingParams
 from gateway.contracts.ports import Engine
+from gateway.contracts.verification import Verification
 from gateway.replicas.continuation import Continuation, Generated
 from gateway.replicas.health import watch_health
 from gateway.replicas.pause import GatewayPause
@@ -27,9 +28,13 @@ QUICK = ReplicaSettings(
 )
 
 
+async def accept_any(engine: Engine, identity: EngineIdentity, proven: Verification | None) -> Verification:
+    return Verification()
+
+
 @asynccontextmanager
 async def pool_of(*engines: Engine, stops: frozenset[int] = frozenset()) -> AsyncIterator[ReplicaPool]:
-    pool = ReplicaPool(QUICK, check_identity=lambda identity: None, stop_token_ids=stops)
+    pool = ReplicaPool(QUICK, check_identity=accept_any, stop_token_ids=stops)
     for engine in engines:
         await pool.add(engine)
     watching = asyncio.create_task(watch_health(pool))
@@ -188,9 +193,10 @@ async def test_sessions_stay_with_their_engine_and_spread_over_all() -> None:
 
 
 async def test_wrong_engine_is_refused_and_one_that_turns_wrong_is_ejected() -> None:
-    def check(identity: EngineIdentity) -> None:
+    async def check(engine: Engine, identity: EngineIdentity, proven: Verification | None) -> Verification:
         if identity.policy_version == 13:
             raise IdentityMismatch("not this one")
+        return Verification()
 
     pool = ReplicaPool(QUICK, check_identity=check, stop_token_ids=frozenset())
     with pytest.raises(IdentityMismatch):
