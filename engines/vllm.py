@@ -358,7 +358,11 @@ def _sampling(sampling: SamplingParams, *, seeded: bool) -> dict[str, JsonValue]
     constraints = {theirs: extra.pop(ours) for ours, theirs in _CONSTRAINTS.items() if ours in extra}
     if constraints:
         extra["structured_outputs"] = constraints
-    for theirs, ours in (("min_tokens", "min_new_tokens"), ("extra_args", "custom_params")):
+    for theirs, ours in (
+        ("min_tokens", "min_new_tokens"),
+        ("extra_args", "vllm_xargs"),
+        ("extra_args", "custom_params"),
+    ):
         if ours in extra:
             extra[theirs] = extra.pop(ours)
     parameters = extra | {
