@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from contextlib import AbstractAsyncContextManager, aclosing
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,7 @@ from gateway.contracts.generation import (
     LogprobKind,
     TokenIds,
 )
-from gateway.contracts.ports import PauseMode
+from gateway.contracts.ports import PauseMode, RawCall, RawReply
 from gateway.contracts.versions import VersionSpan, join_spans
 
 _LAST_WORD = re.compile(r"\s+\S*\Z")
@@ -181,6 +181,10 @@ class OpenAiTextEngine:
     async def resume(self) -> None:
         """Let them go."""
         self._running.set()
+
+    def forward(self, call: RawCall) -> AbstractAsyncContextManager[RawReply]:
+        """Send a call of somebody else on as it is."""
+        return self._http.forward(call)
 
     async def aclose(self) -> None:
         """Close all connections."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import binascii
 import logging
 from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import aclosing
+from contextlib import AbstractAsyncContextManager, aclosing
 from typing import Any
 
 import numpy as np
@@ -39,7 +39,7 @@ from gateway.contracts.generation import (
     LogprobKind,
     SamplingParams,
 )
-from gateway.contracts.ports import PauseMode
+from gateway.contracts.ports import PauseMode, RawCall, RawReply
 from gateway.contracts.versions import VersionSpan, join_spans
 
 logger = logging.getLogger(__name__)
@@ -191,6 +191,10 @@ class SglangEngine:
     async def resume(self) -> None:
         """Go on."""
         await self._http.post("/continue_generation", {}, timeout_seconds=_CONTROL_SECONDS)
+
+    def forward(self, call: RawCall) -> AbstractAsyncContextManager[RawReply]:
+        """Send a call of somebody else on as it is."""
+        return self._http.forward(call)
 
     async def aclose(self) -> None:
         """Close all connections."""

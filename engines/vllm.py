@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import aclosing
+from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +44,7 @@ from gateway.contracts.generation import (
     LogprobKind,
     SamplingParams,
 )
-from gateway.contracts.ports import PauseMode
+from gateway.contracts.ports import PauseMode, RawCall, RawReply
 
 logger = logging.getLogger(__name__)
 
@@ -312,6 +312,10 @@ class VllmEngine:
     async def resume(self) -> None:
         """Go on."""
         await self._http.post("/resume", {}, timeout_seconds=_CONTROL_SECONDS)
+
+    def forward(self, call: RawCall) -> AbstractAsyncContextManager[RawReply]:
+        """Send a call of somebody else on as it is."""
+        return self._http.forward(call)
 
     async def aclose(self) -> None:
         """Close all connections."""

@@ -41,6 +41,7 @@ from gateway.routes.bodies import json_reply
 from gateway.routes.chat import chat_router
 from gateway.routes.completions import completions_router
 from gateway.routes.feed import feed_router
+from gateway.routes.forward import Observed, forward_router
 from gateway.routes.generate import generate_router
 from gateway.routes.messages import messages_router
 from gateway.routes.metrics import GatewayMetrics
@@ -224,6 +225,8 @@ def build_app(gateway: Gateway, access: Access) -> FastAPI:
     app.include_router(generate_router(calls, max_body_bytes=max_bytes))
     app.include_router(tokenize_router(calls, max_body_bytes=max_bytes))
     app.include_router(chat_router(calls, max_body_bytes=max_bytes))
+    observed = Observed(gateway.metrics.observe_forward, gateway.metrics.observe_refused_path)
+    app.include_router(forward_router(calls, mode=settings.forward, max_body_bytes=max_bytes, observed=observed))
     app.add_middleware(SessionPaths)
     app.add_exception_handler(VerbatimError, _verbatim_error)
     app.add_exception_handler(HTTPException, _http_error)

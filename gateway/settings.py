@@ -8,6 +8,7 @@ from pathlib import Path
 
 from gateway.contracts.errors import ConfigurationError
 from gateway.replicas.pool import ReplicaSettings
+from gateway.routes.forward import Forward
 from gateway.sessions.picks import DEFAULT_PICK
 from gateway.sessions.turns import TurnSettings
 from gateway.tito.conversation import HistoryPolicy
@@ -33,7 +34,7 @@ class GatewaySettings:
     folder's name). tool_call_parser, reasoning_parser: names of `gateway.tito.parsing.choice`; `auto` reads them from
     the template. drain_seconds: how long a stop waits for running replies. feed_consumer: whose feed figures are in
     `/metrics`. pick: which turns train where a trainer does not say, a built-in name of `gateway.sessions.picks` or the
-    operator's own `module:function`.
+    operator's own `module:function`. forward: which other paths of an engine agents reach.
     """
 
     model: Path | None = None
@@ -46,6 +47,7 @@ class GatewaySettings:
     reasoning_parser: str = AUTO
     history_policy: HistoryPolicy = HistoryPolicy.KEEP
     unknown_sessions: UnknownSessions = UnknownSessions.CREATE
+    forward: Forward = Forward.KNOWN
     sessions_in_memory: int = 10_000
     max_body_bytes: int = 64 * 2**20
     drain_seconds: int = 30

@@ -7,12 +7,9 @@ from functools import partial
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from gateway.contracts.errors import NotFound
 from gateway.routes.bodies import json_reply, read_body
 from gateway.routes.turns import Calls
 from gateway.wire.openai import ChatWriter, parse_chat_request
-
-_ANY_METHOD = ["GET", "POST", "PUT", "PATCH", "DELETE"]
 
 
 def chat_router(calls: Calls, *, max_body_bytes: int) -> APIRouter:
@@ -22,9 +19,6 @@ def chat_router(calls: Calls, *, max_body_bytes: int) -> APIRouter:
     for prefix in ("", "/sessions/{session_id}"):
         router.add_api_route(prefix + "/v1/chat/completions", routes.chat, methods=["POST"])
         router.add_api_route(prefix + "/v1/models", routes.models, methods=["GET"])
-    router.add_api_route(
-        "/sessions/{session_id}/{rest:path}", routes.unknown, methods=_ANY_METHOD, include_in_schema=False
-    )
     return router
 
 
@@ -46,8 +40,3 @@ class _ChatRoutes:
         context = self._calls.runner.parts.pool.context_length or model.context_length
         entry = {"id": model.name, "object": "model", "created": 0, "owned_by": "verbatim", "max_model_len": context}
         return json_reply({"object": "list", "data": [entry]})
-
-    async def unknown(self, request: Request) -> Response:
-        """Any other path of a session."""
-        rest = request.path_params["rest"]
-        raise NotFound(f"{request.method} /{rest} is not served under a session; agents call v1/chat/completions")

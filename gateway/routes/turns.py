@@ -51,6 +51,11 @@ class Calls:
         """The model that is served."""
         return self.runner.parts.model
 
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id that every engine and the tokenizer have."""
+        return self.runner.parts.pool.vocab_size or self.model.tokenizer.vocab_size
+
     async def answer(
         self,
         request: Request,
@@ -111,6 +116,18 @@ class Calls:
         if session is not None:
             self._access.check_agent(request, session.record)
         return session
+
+    async def caller(self, request: Request) -> str:
+        """The id of the session that a call without a turn belongs to, "" for none; none is made for it.
+
+        Raises SessionSealed for a finished session, Unauthorized, Forbidden or NotFound as a turn would.
+        """
+        session = await self.known_session(request)
+        if session is not None:
+            session.check_open()
+            return session.record.session_id
+        await self._check_new(request, session_id := named_session(request))
+        return session_id or ""
 
     async def count_prompt_tokens(self, request: Request, wanted: TurnRequest) -> int:
         """Length of the prompt that this call's turn would have."""
@@ -215,14 +232,18 @@ class Calls:
             return await self._registry.get(record.session_id)
         return session
 
-    async def _new_record(self, request: Request, wanted: TurnRequest, session_id: str | None) -> SessionRecord:
-        """Of a session that nobody made, if this caller may have one."""
+    async def _check_new(self, request: Request, session_id: str | None) -> None:
+        """Raise unless this caller may have a session that nobody made."""
         if session_id is not None and not self._creates_unknown:
             raise NotFound(f"no session {session_id!r}; make it with POST /sessions")
         try:
             await self._access.check_operator(request)
         except VerbatimError as error:
             raise Unauthorized("no session has this id or key; make one with POST /sessions") from error
+
+    async def _new_record(self, request: Request, wanted: TurnRequest, session_id: str | None) -> SessionRecord:
+        """Of a session that nobody made, if this caller may have one."""
+        await self._check_new(request, session_id)
         # A first request with replies that nobody here sampled belongs to a session whose record is gone.
         has_past = any(message["role"] == "assistant" for message in wanted.messages)
         session_id = session_id or f"session-{uuid.uuid4().hex}"
