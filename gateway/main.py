@@ -57,6 +57,7 @@ from gateway.sessions.report import Retokenisation
 from gateway.sessions.turns import TurnParts, TurnRunner
 from gateway.settings import OPERATOR_KEY_VARIABLE, GatewaySettings, UnknownSessions, split_engine
 from gateway.wire.errors import error_body, error_headers
+from gateway.wire.protection import FieldRules
 
 _log = logging.getLogger(__name__)
 
@@ -218,7 +219,8 @@ def build_app(gateway: Gateway, access: Access) -> FastAPI:
         )
     )
     creates_unknown = settings.unknown_sessions is UnknownSessions.CREATE
-    calls = Calls(gateway.runner, gateway.registry, access, creates_unknown=creates_unknown)
+    rules = FieldRules(settings.fields)
+    calls = Calls(gateway.runner, gateway.registry, access, creates_unknown=creates_unknown, rules=rules)
     app.include_router(messages_router(calls, max_body_bytes=max_bytes))
     app.include_router(responses_router(calls, gateway.registry, access, max_body_bytes=max_bytes))
     app.include_router(completions_router(calls, max_body_bytes=max_bytes))

@@ -13,6 +13,7 @@ from gateway.sessions.picks import DEFAULT_PICK
 from gateway.sessions.turns import TurnSettings
 from gateway.tito.conversation import HistoryPolicy
 from gateway.tito.parsing.choice import AUTO, check_names
+from gateway.wire.protection import FieldSettings
 
 OPERATOR_KEY_VARIABLE = "VERBATIM_OPERATOR_KEY"
 """Environment variable with the operator's key; without it keys are off, which only loopback allows."""
@@ -55,6 +56,7 @@ class GatewaySettings:
     pick: str = DEFAULT_PICK
     turns: TurnSettings = field(default_factory=TurnSettings)
     replicas: ReplicaSettings = field(default_factory=ReplicaSettings)
+    fields: FieldSettings = field(default_factory=FieldSettings)
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:

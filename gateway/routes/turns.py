@@ -29,6 +29,7 @@ from gateway.sessions.registry import Session, SessionRegistry, new_session
 from gateway.sessions.tree import TurnTree
 from gateway.sessions.turns import Turn, TurnEvent, TurnFinished, TurnProgress, TurnRunner, TurnStarted
 from gateway.wire.json_text import dump_json
+from gateway.wire.protection import FieldRules
 from gateway.wire.reply import FinishedChoice, ReplyTokens, ReplyWriter, Usage
 from gateway.wire.request import TurnRequest, Wanted
 
@@ -40,8 +41,17 @@ _CLIENT_GONE_STATUS = 499
 class Calls:
     """Runs the calls of agents; `creates_unknown`: a call under an id that nobody made makes the session."""
 
-    def __init__(self, runner: TurnRunner, registry: SessionRegistry, access: Access, *, creates_unknown: bool) -> None:
+    def __init__(
+        self,
+        runner: TurnRunner,
+        registry: SessionRegistry,
+        access: Access,
+        *,
+        creates_unknown: bool,
+        rules: FieldRules,
+    ) -> None:
         self.runner = runner
+        self._rules = rules
         self._registry = registry
         self._access = access
         self._creates_unknown = creates_unknown
@@ -82,6 +92,7 @@ class Calls:
         """As `answer`, for several prompts in one body, which differ in nothing else; choices in order of prompts."""
         wanted = prompts[0]
         session = session or await self.session(request, wanted)
+        prompts = [self._rules.applied(one, session.record.sampling) for one in prompts]
         for one in prompts:
             self.runner.check(one)
         turns = [self.runner.start(session, _variant(one, i)) for one in prompts for i in range(one.num_choices)]
@@ -138,7 +149,7 @@ class Calls:
         session = await self.known_session(request)
         if session is None:
             session = Session(await self._new_record(request, wanted, named_session(request)), TurnTree(), None)
-        return await self.runner.prompt_ids(session, wanted)
+        return await self.runner.prompt_ids(session, self._rules.applied(wanted, session.record.sampling))
 
     async def _whole(
         self, client: _Client, session: Session, wanted: Wanted, turns: Sequence[Turn], writer: ReplyWriter
