@@ -217,11 +217,11 @@ def _is_last(event: Mapping[str, Any]) -> bool:
 
 
 @contextmanager
-def serving_echo(model: Path) -> Iterator[tuple[EchoServer, str]]:
+def serving_echo(model: Path, *, context_length: int = 4096) -> Iterator[tuple[EchoServer, str]]:
     """An echo server for a model's tokenizer and its URL, on a port of its own, in a thread of its own."""
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
     ids = [*tokenizer.encode(ANSWER, add_special_tokens=False).ids, tokenizer.token_to_id("<|im_end|>")]
-    server = EchoServer(ids)
+    server = EchoServer(ids, context_length=context_length)
     loop = asyncio.new_event_loop()
     runner = web.AppRunner(server.app())
 
