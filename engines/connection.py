@@ -14,6 +14,7 @@ from typing import Any
 
 import aiohttp
 import orjson
+from yarl import URL
 
 from gateway.contracts.errors import (
     ContextOverflow,
@@ -23,6 +24,7 @@ from gateway.contracts.errors import (
     EngineUnavailable,
     VerbatimError,
 )
+from gateway.contracts.ports import RawCall, RawReply
 
 _OVERFLOW_MARKS = ("maximum context length", "longer than the model's context length", "is longer than the maximum")
 _END_OF_EVENT = b"\n\n"
@@ -41,6 +43,7 @@ class EngineHttp:
         self._connect_timeout_seconds = connect_timeout_seconds
         self._idle_timeout_seconds = idle_timeout_seconds
         self._session: aiohttp.ClientSession | None = None
+        self._raw_session: aiohttp.ClientSession | None = None
 
     async def get_json(self, path: str, *, timeout_seconds: float) -> Any:
         """GET a JSON document."""
@@ -87,16 +90,44 @@ class EngineHttp:
                         yield _parsed(payload, self._named(path))
         raise EngineUnavailable(f"{self._named(path)}: the stream ended early")
 
+    @asynccontextmanager
+    async def forward(self, call: RawCall) -> AsyncIterator[RawReply]:
+        """Send a call as it is; its answer is neither decoded nor followed elsewhere."""
+        async with (
+            self._translated(call.target),
+            self._opened_raw().request(
+                call.method,
+                URL(self.url + call.target, encoded=True),
+                headers=call.headers,
+                data=call.body or None,
+                allow_redirects=False,
+                timeout=self._timeout(None),
+            ) as response,
+        ):
+            yield RawReply(response.status, list(response.headers.items()), response.content.iter_any())
+
     async def aclose(self) -> None:
         """Close all connections."""
-        if self._session is not None:
-            await self._session.close()
+        for session in (self._session, self._raw_session):
+            if session is not None:
+                await session.close()
 
     def _opened(self) -> aiohttp.ClientSession:
         if self._session is None or self._session.closed:
             connector = aiohttp.TCPConnector(limit=0)
             self._session = aiohttp.ClientSession(connector=connector, json_serialize=_serialised)
         return self._session
+
+    def _opened_raw(self) -> aiohttp.ClientSession:
+        """For calls of others: it adds no header of its own, keeps no cookies and leaves bodies compressed."""
+        if self._raw_session is None or self._raw_session.closed:
+            self._raw_session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                auto_decompress=False,
+                skip_auto_headers=("Accept", "Accept-Encoding", "Content-Type", "User-Agent"),
+            )
+        return self._raw_session
 
     def _timeout(self, total_seconds: float | None) -> aiohttp.ClientTimeout:
         return aiohttp.ClientTimeout(

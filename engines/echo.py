@@ -23,12 +23,14 @@ _KNOWN = frozenset(
 
 
 class EchoServer:
-    """`token_ids`: what every request samples, its stop token last. `requests`: the bodies that came, in order."""
+    """`token_ids`: what every request samples, its stop token last. `requests`: the bodies that came, in order.
+    `event_fields`: fields of every first event, and of its meta_info, which no later event has."""
 
     def __init__(self, token_ids: Sequence[int], *, context_length: int = 4096) -> None:
         self._token_ids = list(token_ids)
         self._context_length = context_length
         self.requests: list[Mapping[str, JsonValue]] = []
+        self.event_fields: Mapping[str, JsonValue] = {}
 
     def app(self) -> web.Application:
         """The application to serve."""
@@ -65,6 +67,9 @@ class EchoServer:
         await stream.prepare(request)
         for count in range(1, len(self._token_ids) + 1):
             event = self._event(len(body["input_ids"]), count, num_top_logprobs=body.get("top_logprobs_num", 0))
+            if count == 1:
+                event = {**self.event_fields, **event}
+                event["meta_info"] |= self.event_fields
             if count == len(self._token_ids):
                 event = unknown | event
                 event["meta_info"] |= {"echo": unknown}

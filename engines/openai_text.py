@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from contextlib import AbstractAsyncContextManager, aclosing
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,7 @@ from gateway.contracts.generation import (
     LogprobKind,
     TokenIds,
 )
-from gateway.contracts.ports import PauseMode
+from gateway.contracts.ports import PauseMode, RawCall, RawReply
 from gateway.contracts.versions import VersionSpan, join_spans
 
 _LAST_WORD = re.compile(r"\s+\S*\Z")
@@ -47,6 +47,9 @@ _KNOWN_TOP = frozenset(("id", "object", "created", "model", "choices", "usage"))
 _NOT_FOR_PASSTHROUGH = frozenset(("best_of", "echo", "n", "suffix"))
 _CONSTRAINTS = frozenset(("ebnf", "json_schema", "regex", "stop_regex", "structural_tag"))
 """Sampling fields that `/v1/completions` has no word for, and whose silent loss would change what is sampled."""
+_NAMES = {"min_new_tokens": "min_tokens"}
+"""Sampling fields that are named otherwise by those of these upstreams that know them."""
+
 _CONTROL_SECONDS = 60.0
 _HEALTH_SECONDS = 5.0
 
@@ -127,7 +130,8 @@ class OpenAiTextEngine:
             body["seed"] = sampling.seed
         if lost := sorted(sampling.extra.keys() & _CONSTRAINTS):
             raise InvalidRequest(f"{', '.join(lost)}: a text-only upstream cannot be asked for it")
-        return dict(sampling.extra) | body
+        extra = {_NAMES.get(name, name): value for name, value in sampling.extra.items()}
+        return extra | body
 
     async def _model_name(self) -> str:
         if self._model is None:
@@ -180,6 +184,10 @@ class OpenAiTextEngine:
     async def resume(self) -> None:
         """Let them go."""
         self._running.set()
+
+    def forward(self, call: RawCall) -> AbstractAsyncContextManager[RawReply]:
+        """Send a call of somebody else on as it is."""
+        return self._http.forward(call)
 
     async def aclose(self) -> None:
         """Close all connections."""

@@ -12,7 +12,7 @@ import json
 import logging
 import re
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import AbstractAsyncContextManager, aclosing
 from typing import Any
 
 import numpy as np
@@ -45,7 +45,7 @@ from gateway.contracts.generation import (
     SamplingParams,
     TopLogprob,
 )
-from gateway.contracts.ports import PauseMode
+from gateway.contracts.ports import PauseMode, RawCall, RawReply
 from gateway.contracts.versions import VersionSpan, join_spans
 
 logger = logging.getLogger(__name__)
@@ -247,6 +247,10 @@ class SglangEngine:
         """Go on."""
         await self._http.post("/continue_generation", {}, timeout_seconds=_CONTROL_SECONDS)
 
+    def forward(self, call: RawCall) -> AbstractAsyncContextManager[RawReply]:
+        """Send a call of somebody else on as it is."""
+        return self._http.forward(call)
+
     async def aclose(self) -> None:
         """Close all connections."""
         await self._http.aclose()
@@ -325,6 +329,8 @@ class _Stream:
         self._policy_version_of = policy_version_of
         self._named = f"engine {engine_id}, request {request.request_id}"
         self._output_ids: list[int] = []
+        self._unknown_top: dict[str, JsonValue] = {}
+        self._unknown_meta: dict[str, JsonValue] = {}
         self.end: GenerateEnd | None = None
 
     def read(self, event: Any) -> GenerateChunk | None:
@@ -333,6 +339,7 @@ class _Stream:
             if "error" in event:
                 raise failure(event["error"], self._named)
             meta = event["meta_info"]
+            self._keep_unknown(event, meta)
             finish = meta["finish_reason"]
             self._refuse_failed(finish)
             chunk = self._new_tokens(event["output_ids"], meta)
@@ -343,6 +350,14 @@ class _Stream:
         except (LengthMismatch, ExpertsMismatch) as error:
             raise EngineProtocolError(f"{self._named}: {error.message}") from error
         return chunk if len(chunk.token_ids) else None
+
+    def _keep_unknown(self, event: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
+        """I8: also what only an earlier event says; the order of keys is the latest event's."""
+        for kept, fields, known in ((self._unknown_top, event, _KNOWN_TOP), (self._unknown_meta, meta, _KNOWN_META)):
+            unknown = {key: value for key, value in fields.items() if key not in known}
+            for key in unknown:
+                kept.pop(key, None)
+            kept |= unknown
 
     def _refuse_failed(self, finish: Any) -> None:
         """SGLang reports some refusals as an abort with a status (an ordinary abort has none)."""
@@ -408,8 +423,8 @@ class _Stream:
             completion_tokens=num_output,
             cached_tokens=int(meta.get("cached_tokens") or 0),
             num_retractions=int(meta.get("num_retractions") or 0),
-            meta_info={key: value for key, value in meta.items() if key not in _KNOWN_META},
-            reply_fields={key: value for key, value in event.items() if key not in _KNOWN_TOP},
+            meta_info=self._unknown_meta,
+            reply_fields=self._unknown_top,
         )
 
     def _version_spans(self, meta: Mapping[str, Any], num_output: int) -> tuple[VersionSpan, ...]:

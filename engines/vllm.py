@@ -25,7 +25,7 @@ import logging
 import re
 import sys
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +51,7 @@ from gateway.contracts.generation import (
     LogprobKind,
     SamplingParams,
 )
-from gateway.contracts.ports import PauseMode
+from gateway.contracts.ports import PauseMode, RawCall, RawReply
 
 logger = logging.getLogger(__name__)
 
@@ -367,6 +367,10 @@ class VllmEngine:
         """Go on."""
         await self._http.post("/resume", {}, timeout_seconds=_CONTROL_SECONDS)
 
+    def forward(self, call: RawCall) -> AbstractAsyncContextManager[RawReply]:
+        """Send a call of somebody else on as it is."""
+        return self._http.forward(call)
+
     async def aclose(self) -> None:
         """Close all connections."""
         await self._http.aclose()
@@ -424,7 +428,11 @@ def _sampling(sampling: SamplingParams, *, seeded: bool) -> dict[str, JsonValue]
     constraints = {theirs: extra.pop(ours) for ours, theirs in _CONSTRAINTS.items() if ours in extra}
     if constraints:
         extra["structured_outputs"] = constraints
-    for theirs, ours in (("min_tokens", "min_new_tokens"), ("extra_args", "custom_params")):
+    for theirs, ours in (
+        ("min_tokens", "min_new_tokens"),
+        ("extra_args", "vllm_xargs"),
+        ("extra_args", "custom_params"),
+    ):
         if ours in extra:
             extra[theirs] = extra.pop(ours)
     parameters = extra | {

@@ -42,6 +42,7 @@ from gateway.routes.bodies import json_reply
 from gateway.routes.chat import chat_router
 from gateway.routes.completions import completions_router
 from gateway.routes.feed import feed_router
+from gateway.routes.forward import Observed, forward_router
 from gateway.routes.generate import generate_router
 from gateway.routes.messages import messages_router
 from gateway.routes.metrics import GatewayMetrics
@@ -58,6 +59,7 @@ from gateway.sessions.report import Retokenisation
 from gateway.sessions.turns import TurnParts, TurnRunner
 from gateway.settings import OPERATOR_KEY_VARIABLE, GatewaySettings, UnknownSessions, split_engine
 from gateway.wire.errors import error_body, error_headers
+from gateway.wire.protection import FieldRules
 
 _log = logging.getLogger(__name__)
 
@@ -240,13 +242,16 @@ def build_app(gateway: Gateway, access: Access) -> FastAPI:
         )
     )
     creates_unknown = settings.unknown_sessions is UnknownSessions.CREATE
-    calls = Calls(gateway.runner, gateway.registry, access, creates_unknown=creates_unknown)
+    rules = FieldRules(settings.fields)
+    calls = Calls(gateway.runner, gateway.registry, access, creates_unknown=creates_unknown, rules=rules)
     app.include_router(messages_router(calls, max_body_bytes=max_bytes))
     app.include_router(responses_router(calls, gateway.registry, access, max_body_bytes=max_bytes))
     app.include_router(completions_router(calls, max_body_bytes=max_bytes))
     app.include_router(generate_router(calls, max_body_bytes=max_bytes))
     app.include_router(tokenize_router(calls, max_body_bytes=max_bytes))
     app.include_router(chat_router(calls, max_body_bytes=max_bytes))
+    observed = Observed(gateway.metrics.observe_forward, gateway.metrics.observe_refused_path)
+    app.include_router(forward_router(calls, mode=settings.forward, max_body_bytes=max_bytes, observed=observed))
     app.add_middleware(SessionPaths)
     app.add_exception_handler(VerbatimError, _verbatim_error)
     app.add_exception_handler(HTTPException, _http_error)

@@ -9,10 +9,12 @@ from pathlib import Path
 from gateway.contracts.errors import ConfigurationError
 from gateway.contracts.generation import Capability
 from gateway.replicas.pool import ReplicaSettings
+from gateway.routes.forward import Forward
 from gateway.sessions.picks import DEFAULT_PICK
 from gateway.sessions.turns import TurnSettings
 from gateway.tito.conversation import HistoryPolicy
 from gateway.tito.parsing.choice import AUTO, check_names
+from gateway.wire.protection import FieldSettings
 
 OPERATOR_KEY_VARIABLE = "VERBATIM_OPERATOR_KEY"
 """Environment variable with the operator's key; without it keys are off, which only loopback allows."""
@@ -35,7 +37,7 @@ class GatewaySettings:
     the template. drain_seconds: how long a stop waits for running replies. feed_consumer: whose feed figures are in
     `/metrics`. pick: which turns train where a trainer does not say, a built-in name of `gateway.sessions.picks` or the
     operator's own `module:function`. require: what every engine must be able to do; one that cannot is refused, at the
-    start and when it is added.
+    start and when it is added. forward: which other paths of an engine agents reach.
     """
 
     model: Path | None = None
@@ -48,6 +50,7 @@ class GatewaySettings:
     reasoning_parser: str = AUTO
     history_policy: HistoryPolicy = HistoryPolicy.KEEP
     unknown_sessions: UnknownSessions = UnknownSessions.CREATE
+    forward: Forward = Forward.KNOWN
     sessions_in_memory: int = 10_000
     max_body_bytes: int = 64 * 2**20
     drain_seconds: int = 30
@@ -56,6 +59,7 @@ class GatewaySettings:
     require: tuple[Capability, ...] = ()
     turns: TurnSettings = field(default_factory=TurnSettings)
     replicas: ReplicaSettings = field(default_factory=ReplicaSettings)
+    fields: FieldSettings = field(default_factory=FieldSettings)
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:

@@ -78,7 +78,9 @@ def _always(text: str | None) -> Callable[[bool, str], str | None]:
 
 
 def _opener(has_calls: bool, next_role: str) -> str | None:
-    return {"tool": "<|observation|>", "system": "<|system|>", "assistant": "<|assistant|>"}.get(next_role, "<|user|>")
+    openers = {"tool": "<|observation|>", "assistant": "<|assistant|>"}
+    openers |= dict.fromkeys(("system", "developer"), "<|system|>")
+    return openers.get(next_role, "<|user|>")
 
 
 _PROMPT_MOVES = "the tools (or the system text) stand before the last question, so a new question moves them"
@@ -104,7 +106,7 @@ FAMILIES: dict[str, Family] = {
             _CHATML,
             ("<|im_end|>", "<|endoftext|>"),
             markup.hermes_calls,
-            Facts(_always("<|im_end|>"), hidden_roles=frozenset({"developer"})),
+            Facts(_always("<|im_end|>")),
             markup=_CALL,
         ),
         Family(
@@ -112,7 +114,7 @@ FAMILIES: dict[str, Family] = {
             _CHATML,
             ("<|im_end|>", "<|endoftext|>"),
             markup.hermes_calls,
-            Facts(_always("<|im_end|>"), hidden_roles=frozenset({"developer"})),
+            Facts(_always("<|im_end|>")),
             markup=(*_THINK, *_CALL, *_RESPONSE),
             thinking=Thinking.WRITTEN,
         ),
@@ -138,7 +140,7 @@ FAMILIES: dict[str, Family] = {
             ("[gMASK]", "<sop>", "<|user|>", "<|assistant|>", "<|system|>", "<|observation|>", "<|endoftext|>"),
             ("<|user|>", "<|observation|>", "<|endoftext|>"),
             markup.key_value_calls,
-            Facts(_opener, hidden_roles=frozenset({"developer"})),
+            Facts(_opener),
             markup=(*_THINK, *_CALL, *_RESPONSE, "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
             thinking=Thinking.WRITTEN,
             reasoning=("\n<think>", "</think>"),

@@ -6,11 +6,12 @@ Each has one contract suite under `tests/contract/` that runs against every impl
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeAlias, runtime_checkable
 
 from gateway.contracts.experts import RoutedExperts
 from gateway.contracts.generation import EngineIdentity, GenerateChunk, GenerateEnd, GenerateRequest, JsonValue
@@ -71,6 +72,39 @@ class Engine(Protocol):
     async def resume(self) -> None: ...
 
     async def aclose(self) -> None: ...
+
+
+HttpHeaders: TypeAlias = Sequence[tuple[str, str]]
+"""Names and values in order; a name may come several times."""
+
+
+@dataclass(frozen=True, slots=True)
+class RawCall:
+    """An HTTP request as it is to reach an engine; `target` is path and query as they stand in the request line."""
+
+    method: str
+    target: str
+    headers: HttpHeaders
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RawReply:
+    """An engine's answer, whatever its status; `body` as it came over the wire, in pieces of any length."""
+
+    status: int
+    headers: HttpHeaders
+    body: AsyncIterator[bytes]
+
+
+@runtime_checkable
+class ForwardingEngine(Protocol):
+    """What an engine's client may be besides: a way to its other paths. Which of them, is not the client's business."""
+
+    def forward(self, call: RawCall) -> AbstractAsyncContextManager[RawReply]:
+        """Send a call on; leaving the context ends it. Raises EngineUnavailable, EngineTimeout, EngineProtocolError,
+        also while the body is read."""
+        ...
 
 
 class Ledger(Protocol):

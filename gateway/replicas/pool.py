@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -246,6 +246,18 @@ class ReplicaPool:
             if finish is None:
                 await asyncio.sleep(self.settings.retry_delay_seconds if progress.num_tokens == before else 0)
         yield finish
+
+    @asynccontextmanager
+    async def lend(self, session_id: str) -> AsyncIterator[Engine]:
+        """The engine that a session's next turn would go to, for something else than a turn; draining waits for it."""
+        replica = await self._select(session_id)
+        replica.running += 1
+        try:
+            yield replica.engine
+        finally:
+            replica.running -= 1
+            if not replica.running:
+                replica.idle.set()
 
     async def aclose(self) -> None:
         """Close every engine's connections."""

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from functools import partial
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from gateway.contracts.errors import NotFound
-from gateway.routes.bodies import json_reply, read_body
+from gateway.routes.bodies import json_reply, path_id, read_body
 from gateway.routes.turns import Calls
+from gateway.wire.models import ModelCard, anthropic_list, openai_list
 from gateway.wire.openai import ChatWriter, parse_chat_request
-
-_ANY_METHOD = ["GET", "POST", "PUT", "PATCH", "DELETE"]
 
 
 def chat_router(calls: Calls, *, max_body_bytes: int) -> APIRouter:
@@ -22,9 +21,7 @@ def chat_router(calls: Calls, *, max_body_bytes: int) -> APIRouter:
     for prefix in ("", "/sessions/{session_id}"):
         router.add_api_route(prefix + "/v1/chat/completions", routes.chat, methods=["POST"])
         router.add_api_route(prefix + "/v1/models", routes.models, methods=["GET"])
-    router.add_api_route(
-        "/sessions/{session_id}/{rest:path}", routes.unknown, methods=_ANY_METHOD, include_in_schema=False
-    )
+        router.add_api_route(prefix + "/v1/models/{model:path}", routes.model, methods=["GET"])
     return router
 
 
@@ -34,6 +31,7 @@ class _ChatRoutes:
     def __init__(self, calls: Calls, *, max_body_bytes: int) -> None:
         self._calls = calls
         self._max_body_bytes = max_body_bytes
+        self._started_at = time.time()
 
     async def chat(self, request: Request) -> Response:
         """One chat completion."""
@@ -42,12 +40,20 @@ class _ChatRoutes:
 
     async def models(self, request: Request) -> Response:
         """The one model that is served."""
+        card = self._card()
+        return json_reply(anthropic_list(card) if _is_anthropic(request) else openai_list(card))
+
+    async def model(self, request: Request) -> Response:
+        """It, under the name that is asked for: every name is served."""
+        card, name = self._card(), path_id(request, "model")
+        return json_reply(card.anthropic(name) if _is_anthropic(request) else card.openai(name))
+
+    def _card(self) -> ModelCard:
         model = self._calls.model
         context = self._calls.runner.parts.pool.context_length or model.context_length
-        entry = {"id": model.name, "object": "model", "created": 0, "owned_by": "verbatim", "max_model_len": context}
-        return json_reply({"object": "list", "data": [entry]})
+        return ModelCard(model.name, self._started_at, context)
 
-    async def unknown(self, request: Request) -> Response:
-        """Any other path of a session."""
-        rest = request.path_params["rest"]
-        raise NotFound(f"{request.method} /{rest} is not served under a session; agents call v1/chat/completions")
+
+def _is_anthropic(request: Request) -> bool:
+    """Whether it is an Anthropic client that asks, which sends this header always."""
+    return "anthropic-version" in request.headers

@@ -49,6 +49,11 @@ class GatewayMetrics:
             "verbatim_interruptions", "Engine requests that did not finish their turn.", ["engine", "cause"],
             registry=registry,
         )  # fmt: skip
+        self._forwarded = Counter(
+            "verbatim_forwarded_calls", "Calls of agents that an engine answered itself.", ["engine", "status"],
+            registry=registry,
+        )  # fmt: skip
+        self._refused_paths = Counter("verbatim_refused_paths", "Calls that no engine may answer.", registry=registry)
         self._prompt_seconds = _seconds("verbatim_prompt_seconds", "Until the prompt stands.", registry)
         self._first_token_seconds = _seconds("verbatim_first_token_seconds", "Until the first tokens.", registry)
         self._turn_seconds = _seconds("verbatim_turn_seconds", "Until the record is on disk.", registry)
@@ -82,6 +87,14 @@ class GatewayMetrics:
     def observe_interruption(self, interruption: Interruption) -> None:
         """Count one attempt that did not finish its turn."""
         self._interruptions.labels(interruption.engine_id, interruption.cause).inc()
+
+    def observe_forward(self, engine_id: str, status: int) -> None:
+        """Count one call that went to an engine as it was."""
+        self._forwarded.labels(engine_id, str(status)).inc()
+
+    def observe_refused_path(self) -> None:
+        """Count one that did not."""
+        self._refused_paths.inc()
 
     async def exposition(
         self, ledger: Ledger, pool: ReplicaPool, audits: AuditCounts, *, num_running: int, num_sessions: int

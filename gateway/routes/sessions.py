@@ -24,7 +24,7 @@ from gateway.sessions.picks import PickChoice
 from gateway.sessions.registry import SessionRegistry, new_session
 from gateway.sessions.report import Retokenisation, session_report
 from gateway.sessions.segments import load_segments, sealed_turns, tree_reports
-from gateway.wire.sampling import sampling_fields
+from gateway.wire.protection import check_pins
 
 _CREATE_FIELDS = (
     "session_id", "group", "group_size", "task", "labels", "metadata", "sampling", "ttl_seconds",
@@ -176,7 +176,7 @@ def _wanted(session_id: str, fields: Mapping[str, JsonValue], *, key_hash: str) 
     if not all(isinstance(value, str) for value in labels.values()):
         raise InvalidRequest("labels: expected an object of strings")
     sampling = typed(fields, "sampling", dict, "an object") or {}
-    sampling_fields(sampling)  # wrong values are told to the operator, not to every agent
+    check_pins(sampling)  # what is wrong is told to the operator, not to every agent
     ttl_seconds = typed(fields, "ttl_seconds", (int, float), "a number of seconds")
     group_size = typed(fields, "group_size", int, "a whole number")
     if group_size is not None and group_size < 1:

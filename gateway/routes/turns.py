@@ -33,6 +33,7 @@ from gateway.sessions.tree import TurnTree
 from gateway.sessions.turn import Turn, TurnEvent, TurnFinished, TurnProgress, TurnStarted
 from gateway.sessions.turns import TurnRunner
 from gateway.wire.json_text import dump_json
+from gateway.wire.protection import FieldRules
 from gateway.wire.reply import FinishedChoice, ReplyTokens, ReplyWriter, Usage
 from gateway.wire.request import TurnRequest, Wanted
 from gateway.wire.token_texts import Spelling, spelling
@@ -45,8 +46,17 @@ _CLIENT_GONE_STATUS = 499
 class Calls:
     """Runs the calls of agents; `creates_unknown`: a call under an id that nobody made makes the session."""
 
-    def __init__(self, runner: TurnRunner, registry: SessionRegistry, access: Access, *, creates_unknown: bool) -> None:
+    def __init__(
+        self,
+        runner: TurnRunner,
+        registry: SessionRegistry,
+        access: Access,
+        *,
+        creates_unknown: bool,
+        rules: FieldRules,
+    ) -> None:
         self.runner = runner
+        self._rules = rules
         self._registry = registry
         self._access = access
         self._creates_unknown = creates_unknown
@@ -55,6 +65,11 @@ class Calls:
     def model(self) -> ServedModel:
         """The model that is served."""
         return self.runner.parts.model
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id that every engine and the tokenizer have."""
+        return self.runner.parts.pool.vocab_size or self.model.tokenizer.vocab_size
 
     async def answer(
         self,
@@ -82,6 +97,7 @@ class Calls:
         """As `answer`, for several prompts in one body, which differ in nothing else; choices in order of prompts."""
         wanted = prompts[0]
         session = session or await self.session(request, wanted)
+        prompts = [self._rules.applied(one, session.record.sampling) for one in prompts]
         for one in prompts:
             self.runner.check(one)
         turns = await self._turns(request, session, prompts)
@@ -131,6 +147,18 @@ class Calls:
             self._access.check_agent(request, session.record)
         return session
 
+    async def caller(self, request: Request) -> str:
+        """The id of the session that a call without a turn belongs to, "" for none; none is made for it.
+
+        Raises SessionSealed for a finished session, Unauthorized, Forbidden or NotFound as a turn would.
+        """
+        session = await self.known_session(request)
+        if session is not None:
+            session.check_open()
+            return session.record.session_id
+        await self._check_new(request, session_id := named_session(request))
+        return session_id or ""
+
     async def count_prompt_tokens(self, request: Request, wanted: TurnRequest) -> int:
         """Length of the prompt that this call's turn would have."""
         return len(await self.prompt_token_ids(request, wanted))
@@ -140,7 +168,7 @@ class Calls:
         session = await self.known_session(request)
         if session is None:
             session = Session(await self._new_record(request, wanted, named_session(request)), TurnTree(), None)
-        return await self.runner.prompt_ids(session, wanted)
+        return await self.runner.prompt_ids(session, self._rules.applied(wanted, session.record.sampling))
 
     async def _whole(
         self, client: _Client, session: Session, wanted: Wanted, turns: Sequence[Turn], writer: ReplyWriter
@@ -242,14 +270,18 @@ class Calls:
             return await self._registry.get(record.session_id)
         return session
 
-    async def _new_record(self, request: Request, wanted: TurnRequest, session_id: str | None) -> SessionRecord:
-        """Of a session that nobody made, if this caller may have one."""
+    async def _check_new(self, request: Request, session_id: str | None) -> None:
+        """Raise unless this caller may have a session that nobody made."""
         if session_id is not None and not self._creates_unknown:
             raise NotFound(f"no session {session_id!r}; make it with POST /sessions")
         try:
             await self._access.check_operator(request)
         except VerbatimError as error:
             raise Unauthorized("no session has this id or key; make one with POST /sessions") from error
+
+    async def _new_record(self, request: Request, wanted: TurnRequest, session_id: str | None) -> SessionRecord:
+        """Of a session that nobody made, if this caller may have one."""
+        await self._check_new(request, session_id)
         # A first request with replies that nobody here sampled belongs to a session whose record is gone.
         has_past = any(message["role"] == "assistant" for message in wanted.messages)
         session_id = session_id or f"session-{uuid.uuid4().hex}"

@@ -58,7 +58,7 @@ from gateway.tito.conversation import BuiltPrompt, Conversation, ParentTurn
 from gateway.tito.forced_calls import forced_calls
 from gateway.wire.json_text import dump_json
 from gateway.wire.request import RawPrompt, TurnRequest
-from gateway.wire.sampling import sampling_fields, sampling_params
+from gateway.wire.sampling import DEFAULT_LENGTH, sampling_fields, sampling_params
 
 _log = logging.getLogger(__name__)
 
@@ -356,7 +356,7 @@ def _sampling(parts: TurnParts, session: Session, request: TurnRequest, prompt: 
     fields = {**request.sampling, **sampling_fields(session.record.sampling)}
     lengths = [length for length in (parts.pool.context_length, parts.model.context_length) if length]
     left = min(lengths) - num_prompt_tokens if lengths else None
-    asked = fields.get("max_new_tokens")
+    asked = fields.get("max_new_tokens", fields.get(DEFAULT_LENGTH))
     if asked is None:
         asked = parts.settings.default_max_new_tokens if left is None else left
     if left is not None and (left < 1 or asked > left):

@@ -3,10 +3,11 @@
 The environment is transformers' (5.23) in behaviour: an immutable sandbox, trimmed blocks, `tojson` without HTML
 escaping, `raise_exception`, `strftime_now`, loop controls, generation blocks, named special tokens as variables, keys
 of a message that are null left out, reasoning visible under each of its three names. Equality is property-tested.
-Three things are added, which engines do and templates expect: arguments of tool calls, which agents send as JSON text,
+Four things are added, which engines do and templates expect: arguments of tool calls, which agents send as JSON text,
 are objects for a template that shows those otherwise than text; text parts are one text for a template that knows no
-parts, and text is a part for one that knows nothing else; where a template raises because an assistant has no content,
-it gets "".
+parts, and text is a part for one that knows nothing else; a developer is a system for one that shows no developer (and
+both stand with the first message where a template shows no other one); where a template raises because an assistant has
+no content, it gets "".
 
 A template is untrusted input: it sees plain JSON values only and reaches no file and no attribute of Python objects.
 """
@@ -95,6 +96,7 @@ class ChatTemplate:
         self.looked_for: tuple[str, ...] = _looked_for(self.source)
         self._special_tokens = dict(special_tokens)
         self._content_forms: dict[str, ContentForms] = {}
+        self._shows_others: dict[tuple[str, bool], bool] = {}
         self._compiled = {name: _compile(text, name=name) for name, text in templates.items()}
 
     @classmethod
@@ -113,7 +115,7 @@ class ChatTemplate:
     def render(self, conversation: Conversation, *, add_generation_prompt: bool = True) -> str:
         """The conversation's text; raises TemplateRaised with the template's own message where it refuses."""
         messages = [_template_message(message) for message in conversation.messages]
-        messages = [self._in_known_form(message) for message in messages]
+        messages = [self._in_known_form(message) for message in self._with_known_roles(messages)]
         if self.wants_argument_objects:
             messages = [_with_argument_objects(message, _parsed_or_text) for message in messages]
         try:
@@ -180,6 +182,42 @@ class ChatTemplate:
         if isinstance(content, str) and forms.parts and not forms.text:
             return {**message, "content": [{"type": "text", "text": content}]}
         return message
+
+    def _with_known_roles(self, messages: list[dict[str, JsonValue]]) -> list[dict[str, JsonValue]]:
+        """I6: what developers say is shown: as a system's words where the template does not know developers, and with
+        the first message of all where it shows no other one."""
+        if not any(message.get("role") == "developer" for message in messages):
+            return messages
+        role = "developer" if any(self.content_forms("developer")) else "system"
+        known: list[dict[str, JsonValue]] = []
+        is_opening = True  # nobody but systems and developers has spoken yet
+        for message in messages:
+            is_opening = is_opening and message.get("role") in ("system", "developer")
+            if message.get("role") != "developer":
+                known.append(message)
+            elif not known or self._shows_another(role, is_opening=is_opening):
+                known.append({**message, "role": role})
+            elif known[0].get("role") in ("system", "developer"):
+                known[0] = {**known[0], "content": _joined(known[0].get("content"), message.get("content"))}
+            else:
+                known.insert(0, {**message, "role": role})
+        return known
+
+    def _shows_another(self, role: str, *, is_opening: bool) -> bool:
+        """Whether a message of this role is shown that is not the first: behind a system message, or an exchange."""
+        if (role, is_opening) not in self._shows_others:
+            user: dict[str, JsonValue] = {"role": "user", "content": "question"}
+            opening: list[dict[str, JsonValue]] = [{"role": "system", "content": "first"}]
+            exchange = [user, {"role": "assistant", "content": "answer"}]
+            messages = [*(opening if is_opening else exchange), {"role": role, "content": _NEEDLE}, user]
+            try:
+                shown = self._render(
+                    Conversation(()), [*map(self._in_known_form, messages)], add_generation_prompt=False
+                )
+            except TemplateRaised:
+                shown = ""
+            self._shows_others[role, is_opening] = _NEEDLE in shown
+        return self._shows_others[role, is_opening]
 
     @cached_property
     def undeclared_variables(self) -> tuple[str, ...]:
@@ -271,6 +309,19 @@ def _with_joined_text(message: dict[str, JsonValue]) -> dict[str, JsonValue]:
     if len(texts) < len(parts):
         return message
     return {**message, "content": "\n".join(texts)}
+
+
+def _joined(first: JsonValue, second: JsonValue) -> JsonValue:
+    """Two contents as one: texts with an empty line between them, else the parts of both."""
+    if isinstance(first, str | None) and isinstance(second, str | None):
+        return "\n\n".join(text for text in (first, second) if text)
+    return [*_parts(first), *_parts(second)]
+
+
+def _parts(content: JsonValue) -> list[JsonValue]:
+    if isinstance(content, list):
+        return content
+    return [{"type": "text", "text": content}] if content else []
 
 
 def _with_argument_objects(

@@ -26,18 +26,18 @@ from gateway.wire.json_text import load_json_object
 from gateway.wire.openai import MAX_TOP_LOGPROBS, experts_body
 from gateway.wire.raw_prompts import raw_prompts
 from gateway.wire.reply import FinishedChoice, ReplyTokens
-from gateway.wire.request import PROTECTED, RawPrompt, TurnRequest, Wanted
-from gateway.wire.sampling import SAMPLING_EXTRA, sampling_fields
+from gateway.wire.request import PROTECTED, RawPrompt, TurnRequest, Wanted, protected_names
+from gateway.wire.sampling import DEFAULT_LENGTH, SAMPLING_EXTRA, TYPED_SAMPLING, sampling_fields
 from gateway.wire.token_texts import Spelling
 
 _KNOWN = frozenset(
     (
-        "add_special_tokens", "best_of", "echo", "ignore_eos", "logprobs", "max_tokens", "min_p", "model", "n",
-        "prompt", "prompt_embeds", "response_format", "return_routed_experts", "return_token_ids", "seed", "stop",
-        "stop_token_ids", "stream", "stream_options", "suffix", "temperature", "top_k", "top_p",
-        "truncate_prompt_tokens",
+        "add_special_tokens", "best_of", "echo", "logprobs", "model", "n", "prompt", "prompt_embeds", "response_format",
+        "return_routed_experts", "return_token_ids", "stream", "stream_options", "suffix", "truncate_prompt_tokens",
     )
 )  # fmt: skip
+
+_NOT_PASSED = _KNOWN | TYPED_SAMPLING | SAMPLING_EXTRA | PROTECTED
 
 _REFUSED: Mapping[str, str] = {
     "suffix": "text cannot be inserted before a suffix",
@@ -77,12 +77,12 @@ def parse_completions_request(body: bytes) -> CompletionsRequest:
             tools=(),
             calls_tools=False,
             template_arguments={},
-            sampling={"max_new_tokens": _DEFAULT_MAX_TOKENS, **sampling_fields(fields)},
+            sampling={DEFAULT_LENGTH: _DEFAULT_MAX_TOKENS, **sampling_fields(fields)},
             num_choices=_num_choices(fields),
             stream=flag(fields, "stream"),
             wanted=_wanted(fields),
-            passthrough={k: v for k, v in fields.items() if k not in _KNOWN | SAMPLING_EXTRA | PROTECTED},
-            ignored_fields=tuple(sorted(PROTECTED & fields.keys())),
+            passthrough={k: v for k, v in fields.items() if k not in _NOT_PASSED},
+            ignored_fields=protected_names(fields),
             digest=digest,
             num_bytes=len(body),
             prompt=prompt,

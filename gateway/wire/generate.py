@@ -28,8 +28,8 @@ from gateway.wire.json_text import load_json_object
 from gateway.wire.openai import MAX_TOP_LOGPROBS
 from gateway.wire.raw_prompts import is_batch, raw_prompts
 from gateway.wire.reply import FinishedChoice, ReplyTokens
-from gateway.wire.request import PROTECTED, RawPrompt, TurnRequest, Wanted
-from gateway.wire.sampling import SAMPLING_EXTRA, sampling_fields
+from gateway.wire.request import PROTECTED, RawPrompt, TurnRequest, Wanted, protected_names
+from gateway.wire.sampling import DEFAULT_LENGTH, SAMPLING_EXTRA, TYPED_SAMPLING, UNKNOWN, sampling_fields
 
 _READ = frozenset(
     (
@@ -39,12 +39,9 @@ _READ = frozenset(
     )
 )  # fmt: skip
 
-_TYPED_SAMPLING = frozenset(
-    (
-        "ignore_eos", "max_new_tokens", "min_p", "n", "sampling_seed", "seed", "stop", "stop_token_ids",
-        "temperature", "top_k", "top_p",
-    )
-)  # fmt: skip
+_KNOWN_SAMPLING = TYPED_SAMPLING | SAMPLING_EXTRA | {"n"}
+
+_NOT_AT_THE_TOP = (_KNOWN_SAMPLING | PROTECTED) - _READ
 
 _MAX_CHOICES = 128
 _DEFAULT_MAX_NEW_TOKENS = 128
@@ -81,7 +78,8 @@ def parse_sglang_request(body: bytes) -> SglangRequest:
         raise InvalidRequest("sampling_params: n must be the same for all prompts of a list")
     [num_choices] = numbers
     digest = hashlib.sha256(body).hexdigest()
-    forged = PROTECTED & fields.keys() - _READ
+    # Sampling fields stand in `sampling_params` here; beside it some engines would take them too.
+    kept_back = [k for k, v in fields.items() if k in _NOT_AT_THE_TOP and v is not None]
     turns = tuple(
         TurnRequest(
             model=optional(fields, "model", str),
@@ -93,8 +91,8 @@ def parse_sglang_request(body: bytes) -> SglangRequest:
             num_choices=num_choices,
             stream=flag(fields, "stream"),
             wanted=_wanted(fields),
-            passthrough={k: v for k, v in fields.items() if k not in _READ | PROTECTED},
-            ignored_fields=tuple(sorted([*forged, *_ignored_sampling(each)])),
+            passthrough={k: v for k, v in fields.items() if k not in _READ | _NOT_AT_THE_TOP},
+            ignored_fields=tuple(sorted([*kept_back, *_ignored_sampling(each)])),
             digest=digest,
             num_bytes=len(body),
             prompt=prompt,
@@ -288,15 +286,13 @@ def _parameters(value: JsonValue, num_prompts: int) -> list[Mapping[str, JsonVal
 
 def _sampling(parameters: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
     """Typed where we know a field; what nobody here knows stays for the engine (I8)."""
-    known = {k: v for k, v in parameters.items() if k in _TYPED_SAMPLING | SAMPLING_EXTRA}
-    if parameters.get("sampling_seed") is not None:
-        known["seed"] = parameters["sampling_seed"]
-    unknown = {k: v for k, v in parameters.items() if k not in _TYPED_SAMPLING | SAMPLING_EXTRA | PROTECTED}
-    return {"max_new_tokens": _DEFAULT_MAX_NEW_TOKENS, **sampling_fields(known), "unknown": unknown}
+    known = {k: v for k, v in parameters.items() if k in _KNOWN_SAMPLING}
+    unknown = {k: v for k, v in parameters.items() if k not in _KNOWN_SAMPLING | PROTECTED}
+    return {DEFAULT_LENGTH: _DEFAULT_MAX_NEW_TOKENS, **sampling_fields(known), UNKNOWN: unknown}
 
 
 def _ignored_sampling(parameters: Mapping[str, JsonValue]) -> list[str]:
-    return [f"sampling_params.{name}" for name in parameters if name in PROTECTED - _TYPED_SAMPLING]
+    return [f"sampling_params.{name}" for name in protected_names(parameters)]
 
 
 def _num_choices(parameters: Mapping[str, JsonValue]) -> int:

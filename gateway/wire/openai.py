@@ -23,16 +23,15 @@ from gateway.wire.errors import error_body
 from gateway.wire.fields import check_nesting, flag, kind_of, objects, optional, within
 from gateway.wire.json_text import load_json_object
 from gateway.wire.reply import FinishedChoice, ReplyTokens, Usage
-from gateway.wire.request import PROTECTED, TurnRequest, Wanted
-from gateway.wire.sampling import SAMPLING_EXTRA, sampling_fields
+from gateway.wire.request import PROTECTED, TurnRequest, Wanted, protected_names
+from gateway.wire.sampling import SAMPLING_EXTRA, TYPED_SAMPLING, sampling_fields
 from gateway.wire.token_texts import Spelling
 
 _KNOWN = frozenset(
     (
-        "chat_template_kwargs", "documents", "ignore_eos", "logprobs", "max_completion_tokens", "max_tokens",
-        "messages", "min_p", "model", "n", "parallel_tool_calls", "reasoning_effort", "response_format",
-        "return_routed_experts", "return_token_ids", "seed", "stop", "stop_token_ids", "stream", "stream_options",
-        "temperature", "tool_choice", "tools", "top_k", "top_logprobs", "top_p",
+        "chat_template_kwargs", "documents", "logprobs", "messages", "model", "n", "parallel_tool_calls",
+        "reasoning_effort", "response_format", "return_routed_experts", "return_token_ids", "stream", "stream_options",
+        "tool_choice", "tools", "top_logprobs",
     )
 )  # fmt: skip
 
@@ -53,7 +52,7 @@ def chat_request(fields: Mapping[str, JsonValue], *, body: bytes) -> TurnRequest
     """A request from chat's fields, which other dialects are translated into; `body` is what the client sent."""
     messages = _messages(fields)
     tools = objects(fields, "tools")
-    passthrough = {k: v for k, v in fields.items() if k not in _KNOWN | SAMPLING_EXTRA | PROTECTED}
+    passthrough = {k: v for k, v in fields.items() if k not in _KNOWN | TYPED_SAMPLING | SAMPLING_EXTRA | PROTECTED}
     return TurnRequest(
         model=optional(fields, "model", str),
         messages=messages,
@@ -67,7 +66,7 @@ def chat_request(fields: Mapping[str, JsonValue], *, body: bytes) -> TurnRequest
         stream=flag(fields, "stream"),
         wanted=_wanted(fields),
         passthrough=passthrough,
-        ignored_fields=tuple(sorted(PROTECTED & fields.keys())),
+        ignored_fields=protected_names(fields),
         digest=hashlib.sha256(body).hexdigest(),
         num_bytes=len(body),
     )

@@ -10,15 +10,26 @@ from gateway.contracts.generation import JsonValue, TokenIds
 
 PROTECTED = frozenset(
     (
-        "bootstrap_host", "bootstrap_port", "bootstrap_room", "input_embeds", "input_ids", "logprob_start_len",
-        "lora_path", "max_new_tokens", "prompt_token_ids", "return_indexer_topk", "return_logprob",
+        "background", "beam_width", "bootstrap_host", "bootstrap_pair_key", "bootstrap_port", "bootstrap_room",
+        "custom_logit_processor", "data_parallel_rank", "decode_tp_size", "detokenize", "disagg_prefill_dp_rank",
+        "flat_logprobs", "http_worker_ipc", "input_embeds", "input_ids", "kv_transfer_params", "logprob_start_len",
+        "logprob_token_ids", "lora_id", "lora_path", "need_wait_for_mm_inputs", "num_items_assigned", "output_kind",
+        "positional_embed_overrides", "prompt_logprobs", "prompt_token_ids", "received_time", "return_bytes",
         "return_flat_raw_output_top_logprobs", "return_flat_raw_top_logprobs", "return_flat_raw_top_logprobs_b64",
-        "return_prompt_token_ids", "return_text_in_logprobs", "rid",
-        "routed_experts_start_len", "sampling_params", "sampling_seed", "session_id", "session_params",
-        "skip_special_tokens", "text", "token_ids_logprob", "top_logprobs_num", "weight_version",
+        "return_indexer_topk", "return_logprob",
+        "return_prompt_token_ids", "return_text_in_logprobs", "rid", "routed_dp_rank", "routed_experts_prompt_start",
+        "routed_experts_start_len", "sampling_params", "session_id", "session_params", "skip_clone",
+        "skip_special_tokens", "text", "token_ids_logprob", "top_logprobs_num", "trace_decode_token_ids",
+        "use_beam_search", "weight_version",
     )
 )  # fmt: skip
-"""Fields of the engines' own requests, which the gateway alone may set (I7)."""
+"""Fields of the engines' own requests, and of their sampling parameters, which the gateway alone may set (I7): what is
+recorded, in which form it comes, which weights sample, where it runs, and code that would run in the engine."""
+
+
+def protected_names(fields: Mapping[str, JsonValue]) -> tuple[str, ...]:
+    """Which fields of a request, null ones left aside, only the gateway may set."""
+    return tuple(sorted(name for name in PROTECTED & fields.keys() if fields[name] is not None))
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,23 +6,47 @@ from collections.abc import Mapping
 
 from gateway.contracts.errors import InvalidRequest
 from gateway.contracts.generation import JsonValue, SamplingParams
-from gateway.wire.fields import flag, kind_of, number, optional
+from gateway.wire.fields import kind_of, number, optional
 from gateway.wire.json_text import dump_json
 
 SAMPLING_EXTRA = frozenset(
     (
-        "custom_params", "ebnf", "frequency_penalty", "json_schema", "logit_bias", "min_new_tokens", "min_tokens",
-        "presence_penalty", "regex", "repetition_penalty", "stop_regex", "structural_tag",
+        "allowed_token_ids", "bad_words", "custom_params", "ebnf", "ebnf_full_assistant", "frequency_penalty",
+        "json_schema", "logit_bias", "min_new_tokens", "min_tokens", "no_stop_trim", "presence_penalty", "regex",
+        "repetition_detection", "repetition_penalty", "spaces_between_special_tokens", "stop_regex", "stream_interval",
+        "structural_tag", "structured_outputs", "thinking_token_budget", "vllm_xargs", "watermarking",
     )
 )  # fmt: skip
-"""Sampling fields that engines know and we do not interpret."""
+"""Sampling fields that engines know and we do not interpret. vLLM's `include_stop_str_in_output` is none: it says what
+an engine's text looks like, and the text is ours. Nor is SGLang's `watermark`, which stands beside them there."""
+
+ALIASES: Mapping[str, str] = {
+    "max_completion_tokens": "max_new_tokens",
+    "max_tokens": "max_new_tokens",
+    "min_tokens": "min_new_tokens",
+    "sampling_seed": "seed",
+}
+"""Names that agents may use → the one name that sampling fields have from then on."""
+
+TYPED_SAMPLING = frozenset(
+    (
+        "ignore_eos", "max_completion_tokens", "max_new_tokens", "max_tokens", "min_p", "sampling_seed", "seed", "stop",
+        "stop_token_ids", "temperature", "top_k", "top_p",
+    )
+)  # fmt: skip
+"""Sampling fields that we read ourselves."""
+
+DEFAULT_LENGTH = "default_max_new_tokens"
+"""Name of a dialect's own limit of a reply, for whom nobody sets another one."""
+
+UNKNOWN = "unknown"
+"""Name of the object of sampling fields that nobody here knows."""
 
 _NUMBERS = ("frequency_penalty", "presence_penalty", "repetition_penalty")
 _INTEGERS = ("min_new_tokens", "min_tokens")
 _MAX_LOGIT_BIAS = 100
 """OpenAI's; beyond it a token is certain or impossible anyway."""
 
-_ALIASES = {"max_completion_tokens": "max_new_tokens", "max_tokens": "max_new_tokens"}
 _LENGTHS = ("max_tokens", "max_completion_tokens", "max_new_tokens")
 _MAX_STOP_STRINGS = 16
 
@@ -33,21 +57,21 @@ def sampling_fields(fields: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
     for name in ("temperature", "top_p", "min_p"):
         if (value := number(fields, name)) is not None:
             sampling[name] = value
-    for name in (*_LENGTHS, "top_k", "seed"):
+    for name in (*_LENGTHS, "top_k", "sampling_seed", "seed"):
         if (integer := optional(fields, name, int)) is not None:
             if integer < 1 and name in _LENGTHS:
                 raise InvalidRequest(f"{name}: expected at least 1, got {integer}")
-            sampling[_ALIASES.get(name, name)] = integer
+            sampling[ALIASES.get(name, name)] = integer
     if fields.get("stop") is not None:
         sampling["stop"] = _stop_strings(fields["stop"])
     if fields.get("stop_token_ids") is not None:
         sampling["stop_token_ids"] = _stop_ids(fields["stop_token_ids"])
-    if flag(fields, "ignore_eos"):
-        sampling["ignore_eos"] = True
+    if (ignores := optional(fields, "ignore_eos", bool)) is not None:
+        sampling["ignore_eos"] = ignores
     _check_extra(fields)
-    for name in SAMPLING_EXTRA & fields.keys():
+    for name in sorted(SAMPLING_EXTRA & fields.keys(), key=ALIASES.__contains__, reverse=True):  # aliases give way
         if fields[name] is not None:
-            sampling[name] = fields[name]
+            sampling[ALIASES.get(name, name)] = fields[name]
     return sampling | _constraint(fields.get("response_format"))
 
 
@@ -55,7 +79,7 @@ def sampling_params(sampling: Mapping[str, JsonValue], *, max_new_tokens: int) -
     """Typed sampling of normalised fields, `unknown` ones among them as they came; raises InvalidRequest for an
     impossible value."""
     extra = {name: value for name, value in sampling.items() if name in SAMPLING_EXTRA}
-    extra = {**sampling.get("unknown", {}), **extra}
+    extra = {**sampling.get(UNKNOWN, {}), **extra}
     return SamplingParams(
         max_new_tokens=max_new_tokens,
         temperature=sampling.get("temperature", 1.0),

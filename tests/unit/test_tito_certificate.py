@@ -244,12 +244,12 @@ def test_survey_asks_without_system_messages_where_a_template_refuses_them(token
 
 def test_messages_that_the_template_does_not_show_are_named(tokenizer: ChatTokenizer) -> None:
     """I9: the model never sees them, and the turn says which."""
-    drops = CHATML.replace("messages -%}", "messages if message.role != 'developer' -%}", 1)
+    drops = CHATML.replace("messages -%}", "messages if message.role != 'critic' -%}", 1)
     prompts = builder(tokenizer, drops)
     messages = [
-        {"role": "developer", "content": "Be brief."},
+        {"role": "critic", "content": "Be brief."},
         {"role": "user", "content": "What is 48/2?"},
-        {"role": "developer", "content": ""},
+        {"role": "critic", "content": ""},
     ]
     assert prompts.build(Conversation(tuple(messages)), None).hidden_messages == (0,)
     assert prompts.build(Conversation(tuple(messages[1:2])), None).hidden_messages == ()

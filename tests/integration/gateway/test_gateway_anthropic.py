@@ -12,18 +12,14 @@ import anthropic
 import httpx
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
 
-from engines.echo import EchoServer
 from gateway.contracts.codec import decode_rollout
-from tests.integration.gateway import test_gateway_fields as field_suite
 from tests.integration.gateway.conftest import TOOLS, RunningGateway, StartGateway
 
 SCHEMA = {"type": "object", "properties": {"expression": {"type": "string"}}}
 CALCULATOR: Any = {"name": "calculator", "description": "Works it out.", "input_schema": SCHEMA}
 QUESTION: Any = {"role": "user", "content": "What is 48/2?"}
 CACHED: Any = {"cache_control": {"type": "ephemeral"}}
-echo = field_suite.echo
 
 
 def written_call(expression: str) -> str:
@@ -337,44 +333,6 @@ def test_captured_arrays_are_in_the_reply_where_asked_for_and_recorded_always(
     assert asked.routed_experts["shape"][0] == len(asked.prompt_token_ids) + len(asked.token_ids) - 1
     assert len(turns[0]["output_logprobs"]) == plain.usage.output_tokens
     assert turns[0]["meta"]["ignored_fields"] == ["input_ids", "return_logprob"]
-
-
-@pytest.fixture(scope="module")
-def echo_url(
-    echo: tuple[EchoServer, str], start_gateway: StartGateway, tmp_path_factory: pytest.TempPathFactory
-) -> str:
-    gateway = start_gateway(tmp_path_factory.mktemp("echo"), engine=f"sglang={echo[1]}")
-    return f"{gateway.url}/sessions/fields/v1/messages"
-
-
-def last_delta(url: str, body: dict[str, Any]) -> dict[str, Any]:
-    """The `message_delta` of a streamed reply, which says how it ended."""
-    with httpx.stream("POST", url, content=json.dumps(body | {"stream": True}), timeout=30) as reply:
-        frames = reply.read().decode().strip().split("\n\n")
-    assert frames[-1].startswith("event: message_stop\n")
-    return dict(json.loads(frames[-2].partition("data: ")[2]))
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_unknown_fields_reach_the_engine_and_come_back_equal(
-    stream: bool, echo: tuple[EchoServer, str], echo_url: str
-) -> None:
-    """I8: integers beyond 64 bits, 1.0 beside 1, order of keys, nulls, any nesting; both ways."""
-
-    @settings(
-        max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-    )
-    @given(unknown=field_suite.fields)
-    def check(unknown: dict[str, Any]) -> None:
-        body = {"messages": [QUESTION], "max_tokens": 50, **unknown}
-        whole = None if stream else httpx.post(echo_url, content=json.dumps(body), timeout=30).text
-        reply = last_delta(echo_url, body) if whole is None else json.loads(whole)
-        engine_saw = {name: value for name, value in echo[0].requests[-1].items() if name.startswith("x_")}
-        assert field_suite.sent(engine_saw) == field_suite.sent(unknown)
-        assert field_suite.sent({name: reply[name] for name in unknown}) == field_suite.sent(unknown)
-        assert field_suite.sent(reply["meta_info"]["echo"]) == field_suite.sent(unknown)
-
-    check()
 
 
 def test_errors_become_the_classes_of_anthropics_client(

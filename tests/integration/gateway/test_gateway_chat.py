@@ -327,10 +327,10 @@ def test_creating_a_session_twice_is_safe_and_another_one_under_its_id_is_a_conf
     assert gateway.get(f"/sessions/{session_id}")["group_size"] == 4
 
 
-def test_other_paths_of_a_session_say_what_is_served(gateway: RunningGateway, session_id: str) -> None:
+def test_other_paths_say_so_where_the_engine_takes_turns_only(gateway: RunningGateway, session_id: str) -> None:
     reply = httpx.post(f"{gateway.url}/sessions/{session_id}/v1/embeddings", json={})
     assert reply.status_code == 404
-    assert "chat/completions" in reply.json()["error"]["message"]
+    assert "takes turns only" in reply.json()["error"]["message"]
     assert gateway.client(session_id).models.list().data[0].id == "tiny"
 
 
