@@ -18,6 +18,7 @@ import pybase64
 
 from engines.connection import EngineHttp, failure, refused
 from engines.identity import read_if_here
+from engines.media import refuse_media
 from gateway.contracts.errors import (
     EngineError,
     EngineProtocolError,
@@ -37,6 +38,7 @@ from gateway.contracts.generation import (
     GenerateRequest,
     JsonValue,
     LogprobKind,
+    MediaKind,
     SamplingParams,
 )
 from gateway.contracts.ports import PauseMode
@@ -61,7 +63,8 @@ _KNOWN_META = frozenset(
     )
 )
 _KNOWN_TOP = frozenset(("text", "output_ids", "meta_info", "index"))
-_NOT_FOR_PASSTHROUGH = frozenset(("text", "input_embeds"))
+_MEDIA_FIELDS: Mapping[MediaKind, str] = {kind: f"{kind.value}_data" for kind in MediaKind}
+_NOT_FOR_PASSTHROUGH = frozenset(("text", "input_embeds", *_MEDIA_FIELDS.values()))
 """Another prompt beside `input_ids` would leave it to the engine which one counts (I1)."""
 
 _CONTROL_SECONDS = 60.0
@@ -96,6 +99,7 @@ class SglangEngine:
         self._routing = routing
         self._policy_version_of = policy_version_of
         self._context_length = context_length
+        self._understands: frozenset[MediaKind] | None = None
 
     @property
     def engine_id(self) -> str:
@@ -109,6 +113,8 @@ class SglangEngine:
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[GenerateChunk | GenerateEnd, None]:
         """Stream new tokens, then exactly one GenerateEnd; closing early aborts the request at the engine."""
+        if request.media:
+            await self._check_media(request)
         if request.routed_experts_start is not None and self._routing is None:
             self._routing = (await self.identity()).routing
         stream = _Stream(request, self._routing, self._policy_version_of, self.engine_id)
@@ -130,6 +136,15 @@ class SglangEngine:
         finally:
             if not ended:
                 await self._abort_quietly(request.request_id)
+
+    async def _check_media(self, request: GenerateRequest) -> None:
+        """Raise InvalidRequest for media that the model would ignore in silence."""
+        if self._understands is None:
+            model = await self._http.get_object("/model_info", timeout_seconds=_CONTROL_SECONDS)
+            sees = {MediaKind.IMAGE, MediaKind.VIDEO} if model.get("has_image_understanding") else set()
+            hears = {MediaKind.AUDIO} if model.get("has_audio_understanding") else set()
+            self._understands = frozenset(sees | hears)
+        refuse_media(request, self._understands, named=f"the model of engine {self.engine_id}")
 
     async def _abort_quietly(self, request_id: str) -> None:
         try:
@@ -210,6 +225,9 @@ def _body(request: GenerateRequest) -> dict[str, JsonValue]:
     }
     body.pop("return_routed_experts", None)
     body.pop("routed_experts_start_len", None)
+    for kind, name in _MEDIA_FIELDS.items():
+        if urls := [media.url for media in request.media if media.kind is kind]:
+            body[name] = urls
     if request.reasons_first:
         body["require_reasoning"] = True
     if request.routed_experts_start is not None:
@@ -310,7 +328,8 @@ class _Stream:
 
     def _ended(self, event: Mapping[str, Any], meta: Mapping[str, Any], finish: Mapping[str, Any]) -> GenerateEnd:
         prompt_tokens, num_output = int(meta["prompt_tokens"]), len(self._output_ids)
-        if prompt_tokens != len(self._request.token_ids):
+        # SGLang writes media into the prompt itself: its ids are then its own, and the turn is marked so (I9).
+        if prompt_tokens != len(self._request.token_ids) and not self._request.media:
             raise EngineProtocolError(
                 f"{self._named}: the engine read {prompt_tokens} prompt tokens of {len(self._request.token_ids)} (I1)"
             )

@@ -78,11 +78,24 @@ _TABLES = (
     "CREATE TABLE policies (weight_version TEXT PRIMARY KEY, policy_version INTEGER NOT NULL)",
 )
 
+_ADDED = (
+    # Which sessions refer to which contents of blobs.py.
+    """CREATE TABLE IF NOT EXISTS blobs (
+        session_id TEXT NOT NULL,
+        sha256 TEXT NOT NULL,
+        media_type TEXT NOT NULL,
+        num_bytes INTEGER NOT NULL,
+        PRIMARY KEY (session_id, sha256)
+    )""",
+    "CREATE INDEX IF NOT EXISTS blobs_by_content ON blobs (sha256)",
+)
+"""Tables that a store of this version may lack; they are made when it is opened for writing."""
+
 
 def prepare(connection: sqlite3.Connection, name: str) -> None:
-    """Make the tables of an empty store; `connection` is in autocommit mode and `name` is said in errors.
+    """Make the tables of an empty store, or those that are missing; `connection` is in autocommit mode.
 
-    Raises SchemaMismatch for a store of another version, or one that is no ledger.
+    `name` is said in errors. Raises SchemaMismatch for a store of another version, or one that is no ledger.
     """
     connection.execute("BEGIN IMMEDIATE")
     try:
@@ -92,6 +105,8 @@ def prepare(connection: sqlite3.Connection, name: str) -> None:
             for statement in _TABLES:
                 connection.execute(statement)
             connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        for statement in _ADDED:
+            connection.execute(statement)
         connection.execute("COMMIT")
     finally:
         if connection.in_transaction:

@@ -35,6 +35,7 @@ class Generated:
     token_ids int32[C], logprobs float32[C]; experts: rows [start, P+C-1) or less if the last were never returned, None
     if there are none. lost_attempts: streams that broke; engines: who sampled, in order. versions_certain: False
     where a stream broke and the policy version of its tokens could only be assumed, or its engine could not say it.
+    prompt_tokens: as the engine counted them, 0 where it never said.
     """
 
     token_ids: TokenIds
@@ -51,6 +52,7 @@ class Generated:
     versions_certain: bool
     meta_info: Mapping[str, JsonValue]
     reply_fields: Mapping[str, JsonValue]
+    prompt_tokens: int
 
 
 class Continuation:
@@ -70,6 +72,7 @@ class Continuation:
         self._attempt_start = 0
         self._open = False
         self._cached_tokens: int | None = None
+        self._prompt_tokens: int | None = None
         self._num_retractions = 0
         self._engines: list[EngineIdentity] = []
         self._num_attempts = 0
@@ -140,6 +143,7 @@ class Continuation:
             self._experts.append(rows)
         if self._cached_tokens is None:
             self._cached_tokens = end.cached_tokens
+            self._prompt_tokens = end.prompt_tokens - self._attempt_start
         self._num_retractions += end.num_retractions
         self._meta_info = {**self._meta_info, **end.meta_info}
         self._reply_fields = {**self._reply_fields, **end.reply_fields}
@@ -174,6 +178,7 @@ class Continuation:
             versions_certain=self._versions_certain,
             meta_info=self._meta_info,
             reply_fields=self._reply_fields,
+            prompt_tokens=self._prompt_tokens or 0,
         )
 
     def stop_if_over(self, stop_token_ids: frozenset[int]) -> Finish | None:

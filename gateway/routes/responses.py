@@ -20,6 +20,7 @@ from gateway.contracts.replies import ParsedReply, ToolCall
 from gateway.routes.access import Access
 from gateway.routes.bodies import json_reply, path_id, read_body
 from gateway.routes.turns import Calls, named_session
+from gateway.sessions.media import num_prompt_tokens
 from gateway.sessions.messages import reasoning_of
 from gateway.sessions.registry import Session, SessionRegistry
 from gateway.sessions.tree import Node, TurnTree
@@ -128,7 +129,12 @@ class _ResponsesRoutes:
             experts=None,
             meta_info=record.meta["engine"],
             reply_fields=record.meta.get("engine_reply", {}),
-            usage=Usage(len(prompt), len(record.output_token_ids), record.cached_tokens, reply.num_reasoning_tokens),
+            usage=Usage(
+                num_prompt_tokens(record, len(prompt)),
+                len(record.output_token_ids),
+                record.cached_tokens,
+                reply.num_reasoning_tokens,
+            ),
         )
 
 

@@ -36,15 +36,18 @@ from gateway.contracts.generation import (
     FinishReason,
     GenerateRequest,
     JsonValue,
+    Media,
     SamplingParams,
     TokenIds,
 )
+from gateway.contracts.media import RAW_MEDIA, PlacedMedia, placed_media
 from gateway.contracts.ports import Ledger
 from gateway.contracts.records import Attachment, RootContext, SegmentReason, TurnRecord
 from gateway.contracts.replies import ParsedReply, ReplyDelta
 from gateway.replicas.continuation import Continuation, Generated
 from gateway.replicas.pool import ReplicaPool
 from gateway.sessions.attach import RAW, Place, attach, restore_reasoning
+from gateway.sessions.media import UNTRAINABLE, keep_media, load_media, shown_media
 from gateway.sessions.model import ServedModel
 from gateway.sessions.raw import attach_raw, check_ids
 from gateway.sessions.registry import Session
@@ -124,13 +127,20 @@ class TurnParts:
 @dataclass(frozen=True, slots=True, eq=False)
 class _Prompt:
     """A built prompt with its place; `token_ids` is all of it. `messages`: as the template was given them, recorded
-    reasoning restored; for a raw prompt one that stands for what it adds."""
+    reasoning restored; for a raw prompt one that stands for what it adds. media: of all of it, in order."""
 
     place: Place
     root: RootContext
     messages: tuple[JsonValue, ...]
     built: BuiltPrompt
     token_ids: TokenIds
+    media: tuple[PlacedMedia, ...] = ()
+
+    @property
+    def is_provable(self) -> bool:
+        """Whether what the engine read are these ids: not where it had media to read, here or in recorded turns."""
+        parent = self.place.parent if self.built.segment_reason is None else None
+        return not self.media and (parent is None or parent.record.untrainable_reason != UNTRAINABLE)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -146,7 +156,7 @@ async def run_turn(parts: TurnParts, session: Session, request: TurnRequest, tur
     Raises RequestError before anything is sampled. After that an EngineError leaves what was sampled in the ledger.
     """
     prompt = await _build_prompt(parts, session, request)
-    sampling = _sampling(parts, session, request, num_prompt_tokens=len(prompt.token_ids))
+    sampling = _sampling(parts, session, request, prompt)
     if prompt.built.hidden_messages:
         _log.warning(
             "session %s: the chat template does not show the model messages %s",
@@ -156,6 +166,7 @@ async def run_turn(parts: TurnParts, session: Session, request: TurnRequest, tur
     turn.emit(TurnStarted(prompt.token_ids))
     sampled = await _sample(parts, session, request, prompt, sampling, turn)
     record = _record(parts, session, request, prompt, sampling, sampled, turn)
+    await keep_media(parts.ledger, session.record.session_id, record.added_messages, request.blobs)
     await parts.ledger.append_turn(record, sampled.generated.experts)  # I4
     session.tree.add(record)
     finished = TurnFinished(record, prompt.token_ids, sampled.reply, sampled.generated.experts)
@@ -332,6 +343,7 @@ async def _chat_prompt(parts: TurnParts, session: Session, request: TurnRequest)
     root = RootContext(request.tools, request.template_arguments)
     place = attach(session.tree, request.messages, root)
     conversation = Conversation(restore_reasoning(place, request.messages), root.tools, root.template_arguments)
+    media = shown_media(parts.model.template, conversation.messages)
     parent = _parent_turn(place)
     prompts, reason = parts.model.prompts, place.reason or SegmentReason.UNCERTIFIED
     if request.num_bytes <= parts.settings.inline_prompt_bytes:
@@ -343,7 +355,7 @@ async def _chat_prompt(parts: TurnParts, session: Session, request: TurnRequest)
     else:
         token_ids = np.concatenate([parent.token_ids, built.token_ids])
     _check_vocabulary(parts, token_ids)
-    return _Prompt(place, root, conversation.messages, built, token_ids)
+    return _Prompt(place, root, conversation.messages, built, token_ids, media)
 
 
 async def _raw_prompt(parts: TurnParts, session: Session, request: TurnRequest, raw: RawPrompt) -> _Prompt:
@@ -360,7 +372,10 @@ async def _raw_prompt(parts: TurnParts, session: Session, request: TurnRequest, 
     token_ids = added if parent is None else np.concatenate([parent.token_ids(), added])
     check_ids(token_ids, vocab_size=_vocab_size(parts))
     built = BuiltPrompt(added, found.place.reason, RAW)
-    return _Prompt(found.place, RootContext((), {}), (message,), built, token_ids)
+    if raw.media:
+        message = {**message, RAW_MEDIA: list(raw.media)}
+    media = tuple(placed_media([message]))
+    return _Prompt(found.place, RootContext((), {}), (message,), built, token_ids, media)
 
 
 def _parent_turn(place: Place) -> ParentTurn | None:
@@ -386,14 +401,17 @@ def _vocab_size(parts: TurnParts) -> int:
     return parts.pool.vocab_size or parts.model.tokenizer.vocab_size
 
 
-def _sampling(parts: TurnParts, session: Session, request: TurnRequest, *, num_prompt_tokens: int) -> SamplingParams:
+def _sampling(parts: TurnParts, session: Session, request: TurnRequest, prompt: _Prompt) -> SamplingParams:
     """Request, then the session's overrides; the rest of the context where nobody limits the reply."""
+    num_prompt_tokens = len(prompt.token_ids)
     fields = {**request.sampling, **sampling_fields(session.record.sampling)}
     lengths = [length for length in (parts.pool.context_length, parts.model.context_length) if length]
     left = min(lengths) - num_prompt_tokens if lengths else None
     asked = fields.get("max_new_tokens")
     if asked is None:
         asked = parts.settings.default_max_new_tokens if left is None else left
+        if prompt.media and left is not None:  # of which media take a part that only the engine knows
+            asked = min(parts.settings.default_max_new_tokens, left // 2)
     if left is not None and (left < 1 or asked > left):
         raise ContextOverflow(
             f"This model's maximum context length is {min(lengths)} tokens. However, you requested "
@@ -435,7 +453,8 @@ async def _sample(
         stop=sampling.stop,
         stop_token_ids=sampling.stop_token_ids,
     )
-    progress = Continuation(_generate_request(parts, session, request, prompt, sampling))
+    media = await load_media(prompt.media, request.blobs, parts.ledger, session.record.session_id)
+    progress = Continuation(_generate_request(parts, session, request, prompt, sampling, media))
     finish, failure = Finish(FinishReason.ABORT), None
     try:
         async with asyncio.timeout(parts.settings.timeout_seconds) as deadline:
@@ -463,7 +482,12 @@ async def _sample(
 
 
 def _generate_request(
-    parts: TurnParts, session: Session, request: TurnRequest, prompt: _Prompt, sampling: SamplingParams
+    parts: TurnParts,
+    session: Session,
+    request: TurnRequest,
+    prompt: _Prompt,
+    sampling: SamplingParams,
+    media: tuple[Media, ...],
 ) -> GenerateRequest:
     """Rows are wanted from the last token of the parent on: it had none until now (I2)."""
     extends = prompt.built.segment_reason is None and prompt.place.parent is not None
@@ -472,9 +496,10 @@ def _generate_request(
         request_id="",
         token_ids=prompt.token_ids,
         sampling=sampling,
-        routed_experts_start=first_row,
+        routed_experts_start=first_row if prompt.is_provable else None,
         passthrough=request.passthrough,
         reasons_first="structural_tag" in sampling.extra and parts.model.parsing.opens_reasoning(prompt.token_ids),
+        media=media,
         routing_key=quote(session.record.session_id, safe=""),
     )
 
@@ -530,7 +555,7 @@ def _record(
         cached_tokens=generated.cached_tokens,
         num_retractions=generated.num_retractions,
         meta=_meta(request, prompt, sampling, sampled),
-        untrainable_reason=_untrainable_reason(generated),
+        untrainable_reason=_untrainable_reason(prompt, generated),
         created_at=turn.started_at,
         delivered_at=None,
     )
@@ -559,6 +584,7 @@ def _enforced(request: TurnRequest, sampling: SamplingParams) -> bool | None:
 
 def _meta(request: TurnRequest, prompt: _Prompt, sampling: SamplingParams, sampled: _Sampled) -> dict[str, JsonValue]:
     generated = sampled.generated
+    media = {"num_media": len(prompt.media), "engine_prompt_tokens": generated.prompt_tokens}
     return {
         "certified_by": prompt.built.certified_by,
         "hidden_messages": list(prompt.built.hidden_messages),
@@ -572,13 +598,16 @@ def _meta(request: TurnRequest, prompt: _Prompt, sampling: SamplingParams, sampl
         "tool_choice_enforced": _enforced(request, sampling),
         "request": dict(request.kept),
         "error": None if sampled.failure is None else sampled.failure.code,
+        **({"media": media} if prompt.media else {}),
         "engine": dict(generated.meta_info),
         "engine_reply": dict(generated.reply_fields),
     }
 
 
-def _untrainable_reason(generated: Generated) -> str | None:
+def _untrainable_reason(prompt: _Prompt, generated: Generated) -> str | None:
     """I9: what cannot be proved is kept and answered, not trained (a missing log-prob excludes its token only)."""
+    if not prompt.is_provable:
+        return UNTRAINABLE
     if not all(engine.token_exact for engine in generated.engines):
         return "text_only_engine"
     if not generated.versions_certain:

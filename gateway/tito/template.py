@@ -3,10 +3,10 @@
 The environment is transformers' (5.23) in behaviour: an immutable sandbox, trimmed blocks, `tojson` without HTML
 escaping, `raise_exception`, `strftime_now`, loop controls, generation blocks, named special tokens as variables, keys
 of a message that are null left out, reasoning visible under each of its three names. Equality is property-tested.
-Three things are added, which engines do and templates expect: arguments of tool calls, which agents send as JSON text,
+Four things are added, which engines do and templates expect: arguments of tool calls, which agents send as JSON text,
 are objects for a template that shows those otherwise than text; text parts are one text for a template that knows no
 parts, and text is a part for one that knows nothing else; where a template raises because an assistant has no content,
-it gets "".
+it gets ""; parts that are no text are only named (`{"type": "image"}`).
 
 A template is untrusted input: it sees plain JSON values only and reaches no file and no attribute of Python objects.
 """
@@ -30,7 +30,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from gateway.contracts.errors import ConfigurationError, TemplateRaised
-from gateway.contracts.generation import JsonValue
+from gateway.contracts.generation import JsonValue, MediaKind
+from gateway.contracts.media import MEDIA_KEYS, media_kind
 from gateway.tito.conversation import Conversation
 from gateway.tito.model_files import read_json_object, read_special_tokens
 
@@ -95,6 +96,7 @@ class ChatTemplate:
         self.looked_for: tuple[str, ...] = _looked_for(self.source)
         self._special_tokens = dict(special_tokens)
         self._content_forms: dict[str, ContentForms] = {}
+        self._media_shown: dict[tuple[str, MediaKind], bool] = {}
         self._compiled = {name: _compile(text, name=name) for name, text in templates.items()}
 
     @classmethod
@@ -113,7 +115,7 @@ class ChatTemplate:
     def render(self, conversation: Conversation, *, add_generation_prompt: bool = True) -> str:
         """The conversation's text; raises TemplateRaised with the template's own message where it refuses."""
         messages = [_template_message(message) for message in conversation.messages]
-        messages = [self._in_known_form(message) for message in messages]
+        messages = [self._in_known_form(_with_named_media(message)) for message in messages]
         if self.wants_argument_objects:
             messages = [_with_argument_objects(message, _parsed_or_text) for message in messages]
         try:
@@ -146,7 +148,22 @@ class ChatTemplate:
             self._content_forms[role] = ContentForms(text=shows[0], parts=shows[1])
         return self._content_forms[role]
 
+    def shows_media(self, role: str, kind: MediaKind) -> bool:
+        """Whether something stands in the text for an image (a recording, a film) in this role's messages."""
+        key = (role, kind)
+        if key not in self._media_shown:
+            text: dict[str, JsonValue] = {"type": "text", "text": _NEEDLE}
+            without, shown = (self._try_content(role, parts) for parts in ([text], [text, {"type": kind.value}]))
+            self._media_shown[key] = shown not in (None, without) and not _is_printed({"type": kind.value}, shown or "")
+        return self._media_shown[key]
+
     def _shows_content(self, role: str, content: JsonValue) -> bool:
+        shown = self._try_content(role, content) or ""
+        # A list is not shown by printing it, neither as Python nor as JSON does.
+        return _NEEDLE in shown and f"'text': '{_NEEDLE}'" not in shown and f'"text": "{_NEEDLE}"' not in shown
+
+    def _try_content(self, role: str, content: JsonValue) -> str | None:
+        """A conversation with one message of a role that has this content; None where the template refuses it."""
         message: dict[str, JsonValue] = {"role": role, "content": content}
         user: dict[str, JsonValue] = {"role": "user", "content": "question"}
         if role != "user":
@@ -161,13 +178,11 @@ class ChatTemplate:
             before = [user, {"role": "assistant", "content": "", "tool_calls": [call]}]
             message |= {"tool_call_id": "call00001", "name": "probe"}
         try:
-            shown = self._render(
+            return self._render(
                 Conversation((), tools=(_PROBE_TOOL,)), [*before, message, *after], add_generation_prompt=False
             )
         except TemplateRaised:
-            return False
-        # A list is not shown by printing it, neither as Python nor as JSON does.
-        return _NEEDLE in shown and f"'text': '{_NEEDLE}'" not in shown and f'"text": "{_NEEDLE}"' not in shown
+            return None
 
     def _in_known_form(self, message: dict[str, JsonValue]) -> dict[str, JsonValue]:
         """Text and text parts are the same to an agent, and not to every template."""
@@ -253,6 +268,29 @@ def _template_message(message: JsonValue) -> dict[str, JsonValue]:
     if reasoning is not None:
         shown = {"thinking": reasoning, **shown, "reasoning_content": reasoning}
     return shown
+
+
+def _with_named_media(message: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    """Parts as engines show them to templates: no text is its kind alone, and nothing else has keys that look like it,
+    so that there are as many placeholders as there are media."""
+    content = message.get("content")
+    if not isinstance(content, list) or not any(isinstance(part, Mapping) for part in content):
+        return message
+    return {**message, "content": [_named_part(part) for part in content]}
+
+
+def _named_part(part: JsonValue) -> JsonValue:
+    kind = media_kind(part)
+    if kind is not None:
+        return {"type": kind.value}
+    if isinstance(part, Mapping) and part.keys() & MEDIA_KEYS:
+        return {key: value for key, value in part.items() if key not in MEDIA_KEYS}
+    return part
+
+
+def _is_printed(part: Mapping[str, JsonValue], text: str) -> bool:
+    """Whether a template printed a part instead of showing it."""
+    return str(part)[1:-1] in text or json.dumps(part)[1:-1] in text
 
 
 def _text_of(part: JsonValue) -> str | None:

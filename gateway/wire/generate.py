@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pybase64
 
@@ -25,6 +25,7 @@ from gateway.wire import sse
 from gateway.wire.errors import error_body
 from gateway.wire.fields import check_nesting, flag, kind_of, optional
 from gateway.wire.json_text import load_json_object
+from gateway.wire.media import take_engine_media
 from gateway.wire.raw_prompts import is_batch, raw_prompts
 from gateway.wire.reply import FinishedChoice, ReplyTokens
 from gateway.wire.request import PROTECTED, RawPrompt, TurnRequest, Wanted
@@ -32,8 +33,9 @@ from gateway.wire.sampling import SAMPLING_EXTRA, sampling_fields
 
 _READ = frozenset(
     (
-        "input_ids", "model", "return_logprob", "return_prompt_token_ids", "return_routed_experts",
-        "return_text_in_logprobs", "rid", "routed_experts_start_len", "sampling_params", "stream", "text",
+        "audio_data", "image_data", "input_ids", "model", "return_logprob", "return_prompt_token_ids",
+        "return_routed_experts", "return_text_in_logprobs", "rid", "routed_experts_start_len", "sampling_params",
+        "stream", "text", "video_data",
     )
 )  # fmt: skip
 
@@ -78,6 +80,7 @@ def parse_sglang_request(body: bytes) -> SglangRequest:
     if len(numbers) > 1:
         raise InvalidRequest("sampling_params: n must be the same for all prompts of a list")
     [num_choices] = numbers
+    media, blobs = take_engine_media(fields, len(prompts))
     digest = hashlib.sha256(body).hexdigest()
     forged = PROTECTED & fields.keys() - _READ
     turns = tuple(
@@ -95,9 +98,10 @@ def parse_sglang_request(body: bytes) -> SglangRequest:
             ignored_fields=tuple(sorted([*forged, *_ignored_sampling(each)])),
             digest=digest,
             num_bytes=len(body),
-            prompt=prompt,
+            prompt=replace(prompt, media=tuple(parts)),
+            blobs=blobs,
         )
-        for prompt, each in zip(prompts, parameters, strict=True)
+        for prompt, each, parts in zip(prompts, parameters, media, strict=True)
     )
     shown = Shown(
         logprob_texts=flag(fields, "return_text_in_logprobs"),

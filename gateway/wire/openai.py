@@ -22,6 +22,7 @@ from gateway.wire import sse
 from gateway.wire.errors import error_body
 from gateway.wire.fields import check_nesting, flag, kind_of, objects, optional
 from gateway.wire.json_text import load_json_object
+from gateway.wire.media import take_media
 from gateway.wire.reply import FinishedChoice, ReplyTokens, Usage
 from gateway.wire.request import PROTECTED, TurnRequest, Wanted
 from gateway.wire.sampling import SAMPLING_EXTRA, sampling_fields
@@ -47,7 +48,7 @@ def parse_chat_request(body: bytes) -> TurnRequest:
 
 def chat_request(fields: Mapping[str, JsonValue], *, body: bytes) -> TurnRequest:
     """A request from chat's fields, which other dialects are translated into; `body` is what the client sent."""
-    messages = _messages(fields)
+    messages, blobs = take_media(_messages(fields))
     tools = objects(fields, "tools")
     passthrough = {k: v for k, v in fields.items() if k not in _KNOWN | SAMPLING_EXTRA | PROTECTED}
     return TurnRequest(
@@ -66,6 +67,7 @@ def chat_request(fields: Mapping[str, JsonValue], *, body: bytes) -> TurnRequest
         ignored_fields=tuple(sorted(PROTECTED & fields.keys())),
         digest=hashlib.sha256(body).hexdigest(),
         num_bytes=len(body),
+        blobs=blobs,
     )
 
 
