@@ -152,9 +152,7 @@ def test_parts_are_spelled_as_chat_completions_spell_them() -> None:
         },
     ]
     for nameless in ({"type": "input_file", "file_id": "f"}, {"type": "input_image", "file_id": "f"}):
-        with pytest.raises(
-            InvalidRequest, match=r"messages\[0\].content\[0\]: (this model takes no files|image without)"
-        ):
+        with pytest.raises(InvalidRequest, match=r"content\[0\]: (this model takes no files|image without)"):
             messages({"role": "user", "content": [nameless]})
     assert messages({"role": "user", "content": [{"type": "input_text", "text": "x"}]}) == [USER]
     assert messages(text("", content=[{"type": "refusal", "refusal": "no"}]))[0]["content"] == "no"
