@@ -25,6 +25,7 @@ from gateway.contracts.errors import (
     EngineRejected,
     EngineUnavailable,
     ExpertsMismatch,
+    InvalidRequest,
     LengthMismatch,
     RequestError,
 )
@@ -130,8 +131,10 @@ class SglangEngine:
                         yield stream.end
                         return
             raise EngineUnavailable(f"engine {self.engine_id}: the stream ended before the request did")
-        except (EngineRejected, RequestError):
+        except (EngineRejected, RequestError) as error:
             ended = True
+            if request.media and isinstance(error, EngineRejected):  # nearly always one that it could not read
+                raise InvalidRequest(error.message) from error
             raise
         finally:
             if not ended:

@@ -47,7 +47,7 @@ from gateway.contracts.replies import ParsedReply, ReplyDelta
 from gateway.replicas.continuation import Continuation, Generated
 from gateway.replicas.pool import ReplicaPool
 from gateway.sessions.attach import RAW, Place, attach, restore_reasoning
-from gateway.sessions.media import UNTRAINABLE, keep_media, load_media, shown_media
+from gateway.sessions.media import UNTRAINABLE, check_placeholders, keep_media, load_media, shown_media
 from gateway.sessions.model import ServedModel
 from gateway.sessions.raw import attach_raw, check_ids
 from gateway.sessions.registry import Session
@@ -66,13 +66,15 @@ class TurnSettings:
     """default_max_new_tokens: where neither request nor session says and no context length is known.
 
     disconnect_grace_seconds: how long a turn goes on whose client has gone. timeout_seconds: of sampling, waiting for
-    engines included. inline_prompt_bytes: larger requests are rendered in a thread, off the event loop.
+    engines included. inline_prompt_bytes: larger requests are rendered in a thread, off the event loop. media_urls:
+    whether engines may be sent the http(s) URLs of images that agents name, which they then fetch.
     """
 
     default_max_new_tokens: int = 4096
     disconnect_grace_seconds: float = 10.0
     timeout_seconds: float = 3600.0
     inline_prompt_bytes: int = 65_536
+    media_urls: bool = True
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -355,6 +357,7 @@ async def _chat_prompt(parts: TurnParts, session: Session, request: TurnRequest)
     else:
         token_ids = np.concatenate([parent.token_ids, built.token_ids])
     _check_vocabulary(parts, token_ids)
+    check_placeholders(parts.model.tokenizer, parts.model.template, media, token_ids)
     return _Prompt(place, root, conversation.messages, built, token_ids, media)
 
 
@@ -375,6 +378,7 @@ async def _raw_prompt(parts: TurnParts, session: Session, request: TurnRequest, 
     if raw.media:
         message = {**message, RAW_MEDIA: list(raw.media)}
     media = tuple(placed_media([message]))
+    check_placeholders(tokenizer, parts.model.template, media, token_ids)
     return _Prompt(found.place, RootContext((), {}), (message,), built, token_ids, media)
 
 
@@ -453,7 +457,13 @@ async def _sample(
         stop=sampling.stop,
         stop_token_ids=sampling.stop_token_ids,
     )
-    media = await load_media(prompt.media, request.blobs, parts.ledger, session.record.session_id)
+    media = await load_media(
+        prompt.media,
+        request.blobs,
+        parts.ledger,
+        session.record.session_id,
+        takes_urls=parts.settings.media_urls,
+    )
     progress = Continuation(_generate_request(parts, session, request, prompt, sampling, media))
     finish, failure = Finish(FinishReason.ABORT), None
     try:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -96,7 +96,7 @@ class ChatTemplate:
         self.looked_for: tuple[str, ...] = _looked_for(self.source)
         self._special_tokens = dict(special_tokens)
         self._content_forms: dict[str, ContentForms] = {}
-        self._media_shown: dict[tuple[str, MediaKind], bool] = {}
+        self._media_shown: dict[tuple[str, MediaKind], tuple[str | None, str | None]] = {}
         self._compiled = {name: _compile(text, name=name) for name, text in templates.items()}
 
     @classmethod
@@ -150,11 +150,26 @@ class ChatTemplate:
 
     def shows_media(self, role: str, kind: MediaKind) -> bool:
         """Whether something stands in the text for an image (a recording, a film) in this role's messages."""
+        without, shown = self._with_media(role, kind)
+        return shown not in (None, without) and not _is_printed({"type": kind.value}, shown or "")
+
+    def placeholders(self, role: str, kind: MediaKind, texts: Iterable[str]) -> Mapping[str, int]:
+        """Which of some texts (of tokens) stand in the text for an image (a recording, a film), and how often each."""
+        if not self.shows_media(role, kind):
+            return {}
+        without, shown = (text or "" for text in self._with_media(role, kind))
+        counts = {text: shown.count(text) - without.count(text) for text in texts if text in shown}
+        return {text: count for text, count in counts.items() if count > 0}
+
+    def _with_media(self, role: str, kind: MediaKind) -> tuple[str | None, str | None]:
+        """A message without and with a part of that kind, each None where the template refuses it."""
         key = (role, kind)
         if key not in self._media_shown:
             text: dict[str, JsonValue] = {"type": "text", "text": _NEEDLE}
-            without, shown = (self._try_content(role, parts) for parts in ([text], [text, {"type": kind.value}]))
-            self._media_shown[key] = shown not in (None, without) and not _is_printed({"type": kind.value}, shown or "")
+            self._media_shown[key] = (
+                self._try_content(role, [text]),
+                self._try_content(role, [text, {"type": kind.value}]),
+            )
         return self._media_shown[key]
 
     def _shows_content(self, role: str, content: JsonValue) -> bool:

@@ -202,7 +202,8 @@ def test_images_of_responses_are_read_from_the_record_when_it_goes_on(seeing: Ru
 
 
 def test_images_of_generate_are_recorded_with_their_prompt(seeing: RunningGateway, session_id: str) -> None:
-    body = {"text": "<|image_pad|>quick", "image_data": DATA_URL, "sampling_params": {"max_new_tokens": 8}}
+    placeholder = "<|vision_start|><|image_pad|><|vision_end|>"
+    body = {"text": f"{placeholder}quick", "image_data": DATA_URL, "sampling_params": {"max_new_tokens": 8}}
     first = seeing.post(f"/sessions/{session_id}/generate", body)
     assert first["text"] == "the quick answer"
     seeing.post(f"/sessions/{session_id}/generate", {"text": body["text"] + first["text"] + "<|im_end|>quick"})
@@ -210,6 +211,19 @@ def test_images_of_generate_are_recorded_with_their_prompt(seeing: RunningGatewa
     assert turns[0]["added_messages"][0]["media"] == [{"type": "image_url", "image_url": REFERENCE}]
     assert turns[1]["attachment"]["parent_id"] == turns[0]["turn_id"]
     assert [turn["untrainable_reason"] for turn in turns] == ["media", "media"]
+
+
+def test_text_that_an_engine_would_take_for_an_image_is_refused_beside_one(
+    seeing: RunningGateway, session_id: str
+) -> None:
+    """An engine that decodes the prompt would count it, and SGLang would never answer; without an image it is text."""
+    with pytest.raises(openai.BadRequestError, match=r"<\|image_pad\|>' 2 times, 1 stand for its 1 images"):
+        ask(seeing, session_id, user("quick <|image_pad|>", IMAGE))
+    assert ask(seeing, session_id, user("quick <|image_pad|>")).choices[0].message.content == "the quick answer"
+    body = {"text": "quick", "image_data": DATA_URL}
+    reply = httpx.post(f"{seeing.url}/sessions/{session_id}/generate", json=body)
+    assert reply.status_code == 400
+    assert "0 times, 1 stand for its 1 images" in reply.text
 
 
 def test_equal_images_of_sessions_are_one_file_until_the_last_of_them_goes(
@@ -256,9 +270,11 @@ def test_a_model_that_is_shown_no_images_says_so(gateway: RunningGateway, sessio
 def test_an_engine_that_takes_no_images_says_so_before_anything_is_sampled(
     start_seeing: StartSeeing, tmp_path: Path, session_id: str
 ) -> None:
-    blind = start_seeing(tmp_path / "data", kind="scripted")
+    blind = start_seeing(tmp_path / "data", "--set", "turns.media_urls=false", kind="scripted")
     with pytest.raises(openai.BadRequestError, match=r"image, which engine .* does not take"):
         ask(blind, session_id, user("quick", IMAGE))
+    with pytest.raises(openai.BadRequestError, match=r"content\[1\]: http\(s\) URLs are not taken here"):
+        ask(blind, session_id, user("quick", {"type": "image_url", "image_url": {"url": "http://x"}}))
     assert ask(blind, session_id, user("quick")).choices[0].message.content == "the quick answer"
     assert len(blind.turns(session_id)) == 1
     assert blind.stop() == 0
