@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from engines.connection import EngineHttp, failure
+from engines.media import refuse_media
 from gateway.contracts.errors import EngineError, EngineProtocolError, EngineUnavailable, InvalidRequest
 from gateway.contracts.generation import (
     EngineIdentity,
@@ -96,6 +97,7 @@ class OpenAiTextEngine:
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[GenerateChunk | GenerateEnd, None]:
         """Stream new text as ids, whole words at a time, then one GenerateEnd; closing early closes the connection."""
+        refuse_media(request, (), named=f"the text-only upstream {self.engine_id}")
         await self._running.wait()
         text = TextStream(self._encode, f"engine {self.engine_id}, request {request.request_id}")
         aborted = self._live[request.request_id] = asyncio.Event()

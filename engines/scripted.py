@@ -16,6 +16,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from engines.media import refuse_media
 from gateway.contracts.errors import EngineRejected, EngineUnavailable
 from gateway.contracts.experts import ExpertIds, RoutedExperts, RoutingShape, narrow
 from gateway.contracts.generation import (
@@ -27,6 +28,7 @@ from gateway.contracts.generation import (
     GenerateRequest,
     JsonValue,
     LogprobKind,
+    MediaKind,
     TokenIds,
     TopLogprob,
 )
@@ -62,7 +64,8 @@ class ScriptedEngine:
     """An `Engine` that samples what its plan says; `requests` keeps all that it was asked.
 
     `context_length` and `vocab_size` are enforced as a real engine would: a longer request is rejected, and an id
-    outside the vocabulary breaks the connection (what SGLang does on CPU).
+    outside the vocabulary breaks the connection (what SGLang does on CPU). media_tokens: how many tokens each image,
+    recording or film takes in its prompts, 0 for a model that takes none.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class ScriptedEngine:
         vocab_size: int = 0,
         context_length: int = 0,
         model_path: str = "",
+        media_tokens: int = 0,
     ) -> None:
         self._plan = plan
         self._engine_id = engine_id
@@ -83,6 +87,7 @@ class ScriptedEngine:
         self._vocab_size = vocab_size
         self._context_length = context_length
         self._model_path = model_path
+        self._media_tokens = media_tokens
         self._running = asyncio.Event()
         self._running.set()
         self._aborted: set[str] = set()
@@ -199,13 +204,17 @@ class ScriptedEngine:
         self._closed = False
 
     def _check(self, request: GenerateRequest) -> None:
-        wanted = len(request.token_ids) + request.sampling.max_new_tokens
+        refuse_media(request, tuple(MediaKind) if self._media_tokens else (), named=f"engine {self._engine_id}")
+        wanted = self._prompt_tokens(request) + request.sampling.max_new_tokens
         if self._closed:
             raise EngineUnavailable(f"{self._engine_id} is down")
         if self._context_length and wanted > self._context_length:
             raise EngineRejected(f"{wanted} tokens are longer than the maximum context length {self._context_length}")
         if self._vocab_size and int(request.token_ids.max()) >= self._vocab_size:
             raise EngineUnavailable(f"{self._engine_id} died of a token id outside its vocabulary")
+
+    def _prompt_tokens(self, request: GenerateRequest) -> int:
+        return len(request.token_ids) + len(request.media) * max(0, self._media_tokens - 1)
 
     def _reply(self, request: GenerateRequest) -> ScriptedReply:
         if callable(self._plan):
@@ -230,7 +239,7 @@ class ScriptedEngine:
             finish=finish,
             version_spans=join_spans(spans),
             routed_experts=experts,
-            prompt_tokens=len(request.token_ids),
+            prompt_tokens=self._prompt_tokens(request),
             completion_tokens=sampled,
             cached_tokens=0,
             num_retractions=0,

@@ -21,12 +21,14 @@ import pybase64
 from engines.connection import EngineHttp, failure, refused
 from engines.identity import read_if_here, with_told
 from engines.likeliest import likeliest
+from engines.media import refuse_media
 from gateway.contracts.errors import (
     EngineError,
     EngineProtocolError,
     EngineRejected,
     EngineUnavailable,
     ExpertsMismatch,
+    InvalidRequest,
     LengthMismatch,
     RequestError,
 )
@@ -69,7 +71,8 @@ _KNOWN_META = frozenset(
     )
 )
 _KNOWN_TOP = frozenset(("text", "output_ids", "meta_info", "index"))
-_NOT_FOR_PASSTHROUGH = frozenset(("text", "input_embeds"))
+_MEDIA_FIELDS: Mapping[MediaKind, str] = {kind: f"{kind.value}_data" for kind in MediaKind}
+_NOT_FOR_PASSTHROUGH = frozenset(("text", "input_embeds", *_MEDIA_FIELDS.values()))
 """Another prompt beside `input_ids` would leave it to the engine which one counts (I1)."""
 
 _ENABLING = {
@@ -115,6 +118,7 @@ class SglangEngine:
         self._policy_version_of = policy_version_of
         self._context_length = context_length
         self._tokenizes = True
+        self._understands: frozenset[MediaKind] | None = None
 
     @property
     def engine_id(self) -> str:
@@ -128,6 +132,8 @@ class SglangEngine:
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[GenerateChunk | GenerateEnd, None]:
         """Stream new tokens, then exactly one GenerateEnd; closing early aborts the request at the engine."""
+        if request.media:
+            await self._check_media(request)
         if request.routed_experts_start is not None and self._routing is None:
             self._routing = (await self.identity()).routing
         stream = _Stream(request, self._routing, self._policy_version_of, self.engine_id)
@@ -143,12 +149,23 @@ class SglangEngine:
                         yield stream.end
                         return
             raise EngineUnavailable(f"engine {self.engine_id}: the stream ended before the request did")
-        except (EngineRejected, RequestError):
+        except (EngineRejected, RequestError) as error:
             ended = True
+            if request.media and isinstance(error, EngineRejected):  # nearly always one that it could not read
+                raise InvalidRequest(error.message) from error
             raise
         finally:
             if not ended:
                 await self._abort_quietly(request.request_id)
+
+    async def _check_media(self, request: GenerateRequest) -> None:
+        """Raise InvalidRequest for media that the model would ignore in silence."""
+        if self._understands is None:
+            model = await self._http.get_object("/model_info", timeout_seconds=_CONTROL_SECONDS)
+            sees = {MediaKind.IMAGE, MediaKind.VIDEO} if model.get("has_image_understanding") else set()
+            hears = {MediaKind.AUDIO} if model.get("has_audio_understanding") else set()
+            self._understands = frozenset(sees | hears)
+        refuse_media(request, self._understands, named=f"the model of engine {self.engine_id}")
 
     async def _abort_quietly(self, request_id: str) -> None:
         try:
@@ -271,6 +288,9 @@ def _body(request: GenerateRequest) -> dict[str, JsonValue]:
         body.pop(name, None)
     if request.num_top_logprobs:
         body["top_logprobs_num"] = request.num_top_logprobs
+    for kind, name in _MEDIA_FIELDS.items():
+        if urls := [media.url for media in request.media if media.kind is kind]:
+            body[name] = urls
     if request.reasons_first:
         body["require_reasoning"] = True
     if request.routed_experts_start is not None:
@@ -411,7 +431,8 @@ class _Stream:
 
     def _ended(self, event: Mapping[str, Any], meta: Mapping[str, Any], finish: Mapping[str, Any]) -> GenerateEnd:
         prompt_tokens, num_output = int(meta["prompt_tokens"]), len(self._output_ids)
-        if prompt_tokens != len(self._request.token_ids):
+        # SGLang writes media into the prompt itself: its ids are then its own, and the turn is marked so (I9).
+        if prompt_tokens != len(self._request.token_ids) and not self._request.media:
             raise EngineProtocolError(
                 f"{self._named}: the engine read {prompt_tokens} prompt tokens of {len(self._request.token_ids)} (I1)"
             )

@@ -31,6 +31,7 @@ from typing import Any
 
 from engines.connection import EngineHttp
 from engines.identity import FolderIdentity, read_if_here
+from engines.media import refuse_media
 from engines.vllm_stream import VllmStream
 from gateway.contracts.errors import (
     EngineError,
@@ -189,6 +190,8 @@ class VllmEngine:
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[GenerateChunk | GenerateEnd, None]:
         """Stream new tokens, then exactly one GenerateEnd; closing early aborts the request at the server."""
+        # Its ways in by token ids have no place for them.
+        refuse_media(request, (), named=f"vLLM engine {self.engine_id}")
         server = await self._known_server()
         seeded = request.sampling.seed is None or server.on_gpu
         path, body = _body(request, server, seeded=seeded)

@@ -38,6 +38,7 @@ from gateway.replicas.health import watch_health
 from gateway.replicas.pool import ReplicaPool
 from gateway.routes.access import Access
 from gateway.routes.admin import admin_router, status_router
+from gateway.routes.blobs import blobs_router
 from gateway.routes.bodies import json_reply
 from gateway.routes.chat import chat_router
 from gateway.routes.completions import completions_router
@@ -244,6 +245,7 @@ def build_app(gateway: Gateway, access: Access) -> FastAPI:
     creates_unknown = settings.unknown_sessions is UnknownSessions.CREATE
     rules = FieldRules(settings.fields)
     calls = Calls(gateway.runner, gateway.registry, access, creates_unknown=creates_unknown, rules=rules)
+    app.include_router(blobs_router(gateway.registry, gateway.ledger, access))
     app.include_router(messages_router(calls, max_body_bytes=max_bytes))
     app.include_router(responses_router(calls, gateway.registry, access, max_body_bytes=max_bytes))
     app.include_router(completions_router(calls, max_body_bytes=max_bytes))

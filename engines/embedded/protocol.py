@@ -69,6 +69,8 @@ _NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
 }
 """Sampling fields of SGLang that this engine does not implement, and the values that ask for nothing."""
 
+_MEDIA_FIELDS = ("image_data", "video_data", "audio_data")
+
 
 @dataclass(frozen=True, slots=True)
 class GenerateInput:
@@ -107,6 +109,9 @@ def read_generate(body: Any, limits: ModelLimits, tokenizer: Tokenizer | None) -
     """Check a `/generate` body; raises InvalidRequest or ContextOverflow with SGLang's message."""
     if not isinstance(body, dict):
         raise InvalidRequest("the body must be a JSON object")
+    for name in _MEDIA_FIELDS:
+        if body.get(name):
+            raise InvalidRequest(f"{name}: the embedded engine reads text only")
     prompts, batch = _prompts(body, tokenizer)
     parameters = body.get("sampling_params") or {}
     per_prompt = parameters if isinstance(parameters, list) else [parameters] * len(prompts)

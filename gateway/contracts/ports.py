@@ -15,6 +15,7 @@ from typing import Protocol, TypeAlias, runtime_checkable
 
 from gateway.contracts.experts import RoutedExperts
 from gateway.contracts.generation import EngineIdentity, GenerateChunk, GenerateEnd, GenerateRequest, JsonValue
+from gateway.contracts.media import Blob
 from gateway.contracts.records import FinishRecord, SessionRecord, TurnRecord
 from gateway.contracts.rollouts import FeedCounts, Lease
 
@@ -140,6 +141,19 @@ class Ledger(Protocol):
 
     async def experts(self, session_id: str, turn_id: str) -> RoutedExperts | None:
         """The routing rows stored with a turn; raises LedgerCorrupt if their checksum does not hold."""
+        ...
+
+    async def put_blob(self, session_id: str, blob: Blob) -> None:
+        """Keep a content that a session's messages refer to; the same again is a no-op.
+
+        Equal contents are stored once, and freed with the last session that refers to them (its deletion, or the drop
+        of its rollout). Raises NotFound for an unknown session, SessionSealed for a finished one.
+        """
+        ...
+
+    async def blob(self, session_id: str, sha256: str) -> Blob | None:
+        """A content that this session refers to, None if it refers to no such; raises LedgerCorrupt if it is not what
+        its name says."""
         ...
 
     async def finish(self, finish: FinishRecord) -> FinishRecord:

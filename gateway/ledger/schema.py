@@ -78,15 +78,29 @@ _TABLES = (
     "CREATE TABLE policies (weight_version TEXT PRIMARY KEY, policy_version INTEGER NOT NULL)",
 )
 
+_ADDED = (
+    # Which sessions refer to which contents of blobs.py.
+    """CREATE TABLE IF NOT EXISTS blobs (
+        session_id TEXT NOT NULL,
+        sha256 TEXT NOT NULL,
+        media_type TEXT NOT NULL,
+        num_bytes INTEGER NOT NULL,
+        PRIMARY KEY (session_id, sha256)
+    )""",
+    "CREATE INDEX IF NOT EXISTS blobs_by_content ON blobs (sha256)",
+)
+"""Tables that a store of this version may lack; they are made when it is opened for writing."""
+
 
 _READ_AS_THEY_ARE = (1,)
 """Older versions whose rows only lack facts whose absence says the same."""
 
 
 def prepare(connection: sqlite3.Connection, name: str) -> None:
-    """Make the tables of an empty store; `connection` is in autocommit mode and `name` is said in errors.
+    """Make the tables of an empty store, or those that are missing; `connection` is in autocommit mode.
 
-    A store of an older version is migrated. Raises SchemaMismatch for a newer one, or one that is no ledger.
+    `name` is said in errors. A store of an older version is migrated. Raises SchemaMismatch for a newer one, or one
+    that is no ledger.
     """
     connection.execute("BEGIN IMMEDIATE")
     try:
@@ -95,6 +109,8 @@ def prepare(connection: sqlite3.Connection, name: str) -> None:
                 connection.execute(statement)
         else:
             check(connection, name)
+        for statement in _ADDED:
+            connection.execute(statement)
         connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")  # the older program would misread new rows
         connection.execute("COMMIT")
     finally:

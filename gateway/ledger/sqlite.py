@@ -3,6 +3,7 @@
     data/ledger.lock      held by the one process that writes; its pid inside
     data/ledger.sqlite    sessions, turns, finishes, leases, policies
     data/routing/*.seg    routing rows (segments_file.py)
+    data/blobs/*          images and other bytes that messages refer to (blobs.py)
 
 Writes go through one thread that commits in groups (writer.py); reads run on connections of their own in a small pool.
 Nothing here blocks the event loop, and nothing is kept in memory that is not on disk.
@@ -33,9 +34,11 @@ from gateway.contracts.errors import (
     SessionSealed,
 )
 from gateway.contracts.experts import RoutedExperts
+from gateway.contracts.media import Blob
 from gateway.contracts.records import FinishRecord, SessionRecord, TurnRecord
 from gateway.contracts.rollouts import FeedCounts, Lease
 from gateway.ledger import leases, rows, schema
+from gateway.ledger.blobs import BlobFiles
 from gateway.ledger.segments_file import Location, SegmentFileWriter, read_record, sync_folder
 from gateway.ledger.writer import GroupCommitWriter, Operation, translate
 
@@ -60,6 +63,8 @@ class SqliteLedger:
         self._writing = writing
         self._closed = False
         self._space_was_freed = True  # after a crash files may be left that no row points at
+        self._blobs = BlobFiles(data / "blobs")
+        self._freed_blobs: set[str] = set() if writing is None else set(self._blobs.stored())
         self._readers = ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="ledger-reader")
         self._idle: queue.SimpleQueue[sqlite3.Connection] = queue.SimpleQueue()
         for _ in range(_NUM_READERS):
@@ -85,7 +90,7 @@ class SqliteLedger:
         lock = _lock_folder(data)
         try:
             _prepare(data, schema.prepare)
-            return cls(data, _Writing(lock, _open_routing(data)))
+            return cls(data, _Writing(lock, _open_files(data)))
         except BaseException:
             os.close(lock)
             raise
@@ -187,6 +192,43 @@ class SqliteLedger:
 
         return await self._read(read)
 
+    async def put_blob(self, session_id: str, blob: Blob) -> None:
+        """Keep a content for a session, in a file that equal contents of all sessions share; again is a no-op.
+
+        Raises NotFound for an unknown session, SessionSealed for a finished one.
+        """
+        if await self._read(lambda connection: _blob_type(connection, session_id, blob.sha256)) is not None:
+            return
+        if self._writing is not None:  # not in the writer's thread: megabytes would hold everybody's commits
+            await asyncio.to_thread(_translated, lambda: self._blobs.write(blob))
+
+        def hold(connection: sqlite3.Connection) -> None:
+            _check_open(connection, session_id)
+            if not self._blobs.has(blob.sha256):  # nobody held it until now, so it may just have been cleared away
+                self._blobs.write(blob)
+            connection.execute(
+                "INSERT OR IGNORE INTO blobs VALUES (?, ?, ?, ?)",
+                (session_id, blob.sha256, blob.media_type, len(blob.content)),
+            )
+
+        await self._write(hold)
+
+    async def blob(self, session_id: str, sha256: str) -> Blob | None:
+        """A content that the session refers to, None if it refers to no such; raises LedgerCorrupt."""
+
+        def read(connection: sqlite3.Connection) -> Blob | None:
+            media_type = _blob_type(connection, session_id, sha256)
+            if media_type is None:
+                return None
+            try:
+                return Blob(sha256, media_type, self._blobs.read(sha256, name=f"session {session_id}"))
+            except LedgerCorrupt:
+                if _blob_type(connection, session_id, sha256) is None:  # dropped meanwhile
+                    return None
+                raise
+
+        return await self._read(read)
+
     async def finish(self, finish: FinishRecord) -> FinishRecord:
         """Seal a session; an equal repetition (times and snapshot aside) returns the first record, another one is a
         Conflict. Raises NotFound for an unknown session, InvalidRequest for a reward that is no number."""
@@ -219,6 +261,7 @@ class SqliteLedger:
                 raise Conflict(f"session {session_id} is in the feed: acknowledge or drop its rollout first")
             for table in ("sessions", "turns", "finishes", "holdings"):
                 connection.execute(f"DELETE FROM {table} WHERE session_id = ?", (session_id,))
+            self._let_go_of_blobs(connection, session_id)
             self._space_was_freed = True
 
         await self._write(delete)
@@ -257,7 +300,7 @@ class SqliteLedger:
         return await self._write(partial(leases.release_consumer, consumer=consumer))
 
     async def drop_rollout(self, session_id: str, snapshot: str) -> None:
-        """Free a rollout's turns and routing rows, keep its session and finish; repeating it is fine.
+        """Free a rollout's turns, routing rows and blobs, keep its session and finish; repeating it is fine.
 
         Raises NotFound if it is not finished, Conflict for another snapshot.
         """
@@ -271,6 +314,7 @@ class SqliteLedger:
             if finish.dropped_at is None:
                 connection.execute("DELETE FROM turns WHERE session_id = ?", (session_id,))
                 connection.execute("UPDATE finishes SET dropped_at = ? WHERE session_id = ?", (time.time(), session_id))
+                self._let_go_of_blobs(connection, session_id)
                 self._space_was_freed = True
 
         await self._write(drop)
@@ -339,12 +383,22 @@ class SqliteLedger:
         key = _routing_key(turn.session_id, turn.turn_id) | rows.experts_facts(experts)
         return self._writing.routing.append(rows.encode_json(key), rows.experts_bytes(experts))
 
+    def _let_go_of_blobs(self, connection: sqlite3.Connection, session_id: str) -> None:
+        """Files go after the commit, those that no other session refers to."""
+        held = connection.execute("SELECT sha256 FROM blobs WHERE session_id = ?", (session_id,))
+        self._freed_blobs.update(sha256 for (sha256,) in held)
+        connection.execute("DELETE FROM blobs WHERE session_id = ?", (session_id,))
+
     def _free_space(self, connection: sqlite3.Connection) -> None:
         if not self._space_was_freed:
             return
         assert self._writing is not None
         query = "SELECT 1 FROM turns WHERE experts_file = ? LIMIT 1"
         self._writing.routing.remove_files(lambda number: connection.execute(query, (number,)).fetchone() is not None)
+        while self._freed_blobs:
+            sha256 = self._freed_blobs.pop()
+            if connection.execute("SELECT 1 FROM blobs WHERE sha256 = ? LIMIT 1", (sha256,)).fetchone() is None:
+                self._blobs.remove(sha256)
         self._space_was_freed = False
 
 
@@ -375,10 +429,11 @@ def _lock_folder(data: Path) -> int:
     return lock
 
 
-def _open_routing(data: Path) -> SegmentFileWriter:
-    """The routing rows' writer; the names of the folder's new files become durable here too."""
+def _open_files(data: Path) -> SegmentFileWriter:
+    """The routing rows' writer, and the blobs' folder; the names of new files become durable here too."""
     try:
         routing = SegmentFileWriter(data / "routing")
+        BlobFiles(data / "blobs").prepare()
         sync_folder(data)
     except OSError as error:
         raise ConfigurationError(f"{data}: cannot be used as data folder ({error.strerror})") from error
@@ -486,6 +541,21 @@ def _routing_location(connection: sqlite3.Connection, session_id: str, turn_id: 
     if row is None:
         raise NotFound(f"session {session_id} has no turn {turn_id}")
     return None if row[0] is None else Location(*row)
+
+
+def _blob_type(connection: sqlite3.Connection, session_id: str, sha256: str) -> str | None:
+    """The media type of a content that a session refers to, None if it does not."""
+    query = "SELECT media_type FROM blobs WHERE session_id = ? AND sha256 = ?"
+    row = connection.execute(query, (session_id, sha256)).fetchone()
+    return None if row is None else str(row[0])
+
+
+def _translated(work: Callable[[], None]) -> None:
+    """Run what writes files; the system's errors as ours."""
+    try:
+        work()
+    except OSError as error:
+        raise translate(error) from error
 
 
 def _routing_key(session_id: str, turn_id: str) -> dict[str, object]:

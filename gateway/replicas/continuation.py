@@ -37,6 +37,7 @@ class Generated:
     if there are none. lost_attempts: streams that broke; engines: who sampled, in order. versions_certain: False
     where a stream broke and the policy version of its tokens could only be assumed, or its engine could not say it.
     top_logprobs: a row for each token, () for one whose engine gave none; no rows where none were asked for.
+    prompt_tokens: as the engine counted them, 0 where it never said.
     """
 
     token_ids: TokenIds
@@ -53,6 +54,7 @@ class Generated:
     versions_certain: bool
     meta_info: Mapping[str, JsonValue]
     reply_fields: Mapping[str, JsonValue]
+    prompt_tokens: int
     top_logprobs: Sequence[Sequence[TopLogprob]] = ()
 
 
@@ -74,6 +76,7 @@ class Continuation:
         self._attempt_start = 0
         self._open = False
         self._cached_tokens: int | None = None
+        self._prompt_tokens: int | None = None
         self._num_retractions = 0
         self._engines: list[EngineIdentity] = []
         self._num_attempts = 0
@@ -151,6 +154,7 @@ class Continuation:
             self._experts.append(rows)
         if self._cached_tokens is None:
             self._cached_tokens = end.cached_tokens
+            self._prompt_tokens = end.prompt_tokens - self._attempt_start
         self._num_retractions += end.num_retractions
         self._meta_info = {**self._meta_info, **end.meta_info}
         self._reply_fields = {**self._reply_fields, **end.reply_fields}
@@ -186,6 +190,7 @@ class Continuation:
             meta_info=self._meta_info,
             reply_fields=self._reply_fields,
             top_logprobs=tuple(self._top_logprobs),
+            prompt_tokens=self._prompt_tokens or 0,
         )
 
     def stop_if_over(self, stop_token_ids: frozenset[int]) -> Finish | None:

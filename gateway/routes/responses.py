@@ -19,6 +19,7 @@ from gateway.contracts.generation import JsonValue
 from gateway.routes.access import Access
 from gateway.routes.bodies import json_reply, path_id, read_body
 from gateway.routes.turns import Calls, named_session
+from gateway.sessions.media import num_prompt_tokens
 from gateway.sessions.recorded import recorded_reply
 from gateway.sessions.registry import Session, SessionRegistry
 from gateway.sessions.tree import Node, TurnTree
@@ -117,7 +118,6 @@ class _ResponsesRoutes:
         """A recorded turn as it was answered; its arrays are the trainer's to read, not the agent's."""
         record, whole = node.record, recorded_reply(node)
         tokens = self._calls.reply_tokens(whole.token_ids, whole.logprobs, whole.top_logprobs, with_texts=with_texts)
-        num_prompt, num_output = len(whole.prompt_token_ids), len(whole.token_ids)
         return FinishedChoice(
             reply=whole.reply,
             finish=record.finish,
@@ -126,7 +126,12 @@ class _ResponsesRoutes:
             experts=None,
             meta_info=record.meta["engine"],
             reply_fields=record.meta.get("engine_reply", {}),
-            usage=Usage(num_prompt, num_output, record.cached_tokens, whole.reply.num_reasoning_tokens),
+            usage=Usage(
+                num_prompt_tokens(record, len(whole.prompt_token_ids)),
+                len(whole.token_ids),
+                record.cached_tokens,
+                whole.reply.num_reasoning_tokens,
+            ),
         )
 
 

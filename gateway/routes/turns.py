@@ -27,6 +27,7 @@ from gateway.contracts.records import SessionOrigin, SessionRecord
 from gateway.routes.access import Access, session_of_key
 from gateway.routes.bodies import path_id
 from gateway.sessions.idempotency import CallChoice, RetryHint
+from gateway.sessions.media import num_prompt_tokens
 from gateway.sessions.model import ServedModel
 from gateway.sessions.registry import Session, SessionRegistry, new_session
 from gateway.sessions.tree import TurnTree
@@ -235,7 +236,7 @@ class Calls:
             meta_info=record.meta["engine"],
             reply_fields=record.meta["engine_reply"],
             usage=Usage(
-                prompt_tokens=len(turn.prompt_token_ids),
+                prompt_tokens=num_prompt_tokens(record, len(turn.prompt_token_ids)),
                 completion_tokens=len(turn.token_ids),
                 cached_tokens=record.cached_tokens,
                 reasoning_tokens=turn.reply.num_reasoning_tokens,

@@ -36,9 +36,11 @@ from gateway.contracts.generation import (
     FinishReason,
     GenerateRequest,
     JsonValue,
+    Media,
     SamplingParams,
     TokenIds,
 )
+from gateway.contracts.media import RAW_MEDIA, PlacedMedia, placed_media
 from gateway.contracts.ports import Ledger
 from gateway.contracts.records import Attachment, RootContext, SegmentReason, TurnRecord, recorded_top_logprobs
 from gateway.contracts.replies import ParsedReply
@@ -47,6 +49,7 @@ from gateway.replicas.continuation import Continuation, Generated
 from gateway.replicas.pool import ReplicaPool
 from gateway.sessions.attach import RAW, Place, attach, restore_reasoning
 from gateway.sessions.idempotency import NO_HINT, CallChoice, RetryHint, can_go_on, is_whole
+from gateway.sessions.media import UNTRAINABLE, check_placeholders, keep_media, load_media, shown_media
 from gateway.sessions.model import ServedModel
 from gateway.sessions.raw import attach_raw, check_ids, check_sampling_ids
 from gateway.sessions.recorded import RecordedReply, first_missing_row, joined_rows, recorded_reply, recorded_rows
@@ -68,13 +71,15 @@ class TurnSettings:
     """default_max_new_tokens: where neither request nor session says and no context length is known.
 
     disconnect_grace_seconds: how long a turn goes on whose client has gone. timeout_seconds: of sampling, waiting for
-    engines included. inline_prompt_bytes: larger requests are rendered in a thread, off the event loop.
+    engines included. inline_prompt_bytes: larger requests are rendered in a thread, off the event loop. media_urls:
+    whether engines may be sent the http(s) URLs of images that agents name, which they then fetch.
     """
 
     default_max_new_tokens: int = 4096
     disconnect_grace_seconds: float = 10.0
     timeout_seconds: float = 3600.0
     inline_prompt_bytes: int = 65_536
+    media_urls: bool = True
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,20 +96,27 @@ class TurnParts:
 @dataclass(frozen=True, slots=True, eq=False)
 class _Prompt:
     """A built prompt with its place; `token_ids` is all of it. `messages`: as the template was given them, recorded
-    reasoning restored; for a raw prompt one that stands for what it adds. `begun`: the reply as far as another turn
-    sampled it before it broke off."""
+    reasoning restored; for a raw prompt one that stands for what it adds. media: of all of it, in order. begun: the
+    reply as far as another turn sampled it before it broke off."""
 
     place: Place
     root: RootContext
     messages: tuple[JsonValue, ...]
     built: BuiltPrompt
     token_ids: TokenIds
+    media: tuple[PlacedMedia, ...] = ()
     begun: RecordedReply | None = None
 
     @property
     def begun_ids(self) -> TokenIds:
         """int32[B]: what of the reply is sampled already."""
         return np.zeros(0, dtype=np.int32) if self.begun is None else self.begun.token_ids
+
+    @property
+    def is_provable(self) -> bool:
+        """Whether what the engine read are these ids: not where it had media to read, here or in recorded turns."""
+        parent = self.place.parent if self.built.segment_reason is None else None
+        return not self.media and (parent is None or parent.record.untrainable_reason != UNTRAINABLE)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -134,6 +146,7 @@ async def run_turn(
     turn.emit(TurnStarted(prompt.token_ids))
     sampled = await _sample(parts, session, request, prompt, sampling, turn)
     record = _record(parts, session, request, prompt, sampling, sampled, turn)
+    await keep_media(parts.ledger, session.record.session_id, record.added_messages, request.blobs)
     await parts.ledger.append_turn(record, sampled.generated.experts)  # I4
     session.tree.add(record)
     finished = await _finished(parts, prompt, sampled, record)
@@ -288,6 +301,7 @@ async def _chat_prompt(parts: TurnParts, session: Session, request: TurnRequest)
     root = RootContext(request.tools, request.template_arguments)
     place = attach(session.tree, request.messages, root)
     conversation = Conversation(restore_reasoning(place, request.messages), root.tools, root.template_arguments)
+    media = shown_media(parts.model.template, conversation.messages)
     parent = _parent_turn(place)
     prompts, reason = parts.model.prompts, place.reason or SegmentReason.UNCERTIFIED
     if request.num_bytes <= parts.settings.inline_prompt_bytes:
@@ -299,7 +313,8 @@ async def _chat_prompt(parts: TurnParts, session: Session, request: TurnRequest)
     else:
         token_ids = np.concatenate([parent.token_ids, built.token_ids])
     _check_vocabulary(parts, token_ids)
-    return _Prompt(place, root, conversation.messages, built, token_ids)
+    check_placeholders(parts.model.tokenizer, parts.model.template, media, token_ids)
+    return _Prompt(place, root, conversation.messages, built, token_ids, media)
 
 
 async def _raw_prompt(parts: TurnParts, session: Session, request: TurnRequest, raw: RawPrompt) -> _Prompt:
@@ -316,7 +331,11 @@ async def _raw_prompt(parts: TurnParts, session: Session, request: TurnRequest, 
     token_ids = added if parent is None else np.concatenate([parent.token_ids(), added])
     check_ids(token_ids, vocab_size=_vocab_size(parts))
     built = BuiltPrompt(added, found.place.reason, RAW)
-    return _Prompt(found.place, RootContext((), {}), (message,), built, token_ids)
+    if raw.media:
+        message = {**message, RAW_MEDIA: list(raw.media)}
+    media = tuple(placed_media([message]))
+    check_placeholders(tokenizer, parts.model.template, media, token_ids)
+    return _Prompt(found.place, RootContext((), {}), (message,), built, token_ids, media)
 
 
 def _begun_prompt(session: Session, node: Node) -> _Prompt:
@@ -325,7 +344,10 @@ def _begun_prompt(session: Session, node: Node) -> _Prompt:
     follows = None if attachment.follows_id is None else session.tree[attachment.follows_id]
     place = Place(node, follows, 0, attachment.tier, None)
     built = BuiltPrompt(np.zeros(0, dtype=np.int32), None, node.record.meta["certified_by"])
-    return _Prompt(place, node.root, (), built, begun.prompt_token_ids, begun)
+    is_raw = built.certified_by == RAW  # then each turn names all media of its prompt
+    asked = node.reply_nodes()[0].record.added_messages if is_raw else node.messages()[:-1]
+    media = tuple(placed_media(asked))
+    return _Prompt(place, node.root, (), built, begun.prompt_token_ids, media, begun)
 
 
 def _parent_turn(place: Place) -> ParentTurn | None:
@@ -359,6 +381,8 @@ def _sampling(parts: TurnParts, session: Session, request: TurnRequest, prompt: 
     asked = fields.get("max_new_tokens", fields.get(DEFAULT_LENGTH))
     if asked is None:
         asked = parts.settings.default_max_new_tokens if left is None else left
+        if prompt.media and left is not None:  # of which media take a part that only the engine knows
+            asked = min(parts.settings.default_max_new_tokens, left // 2)
     if left is not None and (left < 1 or asked > left):
         raise ContextOverflow(
             f"This model's maximum context length is {min(lengths)} tokens. However, you requested "
@@ -401,10 +425,17 @@ async def _sample(
         stop=sampling.stop,
         stop_token_ids=sampling.stop_token_ids,
     )
+    media = await load_media(
+        prompt.media,
+        request.blobs,
+        parts.ledger,
+        session.record.session_id,
+        takes_urls=parts.settings.media_urls,
+    )
     if (begun := prompt.begun) is not None:
         deltas = parser.feed(begun.token_ids.tolist())
         turn.emit(TurnProgress(begun.token_ids, begun.logprobs, deltas, begun.top_logprobs))
-    progress = Continuation(_generate_request(parts, session, request, prompt, sampling))
+    progress = Continuation(_generate_request(parts, session, request, prompt, sampling, media))
     finish, failure = Finish(FinishReason.ABORT), None
     try:
         async with asyncio.timeout(parts.settings.timeout_seconds) as deadline:
@@ -432,17 +463,23 @@ async def _sample(
 
 
 def _generate_request(
-    parts: TurnParts, session: Session, request: TurnRequest, prompt: _Prompt, sampling: SamplingParams
+    parts: TurnParts,
+    session: Session,
+    request: TurnRequest,
+    prompt: _Prompt,
+    sampling: SamplingParams,
+    media: tuple[Media, ...],
 ) -> GenerateRequest:
     """Rows are wanted from the last token of the parent on: it had none until now (I2)."""
     return GenerateRequest(
         request_id="",
         token_ids=np.concatenate([prompt.token_ids, prompt.begun_ids]),
         sampling=sampling,
-        routed_experts_start=_first_row(prompt),
+        routed_experts_start=_first_row(prompt) if prompt.is_provable else None,
         passthrough=request.passthrough,
         num_top_logprobs=request.wanted.num_top_logprobs,
         reasons_first="structural_tag" in sampling.extra and parts.model.parsing.opens_reasoning(prompt.token_ids),
+        media=media,
         routing_key=quote(session.record.session_id, safe=""),
     )
 
@@ -506,7 +543,7 @@ def _record(
         cached_tokens=generated.cached_tokens,
         num_retractions=generated.num_retractions,
         meta=_meta(request, prompt, sampling, sampled) | {"call": turn.call.facts(turn.retry)},
-        untrainable_reason=_untrainable_reason(generated),
+        untrainable_reason=_untrainable_reason(prompt, generated),
         created_at=turn.started_at,
         delivered_at=None,
     )
@@ -561,6 +598,7 @@ def _enforced(request: TurnRequest, sampling: SamplingParams) -> bool | None:
 def _meta(request: TurnRequest, prompt: _Prompt, sampling: SamplingParams, sampled: _Sampled) -> dict[str, JsonValue]:
     generated = sampled.generated
     top_logprobs = recorded_top_logprobs(generated.top_logprobs)
+    media = {"num_media": len(prompt.media), "engine_prompt_tokens": generated.prompt_tokens}
     return {
         **({"top_logprobs": top_logprobs} if request.wanted.num_top_logprobs else {}),
         "certified_by": prompt.built.certified_by,
@@ -575,13 +613,16 @@ def _meta(request: TurnRequest, prompt: _Prompt, sampling: SamplingParams, sampl
         "tool_choice_enforced": _enforced(request, sampling),
         "request": dict(request.kept),
         "error": None if sampled.failure is None else sampled.failure.code,
+        **({"media": media} if prompt.media else {}),
         "engine": dict(generated.meta_info),
         "engine_reply": dict(generated.reply_fields),
     }
 
 
-def _untrainable_reason(generated: Generated) -> str | None:
+def _untrainable_reason(prompt: _Prompt, generated: Generated) -> str | None:
     """I9: what cannot be proved is kept and answered, not trained (a missing log-prob excludes its token only)."""
+    if not prompt.is_provable:
+        return UNTRAINABLE
     if not all(engine.token_exact for engine in generated.engines):
         return "text_only_engine"
     if not generated.versions_certain:

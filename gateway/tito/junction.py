@@ -18,6 +18,7 @@ from enum import Enum
 
 from gateway.contracts.errors import TemplateRaised
 from gateway.contracts.generation import JsonValue
+from gateway.contracts.media import media_kind
 from gateway.contracts.records import SegmentReason
 from gateway.tito.conversation import Conversation
 from gateway.tito.lookalikes import Brackets, absent_characters
@@ -400,7 +401,7 @@ def _marked_content(content: JsonValue, mark: str) -> JsonValue | None:
             changed = _marked_content(part, mark)
             if changed is not None:
                 return [*content[:i], changed, *content[i + 1 :]]
-    if isinstance(content, Mapping):
+    if isinstance(content, Mapping) and media_kind(content) is None:  # whose URL no template shows
         for key, value in content.items():
             changed = _marked_content(value, mark) if key != "type" else None
             if changed is not None:

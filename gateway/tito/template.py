@@ -7,7 +7,7 @@ Four things are added, which engines do and templates expect: arguments of tool 
 are objects for a template that shows those otherwise than text; text parts are one text for a template that knows no
 parts, and text is a part for one that knows nothing else; a developer is a system for one that shows no developer (and
 both stand with the first message where a template shows no other one); where a template raises because an assistant has
-no content, it gets "".
+no content, it gets ""; parts that are no text are only named (`{"type": "image"}`).
 
 A template is untrusted input: it sees plain JSON values only and reaches no file and no attribute of Python objects.
 """
@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +31,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from gateway.contracts.errors import ConfigurationError, TemplateRaised
-from gateway.contracts.generation import JsonValue
+from gateway.contracts.generation import JsonValue, MediaKind
+from gateway.contracts.media import MEDIA_KEYS, media_kind
 from gateway.tito.conversation import Conversation
 from gateway.tito.model_files import read_json_object, read_special_tokens
 
@@ -97,6 +98,7 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens)
         self._content_forms: dict[str, ContentForms] = {}
         self._shows_others: dict[tuple[str, bool], bool] = {}
+        self._media_shown: dict[tuple[str, MediaKind], tuple[str | None, str | None]] = {}
         self._compiled = {name: _compile(text, name=name) for name, text in templates.items()}
 
     @classmethod
@@ -115,7 +117,7 @@ class ChatTemplate:
     def render(self, conversation: Conversation, *, add_generation_prompt: bool = True) -> str:
         """The conversation's text; raises TemplateRaised with the template's own message where it refuses."""
         messages = [_template_message(message) for message in conversation.messages]
-        messages = [self._in_known_form(message) for message in self._with_known_roles(messages)]
+        messages = [self._in_known_form(_with_named_media(message)) for message in self._with_known_roles(messages)]
         if self.wants_argument_objects:
             messages = [_with_argument_objects(message, _parsed_or_text) for message in messages]
         try:
@@ -148,7 +150,37 @@ class ChatTemplate:
             self._content_forms[role] = ContentForms(text=shows[0], parts=shows[1])
         return self._content_forms[role]
 
+    def shows_media(self, role: str, kind: MediaKind) -> bool:
+        """Whether something stands in the text for an image (a recording, a film) in this role's messages."""
+        without, shown = self._with_media(role, kind)
+        return shown not in (None, without) and not _is_printed({"type": kind.value}, shown or "")
+
+    def placeholders(self, role: str, kind: MediaKind, texts: Iterable[str]) -> Mapping[str, int]:
+        """Which of some texts (of tokens) stand in the text for an image (a recording, a film), and how often each."""
+        if not self.shows_media(role, kind):
+            return {}
+        without, shown = (text or "" for text in self._with_media(role, kind))
+        counts = {text: shown.count(text) - without.count(text) for text in texts if text in shown}
+        return {text: count for text, count in counts.items() if count > 0}
+
+    def _with_media(self, role: str, kind: MediaKind) -> tuple[str | None, str | None]:
+        """A message without and with a part of that kind, each None where the template refuses it."""
+        key = (role, kind)
+        if key not in self._media_shown:
+            text: dict[str, JsonValue] = {"type": "text", "text": _NEEDLE}
+            self._media_shown[key] = (
+                self._try_content(role, [text]),
+                self._try_content(role, [text, {"type": kind.value}]),
+            )
+        return self._media_shown[key]
+
     def _shows_content(self, role: str, content: JsonValue) -> bool:
+        shown = self._try_content(role, content) or ""
+        # A list is not shown by printing it, neither as Python nor as JSON does.
+        return _NEEDLE in shown and f"'text': '{_NEEDLE}'" not in shown and f'"text": "{_NEEDLE}"' not in shown
+
+    def _try_content(self, role: str, content: JsonValue) -> str | None:
+        """A conversation with one message of a role that has this content; None where the template refuses it."""
         message: dict[str, JsonValue] = {"role": role, "content": content}
         user: dict[str, JsonValue] = {"role": "user", "content": "question"}
         if role != "user":
@@ -163,13 +195,11 @@ class ChatTemplate:
             before = [user, {"role": "assistant", "content": "", "tool_calls": [call]}]
             message |= {"tool_call_id": "call00001", "name": "probe"}
         try:
-            shown = self._render(
+            return self._render(
                 Conversation((), tools=(_PROBE_TOOL,)), [*before, message, *after], add_generation_prompt=False
             )
         except TemplateRaised:
-            return False
-        # A list is not shown by printing it, neither as Python nor as JSON does.
-        return _NEEDLE in shown and f"'text': '{_NEEDLE}'" not in shown and f'"text": "{_NEEDLE}"' not in shown
+            return None
 
     def _in_known_form(self, message: dict[str, JsonValue]) -> dict[str, JsonValue]:
         """Text and text parts are the same to an agent, and not to every template."""
@@ -291,6 +321,29 @@ def _template_message(message: JsonValue) -> dict[str, JsonValue]:
     if reasoning is not None:
         shown = {"thinking": reasoning, **shown, "reasoning_content": reasoning}
     return shown
+
+
+def _with_named_media(message: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    """Parts as engines show them to templates: no text is its kind alone, and nothing else has keys that look like it,
+    so that there are as many placeholders as there are media."""
+    content = message.get("content")
+    if not isinstance(content, list) or not any(isinstance(part, Mapping) for part in content):
+        return message
+    return {**message, "content": [_named_part(part) for part in content]}
+
+
+def _named_part(part: JsonValue) -> JsonValue:
+    kind = media_kind(part)
+    if kind is not None:
+        return {"type": kind.value}
+    if isinstance(part, Mapping) and part.keys() & MEDIA_KEYS:
+        return {key: value for key, value in part.items() if key not in MEDIA_KEYS}
+    return part
+
+
+def _is_printed(part: Mapping[str, JsonValue], text: str) -> bool:
+    """Whether a template printed a part instead of showing it."""
+    return str(part)[1:-1] in text or json.dumps(part)[1:-1] in text
 
 
 def _text_of(part: JsonValue) -> str | None:

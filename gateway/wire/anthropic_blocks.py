@@ -13,11 +13,9 @@ from typing import NamedTuple
 
 from gateway.contracts.errors import InvalidRequest
 from gateway.contracts.generation import JsonValue
+from gateway.contracts.media import SENT_BLOCKS
 from gateway.wire.fields import kind_of
 from gateway.wire.json_text import dump_json
-
-SENT_BLOCKS = "anthropic_content"
-"""Key of an assistant message: its blocks as they came, where chat completions cannot spell all of them."""
 
 _CACHE_MARK = "cache_control"
 _BILLING = "x-anthropic-billing-header:"

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pybase64
 
@@ -25,6 +25,7 @@ from gateway.wire import sse
 from gateway.wire.errors import error_body
 from gateway.wire.fields import check_nesting, flag, kind_of, optional, within
 from gateway.wire.json_text import load_json_object
+from gateway.wire.media import take_engine_media
 from gateway.wire.openai import MAX_TOP_LOGPROBS
 from gateway.wire.raw_prompts import is_batch, raw_prompts
 from gateway.wire.reply import FinishedChoice, ReplyTokens
@@ -33,9 +34,9 @@ from gateway.wire.sampling import DEFAULT_LENGTH, SAMPLING_EXTRA, TYPED_SAMPLING
 
 _READ = frozenset(
     (
-        "input_ids", "model", "return_logprob", "return_prompt_token_ids", "return_routed_experts",
-        "return_text_in_logprobs", "rid", "routed_experts_start_len", "sampling_params", "stream", "text",
-        "token_ids_logprob", "top_logprobs_num",
+        "audio_data", "image_data", "input_ids", "model", "return_logprob", "return_prompt_token_ids",
+        "return_routed_experts", "return_text_in_logprobs", "rid", "routed_experts_start_len", "sampling_params",
+        "stream", "text", "token_ids_logprob", "top_logprobs_num", "video_data",
     )
 )  # fmt: skip
 
@@ -77,6 +78,7 @@ def parse_sglang_request(body: bytes) -> SglangRequest:
     if len(numbers) > 1:
         raise InvalidRequest("sampling_params: n must be the same for all prompts of a list")
     [num_choices] = numbers
+    media, blobs = take_engine_media(fields, len(prompts))
     digest = hashlib.sha256(body).hexdigest()
     # Sampling fields stand in `sampling_params` here; beside it some engines would take them too.
     kept_back = [k for k, v in fields.items() if k in _NOT_AT_THE_TOP and v is not None]
@@ -95,9 +97,10 @@ def parse_sglang_request(body: bytes) -> SglangRequest:
             ignored_fields=tuple(sorted([*kept_back, *_ignored_sampling(each)])),
             digest=digest,
             num_bytes=len(body),
-            prompt=prompt,
+            prompt=replace(prompt, media=tuple(parts)),
+            blobs=blobs,
         )
-        for prompt, each in zip(prompts, parameters, strict=True)
+        for prompt, each, parts in zip(prompts, parameters, media, strict=True)
     )
     shown = Shown(
         logprob_texts=flag(fields, "return_text_in_logprobs"),

@@ -22,6 +22,7 @@ from gateway.wire import sse
 from gateway.wire.errors import error_body
 from gateway.wire.fields import check_nesting, flag, kind_of, objects, optional, within
 from gateway.wire.json_text import load_json_object
+from gateway.wire.media import take_media
 from gateway.wire.reply import FinishedChoice, ReplyTokens, Usage
 from gateway.wire.request import PROTECTED, TurnRequest, Wanted, protected_names
 from gateway.wire.sampling import SAMPLING_EXTRA, TYPED_SAMPLING, sampling_fields
@@ -50,7 +51,7 @@ def parse_chat_request(body: bytes) -> TurnRequest:
 
 def chat_request(fields: Mapping[str, JsonValue], *, body: bytes) -> TurnRequest:
     """A request from chat's fields, which other dialects are translated into; `body` is what the client sent."""
-    messages = _messages(fields)
+    messages, blobs = take_media(_messages(fields))
     tools = objects(fields, "tools")
     passthrough = {k: v for k, v in fields.items() if k not in _KNOWN | TYPED_SAMPLING | SAMPLING_EXTRA | PROTECTED}
     return TurnRequest(
@@ -69,6 +70,7 @@ def chat_request(fields: Mapping[str, JsonValue], *, body: bytes) -> TurnRequest
         ignored_fields=protected_names(fields),
         digest=hashlib.sha256(body).hexdigest(),
         num_bytes=len(body),
+        blobs=blobs,
     )
 
 

@@ -21,6 +21,7 @@ from gateway.contracts.errors import (
 from gateway.contracts.examples import example_turn
 from gateway.contracts.experts import RoutedExperts
 from gateway.contracts.generation import Finish, FinishReason, JsonValue
+from gateway.contracts.media import Blob
 from gateway.contracts.ports import Ledger
 from gateway.contracts.records import (
     Attachment,
@@ -310,6 +311,62 @@ async def test_an_equal_finish_returns_the_first_and_another_is_refused(ledger: 
         await ledger.finish(a_finish("unknown"))
     with pytest.raises(InvalidRequest, match="reward"):
         await ledger.finish(a_finish(reward=float("nan")))
+
+
+async def test_bytes_are_kept_for_the_sessions_that_refer_to_them(reopen: Callable[[], Ledger]) -> None:
+    """I4: they are on disk when `put_blob` returns, and no other session can have them by their name."""
+    ledger = reopen()
+    blob = Blob.of(bytes(range(256)) * 500, "image/png")
+    await ledger.create_session(a_session("a"))
+    await ledger.create_session(a_session("b"))
+    await asyncio.gather(*(ledger.put_blob("a", blob) for _ in range(8)))
+    assert await ledger.blob("a", blob.sha256) == blob
+    assert await ledger.blob("b", blob.sha256) is None
+    assert await ledger.blob("a", "0" * 64) is None
+    await ledger.aclose()
+    again = reopen()
+    assert await again.blob("a", blob.sha256) == blob
+    await again.aclose()
+
+
+async def test_bytes_go_with_the_last_session_that_refers_to_them(ledger: Ledger) -> None:
+    blob = Blob.of(b"x", "image/png")
+    for name in ("a", "b"):
+        await ledger.create_session(a_session(name))
+        await ledger.put_blob(name, blob)
+    await ledger.delete_session("a")
+    assert await ledger.blob("a", blob.sha256) is None
+    assert await ledger.blob("b", blob.sha256) == blob
+    finish = await ledger.finish(a_finish("b"))
+    assert await ledger.blob("b", blob.sha256) == blob
+    await ledger.drop_rollout("b", finish.snapshot)
+    assert await ledger.blob("b", blob.sha256) is None
+    await ledger.create_session(a_session("a"))
+    assert await ledger.blob("a", blob.sha256) is None  # a session of the same name is another one
+    await ledger.put_blob("a", blob)
+    assert await ledger.blob("a", blob.sha256) == blob
+
+
+async def test_bytes_need_an_open_session(ledger: Ledger) -> None:
+    blob = Blob.of(b"x", "image/png")
+    with pytest.raises(NotFound):
+        await ledger.put_blob("s", blob)
+    await ledger.create_session(a_session())
+    await ledger.finish(a_finish())
+    with pytest.raises(SessionSealed):
+        await ledger.put_blob("s", blob)
+
+
+async def test_bytes_that_come_while_equal_ones_go_are_kept(ledger: Ledger) -> None:
+    """I4: whatever the order in which a deletion frees a file and another session asks for it."""
+    for i in range(30):
+        blob = Blob.of(f"picture {i}".encode(), "image/png")
+        await ledger.create_session(a_session(f"old-{i}"))
+        await ledger.create_session(a_session(f"new-{i}"))
+        await ledger.put_blob(f"old-{i}", blob)
+        await asyncio.gather(ledger.delete_session(f"old-{i}"), ledger.put_blob(f"new-{i}", blob))
+        await ledger.counts("trainer", 0.0)
+        assert await ledger.blob(f"new-{i}", blob.sha256) == blob
 
 
 async def test_a_session_is_deleted_only_when_nobody_waits_for_its_rollout(ledger: Ledger) -> None:

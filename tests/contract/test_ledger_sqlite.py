@@ -17,6 +17,7 @@ import pytest
 from gateway.contracts.errors import ConfigurationError, LedgerCorrupt, LedgerError, NotFound, SchemaMismatch
 from gateway.contracts.examples import example_turn
 from gateway.contracts.experts import RoutedExperts
+from gateway.contracts.media import Blob
 from gateway.contracts.records import (
     FinishRecord,
     SessionOrigin,
@@ -53,6 +54,11 @@ def a_turn(index: int, session_id: str = "s") -> TurnRecord:
         model="tiny",
         created_at=1.0,
     )
+
+
+def a_blob(index: int) -> Blob:
+    """One picture in five turns is another one."""
+    return Blob.of(f"picture {index // 5}".encode(), "image/png")
 
 
 def rows(index: int) -> RoutedExperts:
@@ -106,6 +112,7 @@ spec.loader.exec_module(suite)
 async def append(ledger, session_id):
     await ledger.create_session(suite.a_session(session_id))
     for index in range(100_000):
+        await ledger.put_blob(session_id, suite.a_blob(index))
         await ledger.append_turn(suite.a_turn(index, session_id), suite.rows(index))
         sys.stdout.write(f"{session_id} {index}\\n")
         sys.stdout.flush()
@@ -147,6 +154,7 @@ async def test_every_turn_acknowledged_before_sigkill_is_there_afterwards(
             found = await ledger.experts(session_id, turn.turn_id)
             assert found is not None
             np.testing.assert_array_equal(found.ids, rows(turn.index).ids)
+            assert await ledger.blob(session_id, a_blob(turn.index).sha256) == a_blob(turn.index)
     await ledger.append_turn(a_turn(100_000, "s0"), rows(7))  # appending goes on behind the tail
     found = await ledger.experts("s0", "t100000")
     assert found is not None
@@ -367,4 +375,59 @@ async def test_a_segment_file_goes_when_its_last_rollout_was_dropped(filled: Pat
     await ledger.drop_rollout("s", "snap")
     await ledger.set_policy(1, "one")  # housekeeping follows a commit; this one comes after the drop's
     assert [path.name for path in (filled / "routing").iterdir()] == ["routing-00000009.seg"]
+    await ledger.aclose()
+
+
+# ---- bytes that messages refer to ----
+
+
+async def test_equal_bytes_are_one_file_and_what_a_crash_left_goes_at_the_next_start(filled: Path) -> None:
+    ledger = SqliteLedger.open(filled)
+    for name in ("s", "t"):
+        await ledger.create_session(a_session(name))
+        await ledger.put_blob(name, a_blob(0))
+    await ledger.aclose()
+    blobs = filled / "blobs"
+    assert [path.name for path in blobs.iterdir()] == [a_blob(0).sha256]
+    (blobs / a_blob(5).sha256).write_bytes(a_blob(5).content)
+    (blobs / f"{a_blob(10).sha256}.x.tmp").write_bytes(b"pict")
+    ledger = SqliteLedger.open(filled)
+    await ledger.set_policy(1, "one")
+    await ledger.set_policy(2, "two")  # housekeeping follows a commit; this one comes after the first's
+    assert [path.name for path in blobs.iterdir()] == [a_blob(0).sha256]
+    assert await ledger.blob("t", a_blob(0).sha256) == a_blob(0)
+    await ledger.aclose()
+
+
+@pytest.mark.parametrize("content", [None, b"", b"picture 1"])
+async def test_bytes_that_are_not_what_their_name_says_are_named(filled: Path, content: bytes | None) -> None:
+    ledger = SqliteLedger.open(filled)
+    await ledger.put_blob("s", a_blob(0))
+    path = filled / "blobs" / a_blob(0).sha256
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(
+        LedgerCorrupt, match=f"session s: the file blobs/{path.name} (is missing|holds another content)"
+    ):
+        await ledger.blob("s", a_blob(0).sha256)
+    await ledger.aclose()
+
+
+async def test_a_store_from_before_there_were_blobs_takes_them(filled: Path) -> None:
+    with sqlite3.connect(filled / "ledger.sqlite") as connection:
+        connection.execute("DROP TABLE blobs")
+    connection.close()
+    ledger = SqliteLedger.open(filled)
+    await ledger.put_blob("s", a_blob(0))
+    assert await ledger.blob("s", a_blob(0).sha256) == a_blob(0)
+    assert len(await ledger.turns("s")) == 10
+    await ledger.aclose()
+
+
+async def test_bytes_are_not_kept_by_a_ledger_opened_for_reading(filled: Path) -> None:
+    ledger = SqliteLedger.open(filled, read_only=True)
+    with pytest.raises(LedgerError, match="for reading only"):
+        await ledger.put_blob("s", a_blob(0))
+    assert not list((filled / "blobs").iterdir())
     await ledger.aclose()

@@ -27,6 +27,7 @@ from gateway.contracts.errors import (
 )
 from gateway.contracts.experts import RoutedExperts
 from gateway.contracts.generation import Finish, FinishReason
+from gateway.contracts.media import Blob
 from gateway.contracts.records import MatchTier
 from gateway.contracts.replies import ContentDelta, ParsedReply, ReasoningDelta, ReplyDelta, ToolCall, ToolCallDelta
 from gateway.sessions.messages import NO_CALLS, compare, message_keys
@@ -247,18 +248,19 @@ def test_results_of_several_tools_stand_before_what_the_user_says_besides() -> N
     )
 
 
-def test_images_become_parts_that_name_their_source() -> None:
+def test_images_become_parts_that_name_their_source_or_refer_to_their_bytes() -> None:
     images = [
         {"type": "image", "source": {"type": "url", "url": "http://x/y.png"}, **CACHED},
         {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AAAA"}, "x": 1.0},
-        {"type": "image", "source": {"type": "file", "file_id": "f"}},
     ]
     [message] = spelt({"role": "user", "content": images})
+    blob = Blob.of(bytes(3), "image/png")
     assert message["content"] == [
         {"type": "image_url", "image_url": {"url": "http://x/y.png"}},
-        {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}, "x": 1.0},
-        images[2],
+        {"type": "image_url", "image_url": {"url": blob.url, "media_type": "image/png", "num_bytes": 3}, "x": 1.0},
     ]
+    with pytest.raises(InvalidRequest, match=r"messages\[0\].content\[0\]: image without a URL; source cannot be read"):
+        spelt({"role": "user", "content": [{"type": "image", "source": {"type": "file", "file_id": "f"}}]})
 
 
 def test_documents_of_plain_text_are_shown_to_the_model_as_text() -> None:
@@ -274,14 +276,15 @@ def test_documents_of_plain_text_are_shown_to_the_model_as_text() -> None:
         "content": [{"type": "text", "text": "c"}],
         "y": 1,
     }
-    pdf = {"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": "AAAA"}}
-    [message] = spelt({"role": "user", "content": [document, found, pdf]})
+    [message] = spelt({"role": "user", "content": [document, found]})
     assert message["content"] == [
         {"type": "text", "text": "T\na\nb"},
         {"type": "text", "text": "T\nhttp://x\nc", "y": 1},
-        pdf,
     ]
     assert spelt({"role": "user", "content": [document]})[0]["content"] == "T\na\nb"
+    pdf = {"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": "AAAA"}}
+    with pytest.raises(InvalidRequest, match=r"content\[1\]: this model takes no files"):
+        spelt({"role": "user", "content": [document, pdf]})
 
 
 def test_what_chat_messages_cannot_say_stays_beside_them() -> None:

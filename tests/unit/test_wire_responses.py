@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from gateway.contracts.errors import EngineUnavailable, InvalidRequest
 from gateway.contracts.generation import Finish, FinishReason
+from gateway.contracts.media import Blob
 from gateway.contracts.replies import ContentDelta, ParsedReply, ReasoningDelta, ReplyDelta, ToolCall, ToolCallDelta
 from gateway.wire.reply import FinishedChoice, ReplyTokens, Usage
 from gateway.wire.request import TurnRequest, Wanted
@@ -138,16 +139,21 @@ def test_parts_are_spelled_as_chat_completions_spell_them() -> None:
     parts = [
         {"type": "input_text", "text": "see", "mark": 1},
         {"type": "input_image", "image_url": "http://image", "detail": "low"},
-        {"type": "input_file", "file_id": "f"},
-        {"type": "input_audio", "input_audio": {"data": "", "format": "wav"}},
+        {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}},
     ]
+    blob = Blob.of(bytes(3), "audio/wav")
     [message] = messages({"role": "user", "content": parts})
     assert message["content"] == [
         {"type": "text", "text": "see", "mark": 1},
         {"type": "image_url", "image_url": {"url": "http://image", "detail": "low"}},
-        {"type": "file", "file": {"file_id": "f"}},
-        {"type": "input_audio", "input_audio": {"data": "", "format": "wav"}},
+        {
+            "type": "audio_url",
+            "audio_url": {"url": blob.url, "format": "wav", "media_type": "audio/wav", "num_bytes": 3},
+        },
     ]
+    for nameless in ({"type": "input_file", "file_id": "f"}, {"type": "input_image", "file_id": "f"}):
+        with pytest.raises(InvalidRequest, match=r"content\[0\]: (this model takes no files|image without)"):
+            messages({"role": "user", "content": [nameless]})
     assert messages({"role": "user", "content": [{"type": "input_text", "text": "x"}]}) == [USER]
     assert messages(text("", content=[{"type": "refusal", "refusal": "no"}]))[0]["content"] == "no"
 

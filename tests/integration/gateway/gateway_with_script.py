@@ -2,12 +2,15 @@
 
 An engine `scripted=FILE` answers by the rules of a JSON file: `[{"after": …, "reply": …, …}]`; the rule whose `after`
 stands latest in the prompt's text decides, the first one if none does. Other keys are those of ScriptedReply. A prompt
-that ends with the beginning of its reply gets the rest of it.
+that ends with the beginning of its reply gets the rest of it. `seeing=FILE` is a model that takes images: each takes 16
+tokens of its prompt, and the field `saw` of the reply says what it was sent: the sha256 of bytes, or a URL.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
+import hashlib
 import json
 import os
 import sys
@@ -26,12 +29,22 @@ from gateway.sessions.model import ServedModel
 
 
 def scripted_engine(engine_id: str, url: str, model: ServedModel, policies: Mapping[str, int]) -> Engine:
+    return _scripted(engine_id, url, model, media_tokens=0)
+
+
+def seeing_engine(engine_id: str, url: str, model: ServedModel, policies: Mapping[str, int]) -> Engine:
+    return _scripted(engine_id, url, model, media_tokens=16)
+
+
+def _scripted(engine_id: str, url: str, model: ServedModel, *, media_tokens: int) -> Engine:
     rules: list[dict[str, Any]] = json.loads(Path(url).read_text())
 
     def reply(request: GenerateRequest) -> ScriptedReply:
         prompt = model.tokenizer.decode(request.token_ids)
         rule = max(rules, key=lambda rule: prompt.rfind(rule["after"]))
         options = {name: value for name, value in rule.items() if name not in ("after", "reply")}
+        if request.media:
+            options["reply_fields"] = {"saw": [_seen(media.url) for media in request.media]}
         stop = model.tokenizer.eos_token_ids[:1]
         tokens = (*model.tokenizer.encode(rule["reply"]).tolist(), *stop)
         asked = request.token_ids.tolist()
@@ -44,10 +57,16 @@ def scripted_engine(engine_id: str, url: str, model: ServedModel, policies: Mapp
         routing=model.routing,
         vocab_size=model.tokenizer.vocab_size,
         context_length=model.context_length,
+        media_tokens=media_tokens,
     )
 
 
-KINDS = {"scripted": scripted_engine}
+def _seen(url: str) -> str:
+    header, comma, encoded = url.partition(";base64,")
+    return hashlib.sha256(base64.b64decode(encoded)).hexdigest() if comma else header
+
+
+KINDS = {"scripted": scripted_engine, "seeing": seeing_engine}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
