@@ -1,6 +1,6 @@
 """Client of one engine that speaks SGLang's HTTP protocol: the real one, or the embedded one.
 
-`/generate` streams cumulative (or incremental) output; `_Stream` turns either into new tokens and checks, chunk by
+`/generate` streams cumulative (or incremental) output; `StreamReader` turns either into new tokens and checks, chunk by
 chunk, that ids, log-probs, versions and routing rows line up (I2, I9). What is missing stays missing; what contradicts
 itself is an EngineProtocolError.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import binascii
 import logging
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from typing import Any
 
@@ -86,12 +86,14 @@ class SglangEngine:
         context_length: int = 0,
         connect_timeout_seconds: float = 5.0,
         idle_timeout_seconds: float = 600.0,
+        api_key: str | None = None,
     ) -> None:
         self._http = EngineHttp(
             url,
             engine_id=engine_id,
             connect_timeout_seconds=connect_timeout_seconds,
             idle_timeout_seconds=idle_timeout_seconds,
+            api_key=api_key,
         )
         self._routing = routing
         self._policy_version_of = policy_version_of
@@ -111,31 +113,11 @@ class SglangEngine:
         """Stream new tokens, then exactly one GenerateEnd; closing early aborts the request at the engine."""
         if request.routed_experts_start is not None and self._routing is None:
             self._routing = (await self.identity()).routing
-        stream = _Stream(request, self._routing, self._policy_version_of, self.engine_id)
-        ended = False
-        try:
-            async with aclosing(self._http.events("/generate", _body(request))) as events:
-                async for event in events:
-                    chunk = stream.read(event)
-                    if chunk is not None:
-                        yield chunk
-                    if stream.end is not None:
-                        ended = True
-                        yield stream.end
-                        return
-            raise EngineUnavailable(f"engine {self.engine_id}: the stream ended before the request did")
-        except (EngineRejected, RequestError):
-            ended = True
-            raise
-        finally:
-            if not ended:
-                await self._abort_quietly(request.request_id)
-
-    async def _abort_quietly(self, request_id: str) -> None:
-        try:
-            await self.abort(request_id)
-        except EngineError as error:
-            logger.info("request %s may go on at its engine: %s", request_id, error)
+        events = self._http.events("/generate", generate_body(request))
+        reader = StreamReader(request, self._routing, self._policy_version_of, self.engine_id)
+        async with aclosing(read_generation(events, reader, abort=self.abort)) as items:
+            async for item in items:
+                yield item
 
     async def identity(self) -> EngineIdentity:
         """Ask the engine who it is; files of its model folder are read where this machine has them."""
@@ -197,7 +179,39 @@ class SglangEngine:
         await self._http.aclose()
 
 
-def _body(request: GenerateRequest) -> dict[str, JsonValue]:
+async def read_generation(
+    events: AsyncGenerator[Any, None], reader: StreamReader, *, abort: Callable[[str], Awaitable[None]]
+) -> AsyncGenerator[GenerateChunk | GenerateEnd, None]:
+    """The items of one `/generate` stream; whatever ends it before its end, the request is aborted."""
+    ended = False
+    try:
+        async with aclosing(events):
+            async for event in events:
+                chunk = reader.read(event)
+                if chunk is not None:
+                    yield chunk
+                if reader.end is not None:
+                    ended = True
+                    yield reader.end
+                    return
+        raise EngineUnavailable(f"{reader.named}: the stream ended before the request did")
+    except (EngineRejected, RequestError):
+        ended = True
+        raise
+    finally:
+        if not ended:
+            await _abort_quietly(abort, reader.request_id)
+
+
+async def _abort_quietly(abort: Callable[[str], Awaitable[None]], request_id: str) -> None:
+    try:
+        await abort(request_id)
+    except EngineError as error:
+        logger.info("request %s may go on at its engine: %s", request_id, error)
+
+
+def generate_body(request: GenerateRequest) -> dict[str, JsonValue]:
+    """The request in SGLang's words."""
     passed = {key: value for key, value in request.passthrough.items() if key not in _NOT_FOR_PASSTHROUGH}
     # I7: what is recorded is ours to ask for, whatever the agent's own fields say.
     body = passed | {
@@ -235,7 +249,7 @@ def _sampling(sampling: SamplingParams) -> dict[str, JsonValue]:
     return parameters
 
 
-class _Stream:
+class StreamReader:
     """One `/generate` stream as it is read; `end` is set by the event that finished the request."""
 
     def __init__(
@@ -248,7 +262,8 @@ class _Stream:
         self._request = request
         self._routing = routing
         self._policy_version_of = policy_version_of
-        self._named = f"engine {engine_id}, request {request.request_id}"
+        self.request_id = request.request_id
+        self.named = self._named = f"engine {engine_id}, request {request.request_id}"
         self._output_ids: list[int] = []
         self.end: GenerateEnd | None = None
 

@@ -173,6 +173,7 @@ class EngineIdentity:
     return routing. `context_length` and `vocab_size` 0 mean unknown. `fingerprints`: sha256 of tokenizer and template
     files where the engine's files can be read, else empty. `token_exact`: False for an engine that speaks text only,
     whose ids are our own encoding of its text and not what it sampled: no token of it may be trained (I1).
+    `one_version`: False for a router whose workers hold different weights now; its `policy_version` is the oldest.
     """
 
     engine_id: str
@@ -189,3 +190,4 @@ class EngineIdentity:
     vocab_size: int
     fingerprints: Mapping[str, str]
     token_exact: bool = True
+    one_version: bool = True
