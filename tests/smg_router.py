@@ -6,9 +6,10 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import httpx
 
@@ -32,7 +33,7 @@ class RouterProcess:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        """Start it, with its workers registered."""
+        """Start it; it does not know its workers yet."""
         command = [
             *(sys.executable, "-m", "smg", "launch", "--host", "127.0.0.1", "--port", str(self.port)),
             *("--prometheus-host", "127.0.0.1", "--prometheus-port", str(free_port())),
@@ -45,10 +46,21 @@ class RouterProcess:
             stderr=subprocess.DEVNULL,
             env=os.environ | {"HF_HUB_OFFLINE": "1"},
         )
+
+    def wait_ready(self) -> None:
+        """Wait until it has registered its workers."""
+        self._wait(lambda workers: sum(worker["is_healthy"] for worker in workers) == len(self.worker_urls))
+
+    def wait_listening(self) -> None:
+        """Wait until it answers at all."""
+        self._wait(lambda workers: True)
+
+    def _wait(self, enough: Callable[[list[Any]], bool]) -> None:
         deadline = time.monotonic() + 30
-        while not self._has_workers():
+        while (workers := self._workers()) is None or not enough(workers):
+            assert self.process is not None
             assert self.process.poll() is None, "smg ended by itself; is the package `smg` installed?"
-            assert time.monotonic() < deadline, "smg did not register its workers"
+            assert time.monotonic() < deadline, "smg did not come up with its workers"
             time.sleep(0.05)
 
     def kill(self) -> None:
@@ -58,12 +70,11 @@ class RouterProcess:
             self.process.wait()
             self.process = None
 
-    def _has_workers(self) -> bool:
+    def _workers(self) -> list[Any] | None:
         try:
-            listed = httpx.get(self.url + "/workers", timeout=5).json()
+            return list(httpx.get(self.url + "/workers", timeout=5).json()["workers"])
         except httpx.TransportError:
-            return False
-        return sum(worker["is_healthy"] for worker in listed["workers"]) == len(self.worker_urls)
+            return None
 
 
 @contextmanager
@@ -72,6 +83,7 @@ def running_router(*worker_urls: str, flags: Sequence[str] = VERBATIM_MODE) -> I
     router = RouterProcess(worker_urls, flags)
     try:
         router.start()
+        router.wait_ready()
         yield router
     finally:
         router.kill()
