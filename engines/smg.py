@@ -288,7 +288,8 @@ class SmgRouter:
         if worker is not None:
             await worker.abort(request_id)
         else:
-            await self._order(self._workers, lambda worker: worker.abort(request_id))
+            # It never came to a worker, or it is not ours: a worker that cannot be asked now is no news.
+            await _each(self._workers, lambda worker: worker.abort(request_id))
 
     async def pause(self, mode: PauseMode) -> None:
         """Stop generating at every worker; raises the EngineError of one that may go on."""

@@ -113,8 +113,11 @@ async def rest_of(stream: AsyncIterator[GenerateChunk | GenerateEnd]) -> None:
 
 
 async def ask_until_a_worker_lives(engine: SmgRouter, session: str) -> list[int]:
-    """As the pool does; each failure sends the session elsewhere, by chance to the dead one again."""
-    for _ in range(15):
+    """As the pool does; each failure sends the session elsewhere, by chance to the dead one again.
+
+    After ten failures the router itself would notice, so fewer must do.
+    """
+    for _ in range(8):
         try:
             return await ask(engine, session)
         except WorkerUnavailable:
@@ -166,7 +169,7 @@ async def test_the_engines_key_reaches_the_workers_through_the_router() -> None:
 
 async def test_a_worker_lost_in_a_stream_is_no_end_and_the_session_moves_on() -> None:
     """I3: the router ends such a stream with `[DONE]`; its tokens stay, and the next request finds a living worker."""
-    servers = EchoServer(REPLY, delay_seconds=0.05), EchoServer(REPLY, delay_seconds=0.05)
+    servers = [EchoServer(REPLY, delay_seconds=0.05) for _ in range(3)]
     async with routed(*servers) as (engine, stops):
         await engine.identity()
         stream = engine.generate(request_of("s"))
@@ -178,9 +181,8 @@ async def test_a_worker_lost_in_a_stream_is_no_end_and_the_session_moves_on() ->
         with pytest.raises(WorkerUnavailable):
             await rest_of(stream)
         assert await ask_until_a_worker_lives(engine, "s") == REPLY
-        assert len(servers[1 - lost].requests) == 1
         assert await ask(engine, "s") == REPLY
-        assert len(servers[1 - lost].requests) == 2
+    assert sorted(len(server.requests) for server in servers) == [0, 1, 2]
 
 
 async def test_the_last_worker_lost_takes_the_router_with_it() -> None:
