@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
@@ -115,16 +116,23 @@ class EngineHttp:
     ) -> AsyncGenerator[Any, None]:
         """POST JSON and yield the parsed events of the answer, up to `[DONE]`; on_headers is told the answer's first.
 
-        Raises EngineUnavailable if the stream ends without `[DONE]`.
+        Raises EngineUnavailable if the stream ends without `[DONE]`, EngineTimeout if it says nothing but comments.
         """
         async with self._request("POST", path, body, None, headers) as response:
             on_headers(response.headers)
             reader = EventReader()
+            heard = time.monotonic()
             async for piece in response.content.iter_any():
                 for payload in reader.read(piece):
                     if payload == b"[DONE]":
                         return
                     yield _parsed(payload, self._named(path))
+                    heard = time.monotonic()
+                # A router keeps the connection alive with comments, however long its worker is silent.
+                if reader.inside_event:
+                    heard = time.monotonic()
+                elif time.monotonic() > heard + self._idle_timeout_seconds:
+                    raise EngineTimeout(f"{self._named(path)} sent nothing for {self._idle_timeout_seconds:g} s")
         raise EngineUnavailable(f"{self._named(path)}: the stream ended early")
 
     async def aclose(self) -> None:
@@ -215,6 +223,11 @@ class EventReader:
     def __init__(self) -> None:
         self._buffered = bytearray()
         self._data: list[bytes] = []
+
+    @property
+    def inside_event(self) -> bool:
+        """Whether an event has begun and is not complete."""
+        return bool(self._data) or self._buffered.startswith(b"data:")
 
     def read(self, piece: bytes) -> Iterator[bytes]:
         """The data of the events that this piece completes."""

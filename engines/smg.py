@@ -11,6 +11,7 @@ that is never success. Routers that speak gRPC to workers, or split prefill and 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import re
 from collections import OrderedDict
@@ -58,6 +59,8 @@ _WORKER_SECONDS = 2.0
 """A worker that is slower to say who it is than this holds nobody up; the others speak for the router."""
 _CONTROL_SECONDS = 60.0
 _MAX_DETOURS = 10_000
+_MAX_KEY_CHARACTERS = 1024
+"""Workers refuse long headers; a longer key is sent as its hash."""
 _WEIGHTS = "weights"
 
 _MAY_DIFFER = frozenset(
@@ -154,7 +157,10 @@ class SmgRouter:
         if not routing_key:
             return {}
         detour = self._detours.get(routing_key, 0)
-        return {_ROUTING_KEY: f"{routing_key}#{detour}" if detour else routing_key}
+        key = f"{routing_key}#{detour}" if detour else routing_key
+        if len(key) > _MAX_KEY_CHARACTERS:
+            key = hashlib.blake2b(key.encode(), digest_size=32).hexdigest()
+        return {_ROUTING_KEY: key}
 
     def _take_detour(self, routing_key: str) -> None:
         """The router notices a dead worker only after several failures; until then it hashes the session to it."""
@@ -319,8 +325,11 @@ class SmgRouter:
 
 async def worker_urls(router: EngineHttp) -> Sequence[str]:
     """The addresses of a router's workers; raises EngineRejected for those that cannot be spoken to verbatim."""
-    listed = await router.get_object("/workers", timeout_seconds=_ROUTER_SECONDS)
     named = f"router {router.engine_id} at {router.url}"
+    try:
+        listed = await router.get_object("/workers", timeout_seconds=_ROUTER_SECONDS)
+    except EngineRejected as error:
+        raise EngineRejected(f"{error.message}; is it an smg router (smg=URL), or an engine (sglang=URL)?") from error
     try:
         workers = [(str(w["url"]), w["worker_type"], w["connection_mode"]) for w in listed["workers"]]
     except (KeyError, TypeError) as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 
 import pytest
 from aiohttp import web
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from engines.connection import EngineHttp, EventReader, failure
 from engines.launch import free_port
-from gateway.contracts.errors import EngineProtocolError, EngineRejected, EngineUnavailable
+from gateway.contracts.errors import EngineProtocolError, EngineRejected, EngineTimeout, EngineUnavailable
 
 KEY = "engine-secret-7"
 payloads = st.lists(
@@ -24,7 +24,10 @@ noise = st.sampled_from([": keep-alive", "event: message", "id: 7", "retry: 10",
 
 @asynccontextmanager
 async def served(
-    answer: Callable[[web.Request], Awaitable[web.StreamResponse]], *, api_key: str | None = None
+    answer: Callable[[web.Request], Awaitable[web.StreamResponse]],
+    *,
+    api_key: str | None = None,
+    idle_timeout_seconds: float = 10.0,
 ) -> AsyncIterator[EngineHttp]:
     """A connection to a server that answers everything with `answer`."""
     app = web.Application()
@@ -37,7 +40,7 @@ async def served(
         f"http://127.0.0.1:{port}",
         engine_id="e0",
         connect_timeout_seconds=5,
-        idle_timeout_seconds=10,
+        idle_timeout_seconds=idle_timeout_seconds,
         api_key=api_key,
     )
     try:
@@ -65,6 +68,27 @@ def test_events_are_read_whole_however_the_stream_is_cut(
     pieces = [raw[start:stop] for start, stop in zip([0, *cuts], [*cuts, len(raw)], strict=True)]
     read = [payload.decode() for piece in pieces for payload in reader.read(piece)]
     assert read == ["\n".join(lines) for lines in events]
+
+
+async def test_a_stream_of_nothing_but_comments_is_silence() -> None:
+    """A router sends them for as long as its worker says nothing."""
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        for _ in range(4):
+            await response.write(b": keep-alive\n\n")
+            await asyncio.sleep(0.1)
+        await response.write(b'data: {"a":\r\ndata: 1}\r\n\r\n')
+        for _ in range(30):
+            await response.write(b": keep-alive\n\n")
+            await asyncio.sleep(0.1)
+        return response
+
+    async with served(answer, idle_timeout_seconds=0.6) as http, aclosing(http.events("/generate", {})) as events:
+        assert await anext(events) == {"a": 1}
+        with pytest.raises(EngineTimeout, match="sent nothing"):
+            await anext(events)
 
 
 @pytest.mark.parametrize(

@@ -160,6 +160,16 @@ async def test_a_session_stays_at_one_worker_and_sessions_spread() -> None:
     assert min(map(len, keys)) > 0
 
 
+async def test_a_session_with_a_very_long_name_is_served() -> None:
+    """An agent chooses it; workers refuse headers of that length."""
+    server = EchoServer(REPLY)
+    async with routed(server) as (engine, _):
+        for name in ("a" * 20_000, "b" * 20_000, "a" * 20_000):
+            assert await ask(engine, name) == REPLY
+    keys = [headers["x-smg-routing-key"] for headers in server.headers]
+    assert keys[0] == keys[2] != keys[1]
+
+
 async def test_the_engines_key_reaches_the_workers_through_the_router() -> None:
     server = EchoServer(REPLY)
     async with routed(server, api_key="engine-secret") as (engine, _):

@@ -149,9 +149,9 @@ class Chat:
 
 
 def test_a_session_stays_at_one_worker(fleet: Fleet, session_id: str) -> None:
-    for _ in range(2):
+    for _ in range(4):
         fleet.chat(session_id)
-    assert sorted(worker.num_requests for worker in fleet.workers) == [0, 2]
+    assert sorted(worker.num_requests for worker in fleet.workers) == [0, 4]
     [turn, *_] = fleet.gateway.turns(session_id)
     assert turn["output_token_ids"] == fleet.token_ids
 
