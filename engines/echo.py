@@ -28,7 +28,8 @@ class EchoServer:
     """`token_ids`: what every request samples, its stop token last; one each `delay_seconds`.
 
     server_info: what it says of its flags. `requests`: the bodies that came, in order; `headers`: theirs; `aborted`:
-    ids of requests to stop; `left`: ids of requests whose client went away.
+    ids of requests to stop; `left`: ids of requests whose client went away; `paused`: what was last ordered (it goes on
+    answering all the same).
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class EchoServer:
         self.requests: list[Mapping[str, JsonValue]] = []
         self.headers: list[Mapping[str, str]] = []
         self.aborted: list[str] = []
+        self.paused = False
         self.left: list[str] = []
 
     def app(self) -> web.Application:
@@ -62,8 +64,8 @@ class EchoServer:
                 web.get("/seen", self._seen),
                 web.post("/generate", self._generate),
                 web.post("/abort_request", self._abort),
-                web.post("/pause_generation", self._ping),
-                web.post("/continue_generation", self._ping),
+                web.post("/pause_generation", self._pause),
+                web.post("/continue_generation", self._continue),
             ]
         )
         return app
@@ -78,6 +80,14 @@ class EchoServer:
         return web.json_response({"data": [{"id": "echo", "max_model_len": self._context_length}]})
 
     async def _ping(self, request: web.Request) -> web.Response:
+        return web.json_response({})
+
+    async def _pause(self, request: web.Request) -> web.Response:
+        self.paused = True
+        return web.json_response({})
+
+    async def _continue(self, request: web.Request) -> web.Response:
+        self.paused = False
         return web.json_response({})
 
     async def _abort(self, request: web.Request) -> web.Response:

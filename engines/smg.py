@@ -18,7 +18,7 @@ from collections import OrderedDict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -63,6 +63,8 @@ _MAX_KEY_CHARACTERS = 1024
 """Workers refuse long headers; a longer key is sent as its hash."""
 _WEIGHTS = "weights"
 
+_SILENCE = (EngineUnavailable, EngineTimeout)
+
 _MAY_DIFFER = frozenset(
     (
         "engine_id", "url", "kind", "weight_version", "policy_version", "model_path", "served_model_name",
@@ -99,7 +101,9 @@ class SmgRouter:
         self._policy_version_of = policy_version_of
         self._context_length = context_length
         self._api_key = api_key
+        self._learnt_routing: RoutingShape | None = None
         self._workers: dict[str, SglangEngine] = {}
+        self._registrations: frozenset[str] = frozenset()
         self._serving: dict[str, str] = {}
         self._detours: OrderedDict[str, int] = OrderedDict()
         self._is_verbatim = False
@@ -120,9 +124,7 @@ class SmgRouter:
 
         Raises WorkerUnavailable if the worker is lost and others live: the session's next request goes to another.
         """
-        if request.routed_experts_start is not None and self._routing is None:
-            self._routing = (await self.identity()).routing
-        reader = StreamReader(request, self._routing, self._policy_version_of, self.engine_id)
+        reader = StreamReader(request, await self._shape(request), self._policy_version_of, self.engine_id)
         try:
             async with aclosing(read_generation(self._events(request), reader, abort=self.abort)) as items:
                 async for item in items:
@@ -134,6 +136,12 @@ class SmgRouter:
             raise
         finally:
             self._serving.pop(request.request_id, None)
+
+    async def _shape(self, request: GenerateRequest) -> RoutingShape | None:
+        """The model's routing shape, where the request's answer needs it."""
+        if request.routed_experts_start is not None and self._routing is None and self._learnt_routing is None:
+            self._learnt_routing = (await self.identity()).routing
+        return self._routing or self._learnt_routing
 
     async def _events(self, request: GenerateRequest) -> AsyncGenerator[Any, None]:
         """The worker's events; the router's own frame about a worker that it lost is an error."""
@@ -180,9 +188,9 @@ class SmgRouter:
             await self._check_mode()
         found = await _each(workers, lambda worker: _in_time(worker.identity()))
         identities = [answer for answer in found.values() if isinstance(answer, EngineIdentity)]
-        silent = {url: answer for url, answer in found.items() if isinstance(answer, EngineUnavailable | EngineTimeout)}
-        for answer in found.values():
-            if isinstance(answer, VerbatimError) and answer not in silent.values():
+        silent = {url: answer for url, answer in found.items() if isinstance(answer, _SILENCE)}
+        for url, answer in found.items():
+            if isinstance(answer, VerbatimError) and url not in silent:
                 raise answer
         if not identities:
             raise EngineUnavailable(
@@ -252,17 +260,19 @@ class SmgRouter:
 
     async def _known_workers(self) -> Mapping[str, SglangEngine]:
         """Clients of the workers that the router lists now, by address."""
-        try:
-            urls = await worker_urls(self._http)
-        except EngineError:
-            self._is_verbatim = False  # it may come back with other flags
-            raise
-        for url in self._workers.keys() - set(urls):
-            await self._workers.pop(url).aclose()
-        for url in urls:
-            if url not in self._workers:
-                self._workers[url] = self._worker(url)
-        return dict(self._workers)
+        listed = await listed_workers(self._http)
+        registrations = frozenset(worker.registration for worker in listed)
+        if not registrations <= self._registrations:
+            self._is_verbatim = False  # a router that starts registers anew; its flags may be others
+        self._registrations = registrations
+        gone = [self._workers.pop(url) for url in self._workers.keys() - {worker.url for worker in listed}]
+        for worker in listed:
+            if worker.url not in self._workers:
+                self._workers[worker.url] = self._worker(worker.url)
+        workers = dict(self._workers)
+        for client in gone:
+            await client.aclose()
+        return workers
 
     def _worker(self, url: str) -> SglangEngine:
         return SglangEngine(
@@ -285,7 +295,6 @@ class SmgRouter:
         try:
             return await self._http.get_status("/readiness", timeout_seconds=_ROUTER_SECONDS) == 200
         except EngineError:
-            self._is_verbatim = False
             return False
 
     async def abort(self, request_id: str) -> None:
@@ -299,16 +308,20 @@ class SmgRouter:
 
     async def pause(self, mode: PauseMode) -> None:
         """Stop generating at every worker; raises the EngineError of one that may go on."""
-        await self._order(await self._known_workers(), lambda worker: worker.pause(mode))
+        await self._order(lambda worker: worker.pause(mode))
 
     async def resume(self) -> None:
         """Go on at every worker."""
-        await self._order(await self._known_workers(), lambda worker: worker.resume())
+        await self._order(lambda worker: worker.resume())
 
-    async def _order(
-        self, workers: Mapping[str, SglangEngine], command: Callable[[SglangEngine], Awaitable[None]]
-    ) -> None:
+    async def _order(self, command: Callable[[SglangEngine], Awaitable[None]]) -> None:
         """Tell all workers; one that cannot be reached is passed over as long as another can."""
+        try:
+            workers = await self._known_workers()
+        except _SILENCE:
+            workers = dict(self._workers)  # a router that is away must not leave its workers paused
+            if not workers:
+                raise
         found = await _each(workers, command)
         failed = {url: answer for url, answer in found.items() if isinstance(answer, VerbatimError)}
         for url, error in failed.items():
@@ -323,31 +336,41 @@ class SmgRouter:
         await self._http.aclose()
 
 
-async def worker_urls(router: EngineHttp) -> Sequence[str]:
-    """The addresses of a router's workers; raises EngineRejected for those that cannot be spoken to verbatim."""
+class ListedWorker(NamedTuple):
+    """A worker as its router knows it; `registration` is of this entry, a router that starts again makes new ones."""
+
+    registration: str
+    url: str
+
+
+async def listed_workers(router: EngineHttp) -> Sequence[ListedWorker]:
+    """A router's workers, one for each address; raises EngineRejected for those that cannot be spoken to verbatim."""
     named = f"router {router.engine_id} at {router.url}"
     try:
         listed = await router.get_object("/workers", timeout_seconds=_ROUTER_SECONDS)
     except EngineRejected as error:
         raise EngineRejected(f"{error.message}; is it an smg router (smg=URL), or an engine (sglang=URL)?") from error
     try:
-        workers = [(str(w["url"]), w["worker_type"], w["connection_mode"]) for w in listed["workers"]]
+        workers = [
+            (ListedWorker(str(w["id"]), _address(w["url"])), w["worker_type"], w["connection_mode"])
+            for w in listed["workers"]
+        ]
     except (KeyError, TypeError) as error:
         raise EngineProtocolError(f"{named}: its list of workers is unreadable ({error})") from error
     if not workers:
         raise EngineUnavailable(f"{named} has no workers")
-    for url, kind, protocol in workers:
+    for worker, kind, protocol in workers:
         if (kind, protocol) != ("regular", "http"):
             raise EngineRejected(
-                f"{named}: worker {url} is {kind} over {protocol}; only regular ones over http are exact"
+                f"{named}: worker {worker.url} is {kind} over {protocol}; only regular http can be exact"
             )
-    return list(dict.fromkeys(_address(url) for url, _, _ in workers))
+    return list({worker.url: worker for worker, _, _ in workers}.values())
 
 
 async def workers_behind(engine: EngineHttp) -> Sequence[str]:
     """The addresses of a router's workers; () for an engine, which has no such list."""
     answer = await engine.ask("GET", "/workers", timeout_seconds=_ROUTER_SECONDS)
-    return await worker_urls(engine) if answer.status == 200 else ()
+    return [worker.url for worker in await listed_workers(engine)] if answer.status == 200 else ()
 
 
 def _address(worker: str) -> str:

@@ -309,3 +309,84 @@ async def test_weights_for_a_router_reach_each_of_its_workers(engine_process: En
             assert served["weight_version"] == label == "policy-000000"
             with pytest.raises(TransportError, match=engine_process.url):
                 await DiskTransport().publish(tiny_model / "none", policy_version=1, engine_urls=[process.url])
+
+
+async def test_a_worker_that_the_operator_takes_out_counts_no_more() -> None:
+    servers = EchoServer(REPLY), EchoServer(REPLY, server_info={"return_original_logprob": True})
+    async with routed(*servers) as (engine, _), httpx.AsyncClient(base_url=engine.url, timeout=10) as http:
+        with pytest.raises(IdentityMismatch) as refused:
+            await engine.identity()
+        for worker in (await http.get("/workers")).json()["workers"]:
+            if (await http.get(worker["url"] + "/server_info")).json().get("return_original_logprob"):
+                assert worker["url"] in refused.value.message
+                await http.delete(f"/workers/{worker['id']}")
+        async with asyncio.timeout(20):
+            while len((await http.get("/workers")).json()["workers"]) > 1:  # noqa: ASYNC110 (the router drains it)
+                await asyncio.sleep(0.05)
+        assert (await engine.identity()).one_version
+        assert await ask(engine, "s") == REPLY
+
+
+async def test_a_router_that_comes_back_with_other_flags_is_refused() -> None:
+    """I8: it was verbatim before."""
+    async with serving(EchoServer(REPLY).app(), free_port()) as worker:
+        process = RouterProcess([worker], VERBATIM_MODE)
+        engine = client(process.url)
+        try:
+            for flags in (VERBATIM_MODE, ()):
+                process.flags = flags
+                process.start()
+                await asyncio.to_thread(process.wait_ready)
+                if flags:
+                    await engine.identity()
+                    process.kill()
+            with pytest.raises(EngineRejected, match="does not pass requests on"):
+                await engine.identity()
+        finally:
+            process.kill()
+            await engine.aclose()
+
+
+async def test_workers_are_paused_and_resumed_each_even_when_the_router_is_away() -> None:
+    """A router that ends in a pause must not leave its workers paused."""
+    servers = EchoServer(REPLY), EchoServer(REPLY)
+    async with AsyncExitStack() as workers:
+        urls = [await workers.enter_async_context(serving(server.app(), free_port())) for server in servers]
+        process = RouterProcess(urls, VERBATIM_MODE)
+        engine = client(process.url)
+        try:
+            process.start()
+            await asyncio.to_thread(process.wait_ready)
+            await engine.pause(PauseMode.ABORT)
+            assert [server.paused for server in servers] == [True, True]
+            process.kill()
+            await engine.resume()
+        finally:
+            process.kill()
+            await engine.aclose()
+    assert [server.paused for server in servers] == [False, False]
+
+
+@pytest.mark.parametrize(("kind", "protocol"), [("prefill", "http"), ("regular", "grpc")])
+async def test_workers_that_are_not_spoken_to_verbatim_are_refused(kind: str, protocol: str) -> None:
+    """I8, I9: over gRPC no routing rows come back; split prefill and decode, the router takes requests apart."""
+    listed = {"workers": [{"id": "1", "url": "http://w:1", "worker_type": kind, "connection_mode": protocol}]}
+
+    async def workers(_request: web.Request) -> web.Response:
+        return web.json_response(listed)
+
+    app = web.Application()
+    app.router.add_get("/workers", workers)
+    async with serving(app, free_port()) as url:
+        engine = client(url)
+        with pytest.raises(EngineRejected, match=f"worker http://w:1 is {kind} over {protocol}"):
+            await engine.identity()
+        await engine.aclose()
+
+
+async def test_an_engine_in_the_place_of_a_router_is_told_apart() -> None:
+    async with serving(EchoServer(REPLY).app(), free_port()) as url:
+        engine = client(url)
+        with pytest.raises(EngineRejected, match="is it an smg router"):
+            await engine.identity()
+        await engine.aclose()
