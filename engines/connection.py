@@ -1,16 +1,20 @@
 """HTTP to an engine, with every foreign failure translated once.
 
-Connections that fail, 5xx and streams that end early → EngineUnavailable; silence → EngineTimeout; 4xx →
-ContextOverflow or EngineRejected; bodies that are not what HTTP said → EngineProtocolError.
+Connections that fail, 5xx, 408, 429 and streams that end early → EngineUnavailable; silence → EngineTimeout; other 4xx
+→ ContextOverflow or EngineRejected; bodies that are not what HTTP said → EngineProtocolError.
+
+What is sent is ours alone: no header of an agent, no cookie of an engine, and the operator's engine key only as
+`Authorization`. Redirects are not followed.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import aiohttp
 import orjson
@@ -27,21 +31,46 @@ from gateway.contracts.errors import (
 from gateway.contracts.ports import RawCall, RawReply
 
 _OVERFLOW_MARKS = ("maximum context length", "longer than the model's context length", "is longer than the maximum")
-_END_OF_EVENT = b"\n\n"
 _EXPERTS = b'"routed_experts":"'
 _LONG_NUMBER = re.compile(rb"[0-9]{19}")
+_PASSING_STATUSES = frozenset((408, 425, 429))
+"""Refusals of now, not of the request."""
+
+_KEEPALIVE_SECONDS = 4.0
+"""How long an idle connection is kept: uvicorn, which serves the engines, closes its end after 5 s."""
+
+
+class Answer(NamedTuple):
+    """One answer as it came, whatever its status."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
 
 
 class EngineHttp:
-    """One engine's HTTP connections; `idle_timeout_seconds` bounds the silence between two pieces of an answer."""
+    """One engine's HTTP connections; `idle_timeout_seconds` bounds the silence between two pieces of an answer.
+
+    api_key: sent as `Authorization: Bearer …`, for engines that were started with one. refusal_of: (status, body, name)
+    of an answer of 300 and above → the error that it stands for.
+    """
 
     def __init__(
-        self, url: str, *, engine_id: str, connect_timeout_seconds: float, idle_timeout_seconds: float
+        self,
+        url: str,
+        *,
+        engine_id: str,
+        connect_timeout_seconds: float,
+        idle_timeout_seconds: float,
+        api_key: str | None = None,
+        refusal_of: Callable[[int, bytes, str], VerbatimError] | None = None,
     ) -> None:
         self.url = url.rstrip("/")
         self.engine_id = engine_id
         self._connect_timeout_seconds = connect_timeout_seconds
         self._idle_timeout_seconds = idle_timeout_seconds
+        self._api_key = api_key
+        self._refusal_of = refusal_of or refusal
         self._session: aiohttp.ClientSession | None = None
         self._raw_session: aiohttp.ClientSession | None = None
 
@@ -59,10 +88,7 @@ class EngineHttp:
 
     async def get_status(self, path: str, *, timeout_seconds: float) -> int:
         """The status of a GET, whatever it is."""
-        async with (
-            self._translated(path),
-            self._opened().get(self.url + path, timeout=self._timeout(timeout_seconds)) as response,
-        ):
+        async with self._sent("GET", path, None, timeout_seconds, None) as response:
             return response.status
 
     async def post(self, path: str, body: Mapping[str, Any], *, timeout_seconds: float) -> bytes:
@@ -70,24 +96,46 @@ class EngineHttp:
         async with self._request("POST", path, body, timeout_seconds) as response:
             return await response.read()
 
-    async def events(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[Any, None]:
-        """POST JSON and yield the parsed `data:` events of the answer, up to `[DONE]`.
+    async def ask(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        *,
+        headers: Mapping[str, str] | None = None,
+        timeout_seconds: float,
+    ) -> Answer:
+        """The answer to one request, a refusal too."""
+        async with self._sent(method, path, body, timeout_seconds, headers) as response:
+            return Answer(response.status, response.headers, await response.read())
 
-        Raises EngineUnavailable if the stream ends without `[DONE]`.
+    async def events(
+        self,
+        path: str,
+        body: Mapping[str, Any],
+        *,
+        headers: Mapping[str, str] | None = None,
+        on_headers: Callable[[Mapping[str, str]], None] = lambda headers: None,
+    ) -> AsyncGenerator[Any, None]:
+        """POST JSON and yield the parsed events of the answer, up to `[DONE]`; on_headers is told the answer's first.
+
+        Raises EngineUnavailable if the stream ends without `[DONE]`, EngineTimeout if it says nothing but comments.
         """
-        async with self._request("POST", path, body, None) as response:
-            buffered = bytearray()
+        async with self._request("POST", path, body, None, headers) as response:
+            on_headers(response.headers)
+            reader = EventReader()
+            heard = time.monotonic()
             async for piece in response.content.iter_any():
-                searched = max(0, len(buffered) - 1)
-                buffered += piece
-                while (end := buffered.find(_END_OF_EVENT, searched)) >= 0:
-                    payload = bytes(buffered[:end]).removeprefix(b"data:").strip()
-                    del buffered[: end + len(_END_OF_EVENT)]
-                    searched = 0
+                for payload in reader.read(piece):
                     if payload == b"[DONE]":
                         return
-                    if payload:
-                        yield _parsed(payload, self._named(path))
+                    yield _parsed(payload, self._named(path))
+                    heard = time.monotonic()
+                # A router keeps the connection alive with comments, however long its worker is silent.
+                if reader.inside_event:
+                    heard = time.monotonic()
+                elif time.monotonic() > heard + self._idle_timeout_seconds:
+                    raise EngineTimeout(f"{self._named(path)} sent nothing for {self._idle_timeout_seconds:g} s")
         raise EngineUnavailable(f"{self._named(path)}: the stream ended early")
 
     @asynccontextmanager
@@ -114,8 +162,16 @@ class EngineHttp:
 
     def _opened(self) -> aiohttp.ClientSession:
         if self._session is None or self._session.closed:
-            connector = aiohttp.TCPConnector(limit=0)
-            self._session = aiohttp.ClientSession(connector=connector, json_serialize=_serialised)
+            # Plain bodies only: a router in between may drop `Content-Encoding` and leave the body as it is.
+            headers = {"Accept-Encoding": "identity", "User-Agent": "verbatim"}
+            if self._api_key is not None:
+                headers["Authorization"] = f"Bearer {self._api_key}"
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_SECONDS),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                headers=headers,
+                json_serialize=_serialised,
+            )
         return self._session
 
     def _opened_raw(self) -> aiohttp.ClientSession:
@@ -139,16 +195,38 @@ class EngineHttp:
 
     @asynccontextmanager
     async def _request(
-        self, method: str, path: str, body: Mapping[str, Any] | None, timeout_seconds: float | None
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None,
+        timeout_seconds: float | None,
+        headers: Mapping[str, str] | None = None,
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        async with self._sent(method, path, body, timeout_seconds, headers) as response:
+            if response.status >= 300:
+                raise self._refusal_of(response.status, await response.read(), self._named(path))
+            yield response
+
+    @asynccontextmanager
+    async def _sent(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None,
+        timeout_seconds: float | None,
+        headers: Mapping[str, str] | None,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         async with (
             self._translated(path),
             self._opened().request(
-                method, self.url + path, json=body, timeout=self._timeout(timeout_seconds)
+                method,
+                self.url + path,
+                json=body,
+                headers=headers,
+                timeout=self._timeout(timeout_seconds),
+                allow_redirects=False,
             ) as response,
         ):
-            if response.status >= 400:
-                raise refusal(response.status, await response.read(), self._named(path))
             yield response
 
     @asynccontextmanager
@@ -166,10 +244,45 @@ class EngineHttp:
             raise EngineProtocolError(f"{named}: not HTTP as promised: {error}") from error
 
 
+class EventReader:
+    """Server-sent events out of the pieces of a stream, cut anywhere.
+
+    Lines end with LF or CRLF, an event with an empty line. The `data` lines of one event are joined with LF; comments
+    (`:`, which keep a connection alive) and other fields (`event`, `id`, `retry`) say nothing to us.
+    """
+
+    def __init__(self) -> None:
+        self._buffered = bytearray()
+        self._data: list[bytes] = []
+
+    @property
+    def inside_event(self) -> bool:
+        """Whether an event has begun and is not complete."""
+        return bool(self._data) or self._buffered.startswith(b"data:")
+
+    def read(self, piece: bytes) -> Iterator[bytes]:
+        """The data of the events that this piece completes."""
+        searched = len(self._buffered)
+        self._buffered += piece
+        start = 0
+        while (end := self._buffered.find(b"\n", max(start, searched))) >= 0:
+            line = bytes(memoryview(self._buffered)[start:end]).removesuffix(b"\r")
+            start = end + 1
+            if line.startswith(b"data:"):
+                self._data.append(line[5:].removeprefix(b" "))
+            elif not line and self._data:
+                data, self._data = b"\n".join(self._data).strip(), []
+                if data:
+                    yield data
+        del self._buffered[:start]
+
+
 def refusal(status: int, body: bytes, named: str) -> VerbatimError:
-    """The error that an engine's answer of 400 and above stands for."""
+    """The error that an engine's answer of 300 and above stands for."""
     message = _message(body) or f"HTTP {status}"
-    if status >= 500:
+    if status < 400:
+        return EngineProtocolError(f"{named} redirects ({status}), which is not followed: give its own address")
+    if status >= 500 or status in _PASSING_STATUSES:
         return EngineUnavailable(f"{named} failed with {status}: {message}")
     return refused(message, named)
 
@@ -186,7 +299,7 @@ def failure(error: Any, named: str) -> VerbatimError:
     """The error that an `error` inside a stream stands for: `{"message", "code"}`, or its text."""
     message = error["message"] if isinstance(error, dict) else str(error)
     code = error.get("code", 400) if isinstance(error, dict) else 400
-    if isinstance(code, int) and code >= 500:
+    if isinstance(code, int) and (code >= 500 or code in _PASSING_STATUSES):
         return EngineUnavailable(f"{named}: {message}")
     return refused(message, named)
 

@@ -1,6 +1,6 @@
 """Client of one engine that speaks SGLang's HTTP protocol: the real one, or the embedded one.
 
-`/generate` streams cumulative (or incremental) output; `_Stream` turns either into new tokens and checks, chunk by
+`/generate` streams cumulative (or incremental) output; `StreamReader` turns either into new tokens and checks, chunk by
 chunk, that ids, log-probs, versions and routing rows line up (I2, I9). What is missing stays missing; what contradicts
 itself is an EngineProtocolError.
 """
@@ -11,7 +11,7 @@ import binascii
 import json
 import logging
 import re
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing
 from typing import Any
 
@@ -107,12 +107,14 @@ class SglangEngine:
         context_length: int = 0,
         connect_timeout_seconds: float = 5.0,
         idle_timeout_seconds: float = 600.0,
+        api_key: str | None = None,
     ) -> None:
         self._http = EngineHttp(
             url,
             engine_id=engine_id,
             connect_timeout_seconds=connect_timeout_seconds,
             idle_timeout_seconds=idle_timeout_seconds,
+            api_key=api_key,
         )
         self._routing = routing
         self._policy_version_of = policy_version_of
@@ -133,32 +135,16 @@ class SglangEngine:
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[GenerateChunk | GenerateEnd, None]:
         """Stream new tokens, then exactly one GenerateEnd; closing early aborts the request at the engine."""
         if request.media:
-            await self._check_media(request)
+            await self.check_media(request)
         if request.routed_experts_start is not None and self._routing is None:
             self._routing = (await self.identity()).routing
-        stream = _Stream(request, self._routing, self._policy_version_of, self.engine_id)
-        ended = False
-        try:
-            async with aclosing(self._http.events("/generate", _body(request))) as events:
-                async for event in events:
-                    chunk = stream.read(event)
-                    if chunk is not None:
-                        yield chunk
-                    if stream.end is not None:
-                        ended = True
-                        yield stream.end
-                        return
-            raise EngineUnavailable(f"engine {self.engine_id}: the stream ended before the request did")
-        except (EngineRejected, RequestError) as error:
-            ended = True
-            if request.media and isinstance(error, EngineRejected):  # nearly always one that it could not read
-                raise InvalidRequest(error.message) from error
-            raise
-        finally:
-            if not ended:
-                await self._abort_quietly(request.request_id)
+        events = self._http.events("/generate", generate_body(request))
+        reader = StreamReader(request, self._routing, self._policy_version_of, self.engine_id)
+        async with aclosing(read_generation(events, reader, abort=self.abort)) as items:
+            async for item in items:
+                yield item
 
-    async def _check_media(self, request: GenerateRequest) -> None:
+    async def check_media(self, request: GenerateRequest) -> None:
         """Raise InvalidRequest for media that the model would ignore in silence."""
         if self._understands is None:
             model = await self._http.get_object("/model_info", timeout_seconds=_CONTROL_SECONDS)
@@ -166,12 +152,6 @@ class SglangEngine:
             hears = {MediaKind.AUDIO} if model.get("has_audio_understanding") else set()
             self._understands = frozenset(sees | hears)
         refuse_media(request, self._understands, named=f"the model of engine {self.engine_id}")
-
-    async def _abort_quietly(self, request_id: str) -> None:
-        try:
-            await self.abort(request_id)
-        except EngineError as error:
-            logger.info("request %s may go on at its engine: %s", request_id, error)
 
     async def identity(self) -> EngineIdentity:
         """Ask the engine who it is; files of its model folder are read where this machine has them."""
@@ -273,7 +253,41 @@ class SglangEngine:
         await self._http.aclose()
 
 
-def _body(request: GenerateRequest) -> dict[str, JsonValue]:
+async def read_generation(
+    events: AsyncGenerator[Any, None], reader: StreamReader, *, abort: Callable[[str], Awaitable[None]]
+) -> AsyncGenerator[GenerateChunk | GenerateEnd, None]:
+    """The items of one `/generate` stream; whatever ends it before its end, the request is aborted."""
+    ended = False
+    try:
+        async with aclosing(events):
+            async for event in events:
+                chunk = reader.read(event)
+                if chunk is not None:
+                    yield chunk
+                if reader.end is not None:
+                    ended = True
+                    yield reader.end
+                    return
+        raise EngineUnavailable(f"{reader.named}: the stream ended before the request did")
+    except (EngineRejected, RequestError) as error:
+        ended = True
+        if reader.has_media and isinstance(error, EngineRejected):  # nearly always one that it could not read
+            raise InvalidRequest(error.message) from error
+        raise
+    finally:
+        if not ended:
+            await _abort_quietly(abort, reader.request_id)
+
+
+async def _abort_quietly(abort: Callable[[str], Awaitable[None]], request_id: str) -> None:
+    try:
+        await abort(request_id)
+    except EngineError as error:
+        logger.info("request %s may go on at its engine: %s", request_id, error)
+
+
+def generate_body(request: GenerateRequest) -> dict[str, JsonValue]:
+    """The request in SGLang's words."""
     passed = {key: value for key, value in request.passthrough.items() if key not in _NOT_FOR_PASSTHROUGH}
     # I7: what is recorded is ours to ask for, whatever the agent's own fields say.
     body = passed | {
@@ -334,7 +348,7 @@ def _sampling(sampling: SamplingParams) -> dict[str, JsonValue]:
     return parameters
 
 
-class _Stream:
+class StreamReader:
     """One `/generate` stream as it is read; `end` is set by the event that finished the request."""
 
     def __init__(
@@ -347,7 +361,9 @@ class _Stream:
         self._request = request
         self._routing = routing
         self._policy_version_of = policy_version_of
-        self._named = f"engine {engine_id}, request {request.request_id}"
+        self.request_id = request.request_id
+        self.has_media = bool(request.media)
+        self.named = self._named = f"engine {engine_id}, request {request.request_id}"
         self._output_ids: list[int] = []
         self._unknown_top: dict[str, JsonValue] = {}
         self._unknown_meta: dict[str, JsonValue] = {}

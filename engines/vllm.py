@@ -164,12 +164,14 @@ class VllmEngine:
         logprob_kind: LogprobKind = LogprobKind.RAW,
         connect_timeout_seconds: float = 5.0,
         idle_timeout_seconds: float = 600.0,
+        api_key: str | None = None,
     ) -> None:
         self._http = EngineHttp(
             url,
             engine_id=engine_id,
             connect_timeout_seconds=connect_timeout_seconds,
             idle_timeout_seconds=idle_timeout_seconds,
+            api_key=api_key,
         )
         self._routing = routing
         self._policy_version_of = policy_version_of

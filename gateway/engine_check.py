@@ -19,7 +19,7 @@ from gateway.contracts.errors import EngineError, EngineTimeout, IdentityMismatc
 from gateway.contracts.generation import Capability, EngineIdentity, JsonValue
 from gateway.contracts.ports import Engine
 from gateway.contracts.verification import Verification
-from gateway.main import ENGINE_KINDS, make_engine
+from gateway.main import make_engine, shipped_kinds
 from gateway.routes.admin import identity_json
 from gateway.sessions.admission import Admission
 from gateway.sessions.model import ServedModel
@@ -57,7 +57,8 @@ async def check_engines(
     model: ServedModel, engines: Sequence[str], required: Sequence[Capability]
 ) -> list[EngineFinding]:
     """What is found of each; raises ConfigurationError for a kind that does not exist."""
-    made = [(text, make_engine(ENGINE_KINDS, *split_engine(text), model, _AnyPolicy())) for text in engines]
+    kinds = shipped_kinds()
+    made = [(text, make_engine(kinds, *split_engine(text), model, _AnyPolicy())) for text in engines]
     admission = Admission(model, tuple(required))
     return await asyncio.gather(*(_check(text, engine, admission) for text, engine in made))
 

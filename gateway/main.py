@@ -26,6 +26,7 @@ from starlette.exceptions import HTTPException
 
 from engines.openai_text import OpenAiTextEngine
 from engines.sglang import SglangEngine
+from engines.smg import SmgRouter
 from engines.vllm import VllmEngine
 from engines.weights.names import policy_version_of
 from gateway.contracts.errors import ConfigurationError, EngineError, IdentityMismatch, VerbatimError
@@ -58,7 +59,7 @@ from gateway.sessions.picks import PickChoice
 from gateway.sessions.registry import SessionRegistry
 from gateway.sessions.report import Retokenisation
 from gateway.sessions.turns import TurnParts, TurnRunner
-from gateway.settings import OPERATOR_KEY_VARIABLE, GatewaySettings, UnknownSessions, split_engine
+from gateway.settings import ENGINE_KEY_VARIABLE, OPERATOR_KEY_VARIABLE, GatewaySettings, UnknownSessions, split_engine
 from gateway.wire.errors import error_body, error_headers
 from gateway.wire.protection import FieldRules
 
@@ -70,7 +71,12 @@ EngineMaker: TypeAlias = Callable[[str, str, ServedModel, Mapping[str, int]], En
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """The flags of `verbatim serve`."""
-    parser.add_argument("--engine", action="append", metavar="KIND=URL", help="an engine, repeatable: sglang=http://…")
+    parser.add_argument(
+        "--engine",
+        action="append",
+        metavar="KIND=URL",
+        help="an engine, repeatable: sglang=http://… (smg, vllm, openai)",
+    )
     parser.add_argument("--model", type=Path, metavar="PATH", help="folder with tokenizer.json and the chat template")
     parser.add_argument(
         "--tool-call-parser", metavar="NAME", help="how tool calls are written (auto: see the template)"
@@ -106,7 +112,7 @@ def serve(
     settings: GatewaySettings, *, operator_key: str | None, engine_kinds: Mapping[str, EngineMaker] | None = None
 ) -> None:
     """Run the gateway in this process; `engine_kinds` adds kinds of engines to those that ship."""
-    kinds = {**ENGINE_KINDS, **(engine_kinds or {})}
+    kinds = {**shipped_kinds(), **(engine_kinds or {})}
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_serve(settings, operator_key, kinds))
 
@@ -361,34 +367,38 @@ async def _background(work: Coroutine[None, None, None]) -> AsyncIterator[None]:
             await task
 
 
-def _sglang(engine_id: str, url: str, model: ServedModel, policies: Mapping[str, int]) -> Engine:
-    return SglangEngine(
-        url,
-        engine_id=engine_id,
-        routing=model.routing,
-        policy_version_of=partial(policy_version_of, known=policies),
-        context_length=model.context_length,
-    )
+def _engine_key() -> str | None:
+    """The engines' key; raises ConfigurationError if no header can carry it."""
+    key = os.environ.get(ENGINE_KEY_VARIABLE, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigurationError(f"{ENGINE_KEY_VARIABLE} must be printable ASCII: it is sent in a header")
+    return key or None
 
 
-def _vllm(engine_id: str, url: str, model: ServedModel, policies: Mapping[str, int]) -> Engine:
-    return VllmEngine(
-        url,
-        engine_id=engine_id,
-        routing=model.routing,
-        policy_version_of=partial(policy_version_of, known=policies),
-        context_length=model.context_length,
-    )
+def shipped_kinds() -> Mapping[str, EngineMaker]:
+    """The kinds of engines that ship; raises ConfigurationError for an unusable key of the engines."""
+    api_key = _engine_key()
 
+    def token_engine(
+        client: Callable[..., Engine], engine_id: str, url: str, model: ServedModel, policies: Mapping[str, int]
+    ) -> Engine:
+        return client(
+            url,
+            engine_id=engine_id,
+            routing=model.routing,
+            policy_version_of=partial(policy_version_of, known=policies),
+            context_length=model.context_length,
+            api_key=api_key,
+        )
 
-def _openai_text(engine_id: str, url: str, model: ServedModel, policies: Mapping[str, int]) -> Engine:
-    return OpenAiTextEngine(
-        url, engine_id=engine_id, decode=model.tokenizer.decode, encode=model.tokenizer.encode_after
-    )
+    def openai_text(engine_id: str, url: str, model: ServedModel, policies: Mapping[str, int]) -> Engine:
+        tokenizer = model.tokenizer
+        return OpenAiTextEngine(
+            url, engine_id=engine_id, decode=tokenizer.decode, encode=tokenizer.encode_after, api_key=api_key
+        )
 
-
-ENGINE_KINDS: Mapping[str, EngineMaker] = {"sglang": _sglang, "vllm": _vllm, "openai": _openai_text}
-"""The kinds of engines that ship."""
+    clients: Mapping[str, Callable[..., Engine]] = {"sglang": SglangEngine, "smg": SmgRouter, "vllm": VllmEngine}
+    return {kind: partial(token_engine, client) for kind, client in clients.items()} | {"openai": openai_text}
 
 
 def _engine_id(kind: str, url: str) -> str:

@@ -19,6 +19,9 @@ from gateway.wire.protection import FieldSettings
 OPERATOR_KEY_VARIABLE = "VERBATIM_OPERATOR_KEY"
 """Environment variable with the operator's key; without it keys are off, which only loopback allows."""
 
+ENGINE_KEY_VARIABLE = "VERBATIM_ENGINE_KEY"
+"""Environment variable with the key that engines were started with (`--api-key`); it is sent to engines only."""
+
 
 class UnknownSessions(StrEnum):
     """What a chat under an id that nobody made does."""
@@ -32,12 +35,13 @@ class GatewaySettings:
     """Of one gateway process.
 
     model: folder with tokenizer and chat template (weights are not needed). engines: `KIND=URL`, for example
-    `sglang=http://127.0.0.1:30000`. data: the ledger's folder. served_name: the model's name for agents (default: the
-    folder's name). tool_call_parser, reasoning_parser: names of `gateway.tito.parsing.choice`; `auto` reads them from
-    the template. drain_seconds: how long a stop waits for running replies. feed_consumer: whose feed figures are in
-    `/metrics`. pick: which turns train where a trainer does not say, a built-in name of `gateway.sessions.picks` or the
-    operator's own `module:function`. require: what every engine must be able to do; one that cannot is refused, at the
-    start and when it is added. forward: which other paths of an engine agents reach.
+    `sglang=http://127.0.0.1:30000`; kinds: sglang, smg (a router), vllm, openai. data: the ledger's folder.
+    served_name: the model's name for agents (default: the folder's name). tool_call_parser, reasoning_parser: names of
+    `gateway.tito.parsing.choice`; `auto` reads them from the template. drain_seconds: how long a stop waits for running
+    replies. feed_consumer: whose feed figures are in `/metrics`. pick: which turns train where a trainer does not say,
+    a built-in name of `gateway.sessions.picks` or the operator's own `module:function`. require: what every engine must
+    be able to do; one that cannot is refused, at the start and when it is added. forward: which other paths of an
+    engine agents reach.
     """
 
     model: Path | None = None

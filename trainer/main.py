@@ -38,10 +38,12 @@ from trainer.settings import ReplayMode, TrainSettings
 
 OPERATOR_KEY_VARIABLE = "VERBATIM_OPERATOR_KEY"
 """Environment variable with the operator's key of the gateway, where keys are on."""
+ENGINE_KEY_VARIABLE = "VERBATIM_ENGINE_KEY"
+"""Environment variable with the key that engines were started with, where they were."""
 
 # The publisher pauses generation at the gateway; a transport that paused and resumed engines by itself would let
 # turns go on before the gateway knows what the new label means.
-_TRANSPORTS: Mapping[str, Callable[[], WeightTransport]] = {"disk": partial(DiskTransport, pause=None)}
+_TRANSPORTS: Mapping[str, Callable[..., WeightTransport]] = {"disk": partial(DiskTransport, pause=None)}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -220,7 +222,7 @@ async def _open_sandboxes(settings: TrainSettings) -> AsyncIterator[SandboxPool]
 def _make_transport(name: str) -> WeightTransport:
     if name not in _TRANSPORTS:
         raise ConfigurationError(f"engines.transport {name!r} is none of {', '.join(_TRANSPORTS)}")
-    return _TRANSPORTS[name]()
+    return _TRANSPORTS[name](api_key=os.environ.get(ENGINE_KEY_VARIABLE) or None)
 
 
 def _first_of_ours(failures: ExceptionGroup[Exception]) -> Exception:

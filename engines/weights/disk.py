@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import orjson
 
 from engines.connection import EngineHttp
+from engines.smg import workers_behind
 from engines.weights.names import weight_label
 from gateway.contracts.errors import EngineError, EngineRejected, RequestError, TransportError
 from gateway.contracts.ports import PauseMode
@@ -21,12 +23,22 @@ class DiskTransport:
 
     pause: what happens to requests that run meanwhile. RETRACT: they wait and go on under the new weights with their
     cache computed anew. IN_PLACE: they go on with the old cache. ABORT: they end with what they have. None: the engine
-    waits until they have ended (or, if someone else has paused it, loads at once and stays paused).
+    waits until they have ended (or, if someone else has paused it, loads at once and stays paused). api_key: of engines
+    that were started with one.
+
+    An address may be an smg router's: it stands for all of its workers, which are spoken to at their own addresses.
     """
 
-    def __init__(self, *, pause: PauseMode | None = PauseMode.RETRACT, timeout_seconds: float = 600.0) -> None:
+    def __init__(
+        self,
+        *,
+        pause: PauseMode | None = PauseMode.RETRACT,
+        timeout_seconds: float = 600.0,
+        api_key: str | None = None,
+    ) -> None:
         self._pause = pause
         self._timeout_seconds = timeout_seconds
+        self._api_key = api_key
 
     async def publish(self, checkpoint: Path, *, policy_version: int, engine_urls: Sequence[str]) -> str:
         """Load `checkpoint` into every engine at once and return their new label.
@@ -35,23 +47,34 @@ class DiskTransport:
         """
         label = weight_label(policy_version)
         folder = _absolute(checkpoint)
-        outcomes = await asyncio.gather(
-            *(self._load(url, folder, label) for url in engine_urls), return_exceptions=True
-        )
-        for outcome in outcomes:
-            if isinstance(outcome, BaseException):
-                raise outcome
+        await _all_answered(self._load(url, folder, label) for url in engine_urls)
         return label
 
     async def aclose(self) -> None:
         """Nothing is kept open between two publications."""
 
     async def _load(self, url: str, checkpoint: Path, label: str) -> None:
+        async with self._connected(url, label) as engine:
+            workers = await workers_behind(engine)
+            if not workers:
+                await self._update(engine, checkpoint, label)
+        await _all_answered(self._load_worker(worker, checkpoint, label) for worker in workers)
+
+    async def _load_worker(self, url: str, checkpoint: Path, label: str) -> None:
+        async with self._connected(url, label) as engine:
+            await self._update(engine, checkpoint, label)
+
+    @asynccontextmanager
+    async def _connected(self, url: str, label: str) -> AsyncIterator[EngineHttp]:
         engine = EngineHttp(
-            url, engine_id=url, connect_timeout_seconds=10.0, idle_timeout_seconds=self._timeout_seconds
+            url,
+            engine_id=url,
+            connect_timeout_seconds=10.0,
+            idle_timeout_seconds=self._timeout_seconds,
+            api_key=self._api_key,
         )
         try:
-            await self._update(engine, checkpoint, label)
+            yield engine
         except (EngineError, RequestError) as error:
             raise TransportError(f"weights {label} did not reach {url}: {error.message}") from error
         finally:
@@ -84,6 +107,14 @@ class DiskTransport:
         served = (info.get("weight_version"), info.get("model_path"))
         if served != (label, str(checkpoint)):
             raise EngineRejected(f"{engine.url} serves {served[0]} from {served[1]} after it was given {label}")
+
+
+async def _all_answered(loads: Iterable[Awaitable[None]]) -> None:
+    """Wait for all, then raise the first error."""
+    outcomes = await asyncio.gather(*loads, return_exceptions=True)
+    for outcome in outcomes:
+        if isinstance(outcome, BaseException):
+            raise outcome
 
 
 def _absolute(folder: Path) -> Path:

@@ -35,10 +35,12 @@ class VllmReloadTransport:
 
     Requests that run meanwhile wait and go on under the new weights with their cache computed anew. vLLM 0.30 does not
     say from which token on, so such turns are recorded as uncertain and do not train: drain the gateway first.
+    api_key: of servers that were started with one.
     """
 
-    def __init__(self, *, timeout_seconds: float = 600.0) -> None:
+    def __init__(self, *, timeout_seconds: float = 600.0, api_key: str | None = None) -> None:
         self._timeout_seconds = timeout_seconds
+        self._api_key = api_key
 
     async def publish(self, checkpoint: Path, *, policy_version: int, engine_urls: Sequence[str]) -> str:
         """Load `checkpoint` into every server at once and return their new label.
@@ -60,7 +62,11 @@ class VllmReloadTransport:
 
     async def _load(self, url: str, folder: Path, label: str) -> None:
         server = EngineHttp(
-            url, engine_id=url, connect_timeout_seconds=10.0, idle_timeout_seconds=self._timeout_seconds
+            url,
+            engine_id=url,
+            connect_timeout_seconds=10.0,
+            idle_timeout_seconds=self._timeout_seconds,
+            api_key=self._api_key,
         )
         try:
             info = await server.get_object("/server_info?config_format=json", timeout_seconds=self._timeout_seconds)

@@ -8,6 +8,7 @@
     │   └── NotFound · SessionSealed · Conflict
     ├── EngineError                   5xx: an inference engine failed us
     │   ├── EngineUnavailable · EngineTimeout      another replica, or a later try, can help
+    │   │   └── WorkerUnavailable                  of EngineUnavailable: one worker of a router; the others go on
     │   └── EngineRejected · EngineProtocolError   it answered, and the answer is a refusal or nonsense
     ├── LedgerError                   the store cannot take or give what was asked
     ├── IntegrityError                two things that must be equal are not; never retried, never repaired silently
@@ -133,6 +134,10 @@ class EngineUnavailable(EngineError):
     code = "engine_unavailable"
     http_status = 503
     retryable = True
+
+
+class WorkerUnavailable(EngineUnavailable):
+    """One worker behind a router failed; the router can serve the same request with another at once."""
 
 
 class EngineTimeout(EngineError):

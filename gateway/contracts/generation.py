@@ -202,6 +202,7 @@ class EngineIdentity:
     and "reasoning" parsers, which read nothing here. `process`: differs between two starts of the engine, "" unknown.
     `media`: parts of a prompt that it understands besides text. `pause_modes`: values of `ports.PauseMode`.
     `enabling`: a capability that it lacks → what to start it with.
+    `one_version`: False for a router whose workers hold different weights now; its `policy_version` is the oldest.
     """
 
     engine_id: str
@@ -228,6 +229,7 @@ class EngineIdentity:
     pause_modes: tuple[str, ...] = ()
     grammar: bool = False
     enabling: Mapping[Capability, str] = field(default_factory=dict)
+    one_version: bool = True
 
     def can(self, capability: Capability) -> bool:
         """Whether it has one capability."""

@@ -23,6 +23,7 @@ from gateway.contracts.errors import (
     IdentityMismatch,
     NotFound,
     VerbatimError,
+    WorkerUnavailable,
 )
 from gateway.contracts.generation import (
     EngineIdentity,
@@ -269,7 +270,7 @@ class ReplicaPool:
         self, replica: Replica, progress: Continuation
     ) -> AsyncGenerator[GenerateChunk | GenerateEnd, None]:
         """One engine request; whatever ends it, its tokens and their versions are in `progress` afterwards."""
-        version = replica.identity.policy_version
+        before = replica.identity
         request = progress.next_request(replica.identity)
         replica.running += 1
         try:
@@ -282,7 +283,7 @@ class ReplicaPool:
                     yield item
         finally:
             # I5: without the engine's own spans the version is only certain if the engine says the same as before.
-            progress.lose(version, certain=replica.identity.policy_version == version)
+            progress.lose(before.policy_version, certain=_same_weights(before, replica.identity))
             replica.running -= 1
             if not replica.running:
                 replica.idle.set()
@@ -328,13 +329,18 @@ class ReplicaPool:
 
     def _interrupted(self, replica: Replica, error: EngineError, *, last_chance: bool) -> None:
         self._on_interruption(Interruption(replica.engine.engine_id, error.code))
-        self.eject(replica, error)
+        if not isinstance(error, WorkerUnavailable):  # else the router that it is behind goes on with its other workers
+            self.eject(replica, error)
         if last_chance:
             raise error
 
     def _none_healthy(self) -> str:
         states = "; ".join(f"{r.engine.engine_id}: {r.last_error or 'draining'}" for r in self._replicas.values())
         return f"no engine is able to sample ({states or 'none is registered'})"
+
+
+def _same_weights(before: EngineIdentity, now: EngineIdentity) -> bool:
+    return before.one_version and now.one_version and now.policy_version == before.policy_version
 
 
 def _final(end: GenerateEnd) -> Finish | None:

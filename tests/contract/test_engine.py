@@ -1,14 +1,15 @@
 """What every `Engine` of `gateway.contracts.ports` promises, asked of each implementation.
 
-The clients of SGLang and vLLM talk to a real `verbatim engine` process over HTTP, which speaks both protocols; the
-scripted engine runs in this process. What a text-only upstream can promise is in `test_engine_text.py`.
+The clients of SGLang and vLLM talk to a real `verbatim engine` process over HTTP, which speaks both protocols, that of
+smg to a real router in front of it; the scripted engine runs in this process. What a text-only upstream can promise is
+in `test_engine_text.py`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from tokenizers import Tokenizer
 from engines.launch import EngineProcess
 from engines.scripted import ScriptedEngine, ScriptedReply
 from engines.sglang import SglangEngine
+from engines.smg import SmgRouter
 from engines.vllm import VllmEngine
 from engines.weights.names import policy_version_of
 from gateway.contracts.experts import RoutingShape, valid_rows
@@ -32,6 +34,7 @@ from gateway.contracts.generation import (
 )
 from gateway.contracts.ports import Engine, PauseMode
 from gateway.contracts.versions import VersionSpan
+from tests.smg_router import RouterProcess, running_router
 
 SHAPE = RoutingShape(num_layers=4, num_experts=8, top_k=2)
 PROMPT = np.arange(10, 30, dtype=np.int32)
@@ -40,14 +43,22 @@ DEADLINE_SECONDS = 60.0
 _request_numbers = itertools.count()
 
 
-@pytest.fixture(params=["sglang", "vllm", "scripted"])
+@pytest.fixture(scope="session")
+def router(engine_process: EngineProcess) -> Iterator[RouterProcess]:
+    """A real smg in front of the engine."""
+    with running_router(engine_process.url) as process:
+        yield process
+
+
+@pytest.fixture(params=["sglang", "vllm", "smg", "scripted"])
 async def engine(request: pytest.FixtureRequest) -> AsyncIterator[Engine]:
     made: Engine
     if request.param == "scripted":
         made = ScriptedEngine(_scripted_reply, routing=SHAPE)
     else:
-        process: EngineProcess = request.getfixturevalue("engine_process")
-        client = {"sglang": SglangEngine, "vllm": VllmEngine}[request.param]
+        process: EngineProcess | RouterProcess
+        process = request.getfixturevalue("router" if request.param == "smg" else "engine_process")
+        client = {"sglang": SglangEngine, "vllm": VllmEngine, "smg": SmgRouter}[request.param]
         made = client(
             process.url, engine_id="e0", routing=None, policy_version_of=lambda label: policy_version_of(label, {})
         )

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from engines.scripted import ScriptedEngine, ScriptedReply, scripted_experts
-from gateway.contracts.errors import EngineUnavailable, IdentityMismatch
+from gateway.contracts.errors import EngineUnavailable, IdentityMismatch, WorkerUnavailable
 from gateway.contracts.experts import RoutingShape
-from gateway.contracts.generation import EngineIdentity, Finish, FinishReason, GenerateRequest, SamplingParams
+from gateway.contracts.generation import (
+    EngineIdentity,
+    Finish,
+    FinishReason,
+    GenerateChunk,
+    GenerateEnd,
+    GenerateRequest,
+    SamplingParams,
+)
 from gateway.contracts.ports import Engine
 from gateway.contracts.verification import Verification
 from gateway.replicas.continuation import Continuation, Generated
@@ -221,3 +230,33 @@ async def test_drain_waits_for_running_turns_and_holds_new_ones() -> None:
         await pool.resume()
         assert_whole(await first)
         assert_whole(await second)
+
+
+class RouterOfTwo(ScriptedEngine):
+    """A router whose workers hold different weights, and which loses one of them in its first stream."""
+
+    async def identity(self) -> EngineIdentity:
+        return replace(await super().identity(), one_version=False)
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[GenerateChunk | GenerateEnd, None]:
+        try:
+            async with aclosing(super().generate(request)) as stream:
+                async for item in stream:
+                    yield item
+        except EngineUnavailable as error:
+            raise WorkerUnavailable(error.message) from error
+
+
+async def test_a_lost_worker_does_not_eject_the_router_in_front_of_it() -> None:
+    """The router is asked again at once; whose weights sampled what was lost is uncertain where workers differ (I9)."""
+    router = RouterOfTwo(
+        lambda request: rest_of_reply(request, **({} if len(request.token_ids) > len(PROMPT) else {"fail_after": 5})),
+        routing=ROUTING,
+    )
+    async with pool_of(router) as pool:
+        generated = await generate(pool)
+        [replica] = pool.replicas
+        assert (replica.healthy, replica.failures) == (True, 0)
+    assert tuple(generated.token_ids) == REPLY
+    assert generated.lost_attempts == 1
+    assert not generated.versions_certain
