@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from engines.echo import EchoServer
+from engines.launch import free_port
 
 QUESTION = {"role": "user", "content": "What is 48/2?"}
 ANSWER = "It is 24."
@@ -227,9 +228,9 @@ def serving_echo(model: Path, *, context_length: int = 4096) -> Iterator[tuple[E
 
     async def start() -> str:
         await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        return f"http://127.0.0.1:{runner.addresses[0][1]}"
+        port = free_port()
+        await web.TCPSite(runner, "127.0.0.1", port).start()
+        return f"http://127.0.0.1:{port}"
 
     thread = threading.Thread(target=loop.run_forever)
     thread.start()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import subprocess
 import sys
@@ -16,13 +15,19 @@ from typing import Any
 
 import httpx
 import pytest
-from hypothesis import HealthCheck, given, settings
 from tokenizers import Tokenizer
 
 from engines.echo import EchoServer
 from engines.launch import free_port
 from tests.integration.gateway.conftest import RunningGateway, close
-from tests.integration.gateway.test_gateway_fields import ENDPOINTS, QUESTION, fields, sent, streamed
+from tests.integration.gateway.field_fuzz import (
+    QUESTION,
+    ROUTES,
+    Route,
+    check_sampling_fields,
+    check_unknown_fields,
+    serving_echo,
+)
 from tests.smg_router import RouterProcess, running_router
 
 PROGRAM = Path(__file__).parent / "echo_worker.py"
@@ -223,27 +228,9 @@ def test_an_agent_that_goes_away_frees_the_worker(
 
 @pytest.fixture(scope="module")
 def echo(tiny_model: Path) -> Iterator[tuple[EchoServer, str]]:
-    """An echo server in a thread of its own, behind a router: the server, and the router's address."""
-    from aiohttp import web
-
-    server = EchoServer(reply_ids(tiny_model))
-    loop = asyncio.new_event_loop()
-    runner = web.AppRunner(server.app())
-    port = free_port()
-
-    async def start() -> None:
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", port).start()
-
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-    asyncio.run_coroutine_threadsafe(start(), loop).result(20)
-    with running_router(f"http://127.0.0.1:{port}") as router:
+    """An echo server behind a router: the server, and the router's address."""
+    with serving_echo(tiny_model) as (server, worker_url), running_router(worker_url) as router:
         yield server, router.url
-    asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(20)
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join(20)
-    loop.close()
 
 
 @pytest.fixture(scope="module")
@@ -252,49 +239,28 @@ def ledger(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def url(echo: tuple[EchoServer, str], start_gateway: StartGateway, ledger: Path) -> str:
+def gateway_url(echo: tuple[EchoServer, str], start_gateway: StartGateway, ledger: Path) -> str:
     gateway = start_gateway(ledger, engine=f"smg={echo[1]}", environment={"VERBATIM_ENGINE_KEY": ENGINE_KEY})
-    return f"{gateway.url}/sessions/fields"
+    return gateway.url
 
 
-@pytest.mark.parametrize("endpoint", ENDPOINTS)
-@pytest.mark.parametrize("stream", [False, True])
+@pytest.fixture
+def url(gateway_url: str) -> str:
+    return f"{gateway_url}/sessions/fields"
+
+
+@pytest.mark.parametrize("route", ROUTES, ids=str)
 def test_unknown_fields_pass_through_the_router_and_come_back_equal(
-    stream: bool, endpoint: str, echo: tuple[EchoServer, str], url: str
+    route: Route, echo: tuple[EchoServer, str], gateway_url: str
 ) -> None:
-    """I8: integers beyond 64 bits, 1.0 beside 1, order of keys, nulls, any nesting; both ways."""
-
-    @settings(
-        max_examples=15,
-        deadline=None,
-        derandomize=True,
-        suppress_health_check=[HealthCheck.function_scoped_fixture],
-    )
-    @given(unknown=fields)
-    def check(unknown: dict[str, Any]) -> None:
-        body = {**ENDPOINTS[endpoint], **unknown}
-        if stream:
-            reply = streamed(url + endpoint, body)
-        else:
-            reply = json.loads(httpx.post(url + endpoint, content=json.dumps(body), timeout=30).text)
-        engine_saw = {name: value for name, value in echo[0].requests[-1].items() if name.startswith("x_")}
-        assert sent(engine_saw) == sent(unknown)
-        assert sent({name: reply[name] for name in unknown}) == sent(unknown)
-        meta_info = (reply["choices"][0] if "choices" in reply else reply)["meta_info"]
-        assert sent(meta_info["echo"]) == sent(unknown)
-
-    check()
+    """I8: the same round trip as without a router, at every endpoint, streamed and not."""
+    check_unknown_fields(gateway_url, echo[0].requests, route)
 
 
-def test_unknown_sampling_fields_pass_through_the_router(echo: tuple[EchoServer, str], url: str) -> None:
+@pytest.mark.parametrize("route", [r for r in ROUTES if r.session == "path"], ids=str)
+def test_sampling_fields_pass_through_the_router(route: Route, echo: tuple[EchoServer, str], gateway_url: str) -> None:
     """I8: what a router outside verbatim mode drops without a word."""
-    sampling = {"max_new_tokens": 60, "custom_params": {"x": [1, None, 2**70]}, "logit_bias": {"5": 1.0}}
-    body = {"input_ids": [5, 6], "sampling_params": sampling}
-    assert httpx.post(f"{url}/generate", content=json.dumps(body), timeout=30).status_code == 200
-    seen = echo[0].requests[-1]["sampling_params"]
-    assert {name: seen[name] for name in ("custom_params", "logit_bias")} == {
-        name: sampling[name] for name in ("custom_params", "logit_bias")
-    }
+    check_sampling_fields(gateway_url, echo[0].requests, route)
 
 
 def test_engines_get_their_key_and_nothing_of_the_agents_headers(
