@@ -19,6 +19,7 @@ from gateway.wire import sse
 from gateway.wire.completions import CompletionsWriter, parse_completions_request
 from gateway.wire.generate import SglangWriter, parse_sglang_request
 from gateway.wire.reply import FinishedChoice, ReplyTokens, Usage
+from gateway.wire.sampling import DEFAULT_LENGTH
 from gateway.wire.tokenization import parse_detokenize_request, parse_tokenize_request
 
 LETTERS = "abcdefgh"
@@ -130,7 +131,7 @@ def test_prompts_are_read_in_every_shape(prompt: Any, expected: list[Any]) -> No
         if turn.prompt is not None
     ]
     assert read == expected
-    assert all(turn.messages == () and turn.sampling["max_new_tokens"] == 16 for turn in turns)
+    assert all(turn.messages == () and turn.sampling[DEFAULT_LENGTH] == 16 for turn in turns)
 
 
 def test_versions_and_rows_of_a_generation_are_told_as_sglang_does() -> None:
