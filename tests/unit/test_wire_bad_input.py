@@ -46,7 +46,7 @@ CHAT: dict[str, Any] = {
     "messages": [
         {"role": "system", "content": "s"},
         {"role": "user", "name": "n", "content": [{"type": "text", "text": "t"}]},
-        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "u", "detail": "low"}}]},
+        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://h/p", "detail": "low"}}]},
         {"role": "assistant", "content": None, "reasoning_content": "r", "refusal": None, "tool_calls": [CALL]},
         {"role": "tool", "tool_call_id": "c1", "content": "x"},
     ],
@@ -95,7 +95,11 @@ RESPONSES: dict[str, Any] = {
     "instructions": "i",
     "input": [
         {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "t"}]},
-        {"type": "message", "role": "user", "content": [{"type": "input_image", "image_url": "u", "detail": "low"}]},
+        {
+            "type": "message",
+            "role": "user",
+            "content": [{"type": "input_image", "image_url": "http://h/p", "detail": "low"}],
+        },
         {"type": "reasoning", "id": "rs_turn-a_0", "summary": [{"type": "summary_text", "text": "t"}]},
         {
             "type": "reasoning",
