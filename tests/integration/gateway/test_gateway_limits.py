@@ -261,14 +261,17 @@ def test_what_is_no_http_is_400(strict: RunningGateway) -> None:
     assert reply.endswith(b"}")
 
 
-def test_bodies_in_flight_have_a_bound_and_small_ones_get_in(strict: RunningGateway) -> None:
-    """Three uploads of 3.5 MiB that do not end hold two times 2.5 MiB: the third is told to come again."""
-    held = [connect(strict) for _ in range(2)]
+def test_bodies_in_flight_have_a_bound_and_small_ones_get_in(start_gateway: StartGateway, tmp_path: Path) -> None:
+    """Two uploads of 3.5 MiB that do not end hold 5 MiB: the third is told to come again."""
+    patient = start_gateway(
+        tmp_path, "--set", f"max_body_bytes={4 * MIB}", "--set", f"bodies_in_flight_bytes={5 * MIB}"
+    )
+    held = [connect(patient) for _ in range(2)]
     for connection in held:
         connection.sendall(head(CHAT, f"Content-Length: {4 * MIB}") + b" " * (3 * MIB + MIB // 2))
     time.sleep(0.3)
-    refused = httpx.post(strict.url + CHAT, content=body_of(3 * MIB), timeout=30)
-    small = httpx.post(strict.url + CHAT, content=body_of(MIB), timeout=30)
+    refused = httpx.post(patient.url + CHAT, content=body_of(3 * MIB), timeout=30)
+    small = httpx.post(patient.url + CHAT, content=body_of(MIB), timeout=30)
     for connection in held:
         connection.close()
     assert (refused.status_code, error_of(refused)["code"]) == (429, "rate_limit_exceeded")
@@ -276,7 +279,7 @@ def test_bodies_in_flight_have_a_bound_and_small_ones_get_in(strict: RunningGate
     assert small.status_code == 200
 
     def gets_in() -> bool:
-        return httpx.post(strict.url + CHAT, content=body_of(3 * MIB), timeout=30).status_code == 200
+        return httpx.post(patient.url + CHAT, content=body_of(3 * MIB), timeout=30).status_code == 200
 
     until(gets_in)
 
