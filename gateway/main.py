@@ -15,21 +15,19 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, cast
 from urllib.parse import urlsplit
 
 import uvicorn
 import uvloop
-from fastapi import FastAPI, Request
-from fastapi.responses import Response
-from starlette.exceptions import HTTPException
+from fastapi import FastAPI
 
 from engines.openai_text import OpenAiTextEngine
 from engines.sglang import SglangEngine
 from engines.smg import SmgRouter
 from engines.vllm import VllmEngine
 from engines.weights.names import policy_version_of
-from gateway.contracts.errors import ConfigurationError, EngineError, IdentityMismatch, VerbatimError
+from gateway.contracts.errors import ConfigurationError, EngineError, IdentityMismatch
 from gateway.contracts.generation import Capability
 from gateway.contracts.ports import Engine, Ledger
 from gateway.contracts.settings import load_settings, settings_toml
@@ -40,14 +38,17 @@ from gateway.replicas.pool import ReplicaPool
 from gateway.routes.access import Access
 from gateway.routes.admin import admin_router, status_router
 from gateway.routes.blobs import blobs_router
-from gateway.routes.bodies import json_reply
 from gateway.routes.chat import chat_router
 from gateway.routes.completions import completions_router
+from gateway.routes.connections import BoundedConnection
+from gateway.routes.errors import add_error_replies
 from gateway.routes.feed import feed_router
 from gateway.routes.forward import Observed, forward_router
 from gateway.routes.generate import generate_router
+from gateway.routes.limits import BodyBudget, RequestEdge
 from gateway.routes.messages import messages_router
 from gateway.routes.metrics import GatewayMetrics
+from gateway.routes.openapi import add_document
 from gateway.routes.paths import SessionPaths
 from gateway.routes.responses import responses_router
 from gateway.routes.sessions import session_router
@@ -60,7 +61,6 @@ from gateway.sessions.registry import SessionRegistry
 from gateway.sessions.report import Retokenisation
 from gateway.sessions.turns import TurnParts, TurnRunner
 from gateway.settings import ENGINE_KEY_VARIABLE, OPERATOR_KEY_VARIABLE, GatewaySettings, UnknownSessions, split_engine
-from gateway.wire.errors import error_body, error_headers
 from gateway.wire.protection import FieldRules
 
 _log = logging.getLogger(__name__)
@@ -121,10 +121,20 @@ async def _serve(settings: GatewaySettings, operator_key: str | None, kinds: Map
     _check_exposure(settings, operator_key)
     with _listening_socket(settings) as listener:
         async with open_gateway(settings, kinds) as gateway:
-            app = build_app(gateway, Access(operator_key))
+            app = RequestEdge(
+                build_app(gateway, Access(operator_key)),
+                budget=BodyBudget(settings.bodies_in_flight_bytes),
+                read_timeout_seconds=settings.read_timeout_seconds,
+            )
+            connection = partial(
+                BoundedConnection,
+                read_timeout_seconds=settings.read_timeout_seconds,
+                write_timeout_seconds=settings.write_timeout_seconds,
+            )
             config = uvicorn.Config(
                 app,
-                http="httptools",
+                http=cast("type[asyncio.Protocol]", connection),  # uvicorn only calls it
+                ws="none",
                 lifespan="off",
                 log_config=None,
                 access_log=False,
@@ -226,8 +236,12 @@ def build_app(gateway: Gateway, access: Access) -> FastAPI:
     """The HTTP application around a gateway's parts."""
     settings, max_bytes = gateway.settings, gateway.settings.max_body_bytes
     app = FastAPI(title="Verbatim gateway", docs_url=None, redoc_url=None)
-    app.include_router(status_router(gateway.pool, gateway.ledger, gateway.runner, gateway.registry, gateway.metrics))
-    app.include_router(
+    creates_unknown = settings.unknown_sessions is UnknownSessions.CREATE
+    rules = FieldRules(settings.fields)
+    calls = Calls(gateway.runner, gateway.registry, access, creates_unknown=creates_unknown, rules=rules)
+    observed = Observed(gateway.metrics.observe_forward, gateway.metrics.observe_refused_path)
+    routers = [  # the last one takes what no other takes
+        status_router(gateway.pool, gateway.ledger, gateway.runner, gateway.registry, gateway.metrics),
         session_router(
             gateway.registry,
             gateway.ledger,
@@ -235,10 +249,8 @@ def build_app(gateway: Gateway, access: Access) -> FastAPI:
             picks=gateway.picks,
             retokenisation=Retokenisation.of_model(gateway.model),
             max_body_bytes=max_bytes,
-        )
-    )
-    app.include_router(feed_router(gateway.ledger, authorize=access.check_operator, picks=gateway.picks))
-    app.include_router(
+        ),
+        feed_router(gateway.ledger, authorize=access.check_operator, picks=gateway.picks),
         admin_router(
             gateway.pool,
             gateway.model,
@@ -246,24 +258,21 @@ def build_app(gateway: Gateway, access: Access) -> FastAPI:
             required=settings.require,
             connect=gateway.connect,
             learn_policy=gateway.learn_policy,
-        )
-    )
-    creates_unknown = settings.unknown_sessions is UnknownSessions.CREATE
-    rules = FieldRules(settings.fields)
-    calls = Calls(gateway.runner, gateway.registry, access, creates_unknown=creates_unknown, rules=rules)
-    app.include_router(blobs_router(gateway.registry, gateway.ledger, access))
-    app.include_router(messages_router(calls, max_body_bytes=max_bytes))
-    app.include_router(responses_router(calls, gateway.registry, access, max_body_bytes=max_bytes))
-    app.include_router(completions_router(calls, max_body_bytes=max_bytes))
-    app.include_router(generate_router(calls, max_body_bytes=max_bytes))
-    app.include_router(tokenize_router(calls, max_body_bytes=max_bytes))
-    app.include_router(chat_router(calls, max_body_bytes=max_bytes))
-    observed = Observed(gateway.metrics.observe_forward, gateway.metrics.observe_refused_path)
-    app.include_router(forward_router(calls, mode=settings.forward, max_body_bytes=max_bytes, observed=observed))
+        ),
+        blobs_router(gateway.registry, gateway.ledger, access),
+        messages_router(calls, max_body_bytes=max_bytes),
+        responses_router(calls, gateway.registry, access, max_body_bytes=max_bytes),
+        completions_router(calls, max_body_bytes=max_bytes),
+        generate_router(calls, max_body_bytes=max_bytes),
+        tokenize_router(calls, max_body_bytes=max_bytes),
+        chat_router(calls, max_body_bytes=max_bytes),
+        forward_router(calls, mode=settings.forward, max_body_bytes=max_bytes, observed=observed),
+    ]
+    for router in routers:
+        app.include_router(router)
     app.add_middleware(SessionPaths)
-    app.add_exception_handler(VerbatimError, _verbatim_error)
-    app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(Exception, _bug)
+    add_error_replies(app)
+    add_document(app)
     return app
 
 
@@ -409,24 +418,3 @@ def _engine_id(kind: str, url: str) -> str:
 def _announce(url: str) -> None:
     sys.stdout.write(ready_line("serve", url) + "\n")
     sys.stdout.flush()
-
-
-async def _verbatim_error(request: Request, error: Exception) -> Response:
-    if not isinstance(error, VerbatimError):
-        raise error
-    if error.http_status >= 500:
-        _log.warning("%s %s: %s", request.method, request.url.path, error)
-    return json_reply(error_body(error), status=error.http_status, headers=error_headers(error))
-
-
-async def _http_error(request: Request, error: Exception) -> Response:
-    if not isinstance(error, HTTPException):
-        raise error
-    message = f"{request.method} {request.url.path}: {error.detail}"
-    body = {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": "not_found"}}
-    return json_reply(body, status=error.status_code, headers=error.headers)
-
-
-async def _bug(request: Request, error: Exception) -> Response:
-    """The trace goes to the log (uvicorn writes it), not to the client."""
-    return json_reply(error_body(VerbatimError(f"internal error: {type(error).__name__}")), status=500)

@@ -38,10 +38,12 @@ class GatewaySettings:
     `sglang=http://127.0.0.1:30000`; kinds: sglang, smg (a router), vllm, openai. data: the ledger's folder.
     served_name: the model's name for agents (default: the folder's name). tool_call_parser, reasoning_parser: names of
     `gateway.tito.parsing.choice`; `auto` reads them from the template. drain_seconds: how long a stop waits for running
-    replies. feed_consumer: whose feed figures are in `/metrics`. pick: which turns train where a trainer does not say,
-    a built-in name of `gateway.sessions.picks` or the operator's own `module:function`. require: what every engine must
-    be able to do; one that cannot is refused, at the start and when it is added. forward: which other paths of an
-    engine agents reach.
+    replies. feed_consumer: whose feed figures are in `/metrics`. max_body_bytes: of one request;
+    bodies_in_flight_bytes: of all requests under way, beyond the first mebibyte of each. read_timeout_seconds: for the
+    head of a request, and again for its body. write_timeout_seconds: how long a reply may wait for a client that does
+    not read it. pick: which turns train where a trainer does not say, a built-in name of `gateway.sessions.picks` or
+    the operator's own `module:function`. require: what every engine must be able to do; one that cannot is refused, at
+    the start and when it is added. forward: which other paths of an engine agents reach.
     """
 
     model: Path | None = None
@@ -57,6 +59,9 @@ class GatewaySettings:
     forward: Forward = Forward.KNOWN
     sessions_in_memory: int = 10_000
     max_body_bytes: int = 64 * 2**20
+    bodies_in_flight_bytes: int = 2 * 2**30
+    read_timeout_seconds: float = 120.0
+    write_timeout_seconds: float = 60.0
     drain_seconds: int = 30
     feed_consumer: str = "trainer"
     pick: str = DEFAULT_PICK
@@ -68,6 +73,13 @@ class GatewaySettings:
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:
             raise ConfigurationError(f"port {self.port} is none")
+        if not 0 < self.max_body_bytes <= self.bodies_in_flight_bytes:
+            raise ConfigurationError(
+                f"max_body_bytes is {self.max_body_bytes}: expected 1 to bodies_in_flight_bytes "
+                f"({self.bodies_in_flight_bytes})"
+            )
+        if self.read_timeout_seconds <= 0 or self.write_timeout_seconds <= 0:
+            raise ConfigurationError("read_timeout_seconds and write_timeout_seconds must be above 0")
         check_names(calls=self.tool_call_parser, reasoning=self.reasoning_parser)
         for engine in self.engines:
             split_engine(engine)

@@ -4,6 +4,7 @@
     ├── ConfigurationError            what the user wrote or pointed at is wrong (exit code 2)
     ├── RequestError                  4xx: the caller must change something
     │   ├── InvalidRequest · UnknownPrevious · ContextOverflow · TemplateRaised
+    │   ├── PayloadTooLarge · UnsupportedEncoding · MethodNotAllowed · RequestTimeout
     │   ├── Unauthorized · Forbidden · TooManyRequests
     │   └── NotFound · SessionSealed · Conflict
     ├── EngineError                   5xx: an inference engine failed us
@@ -27,7 +28,11 @@ Foreign exceptions are translated into these once, at the boundary that meets th
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from typing import ClassVar
+
+_NAMED_FIELD = re.compile(r"([A-Za-z_][\w.\[\]-]{0,255})(?:, [\w.\[\]-]{1,255})*: ")
 
 
 class VerbatimError(Exception):
@@ -56,7 +61,16 @@ class RequestError(VerbatimError):
 
 
 class InvalidRequest(RequestError):
-    """A field is missing, has the wrong type or an impossible value."""
+    """A field is missing, has the wrong type or an impossible value.
+
+    The message names the field first, as in `messages[0].role: expected a string`; `param` is that name, or None where
+    the fault is the body's as a whole.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        named = _NAMED_FIELD.match(message)
+        self.param = None if named is None else named.group(1)
 
 
 class UnknownPrevious(InvalidRequest):
@@ -76,6 +90,39 @@ class TemplateRaised(RequestError):
     """The model's own chat template refused the conversation; the message is the template's."""
 
     code = "chat_template_error"
+
+
+class PayloadTooLarge(RequestError):
+    """The body is longer than this gateway takes."""
+
+    code = "payload_too_large"
+    http_status = 413
+
+
+class UnsupportedEncoding(RequestError):
+    """The body is compressed; bodies are taken as they are only."""
+
+    code = "unsupported_content_encoding"
+    http_status = 415
+
+
+class MethodNotAllowed(RequestError):
+    """The path exists, for the methods `allowed` only."""
+
+    code = "method_not_allowed"
+    http_status = 405
+
+    def __init__(self, message: str, *, allowed: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.allowed = tuple(sorted(allowed))
+
+
+class RequestTimeout(RequestError):
+    """The client took too long to send its request."""
+
+    code = "request_timeout"
+    http_status = 408
+    retryable = True
 
 
 class Unauthorized(RequestError):

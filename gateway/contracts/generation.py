@@ -69,15 +69,15 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
-            raise InvalidRequest(f"max_new_tokens is {self.max_new_tokens}; ask for at least one token")
+            raise InvalidRequest(f"max_new_tokens: is {self.max_new_tokens}; ask for at least one token")
         if self.temperature < 0:
-            raise InvalidRequest(f"temperature is {self.temperature}; it must not be negative")
+            raise InvalidRequest(f"temperature: is {self.temperature}; it must not be negative")
         if not 0 < self.top_p <= 1:
-            raise InvalidRequest(f"top_p is {self.top_p}; it must be in (0, 1]")
+            raise InvalidRequest(f"top_p: is {self.top_p}; it must be in (0, 1]")
         if self.top_k < -1 or self.top_k == 0:
-            raise InvalidRequest(f"top_k is {self.top_k}; use -1 for no limit, or a positive number")
+            raise InvalidRequest(f"top_k: is {self.top_k}; use -1 for no limit, or a positive number")
         if not 0 <= self.min_p <= 1:
-            raise InvalidRequest(f"min_p is {self.min_p}; it must be in [0, 1]")
+            raise InvalidRequest(f"min_p: is {self.min_p}; it must be in [0, 1]")
 
 
 class MediaKind(StrEnum):

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict
+from urllib.parse import urlsplit
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
-from gateway.contracts.errors import InvalidRequest
+from gateway.contracts.errors import ConfigurationError, InvalidRequest
 from gateway.contracts.generation import Capability, JsonValue
 from gateway.contracts.ports import Engine, Ledger
 from gateway.replicas.pause import GatewayPause
 from gateway.replicas.pool import Replica, ReplicaPool
+from gateway.routes import openapi
 from gateway.routes.access import Access
 from gateway.routes.bodies import json_reply, read_fields, typed
 from gateway.routes.metrics import GatewayMetrics
@@ -40,13 +42,15 @@ def admin_router(
     client; learn_policy stores a label."""
     routes = _AdminRoutes(pool, model, required, connect, learn_policy)
     router = APIRouter(prefix="/admin", tags=["admin"], dependencies=[Depends(access.check_operator)])
-    router.add_api_route("/engines", routes.engines, methods=["GET"])
-    router.add_api_route("/engines", routes.add_engine, methods=["POST"])
-    router.add_api_route("/engines/{engine_id:path}", routes.remove_engine, methods=["DELETE"])
-    router.add_api_route("/generation/pause", routes.pause, methods=["POST"])
-    router.add_api_route("/generation/resume", routes.resume, methods=["POST"])
-    router.add_api_route("/policy", routes.policy, methods=["POST"])
-    router.add_api_route("/identity", routes.identity, methods=["GET"])
+    router.add_api_route("/engines", routes.engines, methods=["GET"], openapi_extra=openapi.ENGINES)
+    router.add_api_route("/engines", routes.add_engine, methods=["POST"], openapi_extra=openapi.ADD_ENGINE)
+    router.add_api_route(
+        "/engines/{engine_id:path}", routes.remove_engine, methods=["DELETE"], openapi_extra=openapi.REMOVE_ENGINE
+    )
+    router.add_api_route("/generation/pause", routes.pause, methods=["POST"], openapi_extra=openapi.PAUSE)
+    router.add_api_route("/generation/resume", routes.resume, methods=["POST"], openapi_extra=openapi.RESUME)
+    router.add_api_route("/policy", routes.policy, methods=["POST"], openapi_extra=openapi.POLICY)
+    router.add_api_route("/identity", routes.identity, methods=["GET"], openapi_extra=openapi.IDENTITY)
     return router
 
 
@@ -56,9 +60,9 @@ def status_router(
     """`/health`, `/ready` and `/metrics`: open to everybody, they tell no content."""
     routes = _StatusRoutes(pool, ledger, runner, registry, metrics)
     router = APIRouter(tags=["status"])
-    router.add_api_route("/health", routes.health, methods=["GET"])
-    router.add_api_route("/ready", routes.ready, methods=["GET"])
-    router.add_api_route("/metrics", routes.metrics, methods=["GET"])
+    router.add_api_route("/health", routes.health, methods=["GET"], openapi_extra=openapi.HEALTH)
+    router.add_api_route("/ready", routes.ready, methods=["GET"], openapi_extra=openapi.READY)
+    router.add_api_route("/metrics", routes.metrics, methods=["GET"], openapi_extra=openapi.METRICS)
     return router
 
 
@@ -86,11 +90,13 @@ class _AdminRoutes:
     async def add_engine(self, request: Request) -> Response:
         """Take an engine in; a wrong or silent one is refused and says why."""
         fields = await read_fields(request, max_bytes=_MAX_BODY_BYTES, known=("kind", "url", "engine_id"))
-        url = typed(fields, "url", str, "the engine's address")
-        if not url:
-            raise InvalidRequest("url: is required")
+        url = _engine_url(fields)
         kind = typed(fields, "kind", str, "a kind of engine") or "sglang"
-        engine = self._connect(kind, url.rstrip("/"), typed(fields, "engine_id", str, "a string"))
+        engine_id = typed(fields, "engine_id", str, "a string")
+        try:
+            engine = self._connect(kind, url.rstrip("/"), engine_id)
+        except ConfigurationError as error:
+            raise InvalidRequest(f"kind: {error.message}") from error
         try:
             await self._pool.add(engine)
         except BaseException:
@@ -127,7 +133,7 @@ class _AdminRoutes:
         policy_version = typed(fields, "policy_version", int, "a whole number")
         weight_version = typed(fields, "weight_version", str, "the engines' label")
         if policy_version is None or policy_version < 0 or not weight_version:
-            raise InvalidRequest("policy_version (0 or more) and weight_version are required")
+            raise InvalidRequest("policy_version, weight_version: both are required, the number is 0 or more")
         await self._learn_policy(policy_version, weight_version)
         await self._pool.refresh_identities()
         return json_reply({"policy_version": policy_version, "weight_version": weight_version})
@@ -186,6 +192,17 @@ class _StatusRoutes:
             "turns_running": self._runner.num_running,
             "paused": self._pool.paused,
         }
+
+
+def _engine_url(fields: Mapping[str, JsonValue]) -> str:
+    url = typed(fields, "url", str, "the engine's address")
+    if not url:
+        raise InvalidRequest("url: is required")
+    try:
+        _ = urlsplit(url).port
+    except ValueError as error:
+        raise InvalidRequest(f"url: {error}") from error
+    return str(url)
 
 
 def identity_json(model: ServedModel) -> dict[str, JsonValue]:

@@ -13,6 +13,7 @@ from fastapi.responses import Response
 
 from gateway.contracts.errors import NotFound
 from gateway.contracts.ports import Ledger
+from gateway.routes import openapi
 from gateway.routes.access import Access
 from gateway.routes.bodies import path_id
 from gateway.sessions.registry import SessionRegistry
@@ -42,5 +43,5 @@ def blobs_router(registry: SessionRegistry, ledger: Ledger, access: Access) -> A
         media_type = found.media_type if is_shown else "application/octet-stream"
         return Response(found.content, headers=_HEADERS, media_type=media_type)
 
-    router.add_api_route("/sessions/{session_id}/blobs/{sha256}", blob, methods=["GET"])
+    router.add_api_route("/sessions/{session_id}/blobs/{sha256}", blob, methods=["GET"], openapi_extra=openapi.BLOB)
     return router

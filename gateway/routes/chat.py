@@ -8,6 +8,7 @@ from functools import partial
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
+from gateway.routes import openapi
 from gateway.routes.bodies import json_reply, path_id, read_body
 from gateway.routes.turns import Calls
 from gateway.wire.models import ModelCard, anthropic_list, openai_list
@@ -19,9 +20,11 @@ def chat_router(calls: Calls, *, max_body_bytes: int) -> APIRouter:
     routes = _ChatRoutes(calls, max_body_bytes=max_body_bytes)
     router = APIRouter(tags=["agents"])
     for prefix in ("", "/sessions/{session_id}"):
-        router.add_api_route(prefix + "/v1/chat/completions", routes.chat, methods=["POST"])
-        router.add_api_route(prefix + "/v1/models", routes.models, methods=["GET"])
-        router.add_api_route(prefix + "/v1/models/{model:path}", routes.model, methods=["GET"])
+        router.add_api_route(prefix + "/v1/chat/completions", routes.chat, methods=["POST"], openapi_extra=openapi.CHAT)
+        router.add_api_route(prefix + "/v1/models", routes.models, methods=["GET"], openapi_extra=openapi.MODELS)
+        router.add_api_route(
+            prefix + "/v1/models/{model:path}", routes.model, methods=["GET"], openapi_extra=openapi.MODEL
+        )
     return router
 
 

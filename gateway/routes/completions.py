@@ -7,6 +7,7 @@ from functools import partial
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
+from gateway.routes import openapi
 from gateway.routes.bodies import read_body
 from gateway.routes.turns import Calls
 from gateway.wire.completions import CompletionsWriter, parse_completions_request
@@ -24,5 +25,7 @@ def completions_router(calls: Calls, *, max_body_bytes: int) -> APIRouter:
         )
 
     for prefix in ("", "/sessions/{session_id}"):
-        router.add_api_route(prefix + "/v1/completions", completions, methods=["POST"])
+        router.add_api_route(
+            prefix + "/v1/completions", completions, methods=["POST"], openapi_extra=openapi.COMPLETIONS
+        )
     return router

@@ -8,7 +8,6 @@ Errors leave as VerbatimError; the application turns them into the reply.
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -21,12 +20,15 @@ from gateway.contracts.codec import encode_rollout
 from gateway.contracts.errors import InvalidRequest
 from gateway.contracts.ports import Ledger
 from gateway.contracts.rollouts import FinishedRollout, Lease
+from gateway.routes import openapi
+from gateway.routes.bodies import read_fields
 from gateway.sessions.picks import PickChoice
 from gateway.sessions.segments import load_rollout
 
 MAX_WAIT_SECONDS = 60.0
 _POLL_SECONDS = 0.1
-_PIECE_BYTES = 2**20
+_PIECE_BYTES = 2**18
+_MAX_BODY_BYTES = 2**20
 
 
 def feed_router(ledger: Ledger, *, authorize: Callable[[Request], Awaitable[None]], picks: PickChoice) -> APIRouter:
@@ -37,14 +39,23 @@ def feed_router(ledger: Ledger, *, authorize: Callable[[Request], Awaitable[None
 
     feed = _Feed(ledger, picks)
     router = APIRouter(prefix="/feed", tags=["feed"], dependencies=[Depends(authorized)])
-    router.add_api_route("/leases", feed.lease, methods=["POST"])
-    router.add_api_route("/leases/{lease_id}/ack", feed.acknowledge, methods=["POST"])
-    router.add_api_route("/leases/{lease_id}/release", feed.release, methods=["POST"])
-    router.add_api_route("/rollouts/{session_id:path}", feed.rollout, methods=["GET"])
-    router.add_api_route("/rollouts/{session_id:path}", feed.drop, methods=["DELETE"])
-    router.add_api_route("/consumers/{consumer:path}/release", feed.release_consumer, methods=["POST"])
-    router.add_api_route("/counts", feed.counts, methods=["GET"])
-    router.add_api_route("/picks", feed.picks, methods=["GET"])
+    router.add_api_route("/leases", feed.lease, methods=["POST"], openapi_extra=openapi.LEASE)
+    router.add_api_route(
+        "/leases/{lease_id}/ack", feed.acknowledge, methods=["POST"], openapi_extra=openapi.ACKNOWLEDGE
+    )
+    router.add_api_route("/leases/{lease_id}/release", feed.release, methods=["POST"], openapi_extra=openapi.RELEASE)
+    router.add_api_route("/rollouts/{session_id:path}", feed.rollout, methods=["GET"], openapi_extra=openapi.ROLLOUT)
+    router.add_api_route(
+        "/rollouts/{session_id:path}", feed.drop, methods=["DELETE"], openapi_extra=openapi.DROP_ROLLOUT
+    )
+    router.add_api_route(
+        "/consumers/{consumer:path}/release",
+        feed.release_consumer,
+        methods=["POST"],
+        openapi_extra=openapi.RELEASE_CONSUMER,
+    )
+    router.add_api_route("/counts", feed.counts, methods=["GET"], openapi_extra=openapi.FEED_COUNTS)
+    router.add_api_route("/picks", feed.picks, methods=["GET"], openapi_extra=openapi.PICKS)
     return router
 
 
@@ -60,12 +71,15 @@ class LeaseRequest:
     labels: Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
-        _require(isinstance(self.consumer, str) and self.consumer != "", "consumer must be a non-empty string")
-        _require(_is_integer(self.limit) and self.limit >= 1, "limit must be a whole number of at least 1")
-        _require(_is_seconds(self.wait_seconds), "wait_seconds must be a number of seconds, 0 or more")
-        _require(_is_seconds(self.lease_seconds) and self.lease_seconds > 0, "lease_seconds must be above 0")
-        _require(isinstance(self.whole_groups, bool), "whole_groups must be true or false")
-        _require(self.labels is None or _is_labels(self.labels), "labels must be an object of strings")
+        _require(isinstance(self.consumer, str) and self.consumer != "", "consumer: expected a non-empty string")
+        _require(_is_integer(self.limit) and 1 <= self.limit < 2**63, "limit: expected a whole number of at least 1")
+        _require(_is_seconds(self.wait_seconds), "wait_seconds: expected a number of seconds, 0 or more")
+        _require(
+            _is_seconds(self.lease_seconds) and self.lease_seconds > 0,
+            "lease_seconds: expected seconds above 0",
+        )
+        _require(isinstance(self.whole_groups, bool), "whole_groups: expected true or false")
+        _require(self.labels is None or _is_labels(self.labels), "labels: expected an object of strings")
 
 
 class _Feed:
@@ -77,7 +91,8 @@ class _Feed:
 
     async def lease(self, request: Request) -> Response:
         """200 with a lease, or 204 when nothing was there within `wait_seconds`."""
-        wanted = _lease_request(await _json_object(request))
+        known = tuple(field.name for field in fields(LeaseRequest))
+        wanted = _lease_request(await read_fields(request, max_bytes=_MAX_BODY_BYTES, known=known))
         lease = await self._wait_for_lease(request, wanted)
         return Response(status_code=204) if lease is None else JSONResponse(asdict(lease))
 
@@ -136,27 +151,15 @@ class _Feed:
 
 
 def _lease_request(body: Mapping[str, Any]) -> LeaseRequest:
-    known = {field.name for field in fields(LeaseRequest)}
-    unknown = sorted(set(body) - known)
-    _require(not unknown, f"unknown field {', '.join(unknown)}; known are {', '.join(sorted(known))}")
     missing = [name for name in ("consumer", "limit") if name not in body]
-    _require(not missing, f"{' and '.join(missing)} is required")
+    _require(not missing, f"{', '.join(missing)}: is required")
     return LeaseRequest(**body)
-
-
-async def _json_object(request: Request) -> Mapping[str, Any]:
-    try:
-        body = json.loads(await request.body())
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise InvalidRequest(f"the body is not JSON: {error}") from error
-    _require(isinstance(body, dict), "the body must be a JSON object")
-    return dict(body)
 
 
 def _query(request: Request, name: str) -> str:
     value = request.query_params.get(name)
     if not value:
-        raise InvalidRequest(f"the query parameter {name!r} is required")
+        raise InvalidRequest(f"{name}: this query parameter is required")
     return value
 
 

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from gateway.replicas.pool import ReplicaPool
+from gateway.routes import openapi
 from gateway.routes.bodies import read_body
 from gateway.routes.turns import Calls
 from gateway.wire.generate import SglangWriter, parse_sglang_request
@@ -24,7 +25,7 @@ def generate_router(calls: Calls, *, max_body_bytes: int) -> APIRouter:
         return await calls.answer_all(request, asked.turns, partial(SglangWriter, asked, label))
 
     for prefix in ("", "/sessions/{session_id}"):
-        router.add_api_route(prefix + "/generate", generate, methods=["POST"])
+        router.add_api_route(prefix + "/generate", generate, methods=["POST"], openapi_extra=openapi.GENERATE)
     return router
 
 

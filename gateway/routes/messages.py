@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from gateway.contracts.errors import UnknownPrevious, VerbatimError
+from gateway.routes import openapi
 from gateway.routes.bodies import json_reply, read_body
 from gateway.routes.turns import Calls
 from gateway.wire.anthropic import Earlier, MessagesRequest, parse_count_request, parse_messages_request
@@ -29,8 +30,16 @@ def messages_router(calls: Calls, *, max_body_bytes: int) -> APIRouter:
         for version in ("/v1", "/v1/v1"):
             listed = version == "/v1"
             path = f"{prefix}{version}/messages"
-            router.add_api_route(path, routes.create, methods=["POST"], include_in_schema=listed)
-            router.add_api_route(f"{path}/count_tokens", routes.count, methods=["POST"], include_in_schema=listed)
+            router.add_api_route(
+                path, routes.create, methods=["POST"], openapi_extra=openapi.MESSAGES, include_in_schema=listed
+            )
+            router.add_api_route(
+                f"{path}/count_tokens",
+                routes.count,
+                methods=["POST"],
+                openapi_extra=openapi.COUNT_TOKENS,
+                include_in_schema=listed,
+            )
     return router
 
 

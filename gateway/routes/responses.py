@@ -16,6 +16,7 @@ from fastapi.responses import Response
 
 from gateway.contracts.errors import InvalidRequest, NotFound, UnknownPrevious
 from gateway.contracts.generation import JsonValue
+from gateway.routes import openapi
 from gateway.routes.access import Access
 from gateway.routes.bodies import json_reply, path_id, read_body
 from gateway.routes.turns import Calls, named_session
@@ -34,9 +35,13 @@ def responses_router(calls: Calls, registry: SessionRegistry, access: Access, *,
     routes = _ResponsesRoutes(calls, registry, access, max_body_bytes=max_body_bytes)
     router = APIRouter(tags=["agents"])
     for prefix in ("/v1/responses", "/sessions/{session_id}/v1/responses"):
-        router.add_api_route(prefix, routes.create, methods=["POST"])
-        router.add_api_route(prefix + "/{response_id}", routes.read, methods=["GET"])
-        router.add_api_route(prefix + "/{response_id}", routes.delete, methods=["DELETE"])
+        router.add_api_route(prefix, routes.create, methods=["POST"], openapi_extra=openapi.RESPONSES)
+        router.add_api_route(
+            prefix + "/{response_id}", routes.read, methods=["GET"], openapi_extra=openapi.READ_RESPONSE
+        )
+        router.add_api_route(
+            prefix + "/{response_id}", routes.delete, methods=["DELETE"], openapi_extra=openapi.DELETE_RESPONSE
+        )
     return router
 
 

@@ -18,8 +18,9 @@ from gateway.contracts.generation import JsonValue
 from gateway.contracts.ports import Ledger
 from gateway.contracts.records import FinishRecord, Outcome, SessionOrigin, SessionRecord, TurnRecord
 from gateway.contracts.samples import Segment
+from gateway.routes import openapi
 from gateway.routes.access import Access
-from gateway.routes.bodies import json_reply, path_id, read_fields, typed
+from gateway.routes.bodies import checked_id, json_reply, path_id, read_fields, typed
 from gateway.sessions.picks import PickChoice
 from gateway.sessions.registry import SessionRegistry, new_session
 from gateway.sessions.report import Retokenisation, session_report
@@ -30,7 +31,6 @@ _CREATE_FIELDS = (
     "session_id", "group", "group_size", "task", "labels", "metadata", "sampling", "ttl_seconds",
 )  # fmt: skip
 _FINISH_FIELDS = ("reward", "outcome", "metadata")
-_MAX_ID_CHARACTERS = 512
 _MAX_PAGE = 10_000
 
 
@@ -46,14 +46,24 @@ def session_router(
     """The operators' routes about sessions."""
     routes = _SessionRoutes(registry, ledger, access, picks, retokenisation, max_body_bytes=max_body_bytes)
     router = APIRouter(tags=["sessions"], dependencies=[Depends(access.check_operator)])
-    router.add_api_route("/sessions", routes.create, methods=["POST"])
-    router.add_api_route("/sessions", routes.list, methods=["GET"])
-    router.add_api_route("/sessions/{session_id}", routes.show, methods=["GET"])
-    router.add_api_route("/sessions/{session_id}", routes.delete, methods=["DELETE"])
-    router.add_api_route("/sessions/{session_id}/finish", routes.finish, methods=["POST"])
-    router.add_api_route("/sessions/{session_id}/turns", routes.turns, methods=["GET"])
-    router.add_api_route("/sessions/{session_id}/segments", routes.segments, methods=["GET"])
-    router.add_api_route("/sessions/{session_id}/report", routes.report, methods=["GET"])
+    router.add_api_route("/sessions", routes.create, methods=["POST"], openapi_extra=openapi.CREATE_SESSION)
+    router.add_api_route("/sessions", routes.list, methods=["GET"], openapi_extra=openapi.LIST_SESSIONS)
+    router.add_api_route("/sessions/{session_id}", routes.show, methods=["GET"], openapi_extra=openapi.SHOW_SESSION)
+    router.add_api_route(
+        "/sessions/{session_id}", routes.delete, methods=["DELETE"], openapi_extra=openapi.DELETE_SESSION
+    )
+    router.add_api_route(
+        "/sessions/{session_id}/finish", routes.finish, methods=["POST"], openapi_extra=openapi.FINISH_SESSION
+    )
+    router.add_api_route(
+        "/sessions/{session_id}/turns", routes.turns, methods=["GET"], openapi_extra=openapi.SESSION_TURNS
+    )
+    router.add_api_route(
+        "/sessions/{session_id}/segments", routes.segments, methods=["GET"], openapi_extra=openapi.SESSION_SEGMENTS
+    )
+    router.add_api_route(
+        "/sessions/{session_id}/report", routes.report, methods=["GET"], openapi_extra=openapi.SESSION_REPORT
+    )
     return router
 
 
@@ -199,9 +209,7 @@ def _session_id(fields: Mapping[str, JsonValue]) -> str:
     session_id = typed(fields, "session_id", str, "a string")
     if session_id is None:
         return f"session-{uuid.uuid4().hex}"
-    if not session_id or len(session_id) > _MAX_ID_CHARACTERS:
-        raise InvalidRequest(f"session_id: expected 1 to {_MAX_ID_CHARACTERS} characters")
-    return str(session_id)
+    return checked_id(str(session_id))
 
 
 def _required_id(request: Request) -> str:

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from gateway.contracts.generation import TokenIds
+from gateway.routes import openapi
 from gateway.routes.bodies import json_reply, read_body
 from gateway.routes.turns import Calls
 from gateway.wire.tokenization import (
@@ -26,8 +27,20 @@ def tokenize_router(calls: Calls, *, max_body_bytes: int) -> APIRouter:
     for prefix in ("", "/sessions/{session_id}"):
         for version in ("", "/v1"):
             path, listed = prefix + version, not version
-            router.add_api_route(path + "/tokenize", routes.tokenize, methods=["POST"], include_in_schema=listed)
-            router.add_api_route(path + "/detokenize", routes.detokenize, methods=["POST"], include_in_schema=listed)
+            router.add_api_route(
+                path + "/tokenize",
+                routes.tokenize,
+                methods=["POST"],
+                openapi_extra=openapi.TOKENIZE,
+                include_in_schema=listed,
+            )
+            router.add_api_route(
+                path + "/detokenize",
+                routes.detokenize,
+                methods=["POST"],
+                openapi_extra=openapi.DETOKENIZE,
+                include_in_schema=listed,
+            )
     return router
 
 

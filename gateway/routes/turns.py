@@ -25,7 +25,8 @@ from gateway.contracts.errors import Conflict, EngineUnavailable, NotFound, Unau
 from gateway.contracts.generation import TokenIds, TopLogprob
 from gateway.contracts.records import SessionOrigin, SessionRecord
 from gateway.routes.access import Access, session_of_key
-from gateway.routes.bodies import path_id
+from gateway.routes.bodies import JsonReply, checked_id, path_id, slices
+from gateway.routes.connections import client_is_gone
 from gateway.sessions.idempotency import CallChoice, RetryHint
 from gateway.sessions.media import num_prompt_tokens
 from gateway.sessions.model import ServedModel
@@ -33,7 +34,7 @@ from gateway.sessions.registry import Session, SessionRegistry, new_session
 from gateway.sessions.tree import TurnTree
 from gateway.sessions.turn import Turn, TurnEvent, TurnFinished, TurnProgress, TurnStarted
 from gateway.sessions.turns import TurnRunner
-from gateway.wire.json_text import dump_json
+from gateway.wire.json_text import json_text
 from gateway.wire.protection import FieldRules
 from gateway.wire.reply import FinishedChoice, ReplyTokens, ReplyWriter, Usage
 from gateway.wire.request import TurnRequest, Wanted
@@ -181,7 +182,7 @@ class Calls:
             for turn in finished:
                 self.runner.delivered(session, turn)
 
-        return _RecordedReply(dump_json(body), _headers(session), delivered, partial(self._abandon, session, turns))
+        return JsonReply(json_text(body), _headers(session), delivered, partial(self._abandon, session, turns))
 
     async def _streamed(
         self, client: _Client, session: Session, wanted: Wanted, turns: Sequence[Turn], writer: ReplyWriter
@@ -199,11 +200,13 @@ class Calls:
                         if isinstance(item, TurnFinished):
                             finished[index] = item
                         for frame in self._frames(writer, index, item, wanted):
-                            yield frame
+                            for piece in slices(frame):
+                                yield piece
                 for frame in writer.end([self._choice(finished[i], wanted) for i in sorted(finished)]):
-                    yield frame
-                delivered = True
-                for item in finished.values():
+                    for piece in slices(frame):
+                        yield piece
+                delivered = not client.is_gone
+                for item in finished.values() if delivered else ():
                     # At once: who has read the end may finish the session before this response has wound up.
                     self.runner.delivered(session, item)
             except VerbatimError as error:
@@ -297,7 +300,8 @@ class Calls:
 def named_session(request: Request) -> str | None:
     """The session id that a request names: in its path, in X-Session-ID (percent-encoded), or by its key."""
     header = request.headers.get("x-session-id")
-    return path_id(request) or (unquote(header) if header else None) or session_of_key(request)
+    named = path_id(request) or (unquote(header) if header else None) or session_of_key(request)
+    return None if named is None else checked_id(named)
 
 
 class _Indexed(NamedTuple):
@@ -380,6 +384,11 @@ class _Client:
         finally:
             task.cancel()
 
+    @property
+    def is_gone(self) -> bool:
+        """Whether the connection is closed: what was sent last may not have left."""
+        return client_is_gone(self._request.scope)
+
     def release(self) -> None:
         """Stop listening."""
         if self._gone is not None:
@@ -388,42 +397,6 @@ class _Client:
     async def _watch(self) -> None:
         while (await self._request.receive())["type"] != "http.disconnect":
             pass
-
-
-class _RecordedReply(Response):
-    """A whole reply that runs `delivered` when its last byte has left, or `lost` if its client goes before."""
-
-    def __init__(
-        self, content: bytes, headers: dict[str, str], delivered: Callable[[], None], lost: Callable[[], None]
-    ) -> None:
-        super().__init__(content, headers=headers, media_type="application/json")
-        self._delivered = delivered
-        self._lost = lost
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send, then tell; the last byte waits until the client is known to be there still."""
-        is_there = False
-        try:
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            await send({"type": "http.response.body", "body": self.body[:-1], "more_body": True})
-            is_there = not await _is_gone(receive)
-            if is_there:
-                await send({"type": "http.response.body", "body": self.body[-1:], "more_body": False})
-        finally:
-            if is_there:
-                self._delivered()
-            else:
-                self._lost()
-
-
-async def _is_gone(receive: Receive) -> bool:
-    """Whether the client has closed its connection, as far as is known now."""
-    message = asyncio.ensure_future(receive())
-    await asyncio.sleep(0)
-    if message.done():
-        return bool(message.result()["type"] == "http.disconnect")
-    message.cancel()
-    return False
 
 
 class _ClosingStream(StreamingResponse):

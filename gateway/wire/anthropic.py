@@ -14,7 +14,7 @@ from typing import NamedTuple
 from gateway.contracts.errors import InvalidRequest
 from gateway.contracts.generation import JsonValue
 from gateway.wire.anthropic_blocks import chat_messages, system_message
-from gateway.wire.fields import check_nesting, flag, kind_of, objects, optional
+from gateway.wire.fields import check_nesting, flag, inside, kind_of, objects, optional
 from gateway.wire.json_text import load_json_object
 from gateway.wire.openai import chat_request
 from gateway.wire.request import TurnRequest
@@ -162,15 +162,17 @@ def _tool_choice(fields: Mapping[str, JsonValue], tools: Sequence[JsonValue]) ->
         chosen = _TOOL_CHOICES[kind]
     else:
         raise InvalidRequest(f"tool_choice.type: {kind!r} is none of {', '.join((*_TOOL_CHOICES, 'tool'))}")
-    one_call = {"parallel_tool_calls": False} if flag(choice, "disable_parallel_tool_use") else {}
+    with inside("tool_choice"):
+        one_call = {"parallel_tool_calls": False} if flag(choice, "disable_parallel_tool_use") else {}
     return {"tool_choice": chosen, **one_call}
 
 
 def _output(output: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
     """Effort and format; what else there is goes on to the engine."""
     chat: dict[str, JsonValue] = {}
-    if (effort := optional(output, "effort", str)) is not None:
-        chat["reasoning_effort"] = effort
+    with inside("output_config"):
+        if (effort := optional(output, "effort", str)) is not None:
+            chat["reasoning_effort"] = effort
     if layout := _object(output, "format", path="output_config.format"):
         if layout.get("type") != "json_schema" or "schema" not in layout:
             raise InvalidRequest("output_config.format: expected type json_schema and a schema")

@@ -18,6 +18,7 @@ from gateway.contracts.errors import (
     Forbidden,
     LedgerError,
     NotFound,
+    PayloadTooLarge,
     RequestError,
     TooManyRequests,
     Unauthorized,
@@ -27,6 +28,7 @@ from gateway.contracts.errors import (
 from gateway.contracts.generation import FinishReason, JsonValue, TokenIds
 from gateway.contracts.replies import ContentDelta, ReasoningDelta, ReplyDelta, ToolCall, ToolCallDelta
 from gateway.wire import sse
+from gateway.wire.errors import shown_message
 from gateway.wire.json_text import load_json_object
 from gateway.wire.openai import experts_body
 from gateway.wire.reply import FinishedChoice, ReplyTokens, Usage
@@ -40,6 +42,7 @@ _ERROR_TYPES: tuple[tuple[type[VerbatimError], str], ...] = (
     (NotFound, "not_found_error"),
     (UnknownPrevious, "not_found_error"),
     (TooManyRequests, "rate_limit_error"),
+    (PayloadTooLarge, "request_too_large"),
     (EngineTimeout, "timeout_error"),
     (EngineUnavailable, "overloaded_error"),
     (LedgerError, "overloaded_error"),
@@ -98,7 +101,8 @@ class MessagesWriter:
         """`message_delta`: why it ended, and all counts."""
         yield from self._close()
         ending = {"delta": _stop(choice), "usage": _usage(choice.usage), **_closing_fields(choice, self._wanted)}
-        yield _event("message_delta", {**choice.reply_fields, **ending})
+        fields = {**choice.reply_fields, **ending, "type": "message_delta"}
+        yield from sse.event_pieces(fields, kind="message_delta")
 
     def end(self, choices: Sequence[FinishedChoice]) -> Iterator[bytes]:
         """`message_stop`."""
@@ -157,7 +161,9 @@ def error_body(error: VerbatimError) -> dict[str, JsonValue]:
     if error.http_status == 409:
         kind = "conflict_error"
     # These words are what agents on this API look for; ours, behind them, name both lengths.
-    message = f"prompt is too long: {error.message}" if isinstance(error, ContextOverflow) else error.message
+    message = shown_message(error)
+    if isinstance(error, ContextOverflow):
+        message = f"prompt is too long: {message}"
     body: dict[str, JsonValue] = {"type": kind, "message": message}
     if isinstance(error, UnknownPrevious):  # which has clients send the whole conversation again
         body["details"] = {"error_code": "thread_not_found"}

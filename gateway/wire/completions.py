@@ -21,7 +21,7 @@ from gateway.contracts.generation import FinishReason, JsonValue, TokenIds, TopL
 from gateway.contracts.replies import ContentDelta, ReplyDelta
 from gateway.wire import sse
 from gateway.wire.errors import error_body
-from gateway.wire.fields import check_nesting, flag, kind_of, optional, within
+from gateway.wire.fields import check_nesting, flag, inside, kind_of, optional, within
 from gateway.wire.json_text import load_json_object
 from gateway.wire.openai import MAX_TOP_LOGPROBS, experts_body
 from gateway.wire.raw_prompts import raw_prompts
@@ -139,9 +139,8 @@ class CompletionsWriter:
 
     def closing(self, index: int, choice: FinishedChoice) -> Iterator[bytes]:
         """The last chunk of a choice: its finish reason."""
-        yield self._chunk(
-            {"index": index, "text": "", "logprobs": None, **self._closing_fields(choice)}, choice.reply_fields
-        )
+        last = {"index": index, "text": "", "logprobs": None, **self._closing_fields(choice)}
+        yield from sse.event_pieces({**choice.reply_fields, **self._head, "choices": [last]})
 
     def end(self, choices: Sequence[FinishedChoice]) -> Iterator[bytes]:
         """Usage where asked for, and the stream's end."""
@@ -180,8 +179,8 @@ class CompletionsWriter:
             fields["meta_info"] = choice.meta_info
         return fields
 
-    def _chunk(self, choice: Mapping[str, JsonValue], reply_fields: Mapping[str, JsonValue] | None = None) -> bytes:
-        return sse.event({**(reply_fields or {}), **self._head, "choices": [choice]})
+    def _chunk(self, choice: Mapping[str, JsonValue]) -> bytes:
+        return sse.event({**self._head, "choices": [choice]})
 
     def _echoed(self, index: int, prompt_token_ids: TokenIds) -> _Echo:
         if not self._request.echo:
@@ -278,12 +277,14 @@ def _wanted(fields: Mapping[str, JsonValue]) -> Wanted:
     options = fields.get("stream_options")
     if not isinstance(options, dict | None):
         raise InvalidRequest(f"stream_options: expected an object, got {kind_of(options)}")
+    with inside("stream_options"):
+        usage_chunk = flag(options or {}, "include_usage")
     num_logprobs = within(fields, "logprobs", 0, MAX_TOP_LOGPROBS)
     return Wanted(
         token_ids=flag(fields, "return_token_ids"),
         routed_experts=flag(fields, "return_routed_experts"),
         logprobs=num_logprobs is not None,
-        usage_chunk=flag(options or {}, "include_usage"),
+        usage_chunk=usage_chunk,
         num_top_logprobs=num_logprobs or 0,
     )
 

@@ -6,10 +6,13 @@ from gateway.contracts.errors import (
     ContextOverflow,
     EngineError,
     Forbidden,
+    InvalidRequest,
+    MethodNotAllowed,
     NotFound,
     RequestError,
     TooManyRequests,
     Unauthorized,
+    UnsupportedEncoding,
     VerbatimError,
 )
 from gateway.contracts.generation import JsonValue
@@ -24,19 +27,34 @@ _TYPES: tuple[tuple[type[VerbatimError], str], ...] = (
     (EngineError, "engine_error"),
 )
 _RETRY_AFTER_SECONDS = 1
+_MAX_MESSAGE_CHARACTERS = 4096
 
 
 def error_body(error: VerbatimError) -> dict[str, JsonValue]:
     """`{"error": {message, type, param, code}}` as OpenAI spells it."""
     kind = next((name for known, name in _TYPES if isinstance(error, known)), "server_error")
-    return {"error": {"message": error.message, "type": kind, "param": None, "code": error.code}}
+    param = error.param if isinstance(error, InvalidRequest) else None
+    return {"error": {"message": shown_message(error), "type": kind, "param": param, "code": error.code}}
+
+
+def shown_message(error: VerbatimError) -> str:
+    """The message, cut where it quotes too much of a request."""
+    message = error.message
+    if len(message) <= _MAX_MESSAGE_CHARACTERS:
+        return message
+    return f"{message[:_MAX_MESSAGE_CHARACTERS]}… ({len(message)} characters)"
 
 
 def error_headers(error: VerbatimError) -> dict[str, str]:
-    """`Retry-After` where a retry can help, `WWW-Authenticate` with 401."""
+    """`Retry-After` where a retry can help, `WWW-Authenticate` with 401, `Allow` with 405, `Accept-Encoding` with
+    415."""
     headers: dict[str, str] = {}
     if error.retryable:
         headers["Retry-After"] = str(_RETRY_AFTER_SECONDS)
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
+    if isinstance(error, MethodNotAllowed):
+        headers["Allow"] = ", ".join(error.allowed)
+    if isinstance(error, UnsupportedEncoding):
+        headers["Accept-Encoding"] = "identity"
     return headers

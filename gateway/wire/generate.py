@@ -14,8 +14,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-import pybase64
-
 from gateway.contracts.errors import InvalidRequest, VerbatimError
 from gateway.contracts.experts import RoutedExperts
 from gateway.contracts.generation import Finish, FinishReason, JsonValue, TokenIds
@@ -23,8 +21,8 @@ from gateway.contracts.replies import ContentDelta, ReplyDelta
 from gateway.contracts.versions import VersionSpan
 from gateway.wire import sse
 from gateway.wire.errors import error_body
-from gateway.wire.fields import check_nesting, flag, kind_of, optional, within
-from gateway.wire.json_text import load_json_object
+from gateway.wire.fields import check_nesting, flag, inside, kind_of, optional, within
+from gateway.wire.json_text import Base64, load_json_object
 from gateway.wire.media import take_engine_media
 from gateway.wire.openai import MAX_TOP_LOGPROBS
 from gateway.wire.raw_prompts import is_batch, raw_prompts
@@ -167,7 +165,8 @@ class SglangWriter:
 
     def closing(self, index: int, choice: FinishedChoice) -> Iterator[bytes]:
         """The whole choice."""
-        yield self._frame(index, self._body(index, choice))
+        body = self._body(index, choice)
+        yield from sse.event_pieces(body | {"index": index} if self._request.is_list else body)
 
     def end(self, choices: Sequence[FinishedChoice]) -> Iterator[bytes]:
         """The stream's end."""
@@ -258,9 +257,8 @@ def _experts_fields(experts: RoutedExperts | None, start: int) -> dict[str, Json
     if experts is None:
         return {"routed_experts": None}
     first = min(max(start, experts.start), experts.stop)
-    rows = experts.ids[first - experts.start :].astype("<i4")
-    encoded = pybase64.b64encode(rows.tobytes()).decode("ascii")
-    return {"routed_experts": encoded, "routed_experts_start_len": first}
+    rows = Base64(experts.ids[first - experts.start :], "<i4")
+    return {"routed_experts": rows, "routed_experts_start_len": first}
 
 
 def _prompts(fields: Mapping[str, JsonValue]) -> tuple[tuple[RawPrompt, ...], bool]:
@@ -291,7 +289,8 @@ def _sampling(parameters: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
     """Typed where we know a field; what nobody here knows stays for the engine (I8)."""
     known = {k: v for k, v in parameters.items() if k in _KNOWN_SAMPLING}
     unknown = {k: v for k, v in parameters.items() if k not in _KNOWN_SAMPLING | PROTECTED}
-    return {DEFAULT_LENGTH: _DEFAULT_MAX_NEW_TOKENS, **sampling_fields(known), UNKNOWN: unknown}
+    with inside("sampling_params"):
+        return {DEFAULT_LENGTH: _DEFAULT_MAX_NEW_TOKENS, **sampling_fields(known), UNKNOWN: unknown}
 
 
 def _ignored_sampling(parameters: Mapping[str, JsonValue]) -> list[str]:

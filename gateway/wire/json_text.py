@@ -1,22 +1,82 @@
 """JSON bytes ↔ values without loss (I8): integers of any size, `1.0` is not `1`, order and nulls stay.
 
-The standard library's codec, because the faster ones turn integers beyond 64 bits into floats.
+The standard library's codec, because the faster ones turn integers beyond 64 bits into floats. Large arrays stand in a
+value as `Base64` and are encoded while they leave, so that a reply of hundreds of megabytes is never whole in memory.
 """
 
 from __future__ import annotations
 
 import json
-from typing import NoReturn
+import math
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+import pybase64
 
 from gateway.contracts.errors import InvalidRequest
 from gateway.contracts.generation import JsonValue
+
+_NOWHERE = "/"
+_ENCODED_AT_ONCE = 3 * 2**15
+"""Elements of an array: a multiple of three, so that pieces of base64 join without padding between them."""
+
+_WHOLE_BYTES = 2**18
+"""JSON up to here is one piece."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Base64:
+    """A JSON string: base64 of an array's elements as `dtype` (its own where None), in C order."""
+
+    array: npt.NDArray[Any]
+    dtype: npt.DTypeLike | None = None
+
+    @property
+    def num_characters(self) -> int:
+        """Length of the base64 text."""
+        return (self.array.size * self._type.itemsize + 2) // 3 * 4
+
+    def pieces(self) -> Iterator[bytes]:
+        """The text, piece by piece; no copy of the whole is made."""
+        elements = self.array.reshape(-1)
+        for start in range(0, len(elements), _ENCODED_AT_ONCE):
+            part = elements[start : start + _ENCODED_AT_ONCE].astype(self._type, copy=False)
+            yield pybase64.b64encode(part.tobytes())
+
+    @property
+    def _type(self) -> np.dtype[Any]:
+        return np.dtype(self.array.dtype if self.dtype is None else self.dtype)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class JsonText:
+    """JSON as it leaves: bytes, and arrays that are encoded only then."""
+
+    parts: Sequence[bytes | Base64]
+
+    @property
+    def num_bytes(self) -> int:
+        """Length of the whole."""
+        return sum(part.num_characters if isinstance(part, Base64) else len(part) for part in self.parts)
+
+    def pieces(self) -> Iterator[bytes]:
+        """The text in order."""
+        for part in self.parts:
+            if isinstance(part, Base64):
+                yield from part.pieces()
+            else:
+                yield part
 
 
 def load_json_object(body: bytes) -> dict[str, JsonValue]:
     """A request body as a JSON object; raises InvalidRequest saying what is wrong with it."""
     try:
-        value = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
-        if b"\\ud" in body or b"\\uD" in body:
+        value = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant, parse_float=_finite)
+        if b"\\u" in body and (b"\\ud" in body or b"\\uD" in body):
             value = _mended(value)
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"the body is not UTF-8: {error.reason} at byte {error.start}") from error
@@ -24,6 +84,9 @@ def load_json_object(body: bytes) -> dict[str, JsonValue]:
         raise InvalidRequest(
             f"the body is not JSON: {error.msg} at line {error.lineno} column {error.colno}"
         ) from error
+    except _OutOfRange as error:
+        where = _path_of_infinity(json.loads(body))
+        raise InvalidRequest(f"{where}: the number {error.digits} is out of range") from error
     except ValueError as error:  # Python reads no integer of more than 4300 digits
         raise InvalidRequest("the body holds a number of more than 4300 digits") from error
     except RecursionError as error:
@@ -35,14 +98,37 @@ def load_json_object(body: bytes) -> dict[str, JsonValue]:
 
 def dump_json(value: JsonValue) -> bytes:
     """Compact UTF-8 JSON; floats that JSON has no name for become null."""
+    return b"".join(json_text(value).pieces())
+
+
+def json_text(value: JsonValue) -> JsonText:
+    """As `dump_json`, for values that may hold `Base64`, which is not encoded yet."""
+    arrays: list[Base64] = []
+    mark = secrets.token_hex(16)  # no text that an agent sends can hold it
+
+    def stand_in(item: object) -> str:
+        if not isinstance(item, Base64):
+            raise TypeError(f"{type(item).__name__} is no JSON value")
+        arrays.append(item)
+        return mark
+
     try:
-        return _encode(value, allow_nan=False)
+        text = _encode(value, stand_in)
     except ValueError:
-        return _encode(_without_nan(value), allow_nan=False)
+        arrays.clear()
+        text = _encode(_without_nan(value), stand_in)
+    if not arrays:
+        return JsonText((text.encode(),))
+    first, *others = (part.encode() for part in text.split(mark))
+    parts: list[bytes | Base64] = [first]
+    for array, part in zip(arrays, others, strict=True):
+        parts += [array, part]
+    found = JsonText(parts)
+    return found if found.num_bytes > _WHOLE_BYTES else JsonText((b"".join(found.pieces()),))
 
 
-def _encode(value: JsonValue, *, allow_nan: bool) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=allow_nan).encode()
+def _encode(value: JsonValue, stand_in: Callable[[object], str]) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=stand_in)
 
 
 def _without_nan(value: JsonValue) -> JsonValue:
@@ -57,6 +143,34 @@ def _without_nan(value: JsonValue) -> JsonValue:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise InvalidRequest(f"the body is not JSON: {name} is no JSON number")
+
+
+class _OutOfRange(ValueError):
+    """A number beyond what a float holds; `digits`: how it is written, cut."""
+
+    def __init__(self, digits: str) -> None:
+        super().__init__(digits)
+        self.digits = digits if len(digits) <= 40 else f"{digits[:40]}…"
+
+
+def _finite(digits: str) -> float:
+    """A float; one that Python has no number for would leave as another value than it came (I8)."""
+    number = float(digits)
+    if math.isinf(number):
+        raise _OutOfRange(digits)
+    return number
+
+
+def _path_of_infinity(value: JsonValue) -> str:
+    """Where the first number stands that is out of range: `messages[0].x`."""
+    if isinstance(value, float):
+        return "" if math.isinf(value) else _NOWHERE
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        if (rest := _path_of_infinity(item)) != _NOWHERE:
+            step = f"[{key}]" if isinstance(value, list) else str(key)
+            return f"{step}.{rest}" if rest and not rest.startswith("[") else step + rest
+    return _NOWHERE
 
 
 def _mended(value: JsonValue) -> JsonValue:

@@ -12,16 +12,14 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
-import pybase64
-
 from gateway.contracts.errors import InvalidRequest, VerbatimError
 from gateway.contracts.experts import RoutedExperts
 from gateway.contracts.generation import FinishReason, JsonValue, TokenIds
 from gateway.contracts.replies import ContentDelta, ReasoningDelta, ReplyDelta, ToolCallDelta
 from gateway.wire import sse
 from gateway.wire.errors import error_body
-from gateway.wire.fields import check_nesting, flag, kind_of, objects, optional, within
-from gateway.wire.json_text import load_json_object
+from gateway.wire.fields import check_nesting, flag, inside, kind_of, objects, optional, within
+from gateway.wire.json_text import Base64, load_json_object
 from gateway.wire.media import take_media
 from gateway.wire.reply import FinishedChoice, ReplyTokens, Usage
 from gateway.wire.request import PROTECTED, TurnRequest, Wanted, protected_names
@@ -116,7 +114,7 @@ class ChatWriter:
         """The last chunk of a choice: its finish reason."""
         last = self._chunk(index, {}, finish_reason=_finish_reason(choice))
         last["choices"][0] |= _closing_fields(choice, self._wanted)
-        yield sse.event({**choice.reply_fields, **last})
+        yield from sse.event_pieces({**choice.reply_fields, **last})
 
     def end(self, choices: Sequence[FinishedChoice]) -> Iterator[bytes]:
         """Usage where asked for, and the stream's end."""
@@ -180,10 +178,12 @@ def _usage(usage: Usage) -> dict[str, JsonValue]:
 
 
 def experts_body(experts: RoutedExperts) -> dict[str, JsonValue]:
-    """Routing rows as `{data, dtype, shape, start}`: `data` is base64 of the stored small integers in C order."""
-    little_endian = experts.ids.astype(experts.ids.dtype.newbyteorder("<"), copy=False)
+    """Routing rows as `{data, dtype, shape, start}`: `data` is base64 of the stored small integers in C order.
+
+    It stands there as `Base64`, for the rows of a long turn are hundreds of megabytes.
+    """
     return {
-        "data": pybase64.b64encode(little_endian.tobytes()).decode("ascii"),
+        "data": Base64(experts.ids, experts.ids.dtype.newbyteorder("<")),
         "dtype": experts.ids.dtype.name,
         "shape": list(experts.ids.shape),
         "start": experts.start,
@@ -287,6 +287,8 @@ def _wanted(fields: Mapping[str, JsonValue]) -> Wanted:
     options = fields.get("stream_options")
     if not isinstance(options, dict | None):
         raise InvalidRequest(f"stream_options: expected an object, got {kind_of(options)}")
+    with inside("stream_options"):
+        usage_chunk = flag(options or {}, "include_usage")
     token_ids = flag(fields, "return_token_ids")
     refuses_logprobs = fields.get("logprobs") is False
     logprobs = flag(fields, "logprobs") or (token_ids and not refuses_logprobs)
@@ -297,7 +299,7 @@ def _wanted(fields: Mapping[str, JsonValue]) -> Wanted:
         token_ids=token_ids,
         routed_experts=flag(fields, "return_routed_experts"),
         logprobs=logprobs,
-        usage_chunk=flag(options or {}, "include_usage"),
+        usage_chunk=usage_chunk,
         num_top_logprobs=num_top_logprobs,
     )
 

@@ -13,6 +13,7 @@ from enum import StrEnum
 
 from gateway.contracts.errors import ConfigurationError, InvalidRequest
 from gateway.contracts.generation import JsonValue
+from gateway.wire.fields import inside
 from gateway.wire.request import PROTECTED, TurnRequest
 from gateway.wire.sampling import ALIASES, DEFAULT_LENGTH, SAMPLING_EXTRA, TYPED_SAMPLING, UNKNOWN, sampling_fields
 
@@ -93,7 +94,8 @@ def check_pins(sampling: Mapping[str, JsonValue]) -> None:
             near = difflib.get_close_matches(name, _PINNABLE, n=1)
             hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(sorted(_PINNABLE))}"
             raise InvalidRequest(f"sampling.{name}: unknown field{hint}")
-    sampling_fields(sampling)
+    with inside("sampling"):
+        sampling_fields(sampling)
 
 
 def _names(request: TurnRequest) -> list[str]:

@@ -89,7 +89,9 @@ class ResponsesWriter:
     def end(self, choices: Sequence[FinishedChoice]) -> Iterator[bytes]:
         """The response as a whole."""
         response = self._finished(choices[0], self._done)
-        yield self._event(f"response.{response['status']}", response=response)
+        kind = f"response.{response['status']}"
+        value = {"type": kind, "sequence_number": self._sequence_number, "response": response}
+        yield from sse.event_pieces(value, kind=kind)
 
     def failure(self, error: VerbatimError) -> Iterator[bytes]:
         """What is wrong, and the response as far as it came."""

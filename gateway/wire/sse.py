@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from gateway.contracts.generation import JsonValue
-from gateway.wire.json_text import dump_json
+from gateway.wire.json_text import Base64, json_text
 
 DONE = b"data: [DONE]\n\n"
 """The last frame of a stream that ended well."""
@@ -14,7 +16,26 @@ _LINE_ENDS = {character.encode(): f"\\u{ord(character):04x}".encode() for charac
 
 def event(value: JsonValue) -> bytes:
     """One frame, of one line to every reader."""
-    text = dump_json(value)
+    return b"".join(event_pieces(value))
+
+
+def event_pieces(value: JsonValue, *, kind: str = "") -> Iterator[bytes]:
+    """A frame, whole, or piece by piece where it holds `Base64`; `kind`: the event's name where the dialect has one."""
+    head = f"event: {kind}\ndata: ".encode() if kind else b"data: "
+    first, *others = json_text(value).parts
+    if not others and isinstance(first, bytes):
+        yield head + _on_one_line(first) + b"\n\n"
+        return
+    yield head
+    for part in (first, *others):
+        if isinstance(part, Base64):
+            yield from part.pieces()
+        else:
+            yield _on_one_line(part)
+    yield b"\n\n"
+
+
+def _on_one_line(text: bytes) -> bytes:
     for character, escaped in _LINE_ENDS.items():
         text = text.replace(character, escaped)
-    return b"data: " + text + b"\n\n"
+    return text

@@ -251,22 +251,21 @@ async def test_every_route_wants_the_operators_key(served: Served) -> None:
 
 WRONG_LEASE_REQUESTS = [
     (b"{", "not JSON"),
-    (b"\xff", "not JSON"),
+    (b"\xff", "not UTF-8"),
     (b"[]", "JSON object"),
-    (b"{}", "consumer and limit is required"),
-    (b'{"consumer": "c"}', "limit is required"),
+    (b"{}", "consumer, limit: is required"),
+    (b'{"consumer": "c"}', "limit: is required"),
     (b'{"consumer": "", "limit": 1}', "consumer"),
     (b'{"consumer": 3, "limit": 1}', "consumer"),
     (b'{"consumer": "c", "limit": 0}', "limit"),
     (b'{"consumer": "c", "limit": true}', "limit"),
     (b'{"consumer": "c", "limit": 1.5}', "limit"),
     (b'{"consumer": "c", "limit": 1, "wait_seconds": "1"}', "wait_seconds"),
-    (b'{"consumer": "c", "limit": 1, "wait_seconds": NaN}', "wait_seconds"),
+    (b'{"consumer": "c", "limit": 1, "wait_seconds": NaN}', "NaN"),
     (b'{"consumer": "c", "limit": 1, "lease_seconds": 0}', "lease_seconds"),
     (b'{"consumer": "c", "limit": 1, "whole_groups": "yes"}', "whole_groups"),
     (b'{"consumer": "c", "limit": 1, "labels": {"a": 1}}', "labels"),
-    (b'{"consumer": "c", "limit": 1, "lables": {}}', "unknown field lables"),
-    (b'{"consumer": "\\ud800", "limit": 1}', "Unicode"),
+    (b'{"consumer": "c", "limit": 1, "lables": {}}', "lables: unknown field"),
 ]
 
 

@@ -18,6 +18,7 @@ from gateway.contracts.versions import VersionSpan
 from gateway.wire import sse
 from gateway.wire.completions import CompletionsWriter, parse_completions_request
 from gateway.wire.generate import SglangWriter, parse_sglang_request
+from gateway.wire.json_text import dump_json
 from gateway.wire.reply import FinishedChoice, ReplyTokens, Usage
 from gateway.wire.sampling import DEFAULT_LENGTH
 from gateway.wire.tokenization import parse_detokenize_request, parse_tokenize_request
@@ -68,7 +69,7 @@ def test_a_streamed_completion_is_the_whole_one_in_pieces(echo: bool) -> None:
     """I2, I9: one log-prob and one offset a token, missing ones null; text held back comes with later tokens."""
     options = {"echo": echo, "logprobs": 0, "return_token_ids": True, "return_routed_experts": True}
     done = choice("cdh", 2, 3, 7, 4)
-    [whole] = completions(**options).whole([done])["choices"]
+    [whole] = json.loads(dump_json(completions(**options).whole([done])))["choices"]
     writer = completions(stream=True, **options)
     frames = [
         *writer.opening(0, done.prompt_token_ids),
@@ -137,7 +138,7 @@ def test_prompts_are_read_in_every_shape(prompt: Any, expected: list[Any]) -> No
 def test_versions_and_rows_of_a_generation_are_told_as_sglang_does() -> None:
     """I5, I9: who sampled which tokens; rows from where the client wants them, as far as there are any."""
     writer = sglang(return_routed_experts=True, routed_experts_start_len=2, return_logprob=True)
-    body = writer.whole([choice("cdh", 2, 3, 7)])
+    body = json.loads(dump_json(writer.whole([choice("cdh", 2, 3, 7)])))
     meta = body["meta_info"]
     assert meta["weight_version"] == "v4"
     assert meta["weight_versions"] == [

@@ -1,0 +1,178 @@
+"""Connections with deadlines: clients that send or read too slowly cannot hold memory, turns or sockets for ever.
+
+uvicorn's protocol is bounded in three places: the head of a request has a limit of time and of size; what is left of a
+body after its reply is thrown away for a limited time only; and a client that does not read its reply is cut off, which
+routes see as a client that has gone. Bodies have their deadline in `bodies`, where routes read them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from starlette.types import Scope
+from uvicorn.config import Config
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.server import ServerState
+
+from gateway.contracts.errors import InvalidRequest, RequestTimeout, VerbatimError
+from gateway.wire.errors import error_body
+from gateway.wire.json_text import dump_json
+
+_log = logging.getLogger(__name__)
+
+MAX_HEAD_BYTES = 65_536
+"""Of a request line and its headers, not counting the piece of data in which they begin."""
+
+_GONE = "verbatim.client_is_gone"
+
+
+def client_is_gone(scope: Scope) -> bool:
+    """Whether the connection of a request is closed: what is sent on it now goes nowhere."""
+    is_gone: Callable[[], bool] | None = scope.get("extensions", {}).get(_GONE)
+    return is_gone is not None and is_gone()
+
+
+class BoundedConnection(HttpToolsProtocol):
+    """One connection. read_timeout_seconds: for the head of a request, and for the rest of a body nobody reads;
+    write_timeout_seconds: how long a reply may wait for its reader."""
+
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+        *,
+        read_timeout_seconds: float,
+        write_timeout_seconds: float,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        self._read_timeout_seconds = read_timeout_seconds
+        self._write_timeout_seconds = write_timeout_seconds
+        self._head = _Deadline(self.loop)
+        self._rest = _Deadline(self.loop)
+        self._reader = _Deadline(self.loop)
+        self._head_bytes: int | None = 0  # None: no head is being read
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
+        """The first request has to come."""
+        super().connection_made(transport)
+        self._await_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """All deadlines end."""
+        for deadline in (self._head, self._rest, self._reader):
+            deadline.clear()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Read on; a head that does not end is refused."""
+        head_bytes = self._head_bytes
+        super().data_received(data)
+        if self._head_bytes is not None and head_bytes is not None:
+            self._head_bytes += len(data)
+            if self._head_bytes > MAX_HEAD_BYTES:
+                self._refuse(431, InvalidRequest(f"the head of the request is longer than {MAX_HEAD_BYTES} bytes"))
+
+    def on_message_begin(self) -> None:
+        """A request begins."""
+        super().on_message_begin()
+        self._head_bytes = 0
+        self._await_head()
+
+    def on_headers_complete(self) -> None:
+        """Its head is whole."""
+        self._head_bytes = None
+        self._head.clear()
+        super().on_headers_complete()
+        cycle = self.cycle
+        extensions: dict[str, Any] = {_GONE: lambda: cycle.disconnected}
+        cycle.scope["extensions"] = extensions  # ASGI allows a server's own names
+
+    def on_message_complete(self) -> None:
+        """It is whole."""
+        self._rest.clear()
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """It is answered; the reader of the last bytes, and the rest of a body that nobody reads, are waited for."""
+        super().on_response_complete()
+        if self.transport.is_closing():
+            self._await_reader()
+        elif self.cycle.more_body and self.cycle.response_complete:
+            self._rest.set(self._read_timeout_seconds, self.transport.abort)
+
+    def pause_writing(self) -> None:
+        """The client does not read as fast as we write."""
+        super().pause_writing()
+        self._await_reader()
+
+    def resume_writing(self) -> None:
+        """It has read on."""
+        super().resume_writing()
+        self._reader.clear()
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Nothing more came; who has not even read the last reply is not waited for."""
+        if self.transport.get_write_buffer_size():
+            self.transport.abort()
+        else:
+            super().timeout_keep_alive_handler()
+
+    def _await_head(self) -> None:
+        self._head.set(self._read_timeout_seconds, self._head_is_late)
+
+    def _head_is_late(self) -> None:
+        if self.cycle is not None and not self.cycle.response_complete:  # of the next request, sent ahead
+            self._await_head()
+        elif self._head_bytes:
+            message = f"the head of the request did not come within {self._read_timeout_seconds:g} s"
+            self._refuse(408, RequestTimeout(message))
+        else:
+            self.transport.close()
+
+    def _await_reader(self) -> None:
+        self._reader.set(self._write_timeout_seconds, self._reader_is_late)
+
+    def _reader_is_late(self) -> None:
+        _log.warning("a client did not read its reply for %g s and is cut off", self._write_timeout_seconds)
+        self.transport.abort()
+
+    def _refuse(self, status: int, error: VerbatimError) -> None:
+        """Answer what is no request yet, and close."""
+        self._head_bytes = None
+        self._head.clear()
+        body = dump_json(error_body(error))
+        phrase = {400: "Bad Request", 408: "Request Timeout", 431: "Request Header Fields Too Large"}[status]
+        headers = [*self.server_state.default_headers, (b"content-type", b"application/json")]
+        headers += [(b"content-length", b"%d" % len(body)), (b"connection", b"close")]
+        lines = [f"HTTP/1.1 {status} {phrase}".encode(), *(name + b": " + value for name, value in headers)]
+        self.transport.write(b"\r\n".join(lines) + b"\r\n\r\n" + body)
+        self.transport.close()
+        self._await_reader()
+
+    def send_400_response(self, msg: str) -> None:
+        """What is no HTTP."""
+        self._refuse(400, InvalidRequest(msg))
+
+
+class _Deadline:
+    """One timer: set anew, or cleared."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._timer: asyncio.TimerHandle | None = None
+
+    def set(self, seconds: float, then: Callable[[], None]) -> None:
+        """From now on."""
+        self.clear()
+        self._timer = self._loop.call_later(seconds, then)
+
+    def clear(self) -> None:
+        """Nothing happens."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None

@@ -1,0 +1,115 @@
+"""What every request meets first: its id, and the account of the body bytes that are held for requests under way."""
+
+from __future__ import annotations
+
+import re
+import secrets
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from gateway.contracts.errors import TooManyRequests
+
+_ACCOUNT = "verbatim.body_account"
+_READ_TIMEOUT = "verbatim.read_timeout_seconds"
+_REQUEST_ID = re.compile(rb"[!-~]{1,128}")
+_FREE_BYTES = 2**20
+
+
+class BodyBudget:
+    """`limit_bytes` for the bodies of all requests under way; a body's first mebibyte is free, so small ones get in."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self._held_bytes = 0
+
+    @property
+    def held_bytes(self) -> int:
+        """What is counted now."""
+        return self._held_bytes
+
+    def account(self) -> BodyAccount:
+        """Of one more request."""
+        return BodyAccount(self)
+
+    def change(self, num_bytes: int) -> None:
+        """Hold more, or less; raises TooManyRequests and holds nothing more where there is no room."""
+        if num_bytes > 0:
+            self.check(num_bytes)
+        self._held_bytes += num_bytes
+
+    def check(self, num_bytes: int) -> None:
+        """Raise TooManyRequests where there is no room for so much more."""
+        if self._held_bytes + num_bytes > self._limit_bytes:
+            held = f"{self._held_bytes} of {self._limit_bytes} bytes"
+            raise TooManyRequests(f"the requests under way hold {held}; send this one again later")
+
+
+class BodyAccount:
+    """One request's share of the budget, held until `close`."""
+
+    def __init__(self, budget: BodyBudget) -> None:
+        self._budget = budget
+        self._held_bytes = 0
+
+    def announce(self, num_bytes: int) -> None:
+        """A body of this length begins; raises TooManyRequests if there is no room for it now."""
+        self._budget.check(max(0, num_bytes - _FREE_BYTES))
+
+    def grow(self, num_bytes: int) -> None:
+        """The body has reached this length; raises TooManyRequests."""
+        held = max(0, num_bytes - _FREE_BYTES)
+        self._budget.change(held - self._held_bytes)
+        self._held_bytes = held
+
+    def close(self) -> None:
+        """The request is answered."""
+        self._budget.change(-self._held_bytes)
+        self._held_bytes = 0
+
+
+class RequestEdge:
+    """ASGI middleware around everything: gives each request an id and an account for its body.
+
+    The id is that of `X-Request-ID` where it is one, else a new one of fixed length; it is in every reply.
+    """
+
+    def __init__(self, app: ASGIApp, *, budget: BodyBudget, read_timeout_seconds: float) -> None:
+        self._app = app
+        self._budget = budget
+        self._read_timeout_seconds = read_timeout_seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on; what the body holds is given back when the request is answered."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = _request_id(scope)
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message.get("headers", ()), (b"x-request-id", request_id)]}
+            await send(message)
+
+        account = self._budget.account()
+        try:
+            scope = {**scope, _ACCOUNT: account, _READ_TIMEOUT: self._read_timeout_seconds}
+            await self._app(scope, receive, send_with_id)
+        finally:
+            account.close()
+
+
+def body_account(scope: Scope) -> BodyAccount | None:
+    """The account of a request, None where nobody keeps one."""
+    account: BodyAccount | None = scope.get(_ACCOUNT)
+    return account
+
+
+def read_timeout_seconds(scope: Scope) -> float | None:
+    """How long the body of a request may take to come, None for as long as it likes."""
+    seconds: float | None = scope.get(_READ_TIMEOUT)
+    return seconds
+
+
+def _request_id(scope: Scope) -> bytes:
+    sent = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
+    return bytes(sent) if _REQUEST_ID.fullmatch(sent) else f"req_{secrets.token_hex(16)}".encode()
