@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
-from tests.clients.fleet import Fleet, Placed, Task, require
+from tests.clients.fleet import Door, Fleet, Placed, Task, require
 from tests.clients.proof import Witnesses
 from tests.clients.script import RULES
 from tests.integration.gateway.conftest import close, spawn, unused_port, wait_ready
@@ -58,29 +57,15 @@ def witnesses(roomy_model: Path, tmp_path_factory: pytest.TempPathFactory) -> It
 
 
 @pytest.fixture(scope="session")
-def made_session(witnesses: Witnesses) -> Callable[[str], dict[str, Any]]:
-    """Makes a session as an operator does; its `base_url` and `api_key` are what an agent is given."""
-
-    def make(session_id: str) -> dict[str, Any]:
-        headers = {"Authorization": f"Bearer {witnesses.key}"}
-        reply = httpx.post(f"{witnesses.url}/sessions", json={"session_id": session_id}, headers=headers, timeout=30)
-        reply.raise_for_status()
-        return dict(reply.json())
-
-    return make
-
-
-@pytest.fixture(scope="session")
 def fleet(
     request: pytest.FixtureRequest,
     witnesses: Witnesses,
-    made_session: Callable[[str], dict[str, Any]],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Fleet]:
     """All tasks of the tests that were chosen, under way; a task's session has its name."""
     fleet = Fleet(tmp_path_factory.mktemp("fleet"))
     tasks = [item.callspec.params["task"] for item in request.session.items if has_task(item)]
-    fleet.send([place(task, made_session(task.name), witnesses) for task in tasks])
+    fleet.send([placed(task, witnesses) for task in tasks])
     yield fleet
     fleet.close()
 
@@ -90,10 +75,21 @@ def has_task(item: pytest.Item) -> bool:
     return isinstance(item, pytest.Function) and hasattr(item, "callspec") and "task" in item.callspec.params
 
 
-def place(task: Task, session: dict[str, Any], witnesses: Witnesses) -> Placed:
-    """A task in its session."""
-    base_url = f"{witnesses.url}/v1" if task.key_only else session["base_url"]
-    return Placed(task, session["session_id"], base_url, session["api_key"])
+def placed(task: Task, witnesses: Witnesses) -> Placed:
+    """A task with a session of its own, made as an operator does, and the way in that it is to take."""
+    session = witnesses.post("/sessions", {"session_id": task.name})
+    base_url, api_key = session["base_url"], session["api_key"]
+    if task.door in (Door.KEY, Door.STRANGER):
+        base_url = f"{witnesses.url}/v1"
+    if task.door is Door.STRANGER:
+        api_key = "nobody-gave-it"
+    if task.door is Door.OTHER:
+        api_key = witnesses.post("/sessions", {})["api_key"]
+    if task.door is Door.UNKNOWN:
+        base_url = f"{witnesses.url}/sessions/nobody-made-it/v1"
+    if task.door is Door.FINISHED:
+        witnesses.post(f"/sessions/{task.name}/finish", {"reward": 1.0})
+    return Placed(task, task.name, base_url, api_key)
 
 
 @pytest.fixture

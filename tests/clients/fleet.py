@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,34 @@ ENVIRONMENTS = {
 """Name → interpreter: `ours` has the newest clients, the others what `install.sh` has put there."""
 
 
+class Door(StrEnum):
+    """How a client comes to the gateway: with which URL, and with which key."""
+
+    OWN = "own"
+    """Its session's URL and key."""
+
+    KEY = "key"
+    """A URL that names no session, and the session's key."""
+
+    STRANGER = "stranger"
+    """A URL that names no session, and a key that nobody gave it."""
+
+    OTHER = "other"
+    """Its session's URL, and another session's key."""
+
+    UNKNOWN = "unknown"
+    """The URL of a session that nobody made."""
+
+    FINISHED = "finished"
+    """Its session's URL and key, but the session is finished."""
+
+
 @dataclass(frozen=True, slots=True)
 class Task:
     """One conversation of one client, and what should come of it.
 
-    program, mode: of `agents/`. environment: a name of ENVIRONMENTS. key_only: the URL names no session, its key does.
+    program, mode: of `agents/`. environment: a name of ENVIRONMENTS. about: sets its session apart from others of the
+    same mode. options: fields of `agents/job.py`'s Job.
     """
 
     program: str
@@ -44,13 +68,15 @@ class Task:
     saw: Any = None
     num_turns: int = 1
     num_segments: int = 1
-    key_only: bool = False
+    door: Door = Door.OWN
+    about: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         """For test ids and session ids."""
-        return f"{self.program}-{self.environment}-{self.mode.replace(':', '-')}" + ("-by-key" if self.key_only else "")
+        words = (self.program, self.environment, self.mode.replace(":", "-"), self.door, self.about)
+        return "-".join(word for word in words if word and word != Door.OWN)
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,6 +59,13 @@ class Witnesses:
         reply.raise_for_status()
         return reply.json()
 
+    def post(self, path: str, body: Any) -> Any:
+        """As `get`, with a body."""
+        headers = {"Authorization": f"Bearer {self.key}"}
+        reply = httpx.post(self.url + path, json=body, headers=headers, timeout=30)
+        reply.raise_for_status()
+        return reply.json()
+
     def session(self, session_id: str, part: str) -> list[dict[str, Any]]:
         """`turns` or `segments` of a session, with arrays."""
         return list(self.get(f"/sessions/{quote(session_id, safe='')}/{part}?arrays=1")[part])
@@ -90,16 +97,22 @@ class Witnesses:
         ]
 
 
-def prove(witnesses: Witnesses, session_id: str, *, num_turns: int, num_segments: int = 1) -> list[dict[str, Any]]:
-    """Assert I1, I2 and I3 for a session whose turns all reached their client in one engine request each.
+def prove(
+    witnesses: Witnesses, session_id: str, *, num_turns: int, num_segments: int = 1, num_fruitless_requests: int = 0
+) -> list[dict[str, Any]]:
+    """Assert I1, I2 and I3 for a session whose turns all reached their client, each in one engine request.
 
+    num_fruitless_requests: engine requests that broke before their first token, and of which nothing is recorded.
     Returns the turns as HTTP tells them, for what a test wants to know beyond that.
     """
     stored = witnesses.stored_turns(session_id)
     told = witnesses.session(session_id, "turns")
     assert len(stored) == num_turns
     check_http_tells_what_is_stored(stored, told)
-    check_engine_was_sent_the_record(stored, witnesses.engine_requests(session_id))
+    requests = witnesses.engine_requests(session_id)
+    fruitful = [request for request in requests if request["token_ids"]]
+    assert len(requests) - len(fruitful) == num_fruitless_requests
+    check_engine_was_sent_the_record(stored, fruitful)
     segments = witnesses.session(session_id, "segments")
     check_segments_are_the_recorded_paths(stored, segments)
     check_each_sampled_token_trains_once(stored, segments)
