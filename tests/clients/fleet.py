@@ -1,7 +1,7 @@
 """Agent programs as processes in the environments of their clients, a few at a time, each with jobs of its own.
 
-Where an environment is missing the tests that need it fail and say how to install it; only Harbor's are skipped, and only
-where there is no Python that it runs on.
+Where an environment is missing the tests that need it fail and say how to install it; only Harbor's are skipped, and
+only where there is no Python that it runs on.
 """
 
 from __future__ import annotations
@@ -179,4 +179,3 @@ def has_python_312() -> bool:
     """Whether `install.sh` would find one; it decides, so that there is one rule."""
     found = subprocess.run([AGENTS.parent / "install.sh", "--has-python-312"], check=False)
     return found.returncode == 0
-

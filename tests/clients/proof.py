@@ -1,8 +1,8 @@
 """The proof of I1, I2 and I3 for one session, from three witnesses: HTTP, the ledger's SQLite file, the engine's notes.
 
-The SQLite file is read by `sqlite3` and `numpy` alone and the engine's notes are what `gateway_with_script.py` wrote, so
-that no code of the gateway vouches for itself. Log-probs and routing rows of the scripted engine are functions of token
-and position, so that a row at a wrong place shows.
+The SQLite file is read by `sqlite3` and `numpy` alone and the engine's notes are what `gateway_with_script.py` wrote,
+so that no code of the gateway vouches for itself. Log-probs and routing rows of the scripted engine are functions of
+token and position, so that a row at a wrong place shows.
 """
 
 from __future__ import annotations

@@ -13,6 +13,10 @@ ANSWER = "It is behind step 5."
 SHELL_TOOLS = "Look around with your tool."
 SHELL_TEXT = "Look around in your own words."
 TERMINAL = "Count in the terminal."
+PRINTING = "Print much in the terminal."
+FLOODING = "Print far too much in the terminal."
+RAMBLING = "Say too much in the terminal."
+TALK = "Say one."
 
 
 def thought(text: str, reply: str) -> str:
@@ -61,6 +65,23 @@ RULES: list[dict[str, Any]] = [
     {"after": "term-b", "reply": keys("printf 'term-%s\\n' c\n")},
     {"after": "term-c", "reply": thought("done", keys(complete=True))},
     {"after": "Are you sure you want to mark the task as complete?", "reply": keys(complete=True)},
+    {"after": PRINTING, "reply": thought("begin", keys("seq 1 400; printf 'print-%s\\n' a\n"))},
+    {"after": "print-a", "reply": keys("seq 1 400; printf 'print-%s\\n' b\n")},
+    {"after": "print-b", "reply": keys("seq 1 400; printf 'print-%s\\n' c\n")},
+    {"after": FLOODING, "reply": thought("begin", keys("seq 1 3000; printf 'flood-%s\\n' a\n"))},
+    {"after": "flood-a", "reply": keys("seq 1 3000; printf 'flood-%s\\n' b\n")},
+    {"after": "so far in order to continue.", "reply": thought("look back", "Numbers were printed.")},
+    {"after": "so ask everything you need to know.", "reply": "Which numbers? And what is left?"},
+    {"after": "And what is left?", "reply": thought("recall", "From one on. Only the end.")},
+    {"after": "You can no longer ask questions.", "reply": keys("printf 'end-%s\\n' a\n")},
+    {"after": "end-a", "reply": keys(complete=True)},
+    {"after": RAMBLING, "reply": keys(*[f"echo {i}\n" for i in range(20)])},
+    {"after": "Re-issue this request", "reply": keys(complete=True)},
+    {"after": TALK, "reply": thought("begin", "One.")},
+    {"after": "Say two.", "reply": thought("on", "Two.")},
+    {"after": "Say three.", "reply": "Three."},
+    {"after": "Say four.", "reply": thought("more", "Four.")},
+    {"after": "Say five.", "reply": thought("done", "Five.")},
     {"after": "as an object", "reply": thought("so", '{"step": 7}')},
     {"after": "fails once", "reply": thought("again", ANSWER), "breaks": [0]},
     {"after": "breaks midway", "reply": "one two three four five six", "breaks": [4, 0, 0, 0]},

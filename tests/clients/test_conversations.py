@@ -36,8 +36,8 @@ CONVERSATIONS = [
     ),
     search("litellm_client", "completion:anthropic"),
     search("litellm_client", "acompletion:anthropic"),
-    # Putting a stream together, LiteLLM makes "" of a text that is missing, and sends a sentence of its own in place of "" to
-    # Anthropic's route: three of the replies are edited before they come back, and each is the end of a segment.
+    # Putting a stream together, LiteLLM makes "" of a text that is missing, and sends a sentence of its own in place of
+    # "" to Anthropic's route: three of the replies come back edited, and each is the end of a segment.
     search("litellm_client", "stream:anthropic", num_segments=4),
     *(
         search("openai_agents", mode, environment=environment)

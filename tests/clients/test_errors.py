@@ -1,4 +1,4 @@
-"""What goes wrong reaches every client as an error of its own; its own retries and time limits work, and nothing is lost."""
+"""What goes wrong reaches every client as an error of its own; its retries and time limits work; nothing is lost."""
 
 from __future__ import annotations
 

@@ -1,15 +1,17 @@
 """What every agent program shares: the jobs on its command line, run side by side, and one line of JSON about them.
 
-A program is started as `python PROGRAM.py '[{"mode": …, "base_url": …, "api_key": …, "ask": …}, …]'` in the environment of
-its client. For every job the line says what the mode saw, or the error that it raised as its client shows errors.
+A program is started as `python PROGRAM.py '[{"mode": …, "base_url": …, "api_key": …, "ask": …}, …]'` in the
+environment of its client. For every job the line says what the mode saw, or the error that it raised as its client shows errors.
 """
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import json
 import sys
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,26 +35,38 @@ class Job:
 
 
 Mode = Callable[[Job], Any]
+"""What a client does with a job: a function, which gets a thread, or a coroutine function."""
 
 
 def run(modes: Mapping[str, Mode]) -> None:
-    """Run all jobs of the command line, each in a thread of its own."""
+    """Run all jobs of the command line side by side, those of coroutine functions in one event loop."""
     jobs = [Job(**fields) for fields in json.loads(sys.argv[1])]
+    outcomes = asyncio.run(run_all(modes, jobs))
+    sys.stdout.write(json.dumps([told(outcome) for outcome in outcomes]) + "\n")
+
+
+async def run_all(modes: Mapping[str, Mode], jobs: list[Job]) -> list[Any]:
+    """What each job returned or raised."""
     with ThreadPoolExecutor(len(jobs)) as pool:
-        futures = [pool.submit(modes[job.mode], job) for job in jobs]
-    sys.stdout.write(json.dumps([outcome(future) for future in futures]) + "\n")
+        loop = asyncio.get_running_loop()
+        return await asyncio.gather(
+            *(
+                mode(job) if inspect.iscoroutinefunction(mode) else loop.run_in_executor(pool, mode, job)
+                for job, mode in ((job, modes[job.mode]) for job in jobs)
+            ),
+            return_exceptions=True,
+        )
 
 
-def outcome(future: Future[Any]) -> dict[str, Any]:
+def told(outcome: Any) -> dict[str, Any]:
     """What was seen, or what was raised: the names of its classes, its text, and what clients add to it."""
-    error = future.exception()
-    if error is None:
-        return {"saw": future.result()}
-    told = {name: getattr(error, name, None) for name in ("status_code", "code")}
+    if not isinstance(outcome, BaseException):
+        return {"saw": outcome}
+    added = {name: getattr(outcome, name, None) for name in ("status_code", "code")}
     return {
-        "raised": [f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(error).__mro__],
-        "message": str(error),
-        **{name: value for name, value in told.items() if isinstance(value, int | str)},
+        "raised": [f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(outcome).__mro__],
+        "message": str(outcome),
+        **{name: value for name, value in added.items() if isinstance(value, int | str)},
     }
 
 

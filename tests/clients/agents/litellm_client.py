@@ -1,9 +1,8 @@
-"""LiteLLM as agents use it: completion, acompletion and streams, for both OpenAI-like prefixes and for Anthropic's route."""
+"""LiteLLM: completion, acompletion and streams, for both OpenAI-like prefixes and for Anthropic's route."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import litellm
@@ -24,7 +23,7 @@ def completion(prefix: str) -> Callable[[Job], str]:
     return converse
 
 
-def acompletion(prefix: str) -> Callable[[Job], str]:
+def acompletion(prefix: str) -> Callable[[Job], Awaitable[str]]:
     """The same, async, replaying dictionaries."""
 
     async def converse(job: Job) -> str:
@@ -36,7 +35,7 @@ def acompletion(prefix: str) -> Callable[[Job], str]:
                 return message.content
             messages += [message.model_dump(), *results(message)]
 
-    return lambda job: asyncio.run(converse(job))
+    return converse
 
 
 def stream(prefix: str) -> Callable[[Job], str]:

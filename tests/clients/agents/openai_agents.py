@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import agents
 import openai
@@ -16,7 +15,7 @@ def look(step: int) -> str:
     return f"found-{step}"
 
 
-def runner(model: type[agents.Model], *, streamed: bool) -> Callable[[Job], str]:
+def runner(model: type[agents.Model], *, streamed: bool) -> Callable[[Job], Awaitable[str]]:
     """The SDK's own loop."""
 
     async def converse(job: Job) -> str:
@@ -35,7 +34,7 @@ def runner(model: type[agents.Model], *, streamed: bool) -> Callable[[Job], str]
                 pass
             return str(result.final_output)
 
-    return lambda job: asyncio.run(converse(job))
+    return converse
 
 
 if __name__ == "__main__":

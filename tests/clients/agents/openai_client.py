@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 import openai
@@ -37,20 +36,16 @@ def chat(job: Job) -> str:
             messages += [message, *results(message.tool_calls)]
 
 
-def chat_async(job: Job) -> str:
+async def chat_async(job: Job) -> str:
     """The same with the async client, replaying plain dictionaries."""
-
-    async def converse() -> str:
-        messages: list[Any] = [{"role": "user", "content": job.ask}]
-        async with openai.AsyncOpenAI(base_url=job.base_url, api_key=job.api_key, max_retries=job.retries) as talker:
-            while True:
-                reply = await talker.chat.completions.create(model="any", messages=messages, tools=[TOOL], **job.limit)
-                message = reply.choices[0].message
-                if not message.tool_calls:
-                    return message.content
-                messages += [message.model_dump(exclude_none=True), *results(message.tool_calls)]
-
-    return asyncio.run(converse())
+    messages: list[Any] = [{"role": "user", "content": job.ask}]
+    async with openai.AsyncOpenAI(base_url=job.base_url, api_key=job.api_key, max_retries=job.retries) as talker:
+        while True:
+            reply = await talker.chat.completions.create(model="any", messages=messages, tools=[TOOL], **job.limit)
+            message = reply.choices[0].message
+            if not message.tool_calls:
+                return message.content
+            messages += [message.model_dump(exclude_none=True), *results(message.tool_calls)]
 
 
 def chat_stream(job: Job) -> str:
@@ -155,9 +150,7 @@ def embeddings(job: Job) -> str:
 
 def results(calls: list[Any]) -> list[dict[str, str]]:
     """Tool messages for the calls of a reply."""
-    return [
-        {"role": "tool", "tool_call_id": call.id, "content": look(call.function.arguments)} for call in calls
-    ]
+    return [{"role": "tool", "tool_call_id": call.id, "content": look(call.function.arguments)} for call in calls]
 
 
 if __name__ == "__main__":

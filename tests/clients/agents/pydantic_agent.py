@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import anthropic
 import openai
@@ -42,17 +41,17 @@ def openai_client(job: Job) -> openai.AsyncOpenAI:
     return openai.AsyncOpenAI(base_url=job.base_url, api_key=job.api_key, max_retries=job.retries)
 
 
-def whole(make: Callable[[Job], Model]) -> Callable[[Job], str]:
+def whole(make: Callable[[Job], Model]) -> Callable[[Job], Awaitable[str]]:
     """The agent's own loop, on whole replies."""
 
     async def converse(job: Job) -> str:
         agent = Agent(make(job), tools=[look], instructions="Look around.", model_settings=job.limit)
         return (await agent.run(job.ask)).output
 
-    return lambda job: asyncio.run(converse(job))
+    return converse
 
 
-def streamed(make: Callable[[Job], Model]) -> Callable[[Job], str]:
+def streamed(make: Callable[[Job], Model]) -> Callable[[Job], Awaitable[str]]:
     """The agent's own loop, on streams."""
 
     async def converse(job: Job) -> str:
@@ -66,7 +65,7 @@ def streamed(make: Callable[[Job], Model]) -> Callable[[Job], str]:
         result = await agent.run(job.ask, event_stream_handler=watch)
         return result.output if "PartDeltaEvent" in said else "nothing was streamed"
 
-    return lambda job: asyncio.run(converse(job))
+    return converse
 
 
 if __name__ == "__main__":
