@@ -9,7 +9,7 @@ from harbor.llms.chat import Chat
 from harbor.llms.lite_llm import LiteLLM
 from job import Job, run
 
-LIMITS = {"max_input_tokens": 16_384, "max_output_tokens": 16_384}
+LIMITS = {"max_input_tokens": 16_384, "max_output_tokens": 1_024}
 COSTS = {"input_cost_per_token": 0.0, "output_cost_per_token": 0.0}
 PROMPTS = ("Say one.", "Say two.", "Say three.", "Say four.", "Say five.")
 

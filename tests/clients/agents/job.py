@@ -1,7 +1,8 @@
 """What every agent program shares: the jobs on its command line, run side by side, and one line of JSON about them.
 
 A program is started as `python PROGRAM.py '[{"mode": …, "base_url": …, "api_key": …, "ask": …}, …]'` in the
-environment of its client. For every job the line says what the mode saw, or the error that it raised as its client shows errors.
+environment of its client. For every job the line says what the mode saw, or the error that it raised as its client
+shows errors.
 """
 
 from __future__ import annotations
