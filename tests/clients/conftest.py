@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 
-from tests.clients.fleet import Door, Fleet, Placed, Task, require
-from tests.clients.proof import Witnesses
-from tests.clients.script import RULES
-from tests.integration.gateway.conftest import close, spawn, unused_port, wait_ready
+pytest.register_assert_rewrite("tests.clients.proof")  # before its first import: a failed proof shows both sides
+
+from tests.clients.fleet import Door, Fleet, Placed, Task, require  # noqa: E402
+from tests.clients.proof import Witnesses  # noqa: E402
+from tests.clients.script import RULES  # noqa: E402
+from tests.integration.gateway.conftest import close, spawn, unused_port, wait_ready  # noqa: E402
 
 OPERATOR_KEY = "operators-only"
 CONTEXT_LENGTH = 16_384

@@ -21,7 +21,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 AGENTS = Path(__file__).parent / "agents"
-TIMEOUT_SECONDS = 120
+TIMEOUT_SECONDS = 240
 PROCESSES_AT_ONCE = 3
 ENVIRONMENTS = {
     "ours": Path(sys.executable),

@@ -85,6 +85,6 @@ RULES: list[dict[str, Any]] = [
     {"after": "as an object", "reply": thought("so", '{"step": 7}')},
     {"after": "fails once", "reply": thought("again", ANSWER), "breaks": [0]},
     {"after": "breaks midway", "reply": "one two three four five six", "breaks": [4, 0, 0, 0]},
-    {"after": "takes its time", "reply": "one two three four five six", "delay_seconds": 0.2},
+    {"after": "takes its time", "reply": "one two three four five six", "delay_seconds": 0.4},
     {"after": "too many", "reply": "come back later", "raises": "TooManyRequests"},
 ]

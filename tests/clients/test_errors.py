@@ -142,7 +142,7 @@ def test_clients_own_retry_after_a_503_gets_the_reply(
 
 
 SLOW = [
-    pytest.param(task := Task(*client, about="slow", options={"timeout_seconds": 1.0}), raised, id=task.name)
+    pytest.param(task := Task(*client, about="slow", options={"timeout_seconds": 3.0}), raised, id=task.name)
     for raised, *client in (
         ("openai.APITimeoutError", "openai_client", "chat", "takes its time", "ours"),
         ("anthropic.APITimeoutError", "anthropic_client", "messages", "takes its time", "ours"),
