@@ -21,6 +21,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 AGENTS = Path(__file__).parent / "agents"
+MARK = "outcomes: "
+"""Before the line of JSON that a program prints (`agents/job.py`)."""
+
 TIMEOUT_SECONDS = 240
 PROCESSES_AT_ONCE = 3
 ENVIRONMENTS = {
@@ -138,8 +141,10 @@ def run_program(program: str, environment: str, jobs: str, folder: Path) -> list
         env=client_environment(home),
         check=False,
     )
-    assert done.returncode == 0, f"{program} ended with {done.returncode}:\n{done.stderr[-4000:]}"
-    return list(json.loads(done.stdout.splitlines()[-1]))
+    lines = [line.removeprefix(MARK) for line in done.stdout.splitlines() if line.startswith(MARK)]
+    said = f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    assert len(lines) == 1, f"{program} ended with {done.returncode} and {len(lines)} lines of outcomes:\n{said}"
+    return list(json.loads(lines[0]))
 
 
 def client_environment(home: Path) -> dict[str, str]:

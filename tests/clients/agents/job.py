@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +36,9 @@ class Job:
         return {} if self.max_tokens is None else {"max_tokens": self.max_tokens}
 
 
+MARK = "outcomes: "
+"""Before the line, which clients' own talk may surround."""
+
 Mode = Callable[[Job], Any]
 """What a client does with a job: a function, which gets a thread, or a coroutine function."""
 
@@ -43,7 +47,9 @@ def run(modes: Mapping[str, Mode]) -> None:
     """Run all jobs of the command line side by side, those of coroutine functions in one event loop."""
     jobs = [Job(**fields) for fields in json.loads(sys.argv[1])]
     outcomes = asyncio.run(run_all(modes, jobs))
-    sys.stdout.write(json.dumps([told(outcome) for outcome in outcomes]) + "\n")
+    sys.stdout.write(MARK + json.dumps([told(outcome) for outcome in outcomes]) + "\n")
+    sys.stdout.flush()
+    os._exit(0)  # what clients' background threads still do or say is not waited for
 
 
 async def run_all(modes: Mapping[str, Mode], jobs: list[Job]) -> list[Any]:
