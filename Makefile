@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test test-all test-engines check clean
+.PHONY: install demo test test-all test-engines clients check clean
 
 install: $(STAMP)
 
@@ -22,12 +22,16 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install
 	$(BIN)/verbatim demo
 
-test: install
+test: install clients
 	$(BIN)/python -m pytest -m "not slow and not real_engine"
 
 # Everything of `make test`, and the long soak runs.
-test-all: install
+test-all: install clients
 	$(BIN)/python -m pytest -m "not real_engine"
+
+# The clients of others that the tests run unmodified, in environments of their own (0.7 GB; nothing if they are there).
+clients:
+	PYTHON=$(PYTHON) tests/clients/install.sh
 
 # The real SGLang and the real vLLM on this CPU, one after the other, each in an environment of its own (2.7 and 2.4 GB).
 test-engines: install
@@ -42,4 +46,4 @@ check: install
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .venv-clients .venv-harbor .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

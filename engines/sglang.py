@@ -196,7 +196,7 @@ class SglangEngine:
         try:
             raw = await self._http.post("/tokenize", body, timeout_seconds=_CONTROL_SECONDS)
             return _spellings(raw, lambda answer: answer["tokens"], self.engine_id)
-        except EngineRejected:
+        except (EngineRejected, EngineProtocolError):  # it has no such route, or another one of that name
             return await self._tokenize_as_prompts(texts)
 
     async def _tokenize_as_prompts(self, texts: Sequence[str]) -> Sequence[Sequence[int]] | None:
@@ -209,9 +209,12 @@ class SglangEngine:
         }
         try:
             raw = await self._http.post("/generate", body, timeout_seconds=_CONTROL_SECONDS)
-        except EngineRejected:
+            return _spellings(
+                raw, lambda answers: [_prompt_ids(answer["meta_info"]) for answer in answers], self.engine_id
+            )
+        except (EngineRejected, EngineProtocolError) as error:
+            logger.info("engine %s cannot be asked for token ids: %s", self.engine_id, error.message)
             return None
-        return _spellings(raw, lambda answers: [_prompt_ids(answer["meta_info"]) for answer in answers], self.engine_id)
 
     async def _longest_context(self) -> int:
         cards = await self._http.get_json("/v1/models", timeout_seconds=_CONTROL_SECONDS)

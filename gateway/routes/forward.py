@@ -20,7 +20,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 import orjson
-from fastapi import APIRouter, FastAPI, Request, WebSocket
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.routing import compile_path
@@ -30,7 +30,7 @@ from gateway.contracts.errors import EngineError, Forbidden, InvalidRequest, Not
 from gateway.contracts.generation import JsonValue
 from gateway.contracts.ports import ForwardingEngine, HttpHeaders, RawCall, RawReply
 from gateway.replicas.pool import ReplicaPool
-from gateway.routes.bodies import json_reply, read_body
+from gateway.routes.bodies import read_body
 from gateway.routes.turns import Calls
 
 _log = logging.getLogger(__name__)
@@ -131,7 +131,6 @@ def forward_router(calls: Calls, *, mode: Forward, max_body_bytes: int, observed
     router = APIRouter(tags=["agents"])
     for path in ("/sessions/{session_id}/{rest:path}", "/{rest:path}"):
         router.add_api_route(path, routes.forward, methods=list(_METHODS), include_in_schema=False)
-        router.add_api_websocket_route(path, _refuse_websocket)
     return router
 
 
@@ -147,6 +146,8 @@ class _ForwardRoutes:
 
     async def forward(self, request: Request) -> Response:
         """The engine's answer, or a refusal."""
+        if request.headers.get("upgrade", "").lower() == "websocket":
+            raise NotFound("WebSockets are not forwarded; agents call over HTTP")
         self._check_method(request)
         path = _path(request)
         if (why := refusal(self.mode, request.method, path)) is not None:
@@ -288,13 +289,3 @@ def _end_to_end(headers: Iterable[tuple[str, str]], ours: frozenset[str]) -> lis
         option.strip().lower() for name, value in headers if name.lower() == "connection" for option in value.split(",")
     }
     return [(name, value) for name, value in headers if name.lower() not in _HOP_BY_HOP | named | ours]
-
-
-async def _refuse_websocket(websocket: WebSocket) -> None:
-    """Said in HTTP, where the server can."""
-    message = "WebSockets are not forwarded; agents call over HTTP"
-    body = {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": "not_found"}}
-    if "websocket.http.response" in websocket.scope.get("extensions", {}):
-        await websocket.send_denial_response(json_reply(body, status=NotFound.http_status))
-    else:
-        await websocket.close(reason=message)

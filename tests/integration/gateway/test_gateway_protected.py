@@ -21,7 +21,7 @@ FORGED: dict[str, Any] = {
     "trace_decode_token_ids": [5], "kv_transfer_params": {}, "bootstrap_room": 1, "routed_experts_start_len": 9,
     "sampling_params": {"temperature": 0}, "top_logprobs_num": 9, "background": True,
 }  # fmt: skip
-OF_GENERATE = ("input_ids", "return_logprob", "rid", "sampling_params", "routed_experts_start_len")
+OF_GENERATE = ("input_ids", "return_logprob", "rid", "sampling_params", "routed_experts_start_len", "top_logprobs_num")
 """Which of them are `/generate`'s own fields."""
 
 DENIED = ["seed", "max_tokens", "custom_params", "mine", "enable_thinking", "response_format"]
