@@ -101,6 +101,10 @@ class SessionCalls(Generic[T]):
             self._waited_for.add(_turn_id(found))
         return found
 
+    def is_waited_for(self, call: CallChoice) -> bool:
+        """Whether somebody waits for a running turn of the same call, as far as is known."""
+        return any(turn.call == call and turn.turn_id in self._waited_for for turn in self._running.values())
+
     def _left_turn(self, call: CallChoice) -> T | Node | None:
         """Of those whose client has gone the oldest: every retry takes another one."""
         for turn in self._running.values():

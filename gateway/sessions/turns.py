@@ -65,6 +65,9 @@ from gateway.wire.sampling import DEFAULT_LENGTH, sampling_fields, sampling_para
 
 _log = logging.getLogger(__name__)
 
+_NOTICE_SECONDS = 0.02
+"""Within which the end of a connection has been noticed."""
+
 
 @dataclass(frozen=True, slots=True)
 class TurnSettings:
@@ -209,6 +212,9 @@ class TurnRunner:
         Raises SessionSealed for a finished session, Conflict for an Idempotency-Key of another request.
         """
         session.check_open()
+        if session.calls.is_waited_for(call):
+            # That client may be this one: closing a connection and asking again come at nearly the same time.
+            await asyncio.sleep(_NOTICE_SECONDS)
         while isinstance(found := session.calls.take(call, retry), Turn):
             if found.rejoin():
                 return found
