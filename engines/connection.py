@@ -292,7 +292,7 @@ def refused(message: str, named: str) -> ContextOverflow | EngineRejected:
     if any(mark in message for mark in _OVERFLOW_MARKS):
         hint = "" if "maximum context length" in message else " (maximum context length exceeded)"
         return ContextOverflow(f"{message}{hint}")
-    return EngineRejected(f"{named} refused the request: {message}")
+    return EngineRejected(f"{named} refused the request: {message}", reason=message)
 
 
 def failure(error: Any, named: str) -> VerbatimError:

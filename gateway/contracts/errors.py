@@ -7,7 +7,7 @@
     │   ├── PayloadTooLarge · UnsupportedEncoding · MethodNotAllowed · RequestTimeout
     │   ├── Unauthorized · Forbidden · TooManyRequests
     │   └── NotFound · SessionSealed · Conflict
-    ├── EngineError                   5xx: an inference engine failed us
+    ├── EngineError                   5xx (what an engine refuses: 400): an inference engine failed us
     │   ├── EngineUnavailable · EngineTimeout      another replica, or a later try, can help
     │   │   └── WorkerUnavailable                  of EngineUnavailable: one worker of a router; the others go on
     │   └── EngineRejected · EngineProtocolError   it answered, and the answer is a refusal or nonsense
@@ -196,7 +196,13 @@ class EngineTimeout(EngineError):
 
 
 class EngineRejected(EngineError):
-    """The engine refused the request (its 4xx); the same request will be refused again."""
+    """The engine refused the request (its 4xx); the same request will be refused again. reason: in its own words."""
+
+    http_status = 400
+
+    def __init__(self, message: str, *, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason or message
 
     code = "engine_rejected"
 

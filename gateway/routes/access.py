@@ -19,6 +19,8 @@ from gateway.contracts.records import SessionRecord
 
 _PREFIX = "vbs-"
 _OPEN_SECRET = "open"
+_NEEDS_ITS_KEY = "this session needs its key as a bearer token (POST /sessions returned it as api_key)"
+_NOT_ITS_KEY = "the key that was sent does not open this session"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +56,19 @@ class Access:
         if not self.keys_are_on or self._is_operator(key):
             return
         if key is None:
-            raise Unauthorized("this session needs its key as a bearer token (POST /sessions returned it as api_key)")
+            raise Unauthorized(_NEEDS_ITS_KEY)
         if not session.key_hash or not hmac.compare_digest(_digest(key), session.key_hash):
-            raise Forbidden("the key that was sent does not open this session")
+            raise Forbidden(_NOT_ITS_KEY)
+
+    def check_newcomer(self, request: Request, session_id: str | None) -> None:
+        """Raise Unauthorized or Forbidden for a session that does not exist, as for one that does: who has no key to it
+        must not learn which sessions there are. session_id: None where the request names none."""
+        key = _presented(request)
+        if not self.keys_are_on or self._is_operator(key):
+            return
+        if session_id is None:
+            raise Unauthorized("no session has this id or key; make one with POST /sessions")
+        raise Unauthorized(_NEEDS_ITS_KEY) if key is None else Forbidden(_NOT_ITS_KEY)
 
     def new_key(self, session_id: str) -> SessionKey:
         """A key for a new session."""

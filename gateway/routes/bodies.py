@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from urllib.parse import unquote
 
 from fastapi import Request
-from fastapi.responses import Response, StreamingResponse
+from fastapi.responses import Response
 from starlette.requests import ClientDisconnect
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from gateway.contracts.errors import InvalidRequest, PayloadTooLarge, RequestTimeout, UnsupportedEncoding
 from gateway.contracts.generation import JsonValue
@@ -89,7 +89,7 @@ def json_reply(value: JsonValue, *, status: int = 200, headers: Mapping[str, str
     return Response(dump_json(value), status, dict(headers or {}), media_type="application/json")
 
 
-class JsonReply(StreamingResponse):
+class JsonReply(Response):
     """A JSON reply of any size, sent as fast as it is read; `delivered` runs when its last byte has left, or `lost` if
     its client goes before."""
 
@@ -97,29 +97,35 @@ class JsonReply(StreamingResponse):
         self, text: JsonText, headers: Mapping[str, str], delivered: Callable[[], None], lost: Callable[[], None]
     ) -> None:
         sized = {**headers, "Content-Length": str(text.num_bytes)}
-        super().__init__(_pieces(text), headers=sized, media_type="application/json")
+        super().__init__(headers=sized, media_type="application/json")
+        self._text = text
         self._delivered = delivered
         self._lost = lost
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send, then tell, unless the client has gone."""
+        """Send, then tell; the last byte waits until the client is known to be there still."""
         complete = False
-
-        async def send_and_note(message: Message) -> None:
-            nonlocal complete
-            is_last = message["type"] == "http.response.body" and not message.get("more_body")
-            if is_last:
-                await asyncio.sleep(0)  # a connection that is closed by now is known to be
-            await send(message)
-            complete = is_last
-
         try:
-            await super().__call__(scope, receive, send_and_note)
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            last = b""
+            for piece in self._pieces():
+                await send({"type": "http.response.body", "body": last + piece[:-1], "more_body": True})
+                if client_is_gone(scope):
+                    return
+                last = piece[-1:]
+            await asyncio.sleep(0)  # a connection that is closed by now is known to be
+            if not client_is_gone(scope):
+                await send({"type": "http.response.body", "body": last})
+                complete = True
         finally:
-            if complete and not client_is_gone(scope):
+            # At once: who has read the end may finish the session before this response has wound up.
+            if complete:
                 self._delivered()
             else:
                 self._lost()
+
+    def _pieces(self) -> Iterator[bytes]:
+        return (part for piece in self._text.pieces() for part in slices(piece) if part)
 
 
 def slices(data: bytes) -> Iterator[bytes]:
@@ -130,12 +136,6 @@ def slices(data: bytes) -> Iterator[bytes]:
     view = memoryview(data)
     for start in range(0, len(data), _PIECE_BYTES):
         yield bytes(view[start : start + _PIECE_BYTES])
-
-
-async def _pieces(text: JsonText) -> AsyncIterator[bytes]:
-    for piece in text.pieces():
-        for part in slices(piece):
-            yield part
 
 
 def path_id(request: Request, name: str = "session_id") -> str | None:

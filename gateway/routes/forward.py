@@ -32,6 +32,7 @@ from gateway.contracts.ports import ForwardingEngine, HttpHeaders, RawCall, RawR
 from gateway.replicas.pool import ReplicaPool
 from gateway.routes.bodies import read_body
 from gateway.routes.turns import Calls
+from gateway.wire.errors import agents_error
 
 _log = logging.getLogger(__name__)
 
@@ -189,6 +190,9 @@ class _Forwarded(Response):
             await asyncio.wait({relay, gone}, return_when=asyncio.FIRST_COMPLETED)
             if relay.done():
                 await relay
+        except EngineError as error:
+            _log.warning("session %r: %s %s: %s", self._session_id, self._call.method, self._call.target, error)
+            raise agents_error(error, f"{self._call.method} {self._call.target}") from error
         finally:
             gone.cancel()
             relay.cancel()

@@ -21,7 +21,7 @@ from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from gateway.contracts.errors import Conflict, EngineUnavailable, NotFound, Unauthorized, VerbatimError
+from gateway.contracts.errors import Conflict, EngineUnavailable, NotFound, VerbatimError
 from gateway.contracts.generation import TokenIds, TopLogprob
 from gateway.contracts.records import SessionOrigin, SessionRecord
 from gateway.routes.access import Access, session_of_key
@@ -276,12 +276,9 @@ class Calls:
 
     async def _check_new(self, request: Request, session_id: str | None) -> None:
         """Raise unless this caller may have a session that nobody made."""
+        self._access.check_newcomer(request, session_id)
         if session_id is not None and not self._creates_unknown:
             raise NotFound(f"no session {session_id!r}; make it with POST /sessions")
-        try:
-            await self._access.check_operator(request)
-        except VerbatimError as error:
-            raise Unauthorized("no session has this id or key; make one with POST /sessions") from error
 
     async def _new_record(self, request: Request, wanted: TurnRequest, session_id: str | None) -> SessionRecord:
         """Of a session that nobody made, if this caller may have one."""

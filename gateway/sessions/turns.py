@@ -59,6 +59,7 @@ from gateway.sessions.turn import Turn, TurnFinished, TurnProgress, TurnStarted,
 from gateway.sessions.upkeep import PromptUpkeep
 from gateway.tito.conversation import BuiltPrompt, Conversation, ParentTurn
 from gateway.tito.forced_calls import forced_calls
+from gateway.wire.errors import agents_error
 from gateway.wire.json_text import dump_json
 from gateway.wire.request import RawPrompt, TurnRequest
 from gateway.wire.sampling import DEFAULT_LENGTH, sampling_fields, sampling_params
@@ -456,7 +457,8 @@ async def _sample(
     except TimeoutError:
         failure = _cut_or_timed_out(parts, turn)
     except EngineError as error:
-        failure = _overflow_or_same(error)
+        _log.warning("session %s %s: %s", session.record.session_id, turn.turn_id, error)
+        failure = _overflow_or_same(error, turn.turn_id)
     finally:
         turn.limit(None)
     generated = progress.generated(finish)
@@ -502,12 +504,11 @@ def _cut_or_timed_out(parts: TurnParts, turn: Turn) -> VerbatimError:
     return turn.cut_reason() or EngineTimeout(f"no whole reply within {parts.settings.timeout_seconds:g} s")
 
 
-def _overflow_or_same(error: EngineError) -> VerbatimError:
-    """An engine's refusal for length, in the words and with the status that agents know."""
-    text = error.message.lower()
-    if isinstance(error, EngineRejected) and "context" in text and "length" in text:
-        return ContextOverflow(f"maximum context length exceeded: {error.message}")
-    return error
+def _overflow_or_same(error: EngineError, turn_id: str) -> VerbatimError:
+    """As its agent is told of it; an engine's refusal for length in the words and with the status that agents know."""
+    if isinstance(error, EngineRejected) and "context" in error.reason.lower() and "length" in error.reason.lower():
+        return ContextOverflow(f"maximum context length exceeded: {error.reason}")
+    return agents_error(error, turn_id)
 
 
 def _record(

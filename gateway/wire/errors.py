@@ -5,6 +5,10 @@ from __future__ import annotations
 from gateway.contracts.errors import (
     ContextOverflow,
     EngineError,
+    EngineProtocolError,
+    EngineRejected,
+    EngineTimeout,
+    EngineUnavailable,
     Forbidden,
     InvalidRequest,
     MethodNotAllowed,
@@ -24,7 +28,13 @@ _TYPES: tuple[tuple[type[VerbatimError], str], ...] = (
     (TooManyRequests, "rate_limit_error"),
     (ContextOverflow, "invalid_request_error"),
     (RequestError, "invalid_request_error"),
+    (EngineRejected, "invalid_request_error"),
     (EngineError, "engine_error"),
+)
+_AGENTS_WORDS: tuple[tuple[type[EngineError], str], ...] = (
+    (EngineTimeout, "no engine answered in time; try again"),
+    (EngineUnavailable, "no engine could finish the reply; try again"),
+    (EngineProtocolError, "the engine's answer is unusable"),
 )
 _RETRY_AFTER_SECONDS = 1
 _MAX_MESSAGE_CHARACTERS = 4096
@@ -43,6 +53,19 @@ def shown_message(error: VerbatimError) -> str:
     if len(message) <= _MAX_MESSAGE_CHARACTERS:
         return message
     return f"{message[:_MAX_MESSAGE_CHARACTERS]}… ({len(message)} characters)"
+
+
+def agents_error(error: EngineError, reference: str) -> EngineError:
+    """An engine's failure as its agent is told of it: where engines are and how they are called is the operator's.
+
+    reference: what the log names it by.
+    """
+    if isinstance(error, EngineRejected):
+        return EngineRejected(f"the engine refused the request: {error.reason}", reason=error.reason)
+    for kind, words in _AGENTS_WORDS:
+        if isinstance(error, kind):
+            return kind(f"{words} ({reference})")
+    return EngineError(f"the engine failed ({reference})")
 
 
 def error_headers(error: VerbatimError) -> dict[str, str]:

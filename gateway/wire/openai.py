@@ -257,7 +257,10 @@ def _messages(fields: Mapping[str, JsonValue]) -> tuple[JsonValue, ...]:
 
 
 def required_calls(tool_choice: JsonValue, tools: Sequence[JsonValue]) -> tuple[str, ...]:
-    """Names of the functions of which `tool_choice` wants one called; raises InvalidRequest for what it cannot mean."""
+    """Names of the functions of which `tool_choice` wants one called; raises InvalidRequest for what it cannot mean.
+
+    `allowed_tools` in mode auto only advises: every tool stays in the prompt, or its tokens would have to start anew.
+    """
     if tool_choice in (None, "auto", "none"):
         return ()
     functions = [tool.get("function") for tool in tools]
@@ -266,13 +269,23 @@ def required_calls(tool_choice: JsonValue, tools: Sequence[JsonValue]) -> tuple[
         if not names:
             raise InvalidRequest("tool_choice: is required, but there are no tools")
         return names
-    function = tool_choice.get("function") if isinstance(tool_choice, dict) else None
+    match tool_choice:
+        case {"type": "allowed_tools", "allowed_tools": {"mode": "auto" | "required" as mode, "tools": list(allowed)}}:
+            chosen = tuple(_chosen_function(choice, names) for choice in allowed)
+            return chosen if mode == "required" else ()
+        case {"type": "allowed_tools"}:
+            raise InvalidRequest("tool_choice.allowed_tools: expected a mode (auto, required) and a list of tools")
+    return (_chosen_function(tool_choice, names),)
+
+
+def _chosen_function(choice: JsonValue, names: Sequence[str]) -> str:
+    function = choice.get("function") if isinstance(choice, dict) else None
     name = function.get("name") if isinstance(function, dict) else None
     if not isinstance(name, str):
-        raise InvalidRequest("tool_choice: expected none, auto, required, or a function by name")
+        raise InvalidRequest("tool_choice: expected none, auto, required, allowed_tools, or a function by name")
     if name not in names:
         raise InvalidRequest(f"tool_choice: {name!r} is none of the tools ({', '.join(names) or 'there are none'})")
-    return (name,)
+    return name
 
 
 def _template_arguments(fields: Mapping[str, JsonValue]) -> dict[str, JsonValue]:

@@ -88,7 +88,7 @@ def placed(task: Task, witnesses: Witnesses) -> Placed:
     if task.door is Door.OTHER:
         api_key = witnesses.post("/sessions", {})["api_key"]
     if task.door is Door.UNKNOWN:
-        base_url = f"{witnesses.url}/sessions/nobody-made-it/v1"
+        base_url, api_key = f"{witnesses.url}/sessions/nobody-made-it/v1", witnesses.key
     if task.door is Door.FINISHED:
         witnesses.post(f"/sessions/{task.name}/finish", {"reward": 1.0})
     return Placed(task, task.name, base_url, api_key)

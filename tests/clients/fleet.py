@@ -50,7 +50,7 @@ class Door(StrEnum):
     """Its session's URL, and another session's key."""
 
     UNKNOWN = "unknown"
-    """The URL of a session that nobody made."""
+    """The URL of a session that nobody made, and the operator's key: another key opens it no more than any other."""
 
     FINISHED = "finished"
     """Its session's URL and key, but the session is finished."""

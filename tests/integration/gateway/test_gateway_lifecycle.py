@@ -88,7 +88,8 @@ def test_keys_open_their_own_session_only(start_gateway: StartGateway, tmp_path:
     assert status("POST", "/sessions/one/v1/chat/completions", KEY) == 200
     assert status("POST", "/sessions/one/v1/chat/completions", two["api_key"]) == 403
     assert status("POST", "/sessions/one/v1/chat/completions", None) == 401
-    assert status("POST", "/sessions/new/v1/chat/completions", one["api_key"]) == 401
+    assert status("POST", "/sessions/new/v1/chat/completions", one["api_key"]) == 403
+    assert status("POST", "/sessions/new/v1/chat/completions", None) == 401
     assert status("POST", "/v1/chat/completions", None) == 401
     for method, path in [("GET", "/sessions/one"), ("POST", "/sessions/one/finish"), ("POST", "/feed/leases")]:
         assert status(method, path, one["api_key"]) == 403
