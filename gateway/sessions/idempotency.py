@@ -8,8 +8,8 @@
     got its reply                                          is a new sample
 
 A request may say that it is a retry (`Idempotency-Key`, or `x-stainless-retry-count` above 0): a key names its turn in
-every state, also a delivered one; a count does where only one turn is like it. Who has gone is known to one process; a
-turn that no living process knows of has lost its client with its gateway.
+every state, also a delivered one; a count the only undelivered one like it, although its client seems to be there. Who
+has gone is known to one process; a turn that no living process knows of has lost its client with its gateway.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class SessionCalls(Generic[T]):
         """Of several alike nobody can say whose retry it is."""
         running = [turn for turn in self._running.values() if turn.call == call]
         ended = [node for node in self._recorded.get(call, ()) if node.record.turn_id not in self._running]
-        alike: list[T | Node] = [*running, *(node for node in ended if not self._tree.goes_on(node))]
+        alike: list[T | Node] = [*running, *filter(self._is_open, ended)]
         return alike[0] if len(alike) == 1 else None
 
     def _keyed_turn(self, call: CallChoice, key: str) -> T | Node | None:
