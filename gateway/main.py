@@ -241,7 +241,7 @@ def build_app(gateway: Gateway, access: Access) -> FastAPI:
     calls = Calls(gateway.runner, gateway.registry, access, creates_unknown=creates_unknown, rules=rules)
     observed = Observed(gateway.metrics.observe_forward, gateway.metrics.observe_refused_path)
     routers = [  # the last one takes what no other takes
-        status_router(gateway.pool, gateway.ledger, gateway.runner, gateway.registry, gateway.metrics),
+        status_router(gateway.pool, gateway.ledger, gateway.runner, gateway.registry, gateway.metrics, access),
         session_router(
             gateway.registry,
             gateway.ledger,
@@ -259,7 +259,7 @@ def build_app(gateway: Gateway, access: Access) -> FastAPI:
             connect=gateway.connect,
             learn_policy=gateway.learn_policy,
         ),
-        blobs_router(gateway.registry, gateway.ledger, access),
+        blobs_router(calls, gateway.ledger, access),
         messages_router(calls, max_body_bytes=max_bytes),
         responses_router(calls, gateway.registry, access, max_body_bytes=max_bytes),
         completions_router(calls, max_body_bytes=max_bytes),

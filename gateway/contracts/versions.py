@@ -53,6 +53,11 @@ def expand_spans(spans: Sequence[VersionSpan], num_tokens: int) -> npt.NDArray[n
     return versions
 
 
+def shifted_spans(spans: Iterable[VersionSpan], by: int) -> list[VersionSpan]:
+    """The same spans, `by` tokens later."""
+    return [VersionSpan(span.start + by, span.stop + by, span.policy_version) for span in spans]
+
+
 def join_spans(spans: Iterable[VersionSpan]) -> tuple[VersionSpan, ...]:
     """Drop empty spans and merge neighbours of one version; the covered range stays the same."""
     joined: list[VersionSpan] = []

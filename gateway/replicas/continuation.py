@@ -26,7 +26,7 @@ from gateway.contracts.generation import (
     TokenIds,
     TopLogprob,
 )
-from gateway.contracts.versions import VersionSpan, join_spans
+from gateway.contracts.versions import VersionSpan, join_spans, shifted_spans
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -213,8 +213,7 @@ class Continuation:
         return self._asked.routed_experts_start or 0
 
     def _add_spans(self, spans: tuple[VersionSpan, ...]) -> None:
-        shift = self._attempt_start
-        self._spans += [VersionSpan(s.start + shift, s.stop + shift, s.policy_version) for s in spans]
+        self._spans += shifted_spans(spans, self._attempt_start)
 
     def _joined_experts(self) -> RoutedExperts | None:
         if not self._experts:

@@ -55,14 +55,25 @@ def admin_router(
 
 
 def status_router(
-    pool: ReplicaPool, ledger: Ledger, runner: TurnRunner, registry: SessionRegistry, metrics: GatewayMetrics
+    pool: ReplicaPool,
+    ledger: Ledger,
+    runner: TurnRunner,
+    registry: SessionRegistry,
+    metrics: GatewayMetrics,
+    access: Access,
 ) -> APIRouter:
-    """`/health`, `/ready` and `/metrics`: open to everybody, they tell no content."""
+    """`/health` and `/ready`, open to everybody, and `/metrics`, which names engines, for operators."""
     routes = _StatusRoutes(pool, ledger, runner, registry, metrics)
     router = APIRouter(tags=["status"])
     router.add_api_route("/health", routes.health, methods=["GET"], openapi_extra=openapi.HEALTH)
     router.add_api_route("/ready", routes.ready, methods=["GET"], openapi_extra=openapi.READY)
-    router.add_api_route("/metrics", routes.metrics, methods=["GET"], openapi_extra=openapi.METRICS)
+    router.add_api_route(
+        "/metrics",
+        routes.metrics,
+        methods=["GET"],
+        openapi_extra=openapi.METRICS,
+        dependencies=[Depends(access.check_operator)],
+    )
     return router
 
 

@@ -16,7 +16,7 @@ from gateway.contracts.ports import Ledger
 from gateway.routes import openapi
 from gateway.routes.access import Access
 from gateway.routes.bodies import path_id
-from gateway.sessions.registry import SessionRegistry
+from gateway.routes.turns import Calls
 
 _SHOWN_TYPES = re.compile(r"(?:image|audio|video)/(?!svg)[a-z0-9.+-]+")
 _HEADERS = {
@@ -27,14 +27,16 @@ _HEADERS = {
 }
 
 
-def blobs_router(registry: SessionRegistry, ledger: Ledger, access: Access) -> APIRouter:
+def blobs_router(calls: Calls, ledger: Ledger, access: Access) -> APIRouter:
     """The route; to be included before routes that take any path."""
     router = APIRouter(tags=["agents"])
 
     async def blob(request: Request) -> Response:
         """One content, under the media type that its message names."""
-        session = await registry.get(path_id(request) or "")
-        access.check_agent(request, session.record)
+        session = await calls.known_session(request)
+        if session is None:
+            access.check_newcomer(request, path_id(request))
+            raise NotFound("no session has this id")
         sha256 = path_id(request, "sha256") or ""
         found = await ledger.blob(session.record.session_id, sha256)
         if found is None:

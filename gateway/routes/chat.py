@@ -53,7 +53,7 @@ class _ChatRoutes:
 
     def _card(self) -> ModelCard:
         model = self._calls.model
-        context = self._calls.runner.parts.pool.context_length or model.context_length
+        context = self._calls.runner.parts.context_length
         return ModelCard(model.name, self._started_at, context)
 
 

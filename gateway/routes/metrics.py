@@ -74,7 +74,7 @@ class GatewayMetrics:
             self._untrainable.labels(record.untrainable_reason).inc()
         self._prompts.labels(record.meta["certified_by"]).inc()
         self._hidden.inc(len(record.meta["hidden_messages"]))
-        self._prompt_tokens.inc(len(finished.prompt_token_ids))
+        self._prompt_tokens.inc(len(finished.whole.prompt_token_ids))
         self._cached_tokens.inc(record.cached_tokens)
         self._output_tokens.inc(len(record.output_token_ids))
         if not generated.experts_complete and any(engine.captures_experts for engine in generated.engines):

@@ -20,11 +20,9 @@ from gateway.routes import openapi
 from gateway.routes.access import Access
 from gateway.routes.bodies import json_reply, path_id, read_body
 from gateway.routes.turns import Calls, named_session
-from gateway.sessions.media import num_prompt_tokens
 from gateway.sessions.recorded import recorded_reply
 from gateway.sessions.registry import Session, SessionRegistry
 from gateway.sessions.tree import Node, TurnTree
-from gateway.wire.reply import FinishedChoice, Usage
 from gateway.wire.request import Wanted
 from gateway.wire.responses import LOGPROBS, parse_responses_request, turn_id_of
 from gateway.wire.responses_reply import Asked, ResponsesWriter
@@ -114,30 +112,10 @@ class _ResponsesRoutes:
         )
         asked = Asked(_instructions(node), fields, node.root.tools, wanted)
         writer = ResponsesWriter(asked, record.turn_id, record.model, created_at=record.created_at)
-        body = writer.whole([self._choice(node, with_texts=wanted.logprobs)])
+        body = writer.whole([self._calls.choice(record, recorded_reply(node), None, with_texts=wanted.logprobs)])
         if (code := record.meta.get("error")) is not None:
             body |= {"status": "failed", "error": {"code": "server_error", "message": f"the turn broke off: {code}"}}
         return body
-
-    def _choice(self, node: Node, *, with_texts: bool) -> FinishedChoice:
-        """A recorded turn as it was answered; its arrays are the trainer's to read, not the agent's."""
-        record, whole = node.record, recorded_reply(node)
-        tokens = self._calls.reply_tokens(whole.token_ids, whole.logprobs, whole.top_logprobs, with_texts=with_texts)
-        return FinishedChoice(
-            reply=whole.reply,
-            finish=record.finish,
-            prompt_token_ids=whole.prompt_token_ids,
-            tokens=tokens,
-            experts=None,
-            meta_info=record.meta["engine"],
-            reply_fields=record.meta.get("engine_reply", {}),
-            usage=Usage(
-                num_prompt_tokens(record, len(whole.prompt_token_ids)),
-                len(whole.token_ids),
-                record.cached_tokens,
-                whole.reply.num_reasoning_tokens,
-            ),
-        )
 
 
 def _node(tree: TurnTree, turn_id: str) -> Node | None:

@@ -56,8 +56,7 @@ class _TokenizeRoutes:
         asked = parse_tokenize_request(await read_body(request, max_bytes=self._max_body_bytes))
         ids = [await self._calls.prompt_token_ids(request, turn) for turn in asked.turns]
         texts = [self._token_texts(each) for each in ids] if asked.token_texts else []
-        model = self._calls.model
-        context = self._calls.runner.parts.pool.context_length or model.context_length
+        context = self._calls.runner.parts.context_length
         return json_reply(tokenize_reply(asked, ids, texts, max_model_len=context))
 
     async def detokenize(self, request: Request) -> Response:

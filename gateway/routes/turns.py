@@ -22,14 +22,16 @@ from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from gateway.contracts.errors import Conflict, EngineUnavailable, NotFound, VerbatimError
+from gateway.contracts.experts import RoutedExperts
 from gateway.contracts.generation import TokenIds, TopLogprob
-from gateway.contracts.records import SessionOrigin, SessionRecord
+from gateway.contracts.records import SessionOrigin, SessionRecord, TurnRecord
 from gateway.routes.access import Access, session_of_key
 from gateway.routes.bodies import JsonReply, checked_id, path_id, slices
 from gateway.routes.connections import client_is_gone
 from gateway.sessions.idempotency import CallChoice, RetryHint
 from gateway.sessions.media import num_prompt_tokens
 from gateway.sessions.model import ServedModel
+from gateway.sessions.recorded import WholeReply
 from gateway.sessions.registry import Session, SessionRegistry, new_session
 from gateway.sessions.tree import TurnTree
 from gateway.sessions.turn import Turn, TurnEvent, TurnFinished, TurnProgress, TurnStarted
@@ -71,7 +73,7 @@ class Calls:
     @property
     def vocab_size(self) -> int:
         """One more than the largest id that every engine and the tokenizer have."""
-        return self.runner.parts.pool.vocab_size or self.model.tokenizer.vocab_size
+        return self.runner.parts.vocab_size
 
     async def answer(
         self,
@@ -134,12 +136,7 @@ class Calls:
 
     async def session(self, request: Request, wanted: TurnRequest) -> Session:
         """Of the path, the header, the key, or made on the spot; the caller may use it."""
-        session_id = named_session(request)
-        session = await self._registry.find(session_id) if session_id else None
-        if session is None:
-            session = await self._make(request, wanted, session_id)
-        self._access.check_agent(request, session.record)
-        return session
+        return await self.known_session(request) or await self._make(request, wanted, named_session(request))
 
     async def known_session(self, request: Request) -> Session | None:
         """The session that a request names, where there is one; the caller may use it."""
@@ -227,25 +224,29 @@ class Calls:
             return writer.progress(index, item.deltas, tokens)
         return writer.closing(index, self._choice(item, wanted))
 
-    def _choice(self, turn: TurnFinished, wanted: Wanted) -> FinishedChoice:
-        record = turn.record
-        tokens = self.reply_tokens(turn.token_ids, turn.logprobs, turn.top_logprobs, with_texts=wanted.logprobs)
+    def choice(
+        self, record: TurnRecord, whole: WholeReply, experts: RoutedExperts | None, *, with_texts: bool
+    ) -> FinishedChoice:
+        """A whole reply, for a writer. with_texts: what each token alone decodes to, needed for log-probs only."""
         return FinishedChoice(
-            reply=turn.reply,
+            reply=whole.reply,
             finish=record.finish,
-            prompt_token_ids=turn.prompt_token_ids,
-            tokens=tokens,
-            experts=turn.experts,
+            prompt_token_ids=whole.prompt_token_ids,
+            tokens=self.reply_tokens(whole.token_ids, whole.logprobs, whole.top_logprobs, with_texts=with_texts),
+            experts=experts,
             meta_info=record.meta["engine"],
             reply_fields=record.meta["engine_reply"],
             usage=Usage(
-                prompt_tokens=num_prompt_tokens(record, len(turn.prompt_token_ids)),
-                completion_tokens=len(turn.token_ids),
+                prompt_tokens=num_prompt_tokens(record, len(whole.prompt_token_ids)),
+                completion_tokens=len(whole.token_ids),
                 cached_tokens=record.cached_tokens,
-                reasoning_tokens=turn.reply.num_reasoning_tokens,
+                reasoning_tokens=whole.reply.num_reasoning_tokens,
             ),
-            version_spans=turn.version_spans,
+            version_spans=whole.version_spans,
         )
+
+    def _choice(self, turn: TurnFinished, wanted: Wanted) -> FinishedChoice:
+        return self.choice(turn.record, turn.whole, turn.experts, with_texts=wanted.logprobs)
 
     def reply_tokens(
         self,
@@ -271,7 +272,8 @@ class Calls:
         try:
             session, _ = await self._registry.create(record)
         except Conflict:  # another call of the same agent was faster
-            return await self._registry.get(record.session_id)
+            session = await self._registry.get(record.session_id)
+        self._access.check_agent(request, session.record)
         return session
 
     async def _check_new(self, request: Request, session_id: str | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -13,16 +13,17 @@ from gateway.contracts.experts import RoutedExperts
 from gateway.contracts.generation import TokenIds, TopLogprob
 from gateway.contracts.ports import Ledger
 from gateway.contracts.replies import ParsedReply, ReplyFlag, ToolCall
-from gateway.contracts.versions import VersionSpan, join_spans
+from gateway.contracts.versions import VersionSpan, join_spans, shifted_spans
 from gateway.sessions.messages import reasoning_of
 from gateway.sessions.tree import Node
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class RecordedReply:
-    """prompt_token_ids int32[P], token_ids int32[C], logprobs float32[C]; version_spans cover [0, C).
+class WholeReply:
+    """A reply and its prompt, however many turns it took.
 
-    top_logprobs: a row for each token, () where none were asked for.
+    prompt_token_ids int32[P], token_ids int32[C], logprobs float32[C]; version_spans cover [0, C); top_logprobs: a row
+    for each token, () where none were asked for.
     """
 
     prompt_token_ids: TokenIds
@@ -32,8 +33,19 @@ class RecordedReply:
     top_logprobs: Sequence[Sequence[TopLogprob]]
     reply: ParsedReply
 
+    def behind(self, begun: WholeReply) -> WholeReply:
+        """This rest of a reply with what came before it; the prompt and the text are of the whole already."""
+        spans = [*begun.version_spans, *shifted_spans(self.version_spans, len(begun.token_ids))]
+        return replace(
+            self,
+            token_ids=np.concatenate([begun.token_ids, self.token_ids]),
+            logprobs=np.concatenate([begun.logprobs, self.logprobs]),
+            version_spans=join_spans(spans),
+            top_logprobs=[*begun.top_logprobs, *self.top_logprobs],
+        )
 
-def recorded_reply(node: Node) -> RecordedReply:
+
+def recorded_reply(node: Node) -> WholeReply:
     """The whole reply that ends with this turn."""
     records = [part.record for part in node.reply_nodes()]
     num_tokens = sum(len(record.output_token_ids) for record in records)
@@ -41,9 +53,9 @@ def recorded_reply(node: Node) -> RecordedReply:
     spans: list[VersionSpan] = []
     shift = 0
     for record in records:
-        spans += [VersionSpan(s.start + shift, s.stop + shift, s.policy_version) for s in record.version_spans]
+        spans += shifted_spans(record.version_spans, shift)
         shift += len(record.output_token_ids)
-    return RecordedReply(
+    return WholeReply(
         prompt_token_ids=path[: len(path) - num_tokens],
         token_ids=path[len(path) - num_tokens :],
         logprobs=np.concatenate([record.output_logprobs for record in records]),

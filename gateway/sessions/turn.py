@@ -17,9 +17,9 @@ from gateway.contracts.errors import EngineTimeout, EngineUnavailable, VerbatimE
 from gateway.contracts.experts import RoutedExperts
 from gateway.contracts.generation import TokenIds, TopLogprob
 from gateway.contracts.records import TurnRecord
-from gateway.contracts.replies import ContentDelta, ParsedReply, ReasoningDelta, ReplyDelta
-from gateway.contracts.versions import VersionSpan
+from gateway.contracts.replies import ContentDelta, ReasoningDelta, ReplyDelta
 from gateway.sessions.idempotency import NO_HINT, CallChoice, RetryHint
+from gateway.sessions.recorded import WholeReply
 
 _MANY_PIECES = 512
 """Objects that wait for a late reader, before they are made one."""
@@ -44,20 +44,11 @@ class TurnProgress:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TurnFinished:
-    """The turn is on disk; its reply may be sent.
-
-    prompt_token_ids int32[P], token_ids int32[C], logprobs float32[C], version_spans over [0, C), top_logprobs (a row
-    for each token, or none), experts: of the whole reply, of which `record` holds the last part only where it goes on
-    with another turn's.
-    """
+    """The turn is on disk; its reply may be sent. whole: all of it, of which `record` holds the last part only where it
+    goes on with another turn's; experts: its routing rows."""
 
     record: TurnRecord
-    prompt_token_ids: TokenIds
-    token_ids: TokenIds
-    logprobs: npt.NDArray[np.float32]
-    version_spans: tuple[VersionSpan, ...]
-    top_logprobs: Sequence[Sequence[TopLogprob]]
-    reply: ParsedReply
+    whole: WholeReply
     experts: RoutedExperts | None
 
 

@@ -23,12 +23,12 @@ import numpy as np
 from gateway.contracts.errors import (
     ContextOverflow,
     EngineError,
-    EngineRejected,
     EngineTimeout,
     EngineUnavailable,
     IntegrityError,
     LedgerError,
     NotFound,
+    RequestError,
     VerbatimError,
 )
 from gateway.contracts.generation import (
@@ -44,7 +44,6 @@ from gateway.contracts.media import RAW_MEDIA, PlacedMedia, placed_media
 from gateway.contracts.ports import Ledger
 from gateway.contracts.records import Attachment, RootContext, SegmentReason, TurnRecord, recorded_top_logprobs
 from gateway.contracts.replies import ParsedReply
-from gateway.contracts.versions import VersionSpan, join_spans
 from gateway.replicas.continuation import Continuation, Generated
 from gateway.replicas.pool import ReplicaPool
 from gateway.sessions.attach import RAW, Place, attach, restore_reasoning
@@ -52,7 +51,7 @@ from gateway.sessions.idempotency import NO_HINT, CallChoice, RetryHint, can_go_
 from gateway.sessions.media import UNTRAINABLE, check_placeholders, keep_media, load_media, shown_media
 from gateway.sessions.model import ServedModel
 from gateway.sessions.raw import attach_raw, check_ids, check_sampling_ids
-from gateway.sessions.recorded import RecordedReply, first_missing_row, joined_rows, recorded_reply, recorded_rows
+from gateway.sessions.recorded import WholeReply, first_missing_row, joined_rows, recorded_reply, recorded_rows
 from gateway.sessions.registry import Session
 from gateway.sessions.tree import Node
 from gateway.sessions.turn import Turn, TurnFinished, TurnProgress, TurnStarted, TurnTimes
@@ -96,6 +95,16 @@ class TurnParts:
     settings: TurnSettings
     observe: Callable[[TurnFinished, Generated, TurnTimes], None]
 
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id that every engine and the tokenizer have."""
+        return self.pool.vocab_size or self.model.tokenizer.vocab_size
+
+    @property
+    def context_length(self) -> int:
+        """In tokens, of the model and of every engine; 0 if nobody says."""
+        return min((length for length in (self.pool.context_length, self.model.context_length) if length), default=0)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Prompt:
@@ -109,7 +118,7 @@ class _Prompt:
     built: BuiltPrompt
     token_ids: TokenIds
     media: tuple[PlacedMedia, ...] = ()
-    begun: RecordedReply | None = None
+    begun: WholeReply | None = None
 
     @property
     def begun_ids(self) -> TokenIds:
@@ -137,7 +146,7 @@ async def run_turn(
 ) -> TurnFinished:
     """One call; events go to `turn`, the record to the ledger. begun: the turn with whose broken reply it goes on.
 
-    Raises RequestError before anything is sampled. After that an EngineError leaves what was sampled in the ledger.
+    Raises VerbatimError; what was sampled before is in the ledger.
     """
     prompt = await _build_prompt(parts, session, request) if begun is None else _begun_prompt(session, begun)
     sampling = _sampling(parts, session, request, prompt)
@@ -165,16 +174,7 @@ async def give_again(parts: TurnParts, node: Node, turn: Turn) -> TurnFinished:
     recorded, rows = recorded_reply(node), await recorded_rows(parts.ledger, node)
     turn.emit(TurnStarted(recorded.prompt_token_ids))
     turn.emit(TurnProgress(recorded.token_ids, recorded.logprobs, recorded.reply.deltas(), recorded.top_logprobs))
-    return TurnFinished(
-        record=node.record,
-        prompt_token_ids=recorded.prompt_token_ids,
-        token_ids=recorded.token_ids,
-        logprobs=recorded.logprobs,
-        version_spans=recorded.version_spans,
-        top_logprobs=recorded.top_logprobs,
-        reply=recorded.reply,
-        experts=rows,
-    )
+    return TurnFinished(node.record, recorded, rows)
 
 
 class TurnRunner:
@@ -197,9 +197,9 @@ class TurnRunner:
 
     def check(self, request: TurnRequest) -> None:
         """Raise InvalidRequest for ids that the model does not have, before any turn of the same call begins."""
-        check_sampling_ids(request.sampling, vocab_size=_vocab_size(self.parts))
+        check_sampling_ids(request.sampling, vocab_size=self.parts.vocab_size)
         if request.prompt is not None and request.prompt.token_ids is not None:
-            check_ids(request.prompt.token_ids, vocab_size=_vocab_size(self.parts))
+            check_ids(request.prompt.token_ids, vocab_size=self.parts.vocab_size)
 
     async def prompt_ids(self, session: Session, request: TurnRequest) -> TokenIds:
         """int32[P]: the prompt that a turn of this request would have, recorded ids included; none is begun."""
@@ -336,7 +336,7 @@ async def _raw_prompt(parts: TurnParts, session: Session, request: TurnRequest, 
     added, message = read() if inline else await asyncio.to_thread(read)
     parent = found.place.parent
     token_ids = added if parent is None else np.concatenate([parent.token_ids(), added])
-    check_ids(token_ids, vocab_size=_vocab_size(parts))
+    check_ids(token_ids, vocab_size=parts.vocab_size)
     built = BuiltPrompt(added, found.place.reason, RAW)
     if raw.media:
         message = {**message, RAW_MEDIA: list(raw.media)}
@@ -370,21 +370,17 @@ def _parent_turn(place: Place) -> ParentTurn | None:
 
 def _check_vocabulary(parts: TurnParts, token_ids: TokenIds) -> None:
     """An id that the engine does not have kills some engines; it must never leave."""
-    vocab_size = _vocab_size(parts)
+    vocab_size = parts.vocab_size
     if not len(token_ids) or int(token_ids.min()) < 0 or int(token_ids.max()) >= vocab_size:
         raise IntegrityError(f"a prompt holds ids outside [0, {vocab_size}): engine and tokenizer do not fit")
-
-
-def _vocab_size(parts: TurnParts) -> int:
-    return parts.pool.vocab_size or parts.model.tokenizer.vocab_size
 
 
 def _sampling(parts: TurnParts, session: Session, request: TurnRequest, prompt: _Prompt) -> SamplingParams:
     """Request, then the session's overrides; the rest of the context where nobody limits the reply."""
     num_prompt_tokens, num_begun = len(prompt.token_ids), len(prompt.begun_ids)
     fields = {**request.sampling, **sampling_fields(session.record.sampling)}
-    lengths = [length for length in (parts.pool.context_length, parts.model.context_length) if length]
-    left = min(lengths) - num_prompt_tokens if lengths else None
+    context_length = parts.context_length
+    left = context_length - num_prompt_tokens if context_length else None
     asked = fields.get("max_new_tokens", fields.get(DEFAULT_LENGTH))
     if asked is None:
         asked = parts.settings.default_max_new_tokens if left is None else left
@@ -392,7 +388,7 @@ def _sampling(parts: TurnParts, session: Session, request: TurnRequest, prompt: 
             asked = min(parts.settings.default_max_new_tokens, left // 2)
     if left is not None and (left < 1 or asked > left):
         raise ContextOverflow(
-            f"This model's maximum context length is {min(lengths)} tokens. However, you requested "
+            f"This model's maximum context length is {context_length} tokens. However, you requested "
             f"{num_prompt_tokens + max(asked, 1)} tokens ({num_prompt_tokens} in the messages, "
             f"{max(asked, 1)} in the completion). Please reduce the length of the messages or completion."
         )
@@ -458,7 +454,9 @@ async def _sample(
         failure = _cut_or_timed_out(parts, turn)
     except EngineError as error:
         _log.warning("session %s %s: %s", session.record.session_id, turn.turn_id, error)
-        failure = _overflow_or_same(error, turn.turn_id)
+        failure = agents_error(error, turn.turn_id)
+    except RequestError as error:  # of a replica that takes less than the one before: what that one gave is kept (I3)
+        failure = error
     finally:
         turn.limit(None)
     generated = progress.generated(finish)
@@ -502,13 +500,6 @@ def _first_row(prompt: _Prompt) -> int:
 
 def _cut_or_timed_out(parts: TurnParts, turn: Turn) -> VerbatimError:
     return turn.cut_reason() or EngineTimeout(f"no whole reply within {parts.settings.timeout_seconds:g} s")
-
-
-def _overflow_or_same(error: EngineError, turn_id: str) -> VerbatimError:
-    """As its agent is told of it; an engine's refusal for length in the words and with the status that agents know."""
-    if isinstance(error, EngineRejected) and "context" in error.reason.lower() and "length" in error.reason.lower():
-        return ContextOverflow(f"maximum context length exceeded: {error.reason}")
-    return agents_error(error, turn_id)
 
 
 def _record(
@@ -558,26 +549,19 @@ def _record(
 
 async def _finished(parts: TurnParts, prompt: _Prompt, sampled: _Sampled, record: TurnRecord) -> TurnFinished:
     generated, begun = sampled.generated, prompt.begun
-    if begun is None or prompt.place.parent is None:
-        logprobs, spans, rows = generated.logprobs, generated.version_spans, generated.experts
-        top_logprobs = generated.top_logprobs
-    else:
-        shift, earlier = len(begun.token_ids), await recorded_rows(parts.ledger, prompt.place.parent)
-        logprobs = np.concatenate([begun.logprobs, generated.logprobs])
-        later = [VersionSpan(s.start + shift, s.stop + shift, s.policy_version) for s in generated.version_spans]
-        spans = join_spans([*begun.version_spans, *later])
-        top_logprobs = [*begun.top_logprobs, *generated.top_logprobs]
-        rows = joined_rows([part for part in (earlier, generated.experts) if part is not None])
-    return TurnFinished(
-        record=record,
+    whole = WholeReply(
         prompt_token_ids=prompt.token_ids,
-        token_ids=np.concatenate([prompt.begun_ids, generated.token_ids]),
-        logprobs=logprobs,
-        version_spans=spans,
-        top_logprobs=top_logprobs,
+        token_ids=generated.token_ids,
+        logprobs=generated.logprobs,
+        version_spans=generated.version_spans,
+        top_logprobs=generated.top_logprobs,
         reply=sampled.reply,
-        experts=rows,
     )
+    if begun is None or prompt.place.parent is None:
+        return TurnFinished(record, whole, generated.experts)
+    earlier = await recorded_rows(parts.ledger, prompt.place.parent)
+    rows = joined_rows([part for part in (earlier, generated.experts) if part is not None])
+    return TurnFinished(record, whole.behind(begun), rows)
 
 
 def _attachment(prompt: _Prompt) -> Attachment:

@@ -70,7 +70,7 @@ class Client:
         finished = await self.turn(parse_chat_request(json.dumps({"messages": messages}).encode()))
         parent_id = finished.record.attachment.parent_id
         assert parent_id not in {turn.turn_id for turn in self.raw}
-        self.chats.append([*messages, finished.reply.message()])
+        self.chats.append([*messages, finished.whole.reply.message()])
 
     async def complete(self) -> None:
         """What some turn recorded, perhaps cut or changed, and something behind it; as ids or as text."""
@@ -120,7 +120,7 @@ class Client:
         [message] = record.added_messages
         assert message["role"] == "prompt"
         recorded = [] if expected is None else self.session.tree[expected].token_ids().tolist()
-        sent = finished.prompt_token_ids.tolist()
+        sent = finished.whole.prompt_token_ids.tolist()
         assert sent[: len(recorded)] == recorded
         assert record.prompt_token_ids.tolist() == sent[len(recorded) :]
         if isinstance(prompt, list):

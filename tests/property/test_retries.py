@@ -107,9 +107,9 @@ class Clients:
     async def receive(self) -> None:
         if (caller := self.draw("waits")) is not None:
             finished = await caller.turn.finished()
-            assert finished.reply.content == ANSWER
-            assert finished.token_ids.tolist()[:-1] == self.model.tokenizer.encode(ANSWER).tolist()
-            assert len(finished.logprobs) == len(finished.token_ids)
+            assert finished.whole.reply.content == ANSWER
+            assert finished.whole.token_ids.tolist()[:-1] == self.model.tokenizer.encode(ANSWER).tolist()
+            assert len(finished.whole.logprobs) == len(finished.whole.token_ids)
             caller.state = "has it"
             self.runner.delivered(self.session, finished)
             self.delivered.append(finished.record.turn_id)

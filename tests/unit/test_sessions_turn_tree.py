@@ -55,7 +55,7 @@ class Rig:
         body = json.dumps({"messages": list(messages), **fields}).encode()
         finished = await self.runner.start(self.session, parse_chat_request(body)).finished()
         self.runner.delivered(self.session, finished)
-        spoken = Spoken(finished.record, [*messages, finished.reply.message()])
+        spoken = Spoken(finished.record, [*messages, finished.whole.reply.message()])
         self.turns.append(spoken)
         return spoken
 

@@ -76,7 +76,7 @@ def test_tool_choice_names_what_must_be_called(choice: Any, names: tuple[str, ..
     ("choice", "tools", "says"),
     [
         ("required", [], "there are no tools"),
-        ("sometimes", TOOLS, "expected none, auto, required, or a function by name"),
+        ("sometimes", TOOLS, "expected none, auto, required, allowed_tools, or a function by name"),
         ({"type": "function", "function": {"name": "run"}}, TOOLS, "'run' is none of the tools (look, wait)"),
     ],
 )

@@ -40,5 +40,6 @@ if __name__ == "__main__":
             "openai": converse("openai/any"),
             "hosted_vllm": converse("hosted_vllm/any"),
             "responses": converse("openai/any", use_responses_api=True),
-        }
+        },
+        one_by_one=True,
     )

@@ -43,10 +43,15 @@ Mode = Callable[[Job], Any]
 """What a client does with a job: a function, which gets a thread, or a coroutine function."""
 
 
-def run(modes: Mapping[str, Mode]) -> None:
-    """Run all jobs of the command line side by side, those of coroutine functions in one event loop."""
+def run(modes: Mapping[str, Mode], *, one_by_one: bool = False) -> None:
+    """Run all jobs of the command line side by side, those of coroutine functions in one event loop.
+
+    one_by_one: in turn, for a client that imports parts of itself while it works, in several threads at once, and asks
+    again where that fails.
+    """
     jobs = [Job(**fields) for fields in json.loads(sys.argv[1])]
-    outcomes = asyncio.run(run_all(modes, jobs))
+    groups = [[job] for job in jobs] if one_by_one else [jobs]
+    outcomes = [outcome for group in groups for outcome in asyncio.run(run_all(modes, group))]
     sys.stdout.write(MARK + json.dumps([told(outcome) for outcome in outcomes]) + "\n")
     sys.stdout.flush()
     os._exit(0)  # what clients' background threads still do or say is not waited for

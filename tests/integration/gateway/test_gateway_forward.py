@@ -296,7 +296,7 @@ def test_only_who_may_use_a_session_may_forward_under_it(
     assert httpx.post(url, timeout=20).status_code == 401
     assert httpx.post(url, headers=their_key, timeout=20).status_code == 403
     assert httpx.post(f"{gateway.url}/v1/embeddings", timeout=20).status_code == 401
-    assert httpx.post(f"{gateway.url}/sessions/made-up/v1/embeddings", headers=key, timeout=20).status_code == 401
+    assert httpx.post(f"{gateway.url}/sessions/made-up/v1/embeddings", headers=key, timeout=20).status_code == 403
     assert len(upstream.seen) == before
     assert httpx.post(f"{gateway.url}/v1/embeddings", headers=key, timeout=20).status_code == 218
     assert httpx.post(f"{gateway.url}/v1/embeddings", headers=operator, timeout=20).status_code == 218
