@@ -19,9 +19,6 @@ from gateway.wire.protection import FieldSettings
 OPERATOR_KEY_VARIABLE = "VERBATIM_OPERATOR_KEY"
 """Environment variable with the operator's key; without it keys are off, which only loopback allows."""
 
-ENGINE_KEY_VARIABLE = "VERBATIM_ENGINE_KEY"
-"""Environment variable with the key that engines were started with (`--api-key`); it is sent to engines only."""
-
 
 class UnknownSessions(StrEnum):
     """What a chat under an id that nobody made does."""
