@@ -266,7 +266,9 @@ def build_app(gateway: Gateway, access: Access) -> FastAPI:
         generate_router(calls, max_body_bytes=max_bytes),
         tokenize_router(calls, max_body_bytes=max_bytes),
         chat_router(calls, max_body_bytes=max_bytes),
-        forward_router(calls, mode=settings.forward, max_body_bytes=max_bytes, observed=observed),
+        forward_router(
+            calls, mode=settings.forward, own=settings.forward_paths, max_body_bytes=max_bytes, observed=observed
+        ),
     ]
     for router in routers:
         app.include_router(router)
