@@ -10,10 +10,11 @@ What is sent is ours alone: no header of an agent, no cookie of an engine, and t
 from __future__ import annotations
 
 import json
+import logging
 import re
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import aclosing, asynccontextmanager
 from typing import Any, NamedTuple
 
 import aiohttp
@@ -22,6 +23,7 @@ from yarl import URL
 
 from gateway.contracts.errors import (
     ContextOverflow,
+    EngineError,
     EngineProtocolError,
     EngineRejected,
     EngineTimeout,
@@ -29,6 +31,8 @@ from gateway.contracts.errors import (
     VerbatimError,
 )
 from gateway.contracts.ports import RawCall, RawReply
+
+logger = logging.getLogger(__name__)
 
 _OVERFLOW_MARKS = ("maximum context length", "longer than the model's context length", "is longer than the maximum")
 _EXPERTS = b'"routed_experts":"'
@@ -141,18 +145,17 @@ class EngineHttp:
     @asynccontextmanager
     async def forward(self, call: RawCall) -> AsyncIterator[RawReply]:
         """Send a call as it is; its answer is neither decoded nor followed elsewhere."""
-        async with (
-            self._translated(call.target),
-            self._opened_raw().request(
+        async with self._translated(call.target):
+            response = await self._opened_raw().request(
                 call.method,
                 URL(self.url + call.target, encoded=True),
                 headers=call.headers,
                 data=call.body or None,
                 allow_redirects=False,
                 timeout=self._timeout(None),
-            ) as response,
-        ):
-            yield RawReply(response.status, list(response.headers.items()), response.content.iter_any())
+            )
+        async with response, aclosing(self._pieces(response, call.target)) as body:
+            yield RawReply(response.status, list(response.headers.items()), body)
 
     async def aclose(self) -> None:
         """Close all connections."""
@@ -162,28 +165,34 @@ class EngineHttp:
 
     def _opened(self) -> aiohttp.ClientSession:
         if self._session is None or self._session.closed:
-            # Plain bodies only: a router in between may drop `Content-Encoding` and leave the body as it is.
-            headers = {"Accept-Encoding": "identity", "User-Agent": "verbatim"}
-            if self._api_key is not None:
-                headers["Authorization"] = f"Bearer {self._api_key}"
             self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_SECONDS),
+                connector=_connector(),
                 cookie_jar=aiohttp.DummyCookieJar(),
-                headers=headers,
+                # Plain bodies only: a router in between may drop `Content-Encoding` and leave the body as it is.
+                headers={"Accept-Encoding": "identity", "User-Agent": "verbatim"} | self._authorization(),
                 json_serialize=_serialised,
             )
         return self._session
 
     def _opened_raw(self) -> aiohttp.ClientSession:
-        """For calls of others: it adds no header of its own, keeps no cookies and leaves bodies compressed."""
+        """For calls of others: it adds the engine key only, keeps no cookies and leaves bodies compressed."""
         if self._raw_session is None or self._raw_session.closed:
             self._raw_session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0),
+                connector=_connector(),
                 cookie_jar=aiohttp.DummyCookieJar(),
+                headers=self._authorization(),
                 auto_decompress=False,
                 skip_auto_headers=("Accept", "Accept-Encoding", "Content-Type", "User-Agent"),
             )
         return self._raw_session
+
+    def _authorization(self) -> dict[str, str]:
+        return {} if self._api_key is None else {"Authorization": f"Bearer {self._api_key}"}
+
+    async def _pieces(self, response: aiohttp.ClientResponse, path: str) -> AsyncGenerator[bytes, None]:
+        async with self._translated(path):
+            async for piece in response.content.iter_any():
+                yield piece
 
     def _timeout(self, total_seconds: float | None) -> aiohttp.ClientTimeout:
         return aiohttp.ClientTimeout(
@@ -244,6 +253,14 @@ class EngineHttp:
             raise EngineProtocolError(f"{named}: not HTTP as promised: {error}") from error
 
 
+async def abort_quietly(abort: Callable[[str], Awaitable[None]], request_id: str) -> None:
+    """End a request that nobody waits for; where that fails, the log says so."""
+    try:
+        await abort(request_id)
+    except EngineError as error:
+        logger.info("request %s may go on at its engine: %s", request_id, error)
+
+
 class EventReader:
     """Server-sent events out of the pieces of a stream, cut anywhere.
 
@@ -302,6 +319,10 @@ def failure(error: Any, named: str) -> VerbatimError:
     if isinstance(code, int) and (code >= 500 or code in _PASSING_STATUSES):
         return EngineUnavailable(f"{named}: {message}")
     return refused(message, named)
+
+
+def _connector() -> aiohttp.TCPConnector:
+    return aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_SECONDS)
 
 
 def _message(body: bytes) -> str:

@@ -99,7 +99,7 @@ class OpenAiTextEngine:
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[GenerateChunk | GenerateEnd, None]:
         """Stream new text as ids, whole words at a time, then one GenerateEnd; closing early closes the connection."""
-        refuse_media(request, (), named=f"the text-only upstream {self.engine_id}")
+        refuse_media(request, (), named="this engine")
         await self._running.wait()
         text = TextStream(self._encode, f"engine {self.engine_id}, request {request.request_id}")
         aborted = self._live[request.request_id] = asyncio.Event()

@@ -204,7 +204,7 @@ class ScriptedEngine:
         self._closed = False
 
     def _check(self, request: GenerateRequest) -> None:
-        refuse_media(request, tuple(MediaKind) if self._media_tokens else (), named=f"engine {self._engine_id}")
+        refuse_media(request, tuple(MediaKind) if self._media_tokens else (), named="this engine")
         wanted = self._prompt_tokens(request) + request.sampling.max_new_tokens
         if self._closed:
             raise EngineUnavailable(f"{self._engine_id} is down")

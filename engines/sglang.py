@@ -8,9 +8,7 @@ itself is an EngineProtocolError.
 from __future__ import annotations
 
 import binascii
-import json
 import logging
-import re
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing
 from typing import Any
@@ -18,7 +16,8 @@ from typing import Any
 import numpy as np
 import pybase64
 
-from engines.connection import EngineHttp, failure, refused
+from engines.answers import new_token_ids, release, spellings
+from engines.connection import EngineHttp, abort_quietly, failure, refused
 from engines.identity import read_if_here, with_told
 from engines.likeliest import likeliest
 from engines.media import refuse_media
@@ -151,7 +150,7 @@ class SglangEngine:
             sees = {MediaKind.IMAGE, MediaKind.VIDEO} if model.get("has_image_understanding") else set()
             hears = {MediaKind.AUDIO} if model.get("has_audio_understanding") else set()
             self._understands = frozenset(sees | hears)
-        refuse_media(request, self._understands, named=f"the model of engine {self.engine_id}")
+        refuse_media(request, self._understands, named="the model")
 
     async def identity(self) -> EngineIdentity:
         """Ask the engine who it is; files of its model folder are read where this machine has them."""
@@ -182,7 +181,7 @@ class SglangEngine:
             process=str(server.get("startup_time") or ""),
             media=tuple(kind for field, kind in _UNDERSTANDS.items() if model.get(field)),
             top_logprobs=True,
-            version_spans=_release(server.get("version")) >= _FIRST_WITH_SPANS,
+            version_spans=release(server.get("version")) >= _FIRST_WITH_SPANS,
             pause_modes=tuple(mode.value for mode in PauseMode),
             grammar=server.get("grammar_backend") not in (None, "none"),
             enabling=_ENABLING,
@@ -195,7 +194,7 @@ class SglangEngine:
         body = {"prompt": list(texts), "add_special_tokens": False}
         try:
             raw = await self._http.post("/tokenize", body, timeout_seconds=_CONTROL_SECONDS)
-            return _spellings(raw, lambda answer: answer["tokens"], self.engine_id)
+            return spellings(raw, lambda answer: answer["tokens"], engine_id=self.engine_id)
         except (EngineRejected, EngineProtocolError):  # it has no such route, or another one of that name
             return await self._tokenize_as_prompts(texts)
 
@@ -209,8 +208,8 @@ class SglangEngine:
         }
         try:
             raw = await self._http.post("/generate", body, timeout_seconds=_CONTROL_SECONDS)
-            return _spellings(
-                raw, lambda answers: [_prompt_ids(answer["meta_info"]) for answer in answers], self.engine_id
+            return spellings(
+                raw, lambda answers: [_prompt_ids(answer["meta_info"]) for answer in answers], engine_id=self.engine_id
             )
         except (EngineRejected, EngineProtocolError) as error:
             logger.info("engine %s cannot be asked for token ids: %s", self.engine_id, error.message)
@@ -275,18 +274,11 @@ async def read_generation(
     except (EngineRejected, RequestError) as error:
         ended = True
         if reader.has_media and isinstance(error, EngineRejected):  # nearly always one that it could not read
-            raise InvalidRequest(error.message) from error
+            raise InvalidRequest(error.reason) from error
         raise
     finally:
         if not ended:
-            await _abort_quietly(abort, reader.request_id)
-
-
-async def _abort_quietly(abort: Callable[[str], Awaitable[None]], request_id: str) -> None:
-    try:
-        await abort(request_id)
-    except EngineError as error:
-        logger.info("request %s may go on at its engine: %s", request_id, error)
+            await abort_quietly(abort, reader.request_id)
 
 
 def generate_body(request: GenerateRequest) -> dict[str, JsonValue]:
@@ -313,20 +305,6 @@ def generate_body(request: GenerateRequest) -> dict[str, JsonValue]:
     if request.routed_experts_start is not None:
         body |= {"return_routed_experts": True, "routed_experts_start_len": request.routed_experts_start}
     return body
-
-
-def _release(version: Any) -> tuple[int, ...]:
-    """(0, 5, 23) of "0.5.23.post1"; () where there is none."""
-    return tuple(int(number) for number in re.findall(r"\d+", str(version or ""))[:3])
-
-
-def _spellings(raw: bytes, read: Callable[[Any], Any], engine_id: str) -> list[list[int]]:
-    try:
-        return [[int(token_id) for token_id in ids] for ids in read(json.loads(raw))]
-    except (KeyError, TypeError, ValueError) as error:
-        raise EngineProtocolError(
-            f"engine {engine_id}: unreadable token ids ({type(error).__name__}: {error})"
-        ) from error
 
 
 def _prompt_ids(meta: Mapping[str, Any]) -> list[int]:
@@ -421,11 +399,9 @@ class StreamReader:
             )
         logprobs = self._new_logprobs(fresh, meta.get("output_token_logprobs"))
         self._output_ids += fresh
-        token_ids = np.array(fresh, dtype=np.int64)
-        if token_ids.size and (token_ids.min() < 0 or token_ids.max() > np.iinfo(np.int32).max):
-            raise EngineProtocolError(f"{self._named}: token ids out of range")
+        token_ids = new_token_ids(fresh, named=self._named)
         top_logprobs = self._new_top_logprobs(fresh, logprobs, meta.get("output_top_logprobs"))
-        return GenerateChunk(token_ids.astype(np.int32), logprobs, top_logprobs)
+        return GenerateChunk(token_ids, logprobs, top_logprobs)
 
     def _new_logprobs(self, fresh: list[int], triples: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
         """float32[n]; NaN where the engine gave none (I9)."""

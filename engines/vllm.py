@@ -20,16 +20,15 @@ vLLM's ways that shape this client:
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-import re
 import sys
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import dataclass
 from typing import Any
 
-from engines.connection import EngineHttp
+from engines.answers import release, spellings
+from engines.connection import EngineHttp, abort_quietly
 from engines.identity import FolderIdentity, read_if_here
 from engines.media import refuse_media
 from engines.vllm_stream import VllmStream
@@ -193,7 +192,7 @@ class VllmEngine:
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[GenerateChunk | GenerateEnd, None]:
         """Stream new tokens, then exactly one GenerateEnd; closing early aborts the request at the server."""
         # Its ways in by token ids have no place for them.
-        refuse_media(request, (), named=f"vLLM engine {self.engine_id}")
+        refuse_media(request, (), named="this engine")
         server = await self._known_server()
         seeded = request.sampling.seed is None or server.on_gpu
         path, body = _body(request, server, seeded=seeded)
@@ -223,7 +222,7 @@ class VllmEngine:
             raise
         finally:
             if not ended:
-                await self._abort_quietly(request.request_id)
+                await abort_quietly(self.abort, request.request_id)
 
     async def _labels(self, server: VllmServer, before: str | None, stream: VllmStream) -> tuple[str, str] | None:
         """I5: the weights' labels before and after, None where the answer itself tells its versions."""
@@ -237,12 +236,6 @@ class VllmEngine:
         except EngineError as error:
             logger.warning("engine %s answered, but not which weights it has now: %s", self.engine_id, error)
             return before, ""
-
-    async def _abort_quietly(self, request_id: str) -> None:
-        try:
-            await self.abort(request_id)
-        except EngineError as error:
-            logger.info("request %s may go on at its engine: %s", request_id, error)
 
     async def identity(self) -> EngineIdentity:
         """Ask the server who it is; files of its model folder are read where this machine has them."""
@@ -280,10 +273,8 @@ class VllmEngine:
     async def _tokenize(self, text: str) -> list[int]:
         body = {"prompt": text, "add_special_tokens": False}
         raw = await self._http.post("/tokenize", body, timeout_seconds=_CONTROL_SECONDS)
-        try:
-            return [int(token_id) for token_id in json.loads(raw)["tokens"]]
-        except (KeyError, TypeError, ValueError) as error:
-            raise EngineProtocolError(f"engine {self.engine_id}: unreadable token ids of {text[:60]!r}") from error
+        (token_ids,) = spellings(raw, lambda answer: [answer["tokens"]], engine_id=self.engine_id)
+        return token_ids
 
     async def _known_server(self) -> VllmServer:
         if self._server is None:
@@ -318,7 +309,7 @@ class VllmEngine:
             answer = await self._http.get_object("/version", timeout_seconds=_CONTROL_SECONDS)
         except EngineRejected:
             return ()
-        return tuple(int(number) for number in re.findall(r"\d+", str(answer.get("version")))[:3])
+        return release(answer.get("version"))
 
     async def _config(self) -> Mapping[str, Any] | None:
         """The server's configuration; None where its routes for development are closed."""

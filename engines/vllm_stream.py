@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pybase64
 
+from engines.answers import new_token_ids
 from engines.connection import failure
 from engines.likeliest import Row, likeliest
 from gateway.contracts.errors import EngineProtocolError, EngineUnavailable, ExpertsMismatch, LengthMismatch
@@ -160,16 +161,14 @@ class VllmStream:
         fresh = choice.get("token_ids")
         if fresh is None:
             raise EngineProtocolError(f"{self._named}: an event without token ids (is this vLLM?)")
-        token_ids = np.array(fresh, dtype=np.int64)
-        if token_ids.size and (token_ids.min() < 0 or token_ids.max() > np.iinfo(np.int32).max):
-            raise EngineProtocolError(f"{self._named}: token ids out of range")
+        token_ids = new_token_ids(fresh, named=self._named)
         if fresh and self._finish is not None:
             raise EngineProtocolError(f"{self._named}: tokens after the end")
         logprobs = self._new_logprobs(choice.get("logprobs"), fresh)
         top_logprobs = self._new_top_logprobs(choice.get("logprobs"), fresh, logprobs)
         self._num_output += len(fresh)
         self._last_token = int(fresh[-1]) if fresh else self._last_token
-        return GenerateChunk(token_ids.astype(np.int32), logprobs, top_logprobs)
+        return GenerateChunk(token_ids, logprobs, top_logprobs)
 
     def _new_logprobs(self, given: Any, fresh: list[int]) -> npt.NDArray[np.float32]:
         """float32[n]; NaN where the engine gave none (I9)."""

@@ -34,9 +34,7 @@ _STYLES = {Verdict.APPENDS: "green", Verdict.REASONING_DROPPED: "yellow"}
 def configure(parser: argparse.ArgumentParser) -> None:
     """Flags of `verbatim doctor`."""
     parser.add_argument("--model", type=Path, required=True, metavar="PATH", help="model folder to look at")
-    parser.add_argument(
-        "--template-arguments", default="{}", metavar="JSON", help="chat_template_kwargs to try it with (default {})"
-    )
+    parser.add_argument("--template-arguments", metavar="JSON", help="chat_template_kwargs to try it with (default {})")
     parser.add_argument(
         "--engine", action="append", default=[], metavar="KIND=URL", help="check an engine instead, repeatable"
     )
@@ -56,7 +54,13 @@ def run(arguments: argparse.Namespace) -> int:
 
     With engines: 0 if the gateway would take all of them, else 1.
     """
-    template_arguments = _json_object(arguments.template_arguments)
+    if arguments.require and not arguments.engine:
+        raise ConfigurationError("--require is asked of engines: give --engine KIND=URL with it")
+    if arguments.template_arguments is not None and arguments.engine:
+        raise ConfigurationError(
+            "--template-arguments is for the model folder's survey, which is not made with --engine: give one of them"
+        )
+    template_arguments = _json_object(arguments.template_arguments or "{}")
     model = ServedModel.load(arguments.model, history_policy=HistoryPolicy.KEEP)
     if arguments.engine:
         required = tuple(map(Capability, arguments.require))

@@ -30,7 +30,7 @@ from engines.weights.names import policy_version_of
 from gateway.contracts.errors import ConfigurationError, EngineError, IdentityMismatch
 from gateway.contracts.generation import Capability
 from gateway.contracts.ports import Engine, Ledger
-from gateway.contracts.settings import load_settings, settings_toml
+from gateway.contracts.settings import engine_key, load_settings, settings_toml
 from gateway.contracts.telemetry import ready_line
 from gateway.ledger.sqlite import SqliteLedger
 from gateway.replicas.health import watch_health
@@ -60,7 +60,7 @@ from gateway.sessions.picks import PickChoice
 from gateway.sessions.registry import SessionRegistry
 from gateway.sessions.report import Retokenisation
 from gateway.sessions.turns import TurnParts, TurnRunner
-from gateway.settings import ENGINE_KEY_VARIABLE, OPERATOR_KEY_VARIABLE, GatewaySettings, UnknownSessions, split_engine
+from gateway.settings import OPERATOR_KEY_VARIABLE, GatewaySettings, UnknownSessions, split_engine
 from gateway.wire.protection import FieldRules
 
 _log = logging.getLogger(__name__)
@@ -266,7 +266,9 @@ def build_app(gateway: Gateway, access: Access) -> FastAPI:
         generate_router(calls, max_body_bytes=max_bytes),
         tokenize_router(calls, max_body_bytes=max_bytes),
         chat_router(calls, max_body_bytes=max_bytes),
-        forward_router(calls, mode=settings.forward, max_body_bytes=max_bytes, observed=observed),
+        forward_router(
+            calls, mode=settings.forward, own=settings.forward_paths, max_body_bytes=max_bytes, observed=observed
+        ),
     ]
     for router in routers:
         app.include_router(router)
@@ -376,17 +378,9 @@ async def _background(work: Coroutine[None, None, None]) -> AsyncIterator[None]:
             await task
 
 
-def _engine_key() -> str | None:
-    """The engines' key; raises ConfigurationError if no header can carry it."""
-    key = os.environ.get(ENGINE_KEY_VARIABLE, "").strip()
-    if not (key.isascii() and key.isprintable()):
-        raise ConfigurationError(f"{ENGINE_KEY_VARIABLE} must be printable ASCII: it is sent in a header")
-    return key or None
-
-
 def shipped_kinds() -> Mapping[str, EngineMaker]:
     """The kinds of engines that ship; raises ConfigurationError for an unusable key of the engines."""
-    api_key = _engine_key()
+    api_key = engine_key()
 
     def token_engine(
         client: Callable[..., Engine], engine_id: str, url: str, model: ServedModel, policies: Mapping[str, int]

@@ -9,7 +9,7 @@ from pathlib import Path
 from gateway.contracts.errors import ConfigurationError
 from gateway.contracts.generation import Capability
 from gateway.replicas.pool import ReplicaSettings
-from gateway.routes.forward import Forward
+from gateway.routes.forward import Forward, own_path
 from gateway.sessions.picks import DEFAULT_PICK
 from gateway.sessions.turns import TurnSettings
 from gateway.tito.conversation import HistoryPolicy
@@ -18,9 +18,6 @@ from gateway.wire.protection import FieldSettings
 
 OPERATOR_KEY_VARIABLE = "VERBATIM_OPERATOR_KEY"
 """Environment variable with the operator's key; without it keys are off, which only loopback allows."""
-
-ENGINE_KEY_VARIABLE = "VERBATIM_ENGINE_KEY"
-"""Environment variable with the key that engines were started with (`--api-key`); it is sent to engines only."""
 
 
 class UnknownSessions(StrEnum):
@@ -43,7 +40,9 @@ class GatewaySettings:
     head of a request, and again for its body. write_timeout_seconds: how long a reply may wait for a client that does
     not read it. pick: which turns train where a trainer does not say, a built-in name of `gateway.sessions.picks` or
     the operator's own `module:function`. require: what every engine must be able to do; one that cannot is refused, at
-    the start and when it is added. forward: which other paths of an engine agents reach.
+    the start and when it is added. forward: which other paths of an engine agents reach. forward_paths: paths of the
+    operator's own that they reach besides, each as it is or, with `*` at its end, with whatever follows; a path listed
+    here passes whatever it does at the engine.
     """
 
     model: Path | None = None
@@ -57,6 +56,7 @@ class GatewaySettings:
     history_policy: HistoryPolicy = HistoryPolicy.KEEP
     unknown_sessions: UnknownSessions = UnknownSessions.CREATE
     forward: Forward = Forward.KNOWN
+    forward_paths: tuple[str, ...] = ()
     sessions_in_memory: int = 10_000
     max_body_bytes: int = 64 * 2**20
     bodies_in_flight_bytes: int = 2 * 2**30
@@ -80,6 +80,10 @@ class GatewaySettings:
             )
         if self.read_timeout_seconds <= 0 or self.write_timeout_seconds <= 0:
             raise ConfigurationError("read_timeout_seconds and write_timeout_seconds must be above 0")
+        if self.forward is Forward.NONE and self.forward_paths:
+            raise ConfigurationError("forward is none, which forwards nothing, and forward_paths lists paths")
+        for path in self.forward_paths:
+            own_path(path)
         check_names(calls=self.tool_call_parser, reasoning=self.reasoning_parser)
         for engine in self.engines:
             split_engine(engine)

@@ -21,7 +21,7 @@ from engines.weights.disk import DiskTransport
 from gateway.client import GatewayClient
 from gateway.contracts.errors import ConfigurationError, LedgerError, VerbatimError
 from gateway.contracts.ports import WeightTransport
-from gateway.contracts.settings import load_settings, settings_toml
+from gateway.contracts.settings import engine_key, load_settings, settings_toml
 from sandbox.drivers import make_driver
 from sandbox.pool import SandboxPool
 from trainer.algorithms.losses import PpoObjective
@@ -38,8 +38,6 @@ from trainer.settings import ReplayMode, TrainSettings
 
 OPERATOR_KEY_VARIABLE = "VERBATIM_OPERATOR_KEY"
 """Environment variable with the operator's key of the gateway, where keys are on."""
-ENGINE_KEY_VARIABLE = "VERBATIM_ENGINE_KEY"
-"""Environment variable with the key that engines were started with, where they were."""
 
 # The publisher pauses generation at the gateway; a transport that paused and resumed engines by itself would let
 # turns go on before the gateway knows what the new label means.
@@ -222,7 +220,7 @@ async def _open_sandboxes(settings: TrainSettings) -> AsyncIterator[SandboxPool]
 def _make_transport(name: str) -> WeightTransport:
     if name not in _TRANSPORTS:
         raise ConfigurationError(f"engines.transport {name!r} is none of {', '.join(_TRANSPORTS)}")
-    return _TRANSPORTS[name](api_key=os.environ.get(ENGINE_KEY_VARIABLE) or None)
+    return _TRANSPORTS[name](api_key=engine_key())
 
 
 def _first_of_ours(failures: ExceptionGroup[Exception]) -> Exception:

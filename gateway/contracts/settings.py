@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import tomllib
 import types
 import typing
@@ -20,6 +21,9 @@ from typing import Any, TypeVar
 from gateway.contracts.errors import ConfigurationError
 
 Settings = TypeVar("Settings")
+
+ENGINE_KEY_VARIABLE = "VERBATIM_ENGINE_KEY"
+"""Environment variable with the key that engines were started with (`--api-key`); it is sent to engines only."""
 
 
 def load_settings(kind: type[Settings], *, file: Path | None, overrides: Iterable[str] = ()) -> Settings:
@@ -49,6 +53,14 @@ def build_settings(kind: type[Settings], values: Mapping[str, Any], *, where: st
         if name not in arguments and f.default is MISSING and f.default_factory is MISSING:
             raise ConfigurationError(f"{where}: {name!r} is required")
     return kind(**arguments)
+
+
+def engine_key() -> str | None:
+    """The engines' key, which is not among the settings; raises ConfigurationError if no header can carry it."""
+    key = os.environ.get(ENGINE_KEY_VARIABLE, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigurationError(f"{ENGINE_KEY_VARIABLE} must be printable ASCII: it is sent in a header")
+    return key or None
 
 
 def settings_toml(settings: Any) -> str:

@@ -4,14 +4,14 @@ Method, path, query, status and bodies pass untouched, headers as far as they ar
 not the connection's; keys and cookies stay here. What is sent on is counted and logged, and is no turn: so nothing that
 samples may pass (I7), and nothing that shows or changes how an engine runs, for agents are not trusted.
 
-    known               what is in `KNOWN`: reading, embedding, scoring
-    all_but_control     besides, every path without a word that `CONTROL_WORDS` has
-    none                nothing
+    known       what is in `KNOWN`: reading, embedding, scoring; besides, what the operator lists (`forward_paths`)
+    none        nothing
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,7 +26,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import compile_path
 from starlette.types import Receive, Scope, Send
 
-from gateway.contracts.errors import EngineError, Forbidden, InvalidRequest, NotFound
+from gateway.contracts.errors import ConfigurationError, EngineError, InvalidRequest, NotFound
 from gateway.contracts.generation import JsonValue
 from gateway.contracts.ports import ForwardingEngine, HttpHeaders, RawCall, RawReply
 from gateway.replicas.pool import ReplicaPool
@@ -57,30 +57,7 @@ KNOWN: Mapping[str, frozenset[str]] = {
 }  # fmt: skip
 """Path → methods, of SGLang, vLLM and OpenAI. None of them changes anything or returns what the policy sampled."""
 
-CONTROL_WORDS = frozenset(
-    (
-        "abort", "activate", "adapter", "adapters", "add", "admin", "api", "apply", "assistants", "attach", "batch",
-        "batches", "begin", "bootstrap", "cache", "cancel", "chat", "checker", "checkpoint", "clear", "close",
-        "collective", "complete", "completion", "completions", "config", "configure", "continue", "conversation",
-        "conversations", "corpora", "corpus", "debug", "delete", "destroy", "detach", "docs", "down", "drain", "dump",
-        "dumper", "elastic", "encoder", "end", "engine", "ep", "eval", "expert", "experts", "external", "fault",
-        "feed", "file", "files", "finetunes", "finetuning", "finish", "flush", "freeze", "gate", "gc", "generate",
-        "generation", "generations", "group", "hicache", "inference", "info", "init", "internal", "invocations",
-        "kill", "lease", "level", "load", "loads", "log", "logging", "logs", "lora", "memory", "messages", "metrics",
-        "model", "models", "occupation", "offload", "openapi", "parallel", "pause", "paused", "pd", "predict",
-        "predictions", "profile", "profiler", "queue", "realtime", "receive", "record", "redoc", "register", "release",
-        "reload", "remote", "remove", "replica", "replicas", "reset", "responses", "restart", "resume", "role", "rpc",
-        "runs", "scale", "scaling", "scheduler", "send", "server", "session", "sessions", "set", "shutdown", "sleep",
-        "sleeping", "slow", "speculative", "start", "state", "static", "statistics", "status", "stop", "storage",
-        "suspend", "switch", "sync", "tensor", "tensors", "threads", "tolerance", "trace", "transfer", "unload",
-        "update", "url", "v1beta", "vertex", "wake", "weight", "weights", "worker", "workers", "world",
-    )
-)  # fmt: skip
-"""Words of paths that control an engine, show how it runs, or sample; a path with one of them passes only if known."""
-
 _PLAIN_PATH = re.compile(r"(?:/[A-Za-z0-9_.~-]+)+")
-_WORDS = re.compile(r"[a-z]+[0-9]*[a-z]*")
-_LONG_WORD = 5
 _HOP_BY_HOP = frozenset(
     (
         "connection", "keep-alive", "proxy-authenticate", "proxy-authentication-info", "proxy-authorization",
@@ -91,6 +68,11 @@ _HOP_BY_HOP = frozenset(
 
 _OURS_OF_REQUESTS = frozenset(("content-length", "expect", "forwarded", "host"))
 _OURS_OF_REPLIES = frozenset(("date", "server", "set-cookie"))
+_ROUTERS = "x-smg-"
+"""How the names begin of headers in which a router says where its workers are."""
+_PASSES_UNREAD = ("multipart/", "audio/")
+_SCHEMAS = frozenset(("functions", "response_format", "tools"))
+"""Fields whose lists hold an agent's own numbers (`enum`) and reach the model as text."""
 _SECRET = re.compile(r"auth|cookie|credential|key|override|secret|session|token|^x-(?:forwarded|smg)-", re.IGNORECASE)
 """Names of headers that open something here, or would steer what stands between here and an engine."""
 
@@ -99,7 +81,6 @@ class Forward(StrEnum):
     """Which other paths of an engine agents reach."""
 
     KNOWN = "known"
-    ALL_BUT_CONTROL = "all_but_control"
     NONE = "none"
 
 
@@ -110,25 +91,36 @@ class Observed(NamedTuple):
     refused: Callable[[], None]
 
 
-def refusal(mode: Forward, method: str, path: str) -> str | None:
-    """Why a path does not pass, None if it does. path: as sent, percent-encoded, without the session and the query."""
+def own_path(text: str) -> str:
+    """One of the operator's own paths, normalised: no `/` at its end, `*` only there, for whatever follows.
+
+    Raises ConfigurationError for a path that no plainly written one can equal, and for a bare `*`.
+    """
+    if not _is_plain(text.removesuffix("*").removesuffix("/")):
+        raise ConfigurationError(
+            f"forward_paths: {text!r}: write a path as agents do, /name or /name/*, without escapes or dots"
+        )
+    return text.removesuffix("/")
+
+
+def refusal(mode: Forward, method: str, path: str, *, own: Sequence[str] = ()) -> str | None:
+    """Why a path does not pass, None if it does. path: as sent, percent-encoded, without the session and the query.
+    own: the operator's paths as `own_path` writes them; they take every method."""
     if mode is Forward.NONE:
         return "is not served here, and no other path is forwarded"
     if method in KNOWN.get(path, ()):
         return None
-    if mode is Forward.KNOWN:
-        return "is not served here, and not among the paths that are forwarded"
     # One way to read it, or the engine might read another path than was checked.
-    if not _PLAIN_PATH.fullmatch(path) or any(segment in (".", "..") for segment in path.split("/")):
-        return "is not forwarded: write the path plainly, without escapes, dots or empty segments"
-    if words := _control_words(path):
-        return f"is not forwarded: paths with {', '.join(words)} may sample, or control the engine"
-    return None
+    if _is_plain(path) and any(_is_of(path, entry) for entry in own):
+        return None
+    return "is not served here, and not among the paths that are forwarded"
 
 
-def forward_router(calls: Calls, *, mode: Forward, max_body_bytes: int, observed: Observed) -> APIRouter:
-    """The routes that take any path; to be included last."""
-    routes = _ForwardRoutes(calls, mode, max_body_bytes, observed)
+def forward_router(
+    calls: Calls, *, mode: Forward, own: Iterable[str], max_body_bytes: int, observed: Observed
+) -> APIRouter:
+    """The routes that take any path; to be included last. own: the operator's paths, as he wrote them."""
+    routes = _ForwardRoutes(calls, mode, tuple(map(own_path, own)), max_body_bytes, observed)
     router = APIRouter(tags=["agents"])
     for path in ("/sessions/{session_id}/{rest:path}", "/{rest:path}"):
         router.add_api_route(path, routes.forward, methods=list(_METHODS), include_in_schema=False)
@@ -141,6 +133,7 @@ class _ForwardRoutes:
 
     calls: Calls
     mode: Forward
+    own: Sequence[str]
     max_body_bytes: int
     observed: Observed
     served: Sequence[tuple[re.Pattern[str], frozenset[str]]] = ()
@@ -151,10 +144,10 @@ class _ForwardRoutes:
             raise NotFound("WebSockets are not forwarded; agents call over HTTP")
         self._check_method(request)
         path = _path(request)
-        if (why := refusal(self.mode, request.method, path)) is not None:
+        if (why := refusal(self.mode, request.method, path, own=self.own)) is not None:
             self.observed.refused()
             _log.warning("%s %r is refused", request.method, path)
-            raise _refused(self.mode, f"{request.method} {path} {why} (setting `forward` is {self.mode.value})")
+            raise NotFound(f"{request.method} {path} {why} (setting `forward` is {self.mode.value})")
         if "upgrade" in request.headers:
             raise InvalidRequest("Upgrade: other protocols than HTTP are not forwarded")
         session_id = await self.calls.caller(request)
@@ -202,7 +195,7 @@ class _Forwarded(Response):
         """Raises EngineError before the answer begins; if it breaks off later, so does ours, unfinished."""
         async with self._pool.lend(self._session_id) as engine:
             if not isinstance(engine, ForwardingEngine):
-                raise NotFound(f"{self._call.method} {self._call.target}: engine {engine.engine_id} takes turns only")
+                raise NotFound(f"{self._call.method} {self._call.target}: the engine takes turns only")
             async with engine.forward(self._call) as reply:
                 self._observed.answered(engine.engine_id, reply.status)
                 _log.info(
@@ -236,10 +229,12 @@ def _path(request: Request) -> str:
     return "/" + path.split("/", 3)[3] if "session_id" in request.path_params else path
 
 
-def _control_words(path: str) -> list[str]:
-    """Those of a path; the longer ones are found inside of other words too."""
-    words = set(_WORDS.findall(path.lower()))
-    return sorted(word for word in CONTROL_WORDS if word in words or (len(word) >= _LONG_WORD and word in path.lower()))
+def _is_plain(path: str) -> bool:
+    return _PLAIN_PATH.fullmatch(path) is not None and not any(segment in (".", "..") for segment in path.split("/"))
+
+
+def _is_of(path: str, entry: str) -> bool:
+    return path.startswith(entry[:-1]) if entry.endswith("*") else path == entry
 
 
 def _served(app: FastAPI) -> list[tuple[re.Pattern[str], frozenset[str]]]:
@@ -249,34 +244,51 @@ def _served(app: FastAPI) -> list[tuple[re.Pattern[str], frozenset[str]]]:
 
 
 def _check_ids(request: Request, body: bytes, *, vocab_size: int) -> None:
-    """Raise InvalidRequest for a token id that the model does not have: some engines die of it."""
+    """Raise InvalidRequest for a token id that the model does not have: some engines die of it.
+
+    Engines read more as JSON than the standard has (NaN, lone surrogates, UTF-16), some of them whatever its type: so
+    what passes unread is a form or audio by every Content-Type, and not JSON by Python's own reading either.
+    """
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise InvalidRequest("Content-Encoding: send the body as it is; what cannot be read is not forwarded")
+    kinds = request.headers.getlist("content-type")
+    is_named_other = bool(kinds) and all(kind.lower().startswith(_PASSES_UNREAD) for kind in kinds)
+    if not body or (is_named_other and not _is_json_to_engines(body)):
+        return
     try:
-        fields = orjson.loads(body)
-    except orjson.JSONDecodeError:
-        return  # audio, or something that the engine will not read either
-    for name, value in fields.items() if isinstance(fields, dict) else ():
-        if (outside := _outside(value, vocab_size)) is not None:
-            raise InvalidRequest(f"{name}: token id {outside} is outside [0, {vocab_size})")
+        content = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise InvalidRequest(f"the body is not JSON as RFC 8259 has it: {error}") from error
+    for name, value in content.items() if isinstance(content, dict) else (("body", content),):
+        if name not in _SCHEMAS and (outside := _outside(value, vocab_size)) is not None:
+            raise InvalidRequest(f"{name}: token id {outside:.0f} is outside [0, {vocab_size})")
 
 
-def _outside(value: JsonValue, vocab_size: int) -> int | None:
-    """An integer of a list, or of lists in it, that is no token id."""
-    lists = [value] if isinstance(value, list) else []
-    while lists:
-        items = lists.pop()
-        for item in items:
-            if isinstance(item, list):
-                lists.append(item)
-            elif isinstance(item, int) and not 0 <= item < vocab_size:
+def _is_json_to_engines(body: bytes) -> bool:
+    try:
+        json.loads(body)
+    except ValueError:
+        return False
+    except RecursionError:
+        return True
+    return True
+
+
+def _outside(value: JsonValue, vocab_size: int) -> float | None:
+    """A number of a list, however deep the list is, that is no token id but could be read as one."""
+    waiting = [value]
+    while waiting:
+        container = waiting.pop()
+        if isinstance(container, dict):
+            waiting += container.values()
+            continue
+        for item in container if isinstance(container, list) else ():
+            if isinstance(item, dict | list):
+                waiting.append(item)
+            # A float too: orjson reads integers beyond 64 bits as such, and engines take 7.0 for 7.
+            elif isinstance(item, int | float) and item == item // 1 and not 0 <= item < vocab_size:
                 return item
     return None
-
-
-def _refused(mode: Forward, message: str) -> Forbidden | NotFound:
-    """Where only known paths pass, another one is unknown; else it was understood and is forbidden."""
-    return Forbidden(message) if mode is Forward.ALL_BUT_CONTROL else NotFound(message)
 
 
 def _request_headers(headers: Iterable[tuple[str, str]]) -> HttpHeaders:
@@ -284,7 +296,8 @@ def _request_headers(headers: Iterable[tuple[str, str]]) -> HttpHeaders:
 
 
 def _reply_headers(reply: RawReply) -> HttpHeaders:
-    return _end_to_end(reply.headers, _OURS_OF_REPLIES)
+    headers = _end_to_end(reply.headers, _OURS_OF_REPLIES)
+    return [(name, value) for name, value in headers if not name.lower().startswith(_ROUTERS)]
 
 
 def _end_to_end(headers: Iterable[tuple[str, str]], ours: frozenset[str]) -> list[tuple[str, str]]:

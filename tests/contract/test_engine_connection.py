@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from engines.connection import EngineHttp, EventReader, failure
 from engines.launch import free_port
 from gateway.contracts.errors import EngineProtocolError, EngineRejected, EngineTimeout, EngineUnavailable
+from gateway.contracts.ports import RawCall
 
 KEY = "engine-secret-7"
 payloads = st.lists(
@@ -149,7 +150,53 @@ async def test_the_key_is_in_no_error() -> None:
     assert KEY not in f"{refused.value!r} {gone.value!r} {gone.value.__cause__!r}"
 
 
-async def test_an_idle_connection_is_not_used_after_the_engine_may_have_closed_it() -> None:
+async def test_a_call_of_somebody_else_carries_the_key_and_nothing_else_of_ours() -> None:
+    seen: list[Mapping[str, str]] = []
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        seen.append(dict(request.headers))
+        return web.Response(text="whole")
+
+    async with served(answer, api_key=KEY) as http, http.forward(RawCall("GET", "/health", [], b"")) as reply:
+        assert b"".join([piece async for piece in reply.body]) == b"whole"
+    assert set(seen[0]) == {"Host", "Authorization"}
+    assert seen[0]["Authorization"] == f"Bearer {KEY}"
+
+
+@pytest.mark.parametrize(("broken", "error"), [(True, EngineUnavailable), (False, EngineTimeout)])
+async def test_an_answer_on_its_way_fails_in_our_words(broken: bool, error: type[Exception]) -> None:
+    """While the body is read, not only when the call is left."""
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        await response.write(b"half")
+        assert request.transport is not None
+        if broken:
+            request.transport.abort()
+        await asyncio.sleep(1)
+        return response
+
+    async with (
+        served(answer, idle_timeout_seconds=0.3) as http,
+        http.forward(RawCall("POST", "/score", [], b"{}")) as reply,
+    ):
+        assert await anext(reply.body) == b"half"
+        with pytest.raises(error):
+            await anext(reply.body)
+
+
+async def test_a_callers_own_failure_is_not_the_engines() -> None:
+    async def answer(_request: web.Request) -> web.StreamResponse:
+        return web.Response(text="whole")
+
+    with pytest.raises(BrokenPipeError):
+        async with served(answer) as http, http.forward(RawCall("GET", "/health", [], b"")):
+            raise BrokenPipeError
+
+
+@pytest.mark.parametrize("forwarded", [False, True])
+async def test_an_idle_connection_is_not_used_after_the_engine_may_have_closed_it(forwarded: bool) -> None:
     """uvicorn closes idle connections after 5 s; a request on such a connection would fail."""
     ports: list[int] = []
 
@@ -158,9 +205,16 @@ async def test_an_idle_connection_is_not_used_after_the_engine_may_have_closed_i
         ports.append(request.transport.get_extra_info("peername")[1])
         return web.json_response({})
 
+    async def ask(http: EngineHttp) -> None:
+        if not forwarded:
+            await http.get_status("/ping", timeout_seconds=5)
+            return
+        async with http.forward(RawCall("GET", "/ping", [], b"")) as reply:
+            assert [piece async for piece in reply.body] == [b"{}"]
+
     async with served(answer) as http:
-        await http.get_status("/ping", timeout_seconds=5)
-        await http.get_status("/ping", timeout_seconds=5)
+        await ask(http)
+        await ask(http)
         await asyncio.sleep(4.5)
-        await http.get_status("/ping", timeout_seconds=5)
+        await ask(http)
     assert ports[0] == ports[1] != ports[2]

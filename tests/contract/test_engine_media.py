@@ -46,6 +46,7 @@ class SglangWithEyes:
         self.info = {"has_image_understanding": sees, "has_audio_understanding": hears}
         self.tokens_of_each = tokens_of_each
         self.bodies: list[dict[str, Any]] = []
+        self.refuses = ""
 
     async def model_info(self, _request: web.Request) -> web.Response:
         return web.json_response(self.info)
@@ -53,6 +54,8 @@ class SglangWithEyes:
     async def generate(self, request: web.Request) -> web.StreamResponse:
         body = orjson.loads(await request.read())
         self.bodies.append(body)
+        if self.refuses:
+            return web.json_response({"error": {"message": self.refuses}}, status=400)
         num_media = sum(len(body.get(f"{kind.value}_data", ())) for kind in MediaKind)
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
@@ -115,12 +118,19 @@ async def test_an_sglang_that_would_ignore_media_is_not_asked(sees: bool, hears:
     """SGLang drops what its model cannot read, in silence."""
     server = SglangWithEyes(sees=sees, hears=hears)
     async with served(server) as engine:
-        with pytest.raises(
-            InvalidRequest, match=f"kind {media.kind.value}, which the model of engine e0 does not take"
-        ):
+        with pytest.raises(InvalidRequest, match=f"kind {media.kind.value}, which the model does not take"):
             await ended(engine, asked(media))
         assert not server.bodies
         await ended(engine, asked())
+
+
+async def test_media_that_an_engine_cannot_read_are_refused_without_its_address() -> None:
+    server = SglangWithEyes()
+    server.refuses = "no such picture"
+    async with served(server) as engine:
+        with pytest.raises(InvalidRequest) as refused:
+            await ended(engine, asked(PICTURES[0]))
+    assert refused.value.message == "no such picture"
 
 
 MAKERS: dict[str, Callable[[str], Engine]] = {
@@ -136,8 +146,9 @@ MAKERS: dict[str, Callable[[str], Engine]] = {
 @pytest.mark.parametrize("name", MAKERS)
 async def test_an_engine_that_cannot_take_media_says_so(name: str, engine_process: EngineProcess) -> None:
     engine = MAKERS[name](engine_process.url)
-    with pytest.raises(InvalidRequest, match=r"a part of kind image, which .*e0 does not take"):
+    with pytest.raises(InvalidRequest, match=r"a part of kind image, which .* does not take") as refused:
         await ended(engine, asked(PICTURES[0]))
+    assert "e0" not in refused.value.message  # agents read it
     await engine.aclose()
 
 

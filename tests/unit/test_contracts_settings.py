@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 
 from gateway.contracts.errors import ConfigurationError
-from gateway.contracts.settings import build_settings, load_settings, settings_toml
+from gateway.contracts.settings import (
+    ENGINE_KEY_VARIABLE,
+    build_settings,
+    engine_key,
+    load_settings,
+    settings_toml,
+)
 
 
 class Colour(StrEnum):
@@ -110,3 +116,21 @@ def test_an_override_cannot_smuggle_in_a_second_key(tmp_path: Path) -> None:
 
 def test_defaults_need_no_file() -> None:
     assert build_settings(Outer, {"model": "m"}, where="flags") == Outer(Path("m"))
+
+
+@pytest.mark.parametrize(("text", "key"), [(None, None), ("", None), (" secret\n", "secret")])
+def test_the_engines_key_is_read_alike_wherever_it_is_read(
+    text: str | None, key: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file's last line end is no part of it."""
+    monkeypatch.delenv(ENGINE_KEY_VARIABLE, raising=False)
+    if text is not None:
+        monkeypatch.setenv(ENGINE_KEY_VARIABLE, text)
+    assert engine_key() == key
+
+
+@pytest.mark.parametrize("text", ["schlüssel", "two\nlines"])
+def test_an_engines_key_that_no_header_can_carry_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ENGINE_KEY_VARIABLE, text)
+    with pytest.raises(ConfigurationError, match=ENGINE_KEY_VARIABLE):
+        engine_key()

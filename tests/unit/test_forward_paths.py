@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.routes.forward import Forward, refusal
+from gateway.contracts.errors import ConfigurationError
+from gateway.routes.forward import Forward, own_path, refusal
 
 SERVED_HERE = """
     POST /generate · POST /v1/chat/completions · POST /v1/completions
@@ -22,15 +23,11 @@ READING_AND_SCORING = """
     POST /v1/messages/render · POST /v1/rerank · POST /v1/responses/render · POST /v1/score · POST /v1/systemone
     POST /v2/embed · POST /v2/rerank
 """
-SHARED = """
-    GET /readyz · POST /generative_scoring · POST /tokenize · POST /detokenize
-"""
-"""Harmless too, and not among the paths that everybody forwards."""
-
 CONTROL_OR_UNRECORDED = """
     POST /abort_request · POST /abort_requests · POST /add_external_corpus · POST /api/chat · POST /api/generate
     POST /api/show · GET /api/tags · POST /begin_weight_update · POST /close_session · GET /close_session
-    POST /cohere/v2/chat · POST /collective_rpc · POST /configure_logging · GET /configure_logging
+    POST /cohere/v2/chat · GET /readyz · POST /generative_scoring · POST /tokenize · POST /detokenize · POST /wasm
+    POST /v1/tokenizers · POST /ha/rate-limit · POST /collective_rpc · POST /configure_logging · GET /configure_logging
     POST /continue_generation · POST /destroy_weights_update_group · GET /docs · GET /docs/oauth2-redirect
     POST /dump_expert_distribution_record · POST /dumper/reset · POST /end_weight_update · POST /fault_tolerance/apply
     GET /fault_tolerance/status · POST /finish_weight_update · GET /flush_cache · POST /flush_cache · POST /freeze_gc
@@ -64,31 +61,51 @@ def calls(table: str) -> list[str]:
     return [entry.strip() for line in table.split("\n") for entry in line.split("·") if entry.strip()]
 
 
-def passes(mode: Forward, call: str) -> bool:
+def passes(mode: Forward, call: str, own: tuple[str, ...] = ()) -> bool:
     method, path = call.split(" ")
-    return refusal(mode, method, path) is None
+    return refusal(mode, method, path, own=tuple(map(own_path, own))) is None
 
 
 @pytest.mark.parametrize("call", calls(READING_AND_SCORING))
 def test_paths_that_read_and_score_are_forwarded_unless_nothing_is(call: str) -> None:
-    assert [passes(mode, call) for mode in Forward] == [True, True, False]
+    assert [passes(mode, call) for mode in Forward] == [True, False]
 
 
-@pytest.mark.parametrize("call", calls(SHARED))
-def test_other_harmless_paths_are_forwarded_where_all_but_control_is(call: str) -> None:
-    assert [passes(mode, call) for mode in Forward] == [False, True, False]
+@pytest.mark.parametrize(
+    ("listed", "passing", "refused"),
+    [
+        ("/mine", "POST /mine · DELETE /mine", "GET /mine/a · GET /Mine · GET /mine/ · GET /%6dine · GET //mine"),
+        ("/mine/", "GET /mine", "GET /mine/ · GET /mine/a"),
+        ("/mine/*", "GET /mine/a · GET /mine/a/b.c", "GET /mine · GET /mines · GET /mine/../x · GET /mine/a%2fb"),
+        ("/mine*", "GET /mine · GET /mines · GET /mine/a", "GET /min · GET /x/mine"),
+        ("/flush_cache", "POST /flush_cache", "POST /flush_cache_2"),
+    ],
+)
+def test_paths_of_the_operators_own_are_forwarded_as_listed(listed: str, passing: str, refused: str) -> None:
+    """One that controls an engine is his decision; the known ones still pass."""
+    own = (listed,)
+    assert passes(Forward.KNOWN, "POST /v1/embeddings", own)
+    assert all(passes(Forward.KNOWN, call, own) for call in calls(passing))
+    assert not any(passes(Forward.KNOWN, call, own) for call in calls(refused))
+    assert not any(passes(Forward.NONE, call, own) for call in calls(passing))
+
+
+@pytest.mark.parametrize("listed", ["", "*", "/", "/*", "mine", "/a/../b", "/a//b", "/a%20b", "/a*b", "/a**", "/a//*"])
+def test_a_listed_path_that_says_more_or_less_than_one_path_is_refused(listed: str) -> None:
+    with pytest.raises(ConfigurationError, match="forward_paths"):
+        own_path(listed)
 
 
 @pytest.mark.parametrize("call", calls(CONTROL_OR_UNRECORDED))
-def test_paths_that_control_an_engine_or_sample_unrecorded_are_never_forwarded(call: str) -> None:
+def test_paths_that_control_an_engine_or_sample_unrecorded_are_not_forwarded(call: str) -> None:
     """I7."""
-    assert [passes(mode, call) for mode in Forward] == [False, False, False]
+    assert [passes(mode, call) for mode in Forward] == [False, False]
 
 
 @pytest.mark.parametrize("call", calls(SERVED_HERE))
 def test_the_forwarder_does_not_reach_past_what_the_gateway_serves_itself(call: str) -> None:
     """I7: a call that misses its own route by a hair must not be sampled by the engine unrecorded."""
-    assert [passes(mode, call) for mode in Forward] == [False, False, False]
+    assert [passes(mode, call) for mode in Forward] == [False, False]
 
 
 disguises = st.sampled_from(["%2e%2e/", "./", "../", "//", "\\", "%2f", "%5C", ";x=1/", "%25", "%00", " ", "\u2215"])

@@ -274,6 +274,11 @@ def test_doctor_prints_a_table_and_the_same_as_json(tiny_model: Path) -> None:
         (("--model", "nowhere"), "nowhere: no such model folder"),
         (("--model", "nowhere", "--template-arguments", "["), "is not JSON"),
         (("--model", "nowhere", "--template-arguments", "3"), "give a JSON object"),
+        (("--model", "nowhere", "--require", "pause"), "--require is asked of engines: give --engine"),
+        (
+            ("--model", "nowhere", "--template-arguments", "{}", "--engine", "sglang=http://x"),
+            "--template-arguments is for the model folder's survey, which is not made with --engine",
+        ),
     ],
 )
 def test_doctor_says_in_one_line_what_is_wrong(words: tuple[str, ...], says: str) -> None:

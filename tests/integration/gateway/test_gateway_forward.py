@@ -21,6 +21,9 @@ import pytest
 from aiohttp import web
 
 from engines.echo import EchoServer
+from gateway.contracts.errors import ConfigurationError
+from gateway.routes.forward import Forward
+from gateway.settings import GatewaySettings
 from tests.integration.gateway.conftest import RunningGateway, StartGateway
 
 OPERATOR = {"VERBATIM_OPERATOR_KEY": "operator-secret"}
@@ -71,6 +74,7 @@ class Upstream:
         reply.headers.update(
             {"Content-Encoding": "gzip", "Content-Type": "application/x-mine", "Connection": "X-Hop", "X-Hop": "1"}
         )
+        reply.headers["X-SMG-Worker-URL"] = "http://10.0.0.7:30000"
         reply.headers.update({"Server": "engine/1", "Date": "yesterday", "Set-Cookie": "a=b", "X-Mine": "ü"})
         reply.headers.add("X-Twice", "1")
         reply.headers.add("X-Twice", "2")
@@ -203,7 +207,7 @@ def test_an_answer_reaches_the_agent_as_the_engine_gave_it(
     assert reply.headers.get_all("x-twice") == ["1", "2"]
     assert len(reply.headers.get_all("server") or ()) == len(reply.headers.get_all("date") or ()) == 1
     assert reply.headers["server"] != "engine/1"
-    assert not {"x-hop", "set-cookie", "connection"} & {name.lower() for name in reply.headers}
+    assert not {"x-hop", "set-cookie", "connection", "x-smg-worker-url"} & {name.lower() for name in reply.headers}
 
 
 def test_an_answer_is_passed_on_while_it_is_made(
@@ -320,7 +324,16 @@ def test_a_forwarded_call_is_counted_and_is_no_turn(
     assert gateway.get(f"{path}/turns", headers=operator)["turns"] == []
 
 
-@pytest.mark.parametrize("body", [{"query": "a", "items": [[1], [99_999_999]]}, {"input": [-1]}])
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"query": "a", "items": [[1], [99_999_999]]},
+        {"input": [-1]},
+        {"input": [2**80]},
+        {"input": [99_999_999.0]},
+        {"tools": [{"enum": [-1]}], "input": {"ids": [{"deep": [[99_999_999]]}]}},
+    ],
+)
 def test_token_ids_that_the_model_does_not_have_are_not_forwarded(
     body: dict[str, Any], upstream: Upstream, session: dict[str, Any], key: dict[str, str]
 ) -> None:
@@ -330,6 +343,56 @@ def test_token_ids_that_the_model_does_not_have_are_not_forwarded(
     assert reply.status_code == 400
     assert reply.json()["error"]["message"].startswith(f"{list(body)[-1]}: token id ")
     assert len(upstream.seen) == before
+
+
+def test_a_list_of_requests_is_looked_into(upstream: Upstream, session: dict[str, Any], key: dict[str, str]) -> None:
+    before = len(upstream.seen)
+    reply = httpx.post(f"{session['base_url']}/score", headers=key, json=[{"input": [99_999_999]}], timeout=20)
+    assert (reply.status_code, len(upstream.seen)) == (400, before)
+    assert reply.json()["error"]["message"].startswith("body: token id 99999999 ")
+
+
+IDS = '"input": [99999999]}'
+
+
+@pytest.mark.parametrize("kind", ["application/json", "Application/Vnd.X+JSON", "text/plain", "", "audio/wav"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"x": NaN, ' + IDS.encode(),
+        b'{"x": 1e999, ' + IDS.encode(),
+        b'{"x": "\\ud800", ' + IDS.encode(),
+        b"\xef\xbb\xbf{" + IDS.encode(),
+        ("{" + IDS).encode("utf-16"),
+        b"[" * 100_000,
+    ],
+)
+def test_json_that_only_engines_would_read_is_not_forwarded(
+    body: bytes, kind: str, upstream: Upstream, session: dict[str, Any], key: dict[str, str]
+) -> None:
+    """I7: what cannot be looked into could hold token ids that some engines die of."""
+    before = len(upstream.seen)
+    headers = key | ({"Content-Type": kind} if kind else {})
+    reply = httpx.post(f"{session['base_url']}/score", headers=headers, content=body, timeout=20)
+    assert (reply.status_code, len(upstream.seen)) == (400, before)
+    assert "not JSON" in reply.json()["error"]["message"]
+
+
+def test_forms_and_recordings_are_forwarded_unread(
+    upstream: Upstream, session: dict[str, Any], key: dict[str, str]
+) -> None:
+    url, recording = f"{session['base_url']}/audio/transcriptions", b"RIFF\xff\x00{NaN"
+    form = httpx.post(url, headers=key, files={"file": recording}, timeout=20)
+    assert form.status_code == 218
+    assert recording in upstream.seen[-1].body
+    plain = httpx.post(url, headers=key | {"Content-Type": "audio/wav"}, content=recording, timeout=20)
+    assert (plain.status_code, upstream.seen[-1].body) == (218, recording)
+
+
+def test_what_an_agent_means_for_its_tools_is_no_token_id(session: dict[str, Any], key: dict[str, str]) -> None:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"enum": [-1, 99_999_999]}}}]
+    body = {"messages": [], "tools": tools}
+    assert httpx.post(f"{session['base_url']}/chat/completions/render", headers=key, json=body).status_code == 218
 
 
 def test_websockets_are_refused_in_words(gateway: RunningGateway, upstream: Upstream, key: dict[str, str]) -> None:
@@ -346,9 +409,26 @@ def test_websockets_are_refused_in_words(gateway: RunningGateway, upstream: Upst
 
 
 def test_settings_choose_what_is_forwarded(upstream: Upstream, start_gateway: StartGateway, tmp_path: Path) -> None:
-    for mode, expected in (("all_but_control", [218, 218, 403]), ("none", [404, 404, 404])):
-        gateway = start_gateway(tmp_path / mode, "--set", f"forward={mode}", engine=f"sglang={upstream.url}")
+    for name, setting, expected in (
+        ("own", 'forward_paths=["/mine/*"]', [218, 218, 404]),
+        ("none", "forward=none", [404, 404, 404]),
+    ):
+        gateway = start_gateway(tmp_path / name, "--set", setting, engine=f"sglang={upstream.url}")
         paths = ("v1/embeddings", "mine/own-path.v2", "pause_generation")
         replies = [httpx.post(f"{gateway.url}/sessions/s/{path}", timeout=20) for path in paths]
         assert [reply.status_code for reply in replies] == expected
     assert [seen.target for seen in upstream.seen if "own" in seen.target] == ["/mine/own-path.v2"]
+
+
+def test_an_engine_that_takes_turns_only_says_so_without_its_name(start_gateway: StartGateway, tmp_path: Path) -> None:
+    gateway = start_gateway(tmp_path / "data")
+    reply = httpx.post(f"{gateway.url}/sessions/s/v1/embeddings", timeout=20)
+    assert reply.status_code == 404
+    assert "POST /v1/embeddings: the engine takes turns only" in reply.json()["error"]["message"]
+
+
+def test_forwarding_nothing_and_paths_to_forward_do_not_go_together() -> None:
+    with pytest.raises(ConfigurationError, match="forward is none"):
+        GatewaySettings(forward=Forward.NONE, forward_paths=("/mine",))
+    with pytest.raises(ConfigurationError, match="forward_paths: '/'"):
+        GatewaySettings(forward_paths=("/",))
