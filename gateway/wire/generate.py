@@ -5,6 +5,7 @@
 
 A list of prompts, or `n` samples, is answered by a list. Routing rows are raw little-endian int32 as SGLang sends them;
 those that an earlier turn of the session recorded are not sent again: `routed_experts_start_len` says where they begin.
+The likeliest tokens are in the last frame of a choice's stream only, where SGLang repeats all so far in every frame.
 """
 
 from __future__ import annotations
@@ -116,7 +117,6 @@ class _Streamed:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[JsonValue] = field(default_factory=list)
-    top_logprobs: list[JsonValue] = field(default_factory=list)
     prompt_token_ids: list[int] = field(default_factory=list)
 
 
@@ -143,7 +143,8 @@ class SglangWriter:
         yield from ()
 
     def progress(self, index: int, deltas: Sequence[ReplyDelta], tokens: ReplyTokens) -> Iterator[bytes]:
-        """Everything of the choice up to its newest tokens."""
+        """The choice up to its newest tokens, without the likeliest ones: `closing` tells those once, because a row a
+        token in every frame would be as many rows as tokens squared."""
         if not len(tokens.token_ids):
             return
         so_far = self._streamed[index]
@@ -158,9 +159,6 @@ class SglangWriter:
         if self._wants_logprobs:
             so_far.logprobs += self._triples(tokens)
             meta |= _logprob_fields(so_far.logprobs)
-        if self._wants_top_logprobs:
-            so_far.top_logprobs += self._top_triples(tokens)
-            meta["output_top_logprobs"] = so_far.top_logprobs
         yield self._frame(index, {"text": so_far.text, "output_ids": so_far.token_ids, "meta_info": meta})
 
     def closing(self, index: int, choice: FinishedChoice) -> Iterator[bytes]:
