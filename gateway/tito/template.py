@@ -3,7 +3,7 @@
 The environment is transformers' (5.23) in behaviour: an immutable sandbox, trimmed blocks, `tojson` without HTML
 escaping, `raise_exception`, `strftime_now`, loop controls, generation blocks, named special tokens as variables, keys
 of a message that are null left out, reasoning visible under each of its three names. Equality is property-tested.
-Four things are added, which engines do and templates expect: arguments of tool calls, which agents send as JSON text,
+Five things are added, which engines do and templates expect: arguments of tool calls, which agents send as JSON text,
 are objects for a template that shows those otherwise than text; text parts are one text for a template that knows no
 parts, and text is a part for one that knows nothing else; a developer is a system for one that shows no developer (and
 both stand with the first message where a template shows no other one); where a template raises because an assistant has
