@@ -25,7 +25,7 @@ from gateway.wire.errors import error_body
 from gateway.wire.fields import check_nesting, flag, inside, kind_of, optional, within
 from gateway.wire.json_text import Base64, load_json_object
 from gateway.wire.media import take_engine_media
-from gateway.wire.openai import MAX_TOP_LOGPROBS
+from gateway.wire.openai import MAX_CHOICES, MAX_TOP_LOGPROBS
 from gateway.wire.raw_prompts import is_batch, raw_prompts
 from gateway.wire.reply import FinishedChoice, ReplyTokens
 from gateway.wire.request import PROTECTED, RawPrompt, TurnRequest, Wanted, protected_names
@@ -43,7 +43,6 @@ _KNOWN_SAMPLING = TYPED_SAMPLING | SAMPLING_EXTRA | {"n"}
 
 _NOT_AT_THE_TOP = (_KNOWN_SAMPLING | PROTECTED) - _READ
 
-_MAX_CHOICES = 128
 _DEFAULT_MAX_NEW_TOKENS = 128
 """SGLang's."""
 
@@ -298,8 +297,8 @@ def _ignored_sampling(parameters: Mapping[str, JsonValue]) -> list[str]:
 def _num_choices(parameters: Mapping[str, JsonValue]) -> int:
     asked = optional(parameters, "n", int)
     number = 1 if asked is None else asked
-    if not 1 <= number <= _MAX_CHOICES:
-        raise InvalidRequest(f"sampling_params.n: expected 1 to {_MAX_CHOICES}, got {number}")
+    if not 1 <= number <= MAX_CHOICES:
+        raise InvalidRequest(f"sampling_params.n: expected 1 to {MAX_CHOICES}, got {number}")
     return number
 
 

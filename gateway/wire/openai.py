@@ -34,7 +34,9 @@ _KNOWN = frozenset(
     )
 )  # fmt: skip
 
-_MAX_CHOICES = 128
+MAX_CHOICES = 128
+"""Of one prompt, in every dialect."""
+
 MAX_TOP_LOGPROBS = 20
 """OpenAI's, and what vLLM grants unless it was started with another limit. SGLang knows none, but each of them costs
 memory for every token, in the engine's streams and in the record."""
@@ -320,6 +322,6 @@ def _wanted(fields: Mapping[str, JsonValue]) -> Wanted:
 def _num_choices(fields: Mapping[str, JsonValue]) -> int:
     number = optional(fields, "n", int)
     number = 1 if number is None else number
-    if not 1 <= number <= _MAX_CHOICES:
-        raise InvalidRequest(f"n: expected 1 to {_MAX_CHOICES}, got {number}")
+    if not 1 <= number <= MAX_CHOICES:
+        raise InvalidRequest(f"n: expected 1 to {MAX_CHOICES}, got {number}")
     return number
