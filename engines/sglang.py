@@ -82,7 +82,10 @@ _ENABLING = {
     Capability.GRAMMAR: "start it with --grammar-backend xgrammar",
 }
 _FIRST_WITH_SPANS = (0, 5, 23)
-_UNDERSTANDS = {"has_image_understanding": MediaKind.IMAGE, "has_audio_understanding": MediaKind.AUDIO}
+_UNDERSTANDS = {
+    "has_image_understanding": (MediaKind.IMAGE, MediaKind.VIDEO),
+    "has_audio_understanding": (MediaKind.AUDIO,),
+}
 
 _CONTROL_SECONDS = 60.0
 _ABORT_SECONDS = 5.0
@@ -119,7 +122,7 @@ class SglangEngine:
         self._policy_version_of = policy_version_of
         self._context_length = context_length
         self._tokenizes = True
-        self._understands: frozenset[MediaKind] | None = None
+        self._media: tuple[MediaKind, ...] | None = None
 
     @property
     def engine_id(self) -> str:
@@ -144,19 +147,17 @@ class SglangEngine:
                 yield item
 
     async def check_media(self, request: GenerateRequest) -> None:
-        """Raise InvalidRequest for media that the model would ignore in silence."""
-        if self._understands is None:
-            model = await self._http.get_object("/model_info", timeout_seconds=_CONTROL_SECONDS)
-            sees = {MediaKind.IMAGE, MediaKind.VIDEO} if model.get("has_image_understanding") else set()
-            hears = {MediaKind.AUDIO} if model.get("has_audio_understanding") else set()
-            self._understands = frozenset(sees | hears)
-        refuse_media(request, self._understands, named="the model")
+        """Raise InvalidRequest for media that the model would ignore in silence, by what the engine last said of it."""
+        if self._media is None:
+            self._media = _media_of(await self._http.get_object("/model_info", timeout_seconds=_CONTROL_SECONDS))
+        refuse_media(request, self._media, named="the model")
 
     async def identity(self) -> EngineIdentity:
         """Ask the engine who it is; files of its model folder are read where this machine has them."""
         model = await self._http.get_object("/model_info", timeout_seconds=_CONTROL_SECONDS)
         server = await self._http.get_object("/server_info", timeout_seconds=_CONTROL_SECONDS)
         self._tokenizes = not server.get("skip_tokenizer_init")
+        self._media = _media_of(model)
         weight_version = str(model.get("weight_version") or "default")
         folder = await read_if_here(str(model.get("tokenizer_path") or model.get("model_path") or ""))
         own = with_told(folder, model, named=f"engine {self.engine_id}")
@@ -179,7 +180,7 @@ class SglangEngine:
             told=own.told,
             parsers={kind: str(name) for kind in ("tool_call", "reasoning") if (name := model.get(f"{kind}_parser"))},
             process=str(server.get("startup_time") or ""),
-            media=tuple(kind for field, kind in _UNDERSTANDS.items() if model.get(field)),
+            media=self._media,
             top_logprobs=True,
             version_spans=release(server.get("version")) >= _FIRST_WITH_SPANS,
             pause_modes=tuple(mode.value for mode in PauseMode),
@@ -305,6 +306,11 @@ def generate_body(request: GenerateRequest) -> dict[str, JsonValue]:
     if request.routed_experts_start is not None:
         body |= {"return_routed_experts": True, "routed_experts_start_len": request.routed_experts_start}
     return body
+
+
+def _media_of(model: Mapping[str, Any]) -> tuple[MediaKind, ...]:
+    """What a model understands besides text, by its `/model_info`; films are pictures to it."""
+    return tuple(kind for told, kinds in _UNDERSTANDS.items() if model.get(told) for kind in kinds)
 
 
 def _prompt_ids(meta: Mapping[str, Any]) -> list[int]:

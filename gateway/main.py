@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 import uvicorn
 import uvloop
 from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from engines.openai_text import OpenAiTextEngine
 from engines.sglang import SglangEngine
@@ -121,18 +122,13 @@ async def _serve(settings: GatewaySettings, operator_key: str | None, kinds: Map
     _check_exposure(settings, operator_key)
     with _listening_socket(settings) as listener:
         async with open_gateway(settings, kinds) as gateway:
-            app = RequestEdge(
-                build_app(gateway, Access(operator_key)),
-                budget=BodyBudget(settings.bodies_in_flight_bytes),
-                read_timeout_seconds=settings.read_timeout_seconds,
-            )
             connection = partial(
                 BoundedConnection,
                 read_timeout_seconds=settings.read_timeout_seconds,
                 write_timeout_seconds=settings.write_timeout_seconds,
             )
             config = uvicorn.Config(
-                app,
+                build_app(gateway, Access(operator_key)),
                 http=cast("type[asyncio.Protocol]", connection),  # uvicorn only calls it
                 ws="none",
                 lifespan="off",
@@ -232,7 +228,7 @@ async def open_gateway(settings: GatewaySettings, kinds: Mapping[str, EngineMake
         await ledger.aclose()
 
 
-def build_app(gateway: Gateway, access: Access) -> FastAPI:
+def build_app(gateway: Gateway, access: Access) -> ASGIApp:
     """The HTTP application around a gateway's parts."""
     settings, max_bytes = gateway.settings, gateway.settings.max_body_bytes
     app = FastAPI(title="Verbatim gateway", docs_url=None, redoc_url=None)
@@ -275,7 +271,12 @@ def build_app(gateway: Gateway, access: Access) -> FastAPI:
     app.add_middleware(SessionPaths)
     add_error_replies(app)
     add_document(app)
-    return app
+    # Around the framework itself, whose own 500 has an id too; not `add_middleware`, which would stand inside that.
+    return RequestEdge(
+        app,
+        budget=BodyBudget(settings.bodies_in_flight_bytes),
+        read_timeout_seconds=settings.read_timeout_seconds,
+    )
 
 
 class _Server(uvicorn.Server):

@@ -14,7 +14,8 @@
     ├── LedgerError                   the store cannot take or give what was asked
     ├── IntegrityError                two things that must be equal are not; never retried, never repaired silently
     │   ├── ExpertsMismatch · LengthMismatch · LedgerCorrupt · SchemaMismatch
-    │   └── IdentityMismatch · CapabilityMissing   an engine that may not serve here
+    │   └── IdentityMismatch                       an engine that may not serve here
+    │       └── CapabilityMissing                  of IdentityMismatch: it cannot give what is required
     ├── SandboxError                  the sandbox itself failed (a command's non-zero exit is data, not this)
     │   └── SandboxUnavailable · SandboxLost
     ├── ProcessFailed                 a process that we started ended, or never got ready

@@ -48,16 +48,14 @@ async def _whole_body(request: Request, max_bytes: int) -> bytes:
     if declared.isdecimal():
         if int(declared) > max_bytes:
             raise too_long
-        if account is not None:
-            account.announce(int(declared))
+        account.announce(int(declared))
     pieces: list[bytes] = []
     size = 0
     async for piece in request.stream():
         size += len(piece)
         if size > max_bytes:
             raise too_long
-        if account is not None:
-            account.grow(size)
+        account.grow(size)
         pieces.append(piece)
     return b"".join(pieces)
 

@@ -22,11 +22,6 @@ class BodyBudget:
         self._limit_bytes = limit_bytes
         self._held_bytes = 0
 
-    @property
-    def held_bytes(self) -> int:
-        """What is counted now."""
-        return self._held_bytes
-
     def account(self) -> BodyAccount:
         """Of one more request."""
         return BodyAccount(self)
@@ -98,15 +93,15 @@ class RequestEdge:
             account.close()
 
 
-def body_account(scope: Scope) -> BodyAccount | None:
-    """The account of a request, None where nobody keeps one."""
-    account: BodyAccount | None = scope.get(_ACCOUNT)
+def body_account(scope: Scope) -> BodyAccount:
+    """The account of a request that came through a `RequestEdge`."""
+    account: BodyAccount = scope[_ACCOUNT]
     return account
 
 
-def read_timeout_seconds(scope: Scope) -> float | None:
-    """How long the body of a request may take to come, None for as long as it likes."""
-    seconds: float | None = scope.get(_READ_TIMEOUT)
+def read_timeout_seconds(scope: Scope) -> float:
+    """How long the body of a request may take to come that came through a `RequestEdge`."""
+    seconds: float = scope[_READ_TIMEOUT]
     return seconds
 
 

@@ -14,6 +14,11 @@ from typing import Any, TypeAlias
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
+from gateway.routes.bodies import MAX_ID_CHARACTERS
+from gateway.wire.openai import MAX_CHOICES, MAX_TOP_LOGPROBS
+from gateway.wire.raw_prompts import MAX_PROMPTS
+from gateway.wire.sampling import MAX_STOP_STRINGS
+
 Schema: TypeAlias = dict[str, Any]
 Operation: TypeAlias = dict[str, Any]
 
@@ -26,7 +31,7 @@ _ANY: Schema = {}
 _COUNT: Schema = {"type": "integer", "minimum": 0}
 _TOKEN_ID: Schema = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
 _LONG: Schema = {"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1}
-_ID: Schema = {"type": "string", "minLength": 1, "maxLength": 512}
+_ID: Schema = {"type": "string", "minLength": 1, "maxLength": MAX_ID_CHARACTERS}
 
 
 def _maybe(schema: Schema) -> Schema:
@@ -85,14 +90,14 @@ _SAMPLING = _fields(
         "top_p": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
         "top_k": _either({"const": -1}, {"type": "integer", "minimum": 1, "maximum": 2**63 - 1}),
         "min_p": {"type": "number", "minimum": 0, "maximum": 1},
-        "stop": _either(_TEXT, _list(_TEXT, maxItems=16)),
+        "stop": _either(_TEXT, _list(_TEXT, maxItems=MAX_STOP_STRINGS)),
         "stop_token_ids": _list(_COUNT),
         "seed": _LONG,
         "ignore_eos": _FLAG,
     }
 )
 _LIMIT: Schema = {"type": "integer", "minimum": 1, "maximum": 2**63 - 1}
-_CHOICES: Schema = {"type": "integer", "minimum": 1, "maximum": 128}
+_CHOICES: Schema = {"type": "integer", "minimum": 1, "maximum": MAX_CHOICES}
 _CAPTURED = _fields({"return_token_ids": _FLAG, "return_routed_experts": _FLAG})
 _STREAMED = _fields({"stream": _FLAG, "stream_options": _object({}, _fields({"include_usage": _FLAG}))})
 _TOOL = _object(
@@ -133,7 +138,7 @@ _CHAT_FIELDS = {
             "parallel_tool_calls": _FLAG,
             "response_format": _object({"type": {"enum": ["text", "json_object", "json_schema"]}}),
             "logprobs": _FLAG,
-            "top_logprobs": {"type": "integer", "minimum": 0, "maximum": 20},
+            "top_logprobs": {"type": "integer", "minimum": 0, "maximum": MAX_TOP_LOGPROBS},
             "reasoning_effort": _TEXT,
             "chat_template_kwargs": _OBJECT,
             "metadata": _OBJECT,
@@ -147,11 +152,11 @@ _USAGE = _object({"prompt_tokens": _COUNT, "completion_tokens": _COUNT, "total_t
 _PROMPTS = _either(
     _TEXT,
     _list(_TOKEN_ID, minItems=1),
-    _list(_TEXT, minItems=1, maxItems=1024),
-    _list(_list(_TOKEN_ID, minItems=1), minItems=1, maxItems=1024),
+    _list(_TEXT, minItems=1, maxItems=MAX_PROMPTS),
+    _list(_list(_TOKEN_ID, minItems=1), minItems=1, maxItems=MAX_PROMPTS),
 )
-_IDS = _either(_list(_TOKEN_ID, minItems=1), _list(_list(_TOKEN_ID, minItems=1), minItems=1, maxItems=1024))
-_TEXTS = _either(_TEXT, _list(_TEXT, minItems=1, maxItems=1024))
+_IDS = _either(_list(_TOKEN_ID, minItems=1), _list(_list(_TOKEN_ID, minItems=1), minItems=1, maxItems=MAX_PROMPTS))
+_TEXTS = _either(_TEXT, _list(_TEXT, minItems=1, maxItems=MAX_PROMPTS))
 
 _ERROR = _object(
     {"error": _object({"message": _TEXT, "type": _TEXT, "param": _maybe(_TEXT), "code": _TEXT})},
@@ -237,7 +242,7 @@ COMPLETIONS = _operation(
                     "n": _CHOICES,
                     "max_tokens": _LIMIT,
                     "echo": _FLAG,
-                    "logprobs": {"type": "integer", "minimum": 0, "maximum": 20},
+                    "logprobs": {"type": "integer", "minimum": 0, "maximum": MAX_TOP_LOGPROBS},
                     "add_special_tokens": _FLAG,
                 }
             ),
@@ -354,7 +359,7 @@ _ANTHROPIC_OPTIONS = _fields(
         "tools": _list(_object({"name": _TEXT, "input_schema": _OBJECT}, {"description": _TEXT})),
         "tool_choice": _object({"type": {"enum": ["auto", "any", "none", "tool"]}}),
         "thinking": _object({"type": {"enum": ["enabled", "disabled", "adaptive"]}}),
-        "stop_sequences": _list(_TEXT, maxItems=16),
+        "stop_sequences": _list(_TEXT, maxItems=MAX_STOP_STRINGS),
         "metadata": _OBJECT,
     }
 )

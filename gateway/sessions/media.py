@@ -42,7 +42,8 @@ def check_placeholders(
     """Raise InvalidRequest for a prompt int32[P] whose text holds more or fewer placeholders than it has media.
 
     Engines that decode a prompt to find them cannot tell what an agent wrote or the model sampled from what the
-    template wrote; SGLang 0.5.23 never answers a request where the numbers differ.
+    template wrote; SGLang 0.5.23 never answers a request where the numbers differ. It decodes all of a prompt with
+    media, so callers run it in a thread where the prompt is long.
     """
     if not found:
         return
@@ -100,5 +101,8 @@ async def _loaded(each: PlacedMedia, sent: Mapping[str, Blob], ledger: Ledger, s
     blob = sent.get(name) or await ledger.blob(session_id, name)
     if blob is None:
         raise InvalidRequest(f"{each.place}: this session has no bytes with sha256 {name}; send a data: URL")
-    encoded = pybase64.b64encode(blob.content).decode("ascii")
-    return Media(each.media.kind, f"data:{blob.media_type};base64,{encoded}")
+    return Media(each.media.kind, await asyncio.to_thread(_data_url, blob))
+
+
+def _data_url(blob: Blob) -> str:
+    return f"data:{blob.media_type};base64,{pybase64.b64encode(blob.content).decode('ascii')}"

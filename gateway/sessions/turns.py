@@ -319,7 +319,7 @@ async def _chat_prompt(parts: TurnParts, session: Session, request: TurnRequest)
         token_ids = built.token_ids
     else:
         token_ids = np.concatenate([parent.token_ids, built.token_ids])
-    _check_vocabulary(parts, token_ids)
+    _check_vocabulary(parts, built.token_ids)
     check_placeholders(parts.model.tokenizer, parts.model.template, media, token_ids)
     return _Prompt(place, root, conversation.messages, built, token_ids, media)
 
@@ -336,7 +336,8 @@ async def _raw_prompt(parts: TurnParts, session: Session, request: TurnRequest, 
     added, message = read() if inline else await asyncio.to_thread(read)
     parent = found.place.parent
     token_ids = added if parent is None else np.concatenate([parent.token_ids(), added])
-    check_ids(token_ids, vocab_size=parts.vocab_size)
+    if parent is None or len(added):
+        check_ids(added, vocab_size=parts.vocab_size)
     built = BuiltPrompt(added, found.place.reason, RAW)
     if raw.media:
         message = {**message, RAW_MEDIA: list(raw.media)}
@@ -369,9 +370,9 @@ def _parent_turn(place: Place) -> ParentTurn | None:
 
 
 def _check_vocabulary(parts: TurnParts, token_ids: TokenIds) -> None:
-    """An id that the engine does not have kills some engines; it must never leave."""
+    """An id that the engine does not have kills some engines; it must never leave. What an engine sampled, it has."""
     vocab_size = parts.vocab_size
-    if not len(token_ids) or int(token_ids.min()) < 0 or int(token_ids.max()) >= vocab_size:
+    if len(token_ids) and (int(token_ids.min()) < 0 or int(token_ids.max()) >= vocab_size):
         raise IntegrityError(f"a prompt holds ids outside [0, {vocab_size}): engine and tokenizer do not fit")
 
 

@@ -3,7 +3,7 @@
 The environment is transformers' (5.23) in behaviour: an immutable sandbox, trimmed blocks, `tojson` without HTML
 escaping, `raise_exception`, `strftime_now`, loop controls, generation blocks, named special tokens as variables, keys
 of a message that are null left out, reasoning visible under each of its three names. Equality is property-tested.
-Four things are added, which engines do and templates expect: arguments of tool calls, which agents send as JSON text,
+Five things are added, which engines do and templates expect: arguments of tool calls, which agents send as JSON text,
 are objects for a template that shows those otherwise than text; text parts are one text for a template that knows no
 parts, and text is a part for one that knows nothing else; a developer is a system for one that shows no developer (and
 both stand with the first message where a template shows no other one); where a template raises because an assistant has
@@ -317,10 +317,21 @@ def _template_message(message: JsonValue) -> dict[str, JsonValue]:
     if not isinstance(message, Mapping):
         raise TemplateRaised(f"messages must be objects, one is {type(message).__name__}")
     shown = {key: value for key, value in message.items() if value is not None}
+    if "content" not in shown and isinstance(shown.get("refusal"), str):
+        shown["content"] = shown["refusal"]
+    if isinstance(shown.get("content"), list):
+        shown["content"] = [_as_text_part(part) for part in shown["content"]]
     reasoning = next((shown[key] for key in REASONING_KEYS if key in shown), None)
     if reasoning is not None:
         shown = {"thinking": reasoning, **shown, "reasoning_content": reasoning}
     return shown
+
+
+def _as_text_part(part: JsonValue) -> JsonValue:
+    """What a model refused with was its text."""
+    if isinstance(part, Mapping) and part.get("type") == "refusal" and isinstance(part.get("refusal"), str):
+        return {"type": "text", "text": part["refusal"]}
+    return part
 
 
 def _with_named_media(message: dict[str, JsonValue]) -> dict[str, JsonValue]:

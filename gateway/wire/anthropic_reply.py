@@ -16,6 +16,7 @@ from gateway.contracts.errors import (
     EngineTimeout,
     EngineUnavailable,
     Forbidden,
+    InvalidRequest,
     LedgerError,
     NotFound,
     PayloadTooLarge,
@@ -196,8 +197,15 @@ def _beginning(delta: ReplyDelta) -> JsonValue:
 
 
 def _tool_use(call: ToolCall) -> JsonValue:
-    arguments = load_json_object(call.arguments.encode())
-    return {"type": "tool_use", "id": call.call_id, "name": call.name, "input": arguments}
+    return {"type": "tool_use", "id": call.call_id, "name": call.name, "input": _arguments(call.arguments)}
+
+
+def _arguments(text: str) -> dict[str, JsonValue]:
+    """As an object; text that is none, or holds a number that no client could read, is one field of one."""
+    try:
+        return load_json_object(text.encode("utf-8", "surrogatepass"))
+    except InvalidRequest:
+        return {"arguments": text}
 
 
 def _signature(thoughts: str) -> str:

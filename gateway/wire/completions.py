@@ -23,7 +23,7 @@ from gateway.wire import sse
 from gateway.wire.errors import error_body
 from gateway.wire.fields import check_nesting, flag, inside, kind_of, optional, within
 from gateway.wire.json_text import load_json_object
-from gateway.wire.openai import MAX_TOP_LOGPROBS, experts_body
+from gateway.wire.openai import MAX_CHOICES, MAX_TOP_LOGPROBS, experts_body
 from gateway.wire.raw_prompts import raw_prompts
 from gateway.wire.reply import FinishedChoice, ReplyTokens
 from gateway.wire.request import PROTECTED, RawPrompt, TurnRequest, Wanted, protected_names
@@ -45,7 +45,6 @@ _REFUSED: Mapping[str, str] = {
     "truncate_prompt_tokens": "a prompt is sent whole",
 }
 
-_MAX_CHOICES = 128
 _DEFAULT_MAX_TOKENS = 16
 """OpenAI's, of this endpoint."""
 
@@ -292,8 +291,8 @@ def _wanted(fields: Mapping[str, JsonValue]) -> Wanted:
 def _num_choices(fields: Mapping[str, JsonValue]) -> int:
     asked, best_of = optional(fields, "n", int), optional(fields, "best_of", int)
     number = 1 if asked is None else asked
-    if not 1 <= number <= _MAX_CHOICES:
-        raise InvalidRequest(f"n: expected 1 to {_MAX_CHOICES}, got {number}")
+    if not 1 <= number <= MAX_CHOICES:
+        raise InvalidRequest(f"n: expected 1 to {MAX_CHOICES}, got {number}")
     if best_of is not None and best_of != number:
         raise InvalidRequest(f"best_of: every sample is a choice here; ask for n={best_of} and choose")
     return number

@@ -5,6 +5,7 @@
 
 A list of prompts, or `n` samples, is answered by a list. Routing rows are raw little-endian int32 as SGLang sends them;
 those that an earlier turn of the session recorded are not sent again: `routed_experts_start_len` says where they begin.
+The likeliest tokens are in the last frame of a choice's stream only, where SGLang repeats all so far in every frame.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from gateway.wire.errors import error_body
 from gateway.wire.fields import check_nesting, flag, inside, kind_of, optional, within
 from gateway.wire.json_text import Base64, load_json_object
 from gateway.wire.media import take_engine_media
-from gateway.wire.openai import MAX_TOP_LOGPROBS
+from gateway.wire.openai import MAX_CHOICES, MAX_TOP_LOGPROBS
 from gateway.wire.raw_prompts import is_batch, raw_prompts
 from gateway.wire.reply import FinishedChoice, ReplyTokens
 from gateway.wire.request import PROTECTED, RawPrompt, TurnRequest, Wanted, protected_names
@@ -42,7 +43,6 @@ _KNOWN_SAMPLING = TYPED_SAMPLING | SAMPLING_EXTRA | {"n"}
 
 _NOT_AT_THE_TOP = (_KNOWN_SAMPLING | PROTECTED) - _READ
 
-_MAX_CHOICES = 128
 _DEFAULT_MAX_NEW_TOKENS = 128
 """SGLang's."""
 
@@ -116,7 +116,6 @@ class _Streamed:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[JsonValue] = field(default_factory=list)
-    top_logprobs: list[JsonValue] = field(default_factory=list)
     prompt_token_ids: list[int] = field(default_factory=list)
 
 
@@ -143,7 +142,8 @@ class SglangWriter:
         yield from ()
 
     def progress(self, index: int, deltas: Sequence[ReplyDelta], tokens: ReplyTokens) -> Iterator[bytes]:
-        """Everything of the choice up to its newest tokens."""
+        """The choice up to its newest tokens, without the likeliest ones: `closing` tells those once, because a row a
+        token in every frame would be as many rows as tokens squared."""
         if not len(tokens.token_ids):
             return
         so_far = self._streamed[index]
@@ -158,9 +158,6 @@ class SglangWriter:
         if self._wants_logprobs:
             so_far.logprobs += self._triples(tokens)
             meta |= _logprob_fields(so_far.logprobs)
-        if self._wants_top_logprobs:
-            so_far.top_logprobs += self._top_triples(tokens)
-            meta["output_top_logprobs"] = so_far.top_logprobs
         yield self._frame(index, {"text": so_far.text, "output_ids": so_far.token_ids, "meta_info": meta})
 
     def closing(self, index: int, choice: FinishedChoice) -> Iterator[bytes]:
@@ -300,8 +297,8 @@ def _ignored_sampling(parameters: Mapping[str, JsonValue]) -> list[str]:
 def _num_choices(parameters: Mapping[str, JsonValue]) -> int:
     asked = optional(parameters, "n", int)
     number = 1 if asked is None else asked
-    if not 1 <= number <= _MAX_CHOICES:
-        raise InvalidRequest(f"sampling_params.n: expected 1 to {_MAX_CHOICES}, got {number}")
+    if not 1 <= number <= MAX_CHOICES:
+        raise InvalidRequest(f"sampling_params.n: expected 1 to {MAX_CHOICES}, got {number}")
     return number
 
 

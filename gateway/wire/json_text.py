@@ -27,6 +27,8 @@ _ENCODED_AT_ONCE = 3 * 2**15
 _WHOLE_BYTES = 2**18
 """JSON up to here is one piece."""
 
+_PLAIN = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Base64:
@@ -103,6 +105,14 @@ def dump_json(value: JsonValue) -> bytes:
 
 def json_text(value: JsonValue) -> JsonText:
     """As `dump_json`, for values that may hold `Base64`, which is not encoded yet."""
+    try:
+        text = _PLAIN.encode(value)  # nearly all: a frame for every token
+    except (TypeError, ValueError):  # a Base64, or a float without a name
+        return _with_arrays(value)
+    return JsonText((text.encode(),))
+
+
+def _with_arrays(value: JsonValue) -> JsonText:
     arrays: list[Base64] = []
     mark = secrets.token_hex(16)  # no text that an agent sends can hold it
 

@@ -34,7 +34,9 @@ _KNOWN = frozenset(
     )
 )  # fmt: skip
 
-_MAX_CHOICES = 128
+MAX_CHOICES = 128
+"""Of one prompt, in every dialect."""
+
 MAX_TOP_LOGPROBS = 20
 """OpenAI's, and what vLLM grants unless it was started with another limit. SGLang knows none, but each of them costs
 memory for every token, in the engine's streams and in the record."""
@@ -51,6 +53,9 @@ def chat_request(fields: Mapping[str, JsonValue], *, body: bytes) -> TurnRequest
     """A request from chat's fields, which other dialects are translated into; `body` is what the client sent."""
     messages, blobs = take_media(_messages(fields))
     tools = objects(fields, "tools")
+    for name, now in (("functions", "tools"), ("function_call", "tool_choice")):
+        if fields.get(name) is not None:
+            raise InvalidRequest(f"{name}: {now} has replaced it, and it is not read here")
     passthrough = {k: v for k, v in fields.items() if k not in _KNOWN | TYPED_SAMPLING | SAMPLING_EXTRA | PROTECTED}
     return TurnRequest(
         model=optional(fields, "model", str),
@@ -320,6 +325,6 @@ def _wanted(fields: Mapping[str, JsonValue]) -> Wanted:
 def _num_choices(fields: Mapping[str, JsonValue]) -> int:
     number = optional(fields, "n", int)
     number = 1 if number is None else number
-    if not 1 <= number <= _MAX_CHOICES:
-        raise InvalidRequest(f"n: expected 1 to {_MAX_CHOICES}, got {number}")
+    if not 1 <= number <= MAX_CHOICES:
+        raise InvalidRequest(f"n: expected 1 to {MAX_CHOICES}, got {number}")
     return number

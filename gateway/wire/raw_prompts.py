@@ -9,7 +9,9 @@ from gateway.contracts.generation import JsonValue, TokenIds
 from gateway.wire.fields import kind_of
 from gateway.wire.request import RawPrompt
 
-_MAX_PROMPTS = 1024
+MAX_PROMPTS = 1024
+"""In one request."""
+
 _INT32 = np.iinfo(np.int32)
 
 
@@ -37,8 +39,8 @@ def raw_prompts(value: JsonValue, name: str, *, adds_special_tokens: bool) -> tu
         raise InvalidRequest(f"{name}: is empty")
     if not isinstance(value[0], str | list):
         return (RawPrompt(token_ids=token_ids(value, name)),)
-    if len(value) > _MAX_PROMPTS:
-        raise InvalidRequest(f"{name}: at most {_MAX_PROMPTS} prompts, got {len(value)}")
+    if len(value) > MAX_PROMPTS:
+        raise InvalidRequest(f"{name}: at most {MAX_PROMPTS} prompts, got {len(value)}")
     return tuple(
         _element(item, f"{name}[{i}]", adds_special_tokens=adds_special_tokens) for i, item in enumerate(value)
     )

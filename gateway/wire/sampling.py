@@ -48,7 +48,8 @@ _MAX_LOGIT_BIAS = 100
 """OpenAI's; beyond it a token is certain or impossible anyway."""
 
 _LENGTHS = ("max_tokens", "max_completion_tokens", "max_new_tokens")
-_MAX_STOP_STRINGS = 16
+MAX_STOP_STRINGS = 16
+"""In one request."""
 
 
 def sampling_fields(fields: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
@@ -133,8 +134,8 @@ def _stop_strings(stop: JsonValue) -> list[str]:
     strings = [stop] if isinstance(stop, str) else stop
     if not isinstance(strings, list | tuple) or not all(isinstance(text, str) for text in strings):
         raise InvalidRequest("stop: expected a string or a list of strings")
-    if len(strings) > _MAX_STOP_STRINGS:
-        raise InvalidRequest(f"stop: at most {_MAX_STOP_STRINGS} strings, got {len(strings)}")
+    if len(strings) > MAX_STOP_STRINGS:
+        raise InvalidRequest(f"stop: at most {MAX_STOP_STRINGS} strings, got {len(strings)}")
     return [text for text in strings if text]
 
 

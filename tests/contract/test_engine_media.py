@@ -51,6 +51,9 @@ class SglangWithEyes:
     async def model_info(self, _request: web.Request) -> web.Response:
         return web.json_response(self.info)
 
+    async def server_info(self, _request: web.Request) -> web.Response:
+        return web.json_response({})
+
     async def generate(self, request: web.Request) -> web.StreamResponse:
         body = orjson.loads(await request.read())
         self.bodies.append(body)
@@ -74,7 +77,13 @@ class SglangWithEyes:
 @asynccontextmanager
 async def served(server: SglangWithEyes) -> AsyncIterator[SglangEngine]:
     app = web.Application()
-    app.add_routes([web.get("/model_info", server.model_info), web.post("/generate", server.generate)])
+    app.add_routes(
+        [
+            web.get("/model_info", server.model_info),
+            web.get("/server_info", server.server_info),
+            web.post("/generate", server.generate),
+        ]
+    )
     runner = web.AppRunner(app)
     await runner.setup()
     port = free_port()
@@ -131,6 +140,19 @@ async def test_media_that_an_engine_cannot_read_are_refused_without_its_address(
         with pytest.raises(InvalidRequest) as refused:
             await ended(engine, asked(PICTURES[0]))
     assert refused.value.message == "no such picture"
+
+
+async def test_what_an_sglang_takes_is_told_once_and_follows_the_engine() -> None:
+    """An engine that was started again with another model is asked anew for its identity, and media with it."""
+    server = SglangWithEyes(sees=False)
+    async with served(server) as engine:
+        assert (await engine.identity()).media == ()
+        with pytest.raises(InvalidRequest, match="kind video"):
+            await ended(engine, asked(FILM))
+        server.info["has_image_understanding"] = True
+        assert (await engine.identity()).media == (MediaKind.IMAGE, MediaKind.VIDEO)
+        await ended(engine, asked(FILM, PICTURES[0]))
+        assert len(server.bodies) == 1
 
 
 MAKERS: dict[str, Callable[[str], Engine]] = {

@@ -39,6 +39,7 @@ from gateway.contracts.records import (
 from gateway.contracts.versions import VersionSpan
 from gateway.ledger.sqlite import SqliteLedger
 from gateway.routes.feed import feed_router
+from gateway.routes.limits import BodyBudget, RequestEdge
 from gateway.sessions.picks import DeliveredTurns, PickChoice
 from gateway.sessions.segments import load_rollout
 
@@ -76,7 +77,8 @@ async def served(tmp_path: Path, free_port: int) -> AsyncIterator[Served]:
     app.include_router(feed_router(ledger, authorize=authorize, picks=PickChoice.load()))
     app.add_exception_handler(VerbatimError, as_openai)
     app.add_api_route("/health", lambda: PlainTextResponse("not JSON"))
-    config = uvicorn.Config(app, host="127.0.0.1", port=free_port, log_level="error", lifespan="off")
+    edge = RequestEdge(app, budget=BodyBudget(2**20), read_timeout_seconds=20.0)
+    config = uvicorn.Config(edge, host="127.0.0.1", port=free_port, log_level="error", lifespan="off")
     server = uvicorn.Server(config)
     serving = asyncio.create_task(server.serve())
     while not server.started:  # noqa: ASYNC110  # uvicorn offers no event to wait for

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import threading
+from contextlib import aclosing
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +12,10 @@ import pytest
 from tokenizers import AddedToken, Tokenizer
 
 from gateway.contracts.errors import InvalidRequest
-from gateway.contracts.generation import Finish, FinishReason, JsonValue, MediaKind
-from gateway.sessions.media import shown_media
+from gateway.contracts.generation import Finish, FinishReason, JsonValue, Media, MediaKind
+from gateway.contracts.media import Blob, placed_media
+from gateway.ledger.sqlite import SqliteLedger
+from gateway.sessions.media import load_media, shown_media
 from gateway.tito.conversation import Conversation, ParentTurn
 from gateway.tito.prompt import PromptBuilder
 from gateway.tito.template import ChatTemplate
@@ -112,3 +117,23 @@ def test_a_turn_with_an_image_goes_on_from_recorded_tokens(tokenizer: ChatTokeni
         whole = np.concatenate([parent.token_ids, built.token_ids])
         assert tokenizer.decode(whole) == template("numbered").render(conversation)
         assert "Picture 2: <|image_pad|><|im_end|>" in tokenizer.decode(built.token_ids)
+
+
+async def test_the_bytes_of_media_are_encoded_beside_the_event_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A film is tens of megabytes, and every turn after it sends it again."""
+    threads: list[int] = []
+
+    def encode(content: bytes) -> bytes:
+        threads.append(threading.get_ident())
+        return base64.b64encode(content)
+
+    monkeypatch.setattr("gateway.sessions.media.pybase64.b64encode", encode)
+    blob = Blob.of(b"pixels", "image/png")
+    [found] = placed_media([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": blob.url}}]}])
+    async with aclosing(SqliteLedger.open(tmp_path / "data")) as ledger:
+        loaded = await load_media([found], {blob.sha256: blob}, ledger, "s", takes_urls=False)
+    assert loaded == (Media(MediaKind.IMAGE, "data:image/png;base64,cGl4ZWxz"),)
+    assert len(threads) == 1
+    assert threads[0] != threading.get_ident()

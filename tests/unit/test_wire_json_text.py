@@ -41,6 +41,15 @@ def test_pieces_of_a_value_with_arrays_are_its_text(size: int, dtype: str, other
     assert max(map(len, text.pieces())) < 2**20
 
 
+def test_a_frame_without_arrays_draws_no_mark(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Randomness and an encoder of its own for every token were half of what a streamed frame cost."""
+    value = {"text": "ü\u2028", "big": 2**70, "number": 1.0, "null": None, "list": [[], {}]}
+    expected = json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    monkeypatch.setattr("gateway.wire.json_text.secrets.token_hex", lambda _: pytest.fail("a mark was drawn"))
+    assert dump_json(value) == expected
+    assert json_text(value).parts == (expected,)
+
+
 def test_rows_that_are_a_part_of_others_are_encoded_in_c_order() -> None:
     rows = np.arange(24, dtype=np.uint16).reshape(4, 3, 2)
     assert json.loads(dump_json(Base64(rows[1:, ::2]))) == plain(rows[1:, ::2], "<u2")
