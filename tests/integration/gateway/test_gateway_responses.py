@@ -58,8 +58,18 @@ def gateway(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 def create(gateway: RunningGateway, session_id: str, **options: Any) -> Any:
-    options = {"model": "any", "tools": [TOOL]} | options
-    return gateway.client(session_id).responses.create(**options)
+    """A response, or its events as they come; the client is closed behind them."""
+    client = gateway.client(session_id)
+    reply = client.responses.create(**{"model": "any", "tools": [TOOL]} | options)
+    if options.get("stream"):
+        return events_of(client, reply)
+    client.close()
+    return reply
+
+
+def events_of(client: openai.OpenAI, stream: Any) -> Iterator[Any]:
+    with client, stream:
+        yield from stream
 
 
 def results(output: list[Any]) -> list[dict[str, Any]]:
