@@ -168,7 +168,8 @@ async def test_each_step_replays_trains_and_publishes_and_the_next_rollouts_carr
         assert line["tokens_trained"] == line["tokens_sampled"] > 0
         assert line["rows_verified"] == line["rows_replayed"] == line["rows_total"] > 0
         assert line["rows_fallback"] == line["dropped_rollouts"] == 0
-        assert line["kl_with_replay"] <= line["kl_without_replay"] < 0.1
+        assert line["kl_with_replay"] < 1e-4  # on a random model as small as without replay: rounding, in either order
+        assert line["kl_without_replay"] < 0.1
         assert line["loss"] is not None
         assert line["staleness_mean"] == 0.0
         assert line["grad_norm"] > 0
