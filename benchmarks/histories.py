@@ -44,6 +44,8 @@ async def run_history(workshop: Workshop, choices: Sequence[ModelChoice], seed: 
     benches = [bench]
     repeated: tuple[Asked, Asked] | None = None
     if seed % _RESTART_EVERY == 0:
+        # Between replies of the very same words the latest delivery decides, so both have to know the same deliveries.
+        await session.deliveries_noted()
         benches.append(await workshop.fresh_bench(choice))
         repeated = await agent.repeat_at(LocalChat(benches[-1], await benches[-1].registry.get(session_id)))
     try:
