@@ -15,12 +15,13 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, aclosing
+from contextlib import aclosing
 from typing import Any
 
 import numpy as np
 
 from engines.connection import EngineHttp, failure
+from engines.http_engine import HttpEngine
 from engines.media import refuse_media
 from gateway.contracts.errors import EngineError, EngineProtocolError, EngineUnavailable, InvalidRequest
 from gateway.contracts.generation import (
@@ -34,7 +35,7 @@ from gateway.contracts.generation import (
     LogprobKind,
     TokenIds,
 )
-from gateway.contracts.ports import PauseMode, RawCall, RawReply
+from gateway.contracts.ports import PauseMode
 from gateway.contracts.versions import VersionSpan, join_spans
 
 _LAST_WORD = re.compile(r"\s+\S*\Z")
@@ -55,7 +56,7 @@ _CONTROL_SECONDS = 60.0
 _HEALTH_SECONDS = 5.0
 
 
-class OpenAiTextEngine:
+class OpenAiTextEngine(HttpEngine):
     """One text-only upstream (implements `gateway.contracts.ports.Engine` as far as text goes).
 
     url: without `/v1`. decode, encode: of the gateway's tokenizer; control tokens must survive both ways. Its weights
@@ -73,12 +74,14 @@ class OpenAiTextEngine:
         idle_timeout_seconds: float = 600.0,
         api_key: str | None = None,
     ) -> None:
-        self._http = EngineHttp(
-            url,
-            engine_id=engine_id,
-            connect_timeout_seconds=connect_timeout_seconds,
-            idle_timeout_seconds=idle_timeout_seconds,
-            api_key=api_key,
+        super().__init__(
+            EngineHttp(
+                url,
+                engine_id=engine_id,
+                connect_timeout_seconds=connect_timeout_seconds,
+                idle_timeout_seconds=idle_timeout_seconds,
+                api_key=api_key,
+            )
         )
         self._decode = decode
         self._encode = encode
@@ -86,16 +89,6 @@ class OpenAiTextEngine:
         self._running = asyncio.Event()
         self._running.set()
         self._live: dict[str, asyncio.Event] = {}
-
-    @property
-    def engine_id(self) -> str:
-        """The name given to this upstream."""
-        return self._http.engine_id
-
-    @property
-    def url(self) -> str:
-        """Where it listens."""
-        return self._http.url
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[GenerateChunk | GenerateEnd, None]:
         """Stream new text as ids, whole words at a time, then one GenerateEnd; closing early closes the connection."""
@@ -188,14 +181,6 @@ class OpenAiTextEngine:
     async def resume(self) -> None:
         """Let them go."""
         self._running.set()
-
-    def forward(self, call: RawCall) -> AbstractAsyncContextManager[RawReply]:
-        """Send a call of somebody else on as it is."""
-        return self._http.forward(call)
-
-    async def aclose(self) -> None:
-        """Close all connections."""
-        await self._http.aclose()
 
 
 class TextStream:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import binascii
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, aclosing
+from contextlib import aclosing
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ import pybase64
 
 from engines.answers import new_token_ids, release, spellings
 from engines.connection import EngineHttp, abort_quietly, failure, refused
+from engines.http_engine import HttpEngine
 from engines.identity import read_if_here, with_told
 from engines.likeliest import likeliest
 from engines.media import refuse_media
@@ -46,7 +47,7 @@ from gateway.contracts.generation import (
     SamplingParams,
     TopLogprob,
 )
-from gateway.contracts.ports import PauseMode, RawCall, RawReply
+from gateway.contracts.ports import PauseMode
 from gateway.contracts.versions import VersionSpan, join_spans
 
 logger = logging.getLogger(__name__)
@@ -91,7 +92,7 @@ _CONTROL_SECONDS = 60.0
 _ABORT_SECONDS = 5.0
 
 
-class SglangEngine:
+class SglangEngine(HttpEngine):
     """One engine process behind SGLang's protocol (implements `gateway.contracts.ports.Engine`).
 
     routing: the model's shape, None for a dense model or to learn it from the engine's own folder. policy_version_of:
@@ -111,28 +112,20 @@ class SglangEngine:
         idle_timeout_seconds: float = 600.0,
         api_key: str | None = None,
     ) -> None:
-        self._http = EngineHttp(
-            url,
-            engine_id=engine_id,
-            connect_timeout_seconds=connect_timeout_seconds,
-            idle_timeout_seconds=idle_timeout_seconds,
-            api_key=api_key,
+        super().__init__(
+            EngineHttp(
+                url,
+                engine_id=engine_id,
+                connect_timeout_seconds=connect_timeout_seconds,
+                idle_timeout_seconds=idle_timeout_seconds,
+                api_key=api_key,
+            )
         )
         self._routing = routing
         self._policy_version_of = policy_version_of
         self._context_length = context_length
         self._tokenizes = True
         self._media: tuple[MediaKind, ...] | None = None
-
-    @property
-    def engine_id(self) -> str:
-        """The name given to this engine."""
-        return self._http.engine_id
-
-    @property
-    def url(self) -> str:
-        """Where it listens."""
-        return self._http.url
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[GenerateChunk | GenerateEnd, None]:
         """Stream new tokens, then exactly one GenerateEnd; closing early aborts the request at the engine."""
@@ -247,14 +240,6 @@ class SglangEngine:
         """Go on."""
         await self._http.post("/continue_generation", {}, timeout_seconds=_CONTROL_SECONDS)
 
-    def forward(self, call: RawCall) -> AbstractAsyncContextManager[RawReply]:
-        """Send a call of somebody else on as it is."""
-        return self._http.forward(call)
-
-    async def aclose(self) -> None:
-        """Close all connections."""
-        await self._http.aclose()
-
 
 async def read_generation(
     events: AsyncGenerator[Any, None], reader: StreamReader, *, abort: Callable[[str], Awaitable[None]]
@@ -350,7 +335,7 @@ class StreamReader:
         self._policy_version_of = policy_version_of
         self.request_id = request.request_id
         self.has_media = bool(request.media)
-        self.named = self._named = f"engine {engine_id}, request {request.request_id}"
+        self.named = f"engine {engine_id}, request {request.request_id}"
         self._output_ids: list[int] = []
         self._unknown_top: dict[str, JsonValue] = {}
         self._unknown_meta: dict[str, JsonValue] = {}
@@ -360,7 +345,7 @@ class StreamReader:
         """The new tokens of one event, None if it brought none."""
         try:
             if "error" in event:
-                raise failure(event["error"], self._named)
+                raise failure(event["error"], self.named)
             meta = event["meta_info"]
             self._keep_unknown(event, meta)
             finish = meta["finish_reason"]
@@ -369,9 +354,9 @@ class StreamReader:
             if finish is not None:
                 self.end = self._ended(event, meta, finish)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise EngineProtocolError(f"{self._named}: unreadable event ({type(error).__name__}: {error})") from error
+            raise EngineProtocolError(f"{self.named}: unreadable event ({type(error).__name__}: {error})") from error
         except (LengthMismatch, ExpertsMismatch) as error:
-            raise EngineProtocolError(f"{self._named}: {error.message}") from error
+            raise EngineProtocolError(f"{self.named}: {error.message}") from error
         return chunk if len(chunk.token_ids) else None
 
     def _keep_unknown(self, event: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
@@ -388,24 +373,24 @@ class StreamReader:
         if status is None:
             return
         if int(status) >= 500:
-            raise EngineUnavailable(f"{self._named}: {finish.get('message')}")
-        raise refused(str(finish.get("message")), self._named)
+            raise EngineUnavailable(f"{self.named}: {finish.get('message')}")
+        raise refused(str(finish.get("message")), self.named)
 
     def _new_tokens(self, output_ids: list[int], meta: Mapping[str, Any]) -> GenerateChunk:
         total, seen = int(meta["completion_tokens"]), len(self._output_ids)
         if len(output_ids) == total:  # cumulative
             fresh = output_ids[seen:]
             if output_ids[:seen] != self._output_ids:
-                raise EngineProtocolError(f"{self._named}: the engine changed tokens that it had already sent")
+                raise EngineProtocolError(f"{self.named}: the engine changed tokens that it had already sent")
         elif len(output_ids) == total - seen:  # incremental
             fresh = output_ids
         else:
             raise EngineProtocolError(
-                f"{self._named}: {len(output_ids)} ids in an event that claims {total} tokens, {seen} seen before"
+                f"{self.named}: {len(output_ids)} ids in an event that claims {total} tokens, {seen} seen before"
             )
         logprobs = self._new_logprobs(fresh, meta.get("output_token_logprobs"))
         self._output_ids += fresh
-        token_ids = new_token_ids(fresh, named=self._named)
+        token_ids = new_token_ids(fresh, named=self.named)
         top_logprobs = self._new_top_logprobs(fresh, logprobs, meta.get("output_top_logprobs"))
         return GenerateChunk(token_ids, logprobs, top_logprobs)
 
@@ -414,10 +399,10 @@ class StreamReader:
         if not fresh or triples is None:
             return np.full(len(fresh), np.nan, dtype=np.float32)
         if len(triples) < len(fresh):
-            raise EngineProtocolError(f"{self._named}: {len(triples)} log-probs for {len(fresh)} new tokens (I2)")
+            raise EngineProtocolError(f"{self.named}: {len(triples)} log-probs for {len(fresh)} new tokens (I2)")
         newest = triples[-len(fresh) :]
         if [triple[1] for triple in newest] != fresh:
-            raise EngineProtocolError(f"{self._named}: log-probs are of other tokens than output_ids (I2)")
+            raise EngineProtocolError(f"{self.named}: log-probs are of other tokens than output_ids (I2)")
         return np.array([np.nan if triple[0] is None else triple[0] for triple in newest], dtype=np.float32)
 
     def _new_top_logprobs(
@@ -428,14 +413,14 @@ class StreamReader:
         if not fresh or not wanted or rows is None:
             return ()
         pairs = [None if row is None else [(triple[1], triple[0]) for triple in row] for row in rows[-len(fresh) :]]
-        return likeliest(pairs, fresh, logprobs, most=wanted, named=self._named)
+        return likeliest(pairs, fresh, logprobs, most=wanted, named=self.named)
 
     def _ended(self, event: Mapping[str, Any], meta: Mapping[str, Any], finish: Mapping[str, Any]) -> GenerateEnd:
         prompt_tokens, num_output = int(meta["prompt_tokens"]), len(self._output_ids)
         # SGLang writes media into the prompt itself: its ids are then its own, and the turn is marked so (I9).
         if prompt_tokens != len(self._request.token_ids) and not self._request.media:
             raise EngineProtocolError(
-                f"{self._named}: the engine read {prompt_tokens} prompt tokens of {len(self._request.token_ids)} (I1)"
+                f"{self.named}: the engine read {prompt_tokens} prompt tokens of {len(self._request.token_ids)} (I1)"
             )
         return GenerateEnd(
             finish=Finish(FinishReason(finish["type"]), finish.get("matched")),
@@ -463,7 +448,7 @@ class StreamReader:
         if start is None or encoded is None:
             return None  # I9: missing stays missing
         if self._routing is None:
-            raise EngineProtocolError(f"{self._named}: routing came, but the model's routing shape is not known")
+            raise EngineProtocolError(f"{self.named}: routing came, but the model's routing shape is not known")
         return decode_routing(encoded, self._routing, start=start, stop=stop)
 
 

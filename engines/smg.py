@@ -16,13 +16,14 @@ import logging
 import re
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, aclosing
+from contextlib import aclosing
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple, TypeVar
 
 import orjson
 
 from engines.connection import Answer, EngineHttp, refusal
+from engines.http_engine import HttpEngine
 from engines.sglang import SglangEngine, StreamReader, generate_body, read_generation
 from gateway.contracts.errors import (
     EngineError,
@@ -36,7 +37,7 @@ from gateway.contracts.errors import (
 )
 from gateway.contracts.experts import RoutingShape
 from gateway.contracts.generation import EngineIdentity, GenerateChunk, GenerateEnd, GenerateRequest
-from gateway.contracts.ports import PauseMode, RawCall, RawReply
+from gateway.contracts.ports import PauseMode
 
 _log = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ _MAY_DIFFER = frozenset(
 """Of workers' identities. Their paths and names move with their weights and are compared among those of one label."""
 
 
-class SmgRouter:
+class SmgRouter(HttpEngine):
     """One smg router and its workers (implements `gateway.contracts.ports.Engine`); arguments as of `SglangEngine`."""
 
     def __init__(
@@ -91,13 +92,15 @@ class SmgRouter:
         idle_timeout_seconds: float = 600.0,
         api_key: str | None = None,
     ) -> None:
-        self._http = EngineHttp(
-            url,
-            engine_id=engine_id,
-            connect_timeout_seconds=connect_timeout_seconds,
-            idle_timeout_seconds=idle_timeout_seconds,
-            api_key=api_key,
-            refusal_of=_refusal,
+        super().__init__(
+            EngineHttp(
+                url,
+                engine_id=engine_id,
+                connect_timeout_seconds=connect_timeout_seconds,
+                idle_timeout_seconds=idle_timeout_seconds,
+                api_key=api_key,
+                refusal_of=_refusal,
+            )
         )
         self._routing = routing
         self._policy_version_of = policy_version_of
@@ -110,16 +113,6 @@ class SmgRouter:
         self._detours: OrderedDict[str, int] = OrderedDict()
         self._is_verbatim = False
         self._told: set[str] = set()
-
-    @property
-    def engine_id(self) -> str:
-        """The name given to this router."""
-        return self._http.engine_id
-
-    @property
-    def url(self) -> str:
-        """Where it listens."""
-        return self._http.url
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[GenerateChunk | GenerateEnd, None]:
         """Stream new tokens, then exactly one GenerateEnd; closing early aborts the request at its worker.
@@ -348,15 +341,11 @@ class SmgRouter:
                 raise error
             _log.warning("worker %s of router %s was passed over: %s", url, self.engine_id, error.message)
 
-    def forward(self, call: RawCall) -> AbstractAsyncContextManager[RawReply]:
-        """Send a call of somebody else on as it is; the router knows some paths and answers others with 404."""
-        return self._http.forward(call)
-
     async def aclose(self) -> None:
         """Close all connections."""
         for worker in self._workers.values():
             await worker.aclose()
-        await self._http.aclose()
+        await super().aclose()
 
 
 class ListedWorker(NamedTuple):

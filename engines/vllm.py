@@ -23,12 +23,13 @@ import asyncio
 import logging
 import sys
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, aclosing
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
 from engines.answers import release, spellings
 from engines.connection import EngineHttp, abort_quietly
+from engines.http_engine import HttpEngine
 from engines.identity import FolderIdentity, read_if_here
 from engines.media import refuse_media
 from engines.vllm_stream import VllmStream
@@ -51,7 +52,7 @@ from gateway.contracts.generation import (
     LogprobKind,
     SamplingParams,
 )
-from gateway.contracts.ports import PauseMode, RawCall, RawReply
+from gateway.contracts.ports import PauseMode
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +144,7 @@ class VllmServer:
     folder: FolderIdentity
 
 
-class VllmEngine:
+class VllmEngine(HttpEngine):
     """One vLLM server (implements `gateway.contracts.ports.Engine`).
 
     routing: the model's shape, None for a dense model or to learn it from the server's own folder. policy_version_of:
@@ -165,12 +166,14 @@ class VllmEngine:
         idle_timeout_seconds: float = 600.0,
         api_key: str | None = None,
     ) -> None:
-        self._http = EngineHttp(
-            url,
-            engine_id=engine_id,
-            connect_timeout_seconds=connect_timeout_seconds,
-            idle_timeout_seconds=idle_timeout_seconds,
-            api_key=api_key,
+        super().__init__(
+            EngineHttp(
+                url,
+                engine_id=engine_id,
+                connect_timeout_seconds=connect_timeout_seconds,
+                idle_timeout_seconds=idle_timeout_seconds,
+                api_key=api_key,
+            )
         )
         self._routing = routing
         self._policy_version_of = policy_version_of
@@ -178,16 +181,6 @@ class VllmEngine:
         self._logprob_kind = logprob_kind
         self._server: VllmServer | None = None
         self._tells_versions = False
-
-    @property
-    def engine_id(self) -> str:
-        """The name given to this engine."""
-        return self._http.engine_id
-
-    @property
-    def url(self) -> str:
-        """Where it listens."""
-        return self._http.url
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[GenerateChunk | GenerateEnd, None]:
         """Stream new tokens, then exactly one GenerateEnd; closing early aborts the request at the server."""
@@ -362,14 +355,6 @@ class VllmEngine:
     async def resume(self) -> None:
         """Go on."""
         await self._http.post("/resume", {}, timeout_seconds=_CONTROL_SECONDS)
-
-    def forward(self, call: RawCall) -> AbstractAsyncContextManager[RawReply]:
-        """Send a call of somebody else on as it is."""
-        return self._http.forward(call)
-
-    async def aclose(self) -> None:
-        """Close all connections."""
-        await self._http.aclose()
 
 
 def _first_card(models: Mapping[str, Any], url: str) -> Mapping[str, Any]:

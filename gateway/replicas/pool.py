@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -78,6 +78,17 @@ class Replica:
     failures: int = 0
     last_error: str = ""
     idle: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @contextmanager
+    def busy(self) -> Iterator[None]:
+        """One more request under way; draining waits for the last one."""
+        self.running += 1
+        try:
+            yield
+        finally:
+            self.running -= 1
+            if not self.running:
+                self.idle.set()
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,13 +263,8 @@ class ReplicaPool:
     async def lend(self, session_id: str) -> AsyncIterator[Engine]:
         """The engine that a session's next turn would go to, for something else than a turn; draining waits for it."""
         replica = await self._select(session_id)
-        replica.running += 1
-        try:
+        with replica.busy():
             yield replica.engine
-        finally:
-            replica.running -= 1
-            if not replica.running:
-                replica.idle.set()
 
     async def aclose(self) -> None:
         """Close every engine's connections."""
@@ -272,21 +278,18 @@ class ReplicaPool:
         """One engine request; whatever ends it, its tokens and their versions are in `progress` afterwards."""
         before = replica.identity
         request = progress.next_request(replica.identity)
-        replica.running += 1
-        try:
-            async with aclosing(replica.engine.generate(request)) as stream:
-                async for item in stream:
-                    if isinstance(item, GenerateEnd):
-                        progress.end(item)
-                    else:
-                        progress.add_chunk(item)
-                    yield item
-        finally:
-            # I5: without the engine's own spans the version is only certain if the engine says the same as before.
-            progress.lose(before.policy_version, certain=_same_weights(before, replica.identity))
-            replica.running -= 1
-            if not replica.running:
-                replica.idle.set()
+        with replica.busy():
+            try:
+                async with aclosing(replica.engine.generate(request)) as stream:
+                    async for item in stream:
+                        if isinstance(item, GenerateEnd):
+                            progress.end(item)
+                        else:
+                            progress.add_chunk(item)
+                        yield item
+            finally:
+                # I5: without the engine's own spans the version is only certain if the engine says the same as before.
+                progress.lose(before.policy_version, certain=_same_weights(before, replica.identity))
 
     async def _select(self, session_id: str) -> Replica:
         """The session's own engine unless it is much busier than another; waits for a healthy one."""

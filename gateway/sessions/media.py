@@ -42,11 +42,8 @@ def check_placeholders(
     """Raise InvalidRequest for a prompt int32[P] whose text holds more or fewer placeholders than it has media.
 
     Engines that decode a prompt to find them cannot tell what an agent wrote or the model sampled from what the
-    template wrote; SGLang 0.5.23 never answers a request where the numbers differ. It decodes all of a prompt with
-    media, so callers run it in a thread where the prompt is long.
+    template wrote; SGLang 0.5.23 never answers a request where the numbers differ. It decodes the whole prompt.
     """
-    if not found:
-        return
     texts = [token.text for token in tokenizer.added_tokens.values()]
     expected: Counter[str] = Counter(dict.fromkeys(_all_placeholders(template, texts), 0))
     for _, role, media in found:

@@ -12,7 +12,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -320,7 +320,7 @@ async def _chat_prompt(parts: TurnParts, session: Session, request: TurnRequest)
     else:
         token_ids = np.concatenate([parent.token_ids, built.token_ids])
     _check_vocabulary(parts, built.token_ids)
-    check_placeholders(parts.model.tokenizer, parts.model.template, media, token_ids)
+    await _check_placeholders(parts, media, token_ids)
     return _Prompt(place, root, conversation.messages, built, token_ids, media)
 
 
@@ -342,8 +342,14 @@ async def _raw_prompt(parts: TurnParts, session: Session, request: TurnRequest, 
     if raw.media:
         message = {**message, RAW_MEDIA: list(raw.media)}
     media = tuple(placed_media([message]))
-    check_placeholders(tokenizer, parts.model.template, media, token_ids)
+    await _check_placeholders(parts, media, token_ids)
     return _Prompt(found.place, RootContext((), {}), (message,), built, token_ids, media)
+
+
+async def _check_placeholders(parts: TurnParts, media: Sequence[PlacedMedia], token_ids: TokenIds) -> None:
+    """Not on the event loop: the whole prompt is read again."""
+    if media:
+        await asyncio.to_thread(check_placeholders, parts.model.tokenizer, parts.model.template, media, token_ids)
 
 
 def _begun_prompt(session: Session, node: Node) -> _Prompt:
