@@ -6,7 +6,8 @@
     │   ├── InvalidRequest · UnknownPrevious · ContextOverflow · TemplateRaised
     │   ├── PayloadTooLarge · UnsupportedEncoding · MethodNotAllowed · RequestTimeout
     │   ├── Unauthorized · Forbidden · TooManyRequests
-    │   └── NotFound · SessionSealed · Conflict
+    │   ├── NotFound · SessionSealed
+    │   └── Conflict · TurnIndexTaken              of Conflict: another process was faster; read, append anew
     ├── EngineError                   5xx (what an engine refuses: 400): an inference engine failed us
     │   ├── EngineUnavailable · EngineTimeout      another replica, or a later try, can help
     │   │   └── WorkerUnavailable                  of EngineUnavailable: one worker of a router; the others go on
@@ -159,6 +160,13 @@ class Conflict(RequestError):
 
     code = "conflict"
     http_status = 409
+
+
+class TurnIndexTaken(Conflict):
+    """A session has another turn of this index: another process was faster; read it and append behind it."""
+
+    code = "turn_index_taken"
+    retryable = True
 
 
 class TooManyRequests(RequestError):

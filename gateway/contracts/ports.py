@@ -17,7 +17,7 @@ from gateway.contracts.experts import RoutedExperts
 from gateway.contracts.generation import EngineIdentity, GenerateChunk, GenerateEnd, GenerateRequest, JsonValue
 from gateway.contracts.media import Blob
 from gateway.contracts.records import FinishRecord, SessionRecord, TurnRecord
-from gateway.contracts.rollouts import FeedCounts, Lease
+from gateway.contracts.rollouts import FeedCounts, Lease, StoredRollout
 
 
 class PauseMode(StrEnum):
@@ -111,8 +111,14 @@ class ForwardingEngine(Protocol):
 class Ledger(Protocol):
     """The durable store of sessions, turns, routing rows, finishes and leases.
 
-    Every method that writes returns when its data is on disk (I4). All are safe to call concurrently.
+    Every method that writes returns when its data is on disk (I4). All are safe to call concurrently, and from several
+    processes where the implementation allows more than one.
     """
+
+    @property
+    def shared(self) -> bool:
+        """Whether other processes may write meanwhile, so that what was read of a session may be out of date."""
+        ...
 
     async def create_session(self, session: SessionRecord) -> SessionRecord:
         """Store a session; an equal session that exists already is returned, another one raises Conflict."""
@@ -129,14 +135,30 @@ class Ledger(Protocol):
     async def append_turn(self, turn: TurnRecord, experts: RoutedExperts | None) -> None:
         """Store one turn; a second append of the same (session_id, turn_id) is a no-op, so that retries are safe.
 
-        Raises SessionSealed if the session is finished, NotFound if it does not exist.
+        Raises SessionSealed if the session is finished, NotFound if it does not exist, TurnIndexTaken if another turn
+        has its index.
+        """
+        ...
+
+    async def append_late_turn(self, turn: TurnRecord, experts: RoutedExperts | None) -> FinishRecord:
+        """Store a turn that began before its session was finished elsewhere; the rollout's new snapshot.
+
+        Leases on the earlier snapshot keep it, and who reads by it finds what it was. A consumer that has not leased
+        the rollout gets the new one; one that acknowledged it is not offered it again. The same turn again changes
+        nothing. Raises as `append_turn`, Conflict for a session that is not finished, SessionSealed for a rollout that
+        was dropped.
         """
         ...
 
     async def mark_delivered(self, session_id: str, turn_id: str, delivered_at: float) -> None: ...
 
-    async def turns(self, session_id: str) -> Sequence[TurnRecord]:
-        """All turns of a session in order of `index`."""
+    async def turns(self, session_id: str, *, after: int = -1, snapshot: str | None = None) -> Sequence[TurnRecord]:
+        """Turns of a session in order of `index`, from those above `after`; with a snapshot, only those that it is
+        made of (none for an unknown one)."""
+        ...
+
+    async def deliveries(self, session_id: str) -> Mapping[str, float]:
+        """When each delivered turn's reply left: delivered_at by turn id."""
         ...
 
     async def experts(self, session_id: str, turn_id: str) -> RoutedExperts | None:
@@ -156,11 +178,25 @@ class Ledger(Protocol):
         its name says."""
         ...
 
-    async def finish(self, finish: FinishRecord) -> FinishRecord:
-        """Seal a session; an equal repetition returns the first record, a different one raises Conflict."""
+    async def finish(
+        self,
+        session_id: str,
+        *,
+        reward: float | None,
+        outcome: str,
+        metadata: Mapping[str, JsonValue],
+        finished_at: float,
+    ) -> FinishRecord:
+        """Seal a session with a snapshot of the turns that are recorded now (`snapshot_of`).
+
+        An equal repetition (the time aside) returns the record as it is, a different one raises Conflict.
+        """
         ...
 
-    async def finish_record(self, session_id: str) -> FinishRecord | None: ...
+    async def finish_record(self, session_id: str, *, snapshot: str | None = None) -> FinishRecord | None:
+        """How the session ended, with its latest snapshot or with an earlier one; None while it is open, or if it never
+        had that snapshot."""
+        ...
 
     async def delete_session(self, session_id: str) -> None:
         """Forget a session that was never finished, or whose rollout was acknowledged or dropped; else Conflict."""
@@ -175,11 +211,25 @@ class Ledger(Protocol):
         whole_groups: bool,
         labels: Mapping[str, str] | None,
         now: float,
+        group_deadline_seconds: float | None = None,
+        lease_id: str | None = None,
     ) -> Lease | None:
         """Lend up to `limit` finished rollouts that this consumer has neither leased nor acknowledged, oldest first.
 
-        With `whole_groups` a group is lent when all of its sessions have ended, never in part; a group larger than
-        `limit` is lent alone. None if there is nothing to lend.
+        With `whole_groups` a group is lent when all of its sessions have ended and none of it is lent at the moment;
+        a group larger than `limit` is lent alone. Once `group_deadline_seconds` have passed since the first of its
+        members ended, those that are there are lent, and later those that end later; `Lease.incomplete` names what is
+        missing. None if there is nothing to lend.
+
+        lease_id: chosen by the caller, so that a call whose reply was lost can be repeated: the lease is returned as it
+        was made. Conflict if it has ended, or belongs to another consumer.
+        """
+        ...
+
+    async def extend_lease(self, lease_id: str, *, lease_seconds: float, now: float) -> float:
+        """Let a lease run for `lease_seconds` from `now` at least; when it expires then.
+
+        Raises NotFound, and Conflict if it was acknowledged or released, or one of its rollouts was lent anew.
         """
         ...
 
@@ -203,6 +253,25 @@ class Ledger(Protocol):
         ...
 
     async def counts(self, consumer: str, now: float) -> FeedCounts: ...
+
+    async def consumers(self, *, limit: int = 100) -> Sequence[str]:
+        """Names of consumers that hold or have acknowledged rollouts, in order."""
+        ...
+
+    async def sessions_past_ttl(self, now: float, *, limit: int) -> Sequence[str]:
+        """Open sessions whose `ttl_seconds` have passed since their creation or since their latest turn was recorded,
+        whichever is later."""
+        ...
+
+    async def stored_rollouts(
+        self, *, finished_before: float, limit: int, after: StoredRollout | None = None
+    ) -> Sequence[StoredRollout]:
+        """Finished rollouts that still hold data, oldest first, starting behind `after`."""
+        ...
+
+    async def stored_bytes(self) -> int:
+        """What turns, routing rows and blobs of all sessions take (a blob counts once)."""
+        ...
 
     async def set_policy(self, policy_version: int, weight_version: str) -> None:
         """Remember that the engines' label `weight_version` means `policy_version`."""

@@ -5,7 +5,8 @@ Delta storage: a turn holds what it added to its parent, so that a session costs
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -16,8 +17,9 @@ from gateway.contracts.errors import LengthMismatch
 from gateway.contracts.generation import Finish, JsonValue, LogprobKind, TokenIds, TopLogprob
 from gateway.contracts.versions import VersionSpan, check_spans
 
-SCHEMA_VERSION = 2
-"""Of everything stored; raised with every change of a format (2: attachments that continue a reply)."""
+SCHEMA_VERSION = 3
+"""Of everything stored; raised with every change of a format (2: attachments that continue a reply; 3: one turn an
+index, several snapshots a session)."""
 
 
 class SessionOrigin(StrEnum):
@@ -206,6 +208,8 @@ def conversation(path: Sequence[TurnRecord]) -> list[JsonValue]:
 class FinishRecord:
     """The end of a session: sealed at `finished_at`, its rollout enters the feed as `snapshot`.
 
+    A turn that began before the end and was recorded after it makes another snapshot; all else stays as it is.
+
     `reward` None means that none could be computed, which is not zero. `outcome` is one of `Outcome` or a user's word.
     `dropped_at`: when the ledger freed the rollout's data; None while it can be read.
     """
@@ -217,3 +221,11 @@ class FinishRecord:
     metadata: Mapping[str, JsonValue]
     finished_at: float
     dropped_at: float | None = None
+
+
+def snapshot_of(session_id: str, turn_ids: Iterable[str]) -> str:
+    """The name of the set of turns that a rollout is made of: 32 hex digits."""
+    digest = hashlib.sha256(session_id.encode("utf-8", "surrogatepass"))
+    for turn_id in sorted(turn_ids):
+        digest.update(turn_id.encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()[:32]

@@ -28,23 +28,68 @@ class LeasedRollout:
 
 
 @dataclass(frozen=True, slots=True)
+class IncompleteGroup:
+    """A group of which a lease holds a part: what is missing, by name.
+
+    expected: how many sessions it should have (None: nobody said). unfinished: those that have not ended.
+    num_not_created: how many nobody has made yet. lent_before: those that this consumer has, or has acknowledged.
+    dropped: those whose data were freed before this consumer had them.
+
+    Example: of 4 attempts one runs, one was never made: `IncompleteGroup("task-7", 4, ("s3",), 1, ())`.
+    """
+
+    group: str
+    expected: int | None
+    unfinished: tuple[str, ...]
+    num_not_created: int
+    lent_before: tuple[str, ...]
+    dropped: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Lease:
-    """Rollouts lent to `consumer` until `expires_at` (seconds since the epoch); then they return to the feed."""
+    """Rollouts lent to `consumer` until `expires_at` (seconds since the epoch); then they return to the feed.
+
+    incomplete: the groups in it that are not whole; only where a group's deadline had passed, or parts of a group went
+    to this consumer before.
+    """
 
     lease_id: str
     consumer: str
     expires_at: float
     rollouts: tuple[LeasedRollout, ...]
+    incomplete: tuple[IncompleteGroup, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class FeedCounts:
-    """Back-pressure figures of the feed for one consumer group."""
+    """Back-pressure figures of the feed for one consumer group; finished = unleased + leased + acknowledged.
+
+    oldest_seconds: age of the oldest rollout that the consumer has neither leased nor acknowledged, 0 if there is none.
+    """
 
     finished: int
+    unleased: int
     leased: int
     acknowledged: int
-    oldest_unleased_seconds: float
+    oldest_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRollout:
+    """A finished rollout that still holds data, for retention.
+
+    num_bytes: of its turns, routing rows and blobs (a blob that several sessions refer to counts for each of them).
+    acknowledged_by: consumers that are done with it. leased: a lease on it may still run (expired ones count until the
+    rollout is lent anew or released).
+    """
+
+    session_id: str
+    snapshot: str
+    finished_at: float
+    num_bytes: int
+    acknowledged_by: tuple[str, ...]
+    leased: bool
 
 
 @dataclass(frozen=True, slots=True)
