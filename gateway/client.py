@@ -20,7 +20,7 @@ from yarl import URL
 from gateway.contracts.codec import decode_rollout
 from gateway.contracts.errors import Conflict, InvalidRequest, LedgerError, RequestError, VerbatimError
 from gateway.contracts.generation import JsonValue
-from gateway.contracts.rollouts import FeedCounts, FinishedRollout, Lease, LeasedRollout
+from gateway.contracts.rollouts import FeedCounts, FinishedRollout, IncompleteGroup, Lease, LeasedRollout
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +151,8 @@ class GatewayClient:
         if reply is None:
             return None
         rollouts = tuple(LeasedRollout(**rollout) for rollout in reply["rollouts"])
-        return Lease(reply["lease_id"], reply["consumer"], reply["expires_at"], rollouts)
+        incomplete = tuple(IncompleteGroup.of_json(group) for group in reply["incomplete"])
+        return Lease(reply["lease_id"], reply["consumer"], reply["expires_at"], rollouts, incomplete)
 
     async def rollout(self, session_id: str, snapshot: str, *, pick: str | None = None) -> FinishedRollout:
         """One finished rollout with its segments; raises NotFound, Conflict, IntegrityError.

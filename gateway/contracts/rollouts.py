@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from gateway.contracts.errors import LengthMismatch
 from gateway.contracts.generation import JsonValue
@@ -44,6 +45,12 @@ class IncompleteGroup:
     num_not_created: int
     lent_before: tuple[str, ...]
     dropped: tuple[str, ...] = ()
+
+    @classmethod
+    def of_json(cls, facts: Mapping[str, JsonValue]) -> IncompleteGroup:
+        """What `dataclasses.asdict` made, after a way through JSON."""
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in facts.items()}
+        return cls(**values)
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,9 +40,10 @@ class SessionRow(NamedTuple):
     session_id: str
     group_name: str | None
     group_size: int | None
-    labels: str
     facts: bytes
     checksum: int
+    created_at: float
+    ttl_seconds: float | None
 
 
 class TurnRow(NamedTuple):
@@ -60,6 +61,13 @@ class TurnRow(NamedTuple):
     num_trainable_tokens: int
 
 
+TURN_BYTES = (
+    "length(facts) + length(prompt_token_ids) + length(output_token_ids) + length(output_logprobs) "
+    "+ coalesce(experts_bytes, 0)"
+)
+"""SQL: what a row of `turns` and its routing rows take."""
+
+
 class FinishRow(NamedTuple):
     """The part of a row of `finishes` that comes from its record."""
 
@@ -71,16 +79,27 @@ class FinishRow(NamedTuple):
 
 
 def session_row(session: SessionRecord) -> SessionRow:
-    """A session as stored; `labels` once more as ASCII JSON, which SQLite's own JSON functions filter by."""
+    """A session as stored; its labels stand once more in rows of their own (`label_rows`)."""
     facts = encode_json(_fields(session) | {"origin": session.origin.value})
     return SessionRow(
         session.session_id,
         session.group,
         session.group_size,
-        json.dumps(dict(session.labels)),
         facts,
         zlib.crc32(facts),
+        session.created_at,
+        session.ttl_seconds,
     )
+
+
+def label_rows(session: SessionRecord) -> list[tuple[str, bytes, bytes]]:
+    """Rows of `session_labels`: session id, name, value."""
+    return [(session.session_id, label_bytes(name), label_bytes(value)) for name, value in session.labels.items()]
+
+
+def label_bytes(text: str) -> bytes:
+    """A label's name or value as stored; lone surrogates pass."""
+    return text.encode("utf-8", "surrogatepass")
 
 
 def read_session(session_id: str, facts: bytes, checksum: int) -> SessionRecord:

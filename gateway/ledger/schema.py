@@ -1,138 +1,124 @@
-"""The tables of the embedded ledger, and the check that a store has the schema that this program reads.
+"""The tables of the ledger, for every store; a store says by `ColumnTypes` how it calls its types.
 
-The version lives in SQLite's `user_version`, written in the same transaction as the tables, so that a crash while
-making them leaves an empty file and never half a schema.
+Times are seconds since the epoch, numbers of bytes are as stored. Checksums stand beside what they cover.
 """
 
 from __future__ import annotations
 
-import sqlite3
+from typing import NamedTuple
 
-from gateway.contracts.errors import SchemaMismatch
-from gateway.contracts.records import SCHEMA_VERSION
+
+class ColumnTypes(NamedTuple):
+    """text: compared byte by byte. data: bytes. place: what an array store calls a file (`Location.file`)."""
+
+    text: str
+    data: str
+    place: str
+
+
+def tables(types: ColumnTypes) -> list[str]:
+    """The statements that make an empty store's tables and indexes."""
+    return [statement.format(**types._asdict()) for statement in _TABLES]
+
 
 _TABLES = (
+    # `ttl_seconds` is NULL once the session has ended, so that the index holds those that can still expire.
     """CREATE TABLE sessions (
-        session_id TEXT PRIMARY KEY,
-        group_name TEXT,
-        group_size INTEGER,
-        labels TEXT NOT NULL,
-        facts BLOB NOT NULL,
-        checksum INTEGER NOT NULL
+        session_id {text} PRIMARY KEY,
+        group_name {text},
+        group_size BIGINT,
+        facts {data} NOT NULL,
+        checksum BIGINT NOT NULL,
+        created_at DOUBLE PRECISION NOT NULL,
+        ttl_seconds DOUBLE PRECISION
     )""",
     "CREATE INDEX sessions_of_group ON sessions (group_name) WHERE group_name IS NOT NULL",
+    "CREATE INDEX sessions_by_age ON sessions (created_at) WHERE ttl_seconds IS NOT NULL",
+    # As bytes, because a label may be any string that JSON can hold.
+    """CREATE TABLE session_labels (
+        session_id {text} NOT NULL,
+        name {data} NOT NULL,
+        value {data} NOT NULL,
+        PRIMARY KEY (session_id, name)
+    )""",
+    "CREATE INDEX sessions_of_label ON session_labels (name, value)",
     # `checksum` covers facts and arrays; delivered_at and where the routing rows lie stay outside of it.
+    # `since_snapshot`: the first snapshot (its ordinal) that has the turn; 0 for all but late ones.
     """CREATE TABLE turns (
-        session_id TEXT NOT NULL,
-        turn_id TEXT NOT NULL,
-        turn_index INTEGER NOT NULL,
-        facts BLOB NOT NULL,
-        prompt_token_ids BLOB NOT NULL,
-        output_token_ids BLOB NOT NULL,
-        output_logprobs BLOB NOT NULL,
-        checksum INTEGER NOT NULL,
-        num_tokens INTEGER NOT NULL,
-        num_trainable_tokens INTEGER NOT NULL,
-        experts_file INTEGER,
-        experts_offset INTEGER,
-        experts_bytes INTEGER,
-        delivered_at REAL,
+        session_id {text} NOT NULL,
+        turn_id {text} NOT NULL,
+        turn_index BIGINT NOT NULL,
+        facts {data} NOT NULL,
+        prompt_token_ids {data} NOT NULL,
+        output_token_ids {data} NOT NULL,
+        output_logprobs {data} NOT NULL,
+        checksum BIGINT NOT NULL,
+        num_tokens BIGINT NOT NULL,
+        num_trainable_tokens BIGINT NOT NULL,
+        experts_file {place},
+        experts_offset BIGINT,
+        experts_bytes BIGINT,
+        delivered_at DOUBLE PRECISION,
+        recorded_at DOUBLE PRECISION NOT NULL,
+        since_snapshot BIGINT NOT NULL,
         PRIMARY KEY (session_id, turn_id)
     )""",
+    "CREATE UNIQUE INDEX turns_in_order ON turns (session_id, turn_index)",
     "CREATE INDEX turns_of_file ON turns (experts_file) WHERE experts_file IS NOT NULL",
+    # How each session ended; `snapshot` is the latest of those in `snapshots`.
     """CREATE TABLE finishes (
-        session_id TEXT PRIMARY KEY,
-        snapshot TEXT NOT NULL,
-        finished_at REAL NOT NULL,
-        facts BLOB NOT NULL,
-        checksum INTEGER NOT NULL,
-        num_tokens INTEGER NOT NULL,
-        num_sampled_tokens INTEGER NOT NULL,
-        dropped_at REAL
+        session_id {text} PRIMARY KEY,
+        snapshot {text} NOT NULL,
+        finished_at DOUBLE PRECISION NOT NULL,
+        facts {data} NOT NULL,
+        checksum BIGINT NOT NULL,
+        num_bytes BIGINT NOT NULL,
+        dropped_at DOUBLE PRECISION
     )""",
-    "CREATE INDEX finishes_by_age ON finishes (finished_at)",
+    "CREATE INDEX finishes_by_age ON finishes (finished_at, session_id)",
+    """CREATE TABLE snapshots (
+        session_id {text} NOT NULL,
+        ordinal BIGINT NOT NULL,
+        snapshot {text} NOT NULL,
+        num_tokens BIGINT NOT NULL,
+        num_sampled_tokens BIGINT NOT NULL,
+        PRIMARY KEY (session_id, ordinal)
+    )""",
+    # `incomplete`: JSON of the groups of which this lease holds a part, to return the lease as it was made.
     """CREATE TABLE leases (
-        lease_id TEXT PRIMARY KEY,
-        consumer TEXT NOT NULL,
-        expires_at REAL NOT NULL,
-        state TEXT NOT NULL CHECK (state IN ('open', 'released', 'acknowledged'))
+        lease_id {text} PRIMARY KEY,
+        consumer {text} NOT NULL,
+        expires_at DOUBLE PRECISION NOT NULL,
+        state {text} NOT NULL CHECK (state IN ('open', 'released', 'acknowledged')),
+        incomplete {data}
     )""",
     "CREATE INDEX open_leases ON leases (consumer) WHERE state = 'open'",
     """CREATE TABLE lease_items (
-        lease_id TEXT NOT NULL,
-        position INTEGER NOT NULL,
-        session_id TEXT NOT NULL,
+        lease_id {text} NOT NULL,
+        position BIGINT NOT NULL,
+        session_id {text} NOT NULL,
+        snapshot {text} NOT NULL,
         PRIMARY KEY (lease_id, position)
     )""",
     # Where a rollout stands with one consumer group: no row means free; the newest lease owns the row.
     """CREATE TABLE holdings (
-        consumer TEXT NOT NULL,
-        session_id TEXT NOT NULL,
-        lease_id TEXT NOT NULL,
-        expires_at REAL NOT NULL,
-        acknowledged INTEGER NOT NULL,
+        consumer {text} NOT NULL,
+        session_id {text} NOT NULL,
+        lease_id {text} NOT NULL,
+        expires_at DOUBLE PRECISION NOT NULL,
+        acknowledged BIGINT NOT NULL,
         PRIMARY KEY (consumer, session_id)
     )""",
     "CREATE INDEX holdings_of_session ON holdings (session_id)",
     "CREATE INDEX holdings_of_lease ON holdings (lease_id)",
-    "CREATE TABLE policies (weight_version TEXT PRIMARY KEY, policy_version INTEGER NOT NULL)",
-)
-
-_ADDED = (
-    # Which sessions refer to which contents of blobs.py.
-    """CREATE TABLE IF NOT EXISTS blobs (
-        session_id TEXT NOT NULL,
-        sha256 TEXT NOT NULL,
-        media_type TEXT NOT NULL,
-        num_bytes INTEGER NOT NULL,
+    "CREATE TABLE policies (weight_version {text} PRIMARY KEY, policy_version BIGINT NOT NULL)",
+    # Which sessions refer to which contents of the blob store.
+    """CREATE TABLE blobs (
+        session_id {text} NOT NULL,
+        sha256 {text} NOT NULL,
+        media_type {text} NOT NULL,
+        num_bytes BIGINT NOT NULL,
         PRIMARY KEY (session_id, sha256)
     )""",
-    "CREATE INDEX IF NOT EXISTS blobs_by_content ON blobs (sha256)",
+    "CREATE INDEX blobs_by_content ON blobs (sha256)",
 )
-"""Tables that a store of this version may lack; they are made when it is opened for writing."""
-
-
-_READ_AS_THEY_ARE = (1,)
-"""Older versions whose rows only lack facts whose absence says the same."""
-
-
-def prepare(connection: sqlite3.Connection, name: str) -> None:
-    """Make the tables of an empty store, or those that are missing; `connection` is in autocommit mode.
-
-    `name` is said in errors. A store of an older version is migrated. Raises SchemaMismatch for a newer one, or one
-    that is no ledger.
-    """
-    connection.execute("BEGIN IMMEDIATE")
-    try:
-        if _is_empty(connection):
-            for statement in _TABLES:
-                connection.execute(statement)
-        else:
-            check(connection, name)
-        for statement in _ADDED:
-            connection.execute(statement)
-        connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")  # the older program would misread new rows
-        connection.execute("COMMIT")
-    finally:
-        if connection.in_transaction:
-            connection.execute("ROLLBACK")
-
-
-def check(connection: sqlite3.Connection, name: str) -> None:
-    """Raise SchemaMismatch unless the store has a schema that this program reads."""
-    version = _version(connection)
-    if version not in (*_READ_AS_THEY_ARE, SCHEMA_VERSION):
-        raise SchemaMismatch(
-            f"{name} has ledger schema version {version}, this program reads {SCHEMA_VERSION}; "
-            "use the version of Verbatim that wrote it, or another data folder"
-        )
-
-
-def _version(connection: sqlite3.Connection) -> int:
-    (version,) = connection.execute("PRAGMA user_version").fetchone()
-    return int(version)
-
-
-def _is_empty(connection: sqlite3.Connection) -> bool:
-    (tables,) = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
-    return bool(_version(connection) == 0 and tables == 0)

@@ -1,7 +1,8 @@
 """Routing rows in append-only segment files beside the SQLite store.
 
-A folder holds `routing-00000001.seg`, `routing-00000002.seg`, …; one writer appends to the last. Every record carries
-its own key, lengths and checksum, so that a reader trusts nothing but the bytes and an index can be remade from them:
+A folder holds `routing-00000001.seg`, `routing-00000002.seg`, …; a writer appends to the last, or begins another where
+a writer of another process has that one (it holds a lock on the file for as long). Every record carries its own key,
+lengths and checksum, so that a reader trusts nothing but the bytes and an index can be remade from them:
 
     magic "VRX1" · crc32 u32 · key length u32 · payload length u64 · key (JSON) · payload        (little-endian)
 
@@ -12,15 +13,16 @@ it goes away with its file.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 from gateway.contracts.errors import LedgerCorrupt
+from gateway.ledger.backend import Location
 
 MAX_FILE_BYTES = 256 * 2**20
 
@@ -30,16 +32,8 @@ _MAGIC = b"VRX1"
 _NAME = re.compile(r"routing-(\d{8})\.seg")
 
 
-class Location(NamedTuple):
-    """Where a record lies: file number, byte offset of its header, its bytes with header and key."""
-
-    file: int
-    offset: int
-    num_bytes: int
-
-
 class SegmentFileWriter:
-    """The one appender of a folder of segment files; not thread-safe, used from the ledger's writer thread."""
+    """The appender of a process to a folder of segment files; not thread-safe, used from the ledger's writer thread."""
 
     def __init__(self, folder: Path, *, max_file_bytes: int = MAX_FILE_BYTES) -> None:
         self._folder = folder
@@ -73,10 +67,10 @@ class SegmentFileWriter:
             self._unsynced = False
 
     def remove_files(self, is_used: Callable[[int], bool]) -> None:
-        """Delete the files whose number `is_used` denies; the one being written stays."""
+        """Delete the files whose number `is_used` denies; those being written stay, here or in another process."""
         for number in _numbers(self._folder) - {self._number}:
             if not is_used(number):
-                _path(self._folder, number).unlink()
+                _remove_unless_held(_path(self._folder, number))
 
     def close(self) -> None:
         """Flush and close; repeating it is fine."""
@@ -94,21 +88,65 @@ class SegmentFileWriter:
         return self._descriptor
 
     def _open_last(self) -> None:
-        self._descriptor = os.open(_path(self._folder, self._number), os.O_WRONLY | os.O_APPEND)
-        self._end = os.fstat(self._descriptor).st_size
+        """Go on with the last file, unless another process does, or has deleted it."""
+        try:
+            descriptor = os.open(_path(self._folder, self._number), os.O_WRONLY | os.O_APPEND)
+        except FileNotFoundError:
+            return
+        if _hold(descriptor):
+            self._descriptor = descriptor
+            self._end = os.fstat(descriptor).st_size
 
     def _open_next(self) -> None:
         self.close()
-        path = _path(self._folder, self._number + 1)
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o644)
-        self._number += 1
+        number = max(self._number, *_numbers(self._folder), 0)
+        while self._descriptor is None:
+            number += 1
+            self._descriptor = _made(_path(self._folder, number))
+        self._number = number
         self._end = 0
         sync_folder(self._folder)  # the new name must be as durable as what will be written under it
 
 
+def _made(path: Path) -> int | None:
+    """A new file's descriptor, held; None if another process was faster."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o644)
+    except FileExistsError:
+        return None
+    return descriptor if _hold(descriptor) else None
+
+
+def _hold(descriptor: int) -> bool:
+    """Take a file for this process's appends; if another process has it or has just deleted it, close it instead."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return False
+    if os.fstat(descriptor).st_nlink == 0:
+        os.close(descriptor)
+        return False
+    return True
+
+
+def _remove_unless_held(path: Path) -> None:
+    try:
+        descriptor = os.open(path, os.O_WRONLY)
+    except FileNotFoundError:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink(missing_ok=True)
+    except BlockingIOError:
+        return
+    finally:
+        os.close(descriptor)
+
+
 def read_record(folder: Path, location: Location, *, name: str) -> tuple[bytes, memoryview]:
     """Key and payload of one record. `name` (session and turn) is said in errors; raises LedgerCorrupt."""
-    path = _path(folder, location.file)
+    path = _path(folder, int(location.file))
     where = f"{name}: routing rows in {path.name} at byte {location.offset}"
     try:
         with path.open("rb") as stream:

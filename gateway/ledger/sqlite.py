@@ -1,405 +1,235 @@
 """The embedded ledger: SQLite (WAL, synchronous=FULL) for rows, segment files for routing rows, one folder, no server.
 
-    data/ledger.lock      held by the one process that writes; its pid inside
+    data/ledger.lock      held by the one gateway that writes; its pid inside
     data/ledger.sqlite    sessions, turns, finishes, leases, policies
     data/routing/*.seg    routing rows (segments_file.py)
     data/blobs/*          images and other bytes that messages refer to (blobs.py)
 
-Writes go through one thread that commits in groups (writer.py); reads run on connections of their own in a small pool.
-Nothing here blocks the event loop, and nothing is kept in memory that is not on disk.
+While one gateway hands over to the next, both write: the lock's descriptor is passed on, SQLite lets one transaction
+write at a time, and each process appends to a segment file of its own.
 """
 
 from __future__ import annotations
 
-import asyncio
 import fcntl
-import math
 import os
-import queue
 import sqlite3
-import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple, Self, TypeVar
+from typing import Self
 
-from gateway.contracts.errors import (
-    ConfigurationError,
-    Conflict,
-    InvalidRequest,
-    LedgerCorrupt,
-    LedgerError,
-    NotFound,
-    SessionSealed,
-)
-from gateway.contracts.experts import RoutedExperts
-from gateway.contracts.media import Blob
-from gateway.contracts.records import FinishRecord, SessionRecord, TurnRecord
-from gateway.contracts.rollouts import FeedCounts, Lease
-from gateway.ledger import leases, rows, schema
+from gateway.contracts.errors import ConfigurationError, LedgerCorrupt, LedgerError, VerbatimError
+from gateway.ledger import migration
+from gateway.ledger.backend import Connection, Location, Rows, Value
 from gateway.ledger.blobs import BlobFiles
-from gateway.ledger.segments_file import Location, SegmentFileWriter, read_record, sync_folder
-from gateway.ledger.writer import GroupCommitWriter, Operation, translate
+from gateway.ledger.segments_file import SegmentFileWriter, read_record, sync_folder
+from gateway.ledger.store import SqlLedger
 
-Result = TypeVar("Result")
-
-_NUM_READERS = 4
-_BUSY_TIMEOUT_SECONDS = 10.0
-_TURN_COLUMNS = ", ".join(rows.TurnRow._fields)
+_BUSY_TIMEOUT_SECONDS = 30.0
 
 
-class _Writing(NamedTuple):
-    lock: int
-    routing: SegmentFileWriter
-
-
-class SqliteLedger:
+class SqliteLedger(SqlLedger):
     """`gateway.contracts.ports.Ledger` on a local disk; make it with `open`, end it with `aclose`."""
 
-    def __init__(self, data: Path, writing: _Writing | None) -> None:
-        """Use `open`; `writing` is None for reading only."""
-        self._data = data
-        self._writing = writing
-        self._closed = False
-        self._space_was_freed = True  # after a crash files may be left that no row points at
-        self._blobs = BlobFiles(data / "blobs")
-        self._freed_blobs: set[str] = set() if writing is None else set(self._blobs.stored())
-        self._readers = ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="ledger-reader")
-        self._idle: queue.SimpleQueue[sqlite3.Connection] = queue.SimpleQueue()
-        for _ in range(_NUM_READERS):
-            self._idle.put(_connect(_store(data), read_only=True))
-        self._writer: GroupCommitWriter | None = None
-        if writing is not None:
-            connection = _connect(_store(data), read_only=False)
-            self._writer = GroupCommitWriter(connection, flush=writing.routing.flush, after_commit=self._free_space)
+    def __init__(self, backend: SqliteBackend) -> None:
+        """Use `open`."""
+        super().__init__(backend)
+        self._files = backend
 
     @classmethod
-    def open(cls, data: Path, *, read_only: bool = False) -> Self:
+    def open(cls, data: Path, *, read_only: bool = False, lock: int | None = None) -> Self:
         """Open or make the ledger in folder `data`; blocks for a moment.
 
         `read_only` takes no lock and makes nothing, so that another program can look while a gateway runs.
+        `lock`: a descriptor of the folder's lock (`lock_descriptor`) that the process which holds it has passed on; it
+        belongs to this ledger then, and the other one may go on writing. Such a ledger starts out as `shared`.
         Raises ConfigurationError if the folder cannot be used or another process writes to it, SchemaMismatch for a
         store of another version, LedgerCorrupt for one that cannot be read.
         """
+        return cls(SqliteBackend.open(data, read_only=read_only, lock=lock))
+
+    @property
+    def lock_descriptor(self) -> int | None:
+        """What a process that takes over needs (None when open for reading only); it stays this ledger's to close."""
+        return self._files.lock
+
+    def share(self, shared: bool) -> None:
+        """Say whether another process writes too, from now on (`shared`)."""
+        self._files.shared = shared
+
+
+class SqliteConnection:
+    """`gateway.ledger.backend.Connection` on a SQLite file."""
+
+    def __init__(self, raw: sqlite3.Connection) -> None:
+        """`raw` in autocommit mode, usable by any thread (one at a time, which the callers see to)."""
+        self._raw = raw
+
+    @property
+    def in_transaction(self) -> bool:
+        return self._raw.in_transaction
+
+    def begin(self) -> None:
+        self._raw.execute("BEGIN IMMEDIATE")
+
+    def commit(self) -> None:
+        self._raw.execute("COMMIT")
+
+    def rollback(self) -> None:
+        if self._raw.in_transaction:
+            self._raw.execute("ROLLBACK")
+
+    def execute(self, sql: str, parameters: Sequence[Value] = ()) -> Rows:
+        return self._raw.execute(sql, parameters)
+
+    def executemany(self, sql: str, parameters: Iterable[Sequence[Value]]) -> None:
+        self._raw.executemany(sql, parameters)
+
+    def lock(self, name: str) -> None:
+        """Nothing to do: `begin` waits until no other transaction writes."""
+
+    def close(self) -> None:
+        self._raw.close()
+
+
+class SegmentFiles:
+    """`gateway.ledger.backend.ArrayStore` on a folder of segment files."""
+
+    before_transaction = False
+
+    def __init__(self, folder: Path, writer: SegmentFileWriter | None) -> None:
+        """`writer` is None for reading only."""
+        self._folder = folder
+        self._writer = writer
+
+    def append(self, key: bytes, payload: bytes) -> Location:
+        """Store one record; durable after `flush`. Raises OSError."""
+        assert self._writer is not None
+        return self._writer.append(key, payload)
+
+    def flush(self) -> None:
+        """Make durable what was appended."""
+        if self._writer is not None:
+            self._writer.flush()
+
+    def read(self, location: Location, *, name: str) -> tuple[bytes, memoryview]:
+        """Key and payload; raises LedgerCorrupt saying `name`."""
+        return read_record(self._folder, location, name=name)
+
+    def remove_files(self, is_used: Callable[[int], bool]) -> None:
+        """Delete the files whose number `is_used` denies and that nobody appends to."""
+        if self._writer is not None:
+            self._writer.remove_files(is_used)
+
+    def close(self) -> None:
+        """Flush and close."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+class SqliteBackend:
+    """`gateway.ledger.backend.Backend` in a folder; make it with `open`."""
+
+    failures = (sqlite3.Error, OSError)
+
+    def __init__(self, data: Path, *, lock: int | None, routing: SegmentFileWriter | None, shared: bool) -> None:
+        """Use `open`; without a lock it is for reading only."""
+        self.shared = shared
+        self._data = data
+        self._lock = lock
+        self._arrays = SegmentFiles(data / "routing", routing)
+        self._blobs = BlobFiles(data / "blobs")
+
+    @classmethod
+    def open(cls, data: Path, *, read_only: bool, lock: int | None) -> Self:
+        """As `SqliteLedger.open`."""
         if read_only:
             if not _store(data).is_file():
                 raise ConfigurationError(f"{data}: holds no ledger")
-            _prepare(data, schema.check)
-            return cls(data, None)
-        lock = _lock_folder(data)
+            _prepare(data, migration.check)
+            return cls(data, lock=None, routing=None, shared=False)
+        handed_over = lock is not None
+        held = _lock_folder(data) if lock is None else lock
         try:
-            _prepare(data, schema.prepare)
-            return cls(data, _Writing(lock, _open_files(data)))
+            _prepare(data, lambda raw, name: migration.prepare(raw, name, migrate=not handed_over))
+            os.ftruncate(held, 0)
+            os.pwrite(held, str(os.getpid()).encode(), 0)
+            routing = _open_files(data, alone=not handed_over)
+            return cls(data, lock=held, routing=routing, shared=handed_over)
         except BaseException:
-            os.close(lock)
+            if not handed_over:
+                os.close(held)
             raise
 
-    # ---- sessions and turns ----
+    @property
+    def name(self) -> str:
+        """The folder."""
+        return str(self._data)
 
-    async def create_session(self, session: SessionRecord) -> SessionRecord:
-        """Store a session; an equal one (`created_at` aside) is returned as it is stored, another one is a Conflict."""
-        for name, text in (("session_id", session.session_id), ("group", session.group or "")):
-            _check_text(name, text)
+    @property
+    def read_only(self) -> bool:
+        """Whether it was opened without a lock."""
+        return self._lock is None
 
-        def create(connection: sqlite3.Connection) -> SessionRecord:
-            stored = _session(connection, session.session_id)
-            if stored is None:
-                connection.execute("INSERT INTO sessions VALUES (?, ?, ?, ?, ?, ?)", rows.session_row(session))
-                return session
-            if not rows.same_session(stored, session):
-                raise Conflict(f"session {session.session_id} exists already with other properties")
-            return stored
+    @property
+    def lock(self) -> int | None:
+        """The descriptor of the folder's lock."""
+        return self._lock
 
-        return await self._write(create)
+    @property
+    def arrays(self) -> SegmentFiles:
+        """Routing rows."""
+        return self._arrays
 
-    async def session(self, session_id: str) -> SessionRecord | None:
-        """The session, or None."""
-        return await self._read(lambda connection: _session(connection, session_id))
+    @property
+    def blobs(self) -> BlobFiles:
+        """Contents by their sha256."""
+        return self._blobs
 
-    async def sessions(
-        self, *, labels: Mapping[str, str] | None = None, limit: int = 100, after: str | None = None
-    ) -> Sequence[SessionRecord]:
-        """Sessions that carry all of `labels`, in order of id, starting after `after`."""
-        clause, values = leases.label_filter(labels or {})
-        query = (
-            "SELECT s.session_id, s.facts, s.checksum FROM sessions s "
-            f"WHERE s.session_id > ?{clause} ORDER BY s.session_id LIMIT ?"
-        )
-        parameters = [after or "", *values, limit]
-        return await self._read(
-            lambda connection: [rows.read_session(*row) for row in connection.execute(query, parameters)]
-        )
+    def connect(self, *, read_only: bool) -> SqliteConnection:
+        """Another connection to the file."""
+        return SqliteConnection(_connect(_store(self._data), read_only=read_only))
 
-    async def append_turn(self, turn: TurnRecord, experts: RoutedExperts | None) -> None:
-        """Store one turn and its routing rows; the same turn again is a no-op.
+    def translate(self, error: Exception) -> VerbatimError:
+        """SQLite's and the system's errors as ours."""
+        return translate(error)
 
-        Raises SessionSealed, NotFound (no such session), Conflict (the turn id is taken by another content, or its
-        parent is not recorded), ExpertsMismatch (the rows are not those that the turn's record speaks of).
+    def met_another(self, error: Exception) -> bool:
+        """Never: a transaction that writes has the file for itself."""
+        return False
+
+    def unclaimed_blobs(self) -> Sequence[str]:
+        """All that are there."""
+        return self._blobs.stored()
+
+    def free_space(self, connection: Connection, blobs: Iterable[str]) -> None:
+        """Remove segment files without a row, and those of `blobs` to which no session refers.
+
+        In a transaction, so that no other process is between looking for a file and writing the row that needs it.
         """
-        routing = rows.check_experts(turn, experts)
-        row = rows.turn_row(turn)
-
-        def append(connection: sqlite3.Connection) -> None:
-            if _is_stored(connection, row):
-                return
-            _check_open(connection, turn.session_id)
-            _check_parent(connection, turn)
-            location = (None, None, None) if routing is None else self._append_routing(turn, routing)
-            connection.execute(
-                f"INSERT INTO turns ({_TURN_COLUMNS}, experts_file, experts_offset, experts_bytes, delivered_at) "
-                f"VALUES ({', '.join('?' * (len(row) + 4))})",
-                (*row, *location, turn.delivered_at),
-            )
-
-        await self._write(append)
-
-    async def mark_delivered(self, session_id: str, turn_id: str, delivered_at: float) -> None:
-        """Note when a turn's reply left (the latest time wins); raises NotFound for an unknown turn."""
-
-        def mark(connection: sqlite3.Connection) -> None:
-            marked = connection.execute(
-                "UPDATE turns SET delivered_at = ? WHERE session_id = ? AND turn_id = ?",
-                (delivered_at, session_id, turn_id),
-            )
-            if not marked.rowcount:
-                raise NotFound(f"session {session_id} has no turn {turn_id}")
-
-        await self._write(mark)
-
-    async def turns(self, session_id: str) -> Sequence[TurnRecord]:
-        """All turns of a session in order of `index`; empty for an unknown session or a dropped rollout."""
-        query = f"SELECT {_TURN_COLUMNS}, delivered_at FROM turns WHERE session_id = ? ORDER BY turn_index, rowid"
-        return await self._read(
-            lambda connection: [
-                rows.read_turn(rows.TurnRow(*columns), delivered_at)
-                for *columns, delivered_at in connection.execute(query, (session_id,))
-            ]
-        )
-
-    async def experts(self, session_id: str, turn_id: str) -> RoutedExperts | None:
-        """The routing rows stored with a turn, None if there are none; raises NotFound, LedgerCorrupt."""
-
-        def read(connection: sqlite3.Connection) -> RoutedExperts | None:
-            location = _routing_location(connection, session_id, turn_id)
-            if location is None:
-                return None
-            try:
-                return _read_routing(self._data / "routing", location, session_id, turn_id)
-            except LedgerCorrupt:
-                _routing_location(connection, session_id, turn_id)  # NotFound if the rollout was dropped meanwhile
-                raise
-
-        return await self._read(read)
-
-    async def put_blob(self, session_id: str, blob: Blob) -> None:
-        """Keep a content for a session, in a file that equal contents of all sessions share; again is a no-op.
-
-        Raises NotFound for an unknown session, SessionSealed for a finished one.
-        """
-        if await self._read(lambda connection: _blob_type(connection, session_id, blob.sha256)) is not None:
-            return
-        if self._writing is not None:  # not in the writer's thread: megabytes would hold everybody's commits
-            await asyncio.to_thread(_translated, lambda: self._blobs.write(blob))
-
-        def hold(connection: sqlite3.Connection) -> None:
-            _check_open(connection, session_id)
-            if not self._blobs.has(blob.sha256):  # nobody held it until now, so it may just have been cleared away
-                self._blobs.write(blob)
-            connection.execute(
-                "INSERT OR IGNORE INTO blobs VALUES (?, ?, ?, ?)",
-                (session_id, blob.sha256, blob.media_type, len(blob.content)),
-            )
-
-        await self._write(hold)
-
-    async def blob(self, session_id: str, sha256: str) -> Blob | None:
-        """A content that the session refers to, None if it refers to no such; raises LedgerCorrupt."""
-
-        def read(connection: sqlite3.Connection) -> Blob | None:
-            media_type = _blob_type(connection, session_id, sha256)
-            if media_type is None:
-                return None
-            try:
-                return Blob(sha256, media_type, self._blobs.read(sha256, name=f"session {session_id}"))
-            except LedgerCorrupt:
-                if _blob_type(connection, session_id, sha256) is None:  # dropped meanwhile
-                    return None
-                raise
-
-        return await self._read(read)
-
-    async def finish(self, finish: FinishRecord) -> FinishRecord:
-        """Seal a session; an equal repetition (times and snapshot aside) returns the first record, another one is a
-        Conflict. Raises NotFound for an unknown session, InvalidRequest for a reward that is no number."""
-        if finish.reward is not None and not math.isfinite(finish.reward):
-            raise InvalidRequest(f"reward is {finish.reward}; give a finite number, or null where there is none")
-        _check_text("outcome", finish.outcome)
-
-        def seal(connection: sqlite3.Connection) -> FinishRecord:
-            stored = _finish(connection, finish.session_id)
-            if stored is None:
-                return _seal(connection, finish)
-            if not rows.same_finish(stored, finish):
-                raise Conflict(f"session {finish.session_id} was finished already with another reward or outcome")
-            return stored
-
-        return await self._write(seal)
-
-    async def finish_record(self, session_id: str) -> FinishRecord | None:
-        """How the session ended, or None while it is open."""
-        return await self._read(lambda connection: _finish(connection, session_id))
-
-    async def delete_session(self, session_id: str) -> None:
-        """Forget a session; Conflict while its finished rollout was neither acknowledged nor dropped; NotFound."""
-
-        def delete(connection: sqlite3.Connection) -> None:
-            if _session(connection, session_id) is None:
-                raise NotFound(f"no session {session_id}")
-            finish = _finish(connection, session_id)
-            if finish is not None and finish.dropped_at is None and not _is_acknowledged(connection, session_id):
-                raise Conflict(f"session {session_id} is in the feed: acknowledge or drop its rollout first")
-            for table in ("sessions", "turns", "finishes", "holdings"):
-                connection.execute(f"DELETE FROM {table} WHERE session_id = ?", (session_id,))
-            self._let_go_of_blobs(connection, session_id)
-            self._space_was_freed = True
-
-        await self._write(delete)
-
-    # ---- the feed ----
-
-    async def lease(
-        self,
-        *,
-        consumer: str,
-        limit: int,
-        lease_seconds: float,
-        whole_groups: bool,
-        labels: Mapping[str, str] | None,
-        now: float,
-    ) -> Lease | None:
-        """Lend finished rollouts as the Protocol says; polling an empty feed costs a read, no write."""
-        _check_text("consumer", consumer)
-        if limit < 1 or lease_seconds <= 0:
-            raise InvalidRequest(f"limit is {limit} and lease_seconds {lease_seconds}; both must be positive")
-        wanted = leases.Selection(consumer, limit, whole_groups, labels or {}, now)
-        if not await self._read(lambda connection: leases.select_rollouts(connection, wanted)):
-            return None
-        return await self._write(partial(leases.lend, wanted=wanted, lease_seconds=lease_seconds))
-
-    async def acknowledge(self, lease_id: str) -> Sequence[str]:
-        """Mark a lease's rollouts as consumed; NotFound, or Conflict if it was released or lent anew since."""
-        return await self._write(partial(leases.acknowledge, lease_id=lease_id))
-
-    async def release(self, lease_id: str) -> None:
-        """Give a lease's rollouts back at once."""
-        await self._write(partial(leases.release, lease_id=lease_id))
-
-    async def release_consumer(self, consumer: str) -> int:
-        """Give back all that a consumer holds; returns how many rollouts (those of expired leases too)."""
-        return await self._write(partial(leases.release_consumer, consumer=consumer))
-
-    async def drop_rollout(self, session_id: str, snapshot: str) -> None:
-        """Free a rollout's turns, routing rows and blobs, keep its session and finish; repeating it is fine.
-
-        Raises NotFound if it is not finished, Conflict for another snapshot.
-        """
-
-        def drop(connection: sqlite3.Connection) -> None:
-            finish = _finish(connection, session_id)
-            if finish is None:
-                raise NotFound(f"session {session_id} has no finished rollout")
-            if finish.snapshot != snapshot:
-                raise Conflict(f"rollout {session_id} has snapshot {finish.snapshot}, not {snapshot}")
-            if finish.dropped_at is None:
-                connection.execute("DELETE FROM turns WHERE session_id = ?", (session_id,))
-                connection.execute("UPDATE finishes SET dropped_at = ? WHERE session_id = ?", (time.time(), session_id))
-                self._let_go_of_blobs(connection, session_id)
-                self._space_was_freed = True
-
-        await self._write(drop)
-
-    async def counts(self, consumer: str, now: float) -> FeedCounts:
-        """Back-pressure figures; `finished - leased - acknowledged` rollouts are free for this consumer."""
-        return await self._read(lambda connection: leases.counts(connection, consumer, now))
-
-    # ---- policies ----
-
-    async def set_policy(self, policy_version: int, weight_version: str) -> None:
-        """Remember what a label means; the latest meaning wins."""
-        await self._write(
-            lambda connection: connection.execute(
-                "INSERT OR REPLACE INTO policies VALUES (?, ?)", (weight_version, policy_version)
-            ).close()
-        )
-
-    async def policies(self) -> Mapping[str, int]:
-        """All remembered labels and their policy versions."""
-        return await self._read(
-            lambda connection: dict(connection.execute("SELECT weight_version, policy_version FROM policies"))
-        )
-
-    async def aclose(self) -> None:
-        """Commit what is queued, close everything, give up the lock; repeating it is fine."""
-        if not self._closed:
-            self._closed = True
-            await asyncio.to_thread(self._close)
-
-    # ---- threads ----
-
-    async def _write(self, operation: Operation[Result]) -> Result:
-        if self._writer is None:
-            raise LedgerError(f"{self._data}: this ledger was opened for reading only")
-        return await asyncio.wrap_future(self._writer.submit(operation))
-
-    async def _read(self, query: Callable[[sqlite3.Connection], Result]) -> Result:
-        if self._closed:
-            raise LedgerError("the ledger is closed")
-        return await asyncio.get_running_loop().run_in_executor(self._readers, self._run_query, query)
-
-    def _run_query(self, query: Callable[[sqlite3.Connection], Result]) -> Result:
-        connection = self._idle.get()  # never waits: there are as many connections as threads
-        try:
-            return query(connection)
-        except (sqlite3.Error, OSError) as error:
-            raise translate(error) from error
-        finally:
-            self._idle.put(connection)
-
-    def _close(self) -> None:
-        if self._writer is not None and self._writing is not None:
-            self._writer.close()
-            self._writing.routing.close()
-        self._readers.shutdown(wait=True)
-        while not self._idle.empty():
-            self._idle.get().close()
-        if self._writing is not None:
-            os.close(self._writing.lock)
-
-    # ---- in the writer's thread ----
-
-    def _append_routing(self, turn: TurnRecord, experts: RoutedExperts) -> Location:
-        assert self._writing is not None
-        key = _routing_key(turn.session_id, turn.turn_id) | rows.experts_facts(experts)
-        return self._writing.routing.append(rows.encode_json(key), rows.experts_bytes(experts))
-
-    def _let_go_of_blobs(self, connection: sqlite3.Connection, session_id: str) -> None:
-        """Files go after the commit, those that no other session refers to."""
-        held = connection.execute("SELECT sha256 FROM blobs WHERE session_id = ?", (session_id,))
-        self._freed_blobs.update(sha256 for (sha256,) in held)
-        connection.execute("DELETE FROM blobs WHERE session_id = ?", (session_id,))
-
-    def _free_space(self, connection: sqlite3.Connection) -> None:
-        if not self._space_was_freed:
-            return
-        assert self._writing is not None
-        query = "SELECT 1 FROM turns WHERE experts_file = ? LIMIT 1"
-        self._writing.routing.remove_files(lambda number: connection.execute(query, (number,)).fetchone() is not None)
-        while self._freed_blobs:
-            sha256 = self._freed_blobs.pop()
-            if connection.execute("SELECT 1 FROM blobs WHERE sha256 = ? LIMIT 1", (sha256,)).fetchone() is None:
+        used = "SELECT 1 FROM turns WHERE experts_file = ? LIMIT 1"
+        held = "SELECT 1 FROM blobs WHERE sha256 = ? LIMIT 1"
+        connection.begin()
+        self._arrays.remove_files(lambda number: connection.execute(used, (number,)).fetchone() is not None)
+        for sha256 in blobs:
+            if connection.execute(held, (sha256,)).fetchone() is None:
                 self._blobs.remove(sha256)
-        self._space_was_freed = False
+        connection.rollback()  # nothing was written
+
+    def close(self) -> None:
+        """Close the files and give up the lock, unless another process has it too."""
+        self._arrays.close()
+        if self._lock is not None:
+            os.close(self._lock)
+
+
+def translate(error: Exception) -> VerbatimError:
+    """SQLite's and the system's errors as ours; ours as they are."""
+    if isinstance(error, VerbatimError):
+        return error
+    if type(error) is sqlite3.DatabaseError:  # SQLITE_CORRUPT and SQLITE_NOTADB; every other code has a subclass
+        return LedgerCorrupt(f"the ledger's SQLite file is damaged: {error}")
+    return LedgerError(f"the ledger cannot be used: {error}")
 
 
 def _store(data: Path) -> Path:
@@ -407,7 +237,7 @@ def _store(data: Path) -> Path:
 
 
 def _lock_folder(data: Path) -> int:
-    """The descriptor that holds the folder's lock for as long as it is open."""
+    """The descriptor that holds the folder's lock for as long as it, or a copy of it, is open."""
     try:
         data.mkdir(parents=True, exist_ok=True)
         lock = os.open(data / "ledger.lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -415,8 +245,6 @@ def _lock_folder(data: Path) -> int:
         raise ConfigurationError(f"{data}: cannot be used as data folder ({error.strerror})") from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(lock, 0)
-        os.write(lock, str(os.getpid()).encode())
     except BlockingIOError as error:
         holder = os.pread(lock, 32, 0).decode() or "unknown"
         os.close(lock)
@@ -429,11 +257,15 @@ def _lock_folder(data: Path) -> int:
     return lock
 
 
-def _open_files(data: Path) -> SegmentFileWriter:
-    """The routing rows' writer, and the blobs' folder; the names of new files become durable here too."""
+def _open_files(data: Path, *, alone: bool) -> SegmentFileWriter:
+    """The routing rows' writer, and the blobs' folder; the names of new files become durable here too.
+
+    alone: nobody else writes here, so that what is half-written was left by a crash.
+    """
     try:
         routing = SegmentFileWriter(data / "routing")
-        BlobFiles(data / "blobs").prepare()
+        if alone:
+            BlobFiles(data / "blobs").prepare()
         sync_folder(data)
     except OSError as error:
         raise ConfigurationError(f"{data}: cannot be used as data folder ({error.strerror})") from error
@@ -443,7 +275,7 @@ def _open_files(data: Path) -> SegmentFileWriter:
 def _prepare(data: Path, step: Callable[[sqlite3.Connection, str], None]) -> None:
     path = _store(data)
     try:
-        connection = _connect(path, read_only=step is schema.check)
+        connection = _connect(path, read_only=step is migration.check)
     except sqlite3.OperationalError as error:
         raise ConfigurationError(f"{path}: cannot be opened ({error})") from error
     except sqlite3.DatabaseError as error:
@@ -457,7 +289,6 @@ def _prepare(data: Path, step: Callable[[sqlite3.Connection, str], None]) -> Non
 
 
 def _connect(path: Path, *, read_only: bool) -> sqlite3.Connection:
-    """An autocommit connection that any thread may use (one at a time, which the callers see to)."""
     connection = sqlite3.connect(path, timeout=_BUSY_TIMEOUT_SECONDS, isolation_level=None, check_same_thread=False)
     try:
         if not read_only:
@@ -469,103 +300,3 @@ def _connect(path: Path, *, read_only: bool) -> sqlite3.Connection:
         connection.close()
         raise
     return connection
-
-
-def _check_text(name: str, text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidRequest(f"{name} is not valid Unicode text ({error.reason})") from error
-
-
-def _session(connection: sqlite3.Connection, session_id: str) -> SessionRecord | None:
-    query = "SELECT session_id, facts, checksum FROM sessions WHERE session_id = ?"
-    row = connection.execute(query, (session_id,)).fetchone()
-    return None if row is None else rows.read_session(*row)
-
-
-def _finish(connection: sqlite3.Connection, session_id: str) -> FinishRecord | None:
-    query = "SELECT session_id, facts, checksum, dropped_at FROM finishes WHERE session_id = ?"
-    row = connection.execute(query, (session_id,)).fetchone()
-    return None if row is None else rows.read_finish(*row)
-
-
-def _is_stored(connection: sqlite3.Connection, row: rows.TurnRow) -> bool:
-    stored = connection.execute(
-        "SELECT checksum FROM turns WHERE session_id = ? AND turn_id = ?", (row.session_id, row.turn_id)
-    ).fetchone()
-    if stored is not None and stored[0] != row.checksum:
-        raise Conflict(f"session {row.session_id} turn {row.turn_id} is recorded already with another content")
-    return stored is not None
-
-
-def _check_open(connection: sqlite3.Connection, session_id: str) -> None:
-    """Inside the transaction, because finishing races with appending."""
-    if connection.execute("SELECT 1 FROM sessions WHERE session_id = ?", (session_id,)).fetchone() is None:
-        raise NotFound(f"no session {session_id}")
-    if connection.execute("SELECT 1 FROM finishes WHERE session_id = ?", (session_id,)).fetchone() is not None:
-        raise SessionSealed(f"session {session_id} is finished; open another session")
-
-
-def _check_parent(connection: sqlite3.Connection, turn: TurnRecord) -> None:
-    parent_id = turn.attachment.parent_id
-    if parent_id is None:
-        return
-    found = connection.execute("SELECT 1 FROM turns WHERE session_id = ? AND turn_id = ?", (turn.session_id, parent_id))
-    if found.fetchone() is None:
-        raise Conflict(f"session {turn.session_id} turn {turn.index}: its parent {parent_id} is not recorded")
-
-
-def _seal(connection: sqlite3.Connection, finish: FinishRecord) -> FinishRecord:
-    if _session(connection, finish.session_id) is None:
-        raise NotFound(f"no session {finish.session_id}")
-    num_tokens, num_trainable = connection.execute(
-        "SELECT coalesce(sum(num_tokens), 0), coalesce(sum(num_trainable_tokens), 0) FROM turns WHERE session_id = ?",
-        (finish.session_id,),
-    ).fetchone()
-    connection.execute(
-        "INSERT INTO finishes VALUES (?, ?, ?, ?, ?, ?, ?, NULL)",
-        (*rows.finish_row(finish), num_tokens, num_trainable),
-    )
-    return finish
-
-
-def _is_acknowledged(connection: sqlite3.Connection, session_id: str) -> bool:
-    query = "SELECT 1 FROM holdings WHERE session_id = ? AND acknowledged = 1"
-    return connection.execute(query, (session_id,)).fetchone() is not None
-
-
-def _routing_location(connection: sqlite3.Connection, session_id: str, turn_id: str) -> Location | None:
-    query = "SELECT experts_file, experts_offset, experts_bytes FROM turns WHERE session_id = ? AND turn_id = ?"
-    row = connection.execute(query, (session_id, turn_id)).fetchone()
-    if row is None:
-        raise NotFound(f"session {session_id} has no turn {turn_id}")
-    return None if row[0] is None else Location(*row)
-
-
-def _blob_type(connection: sqlite3.Connection, session_id: str, sha256: str) -> str | None:
-    """The media type of a content that a session refers to, None if it does not."""
-    query = "SELECT media_type FROM blobs WHERE session_id = ? AND sha256 = ?"
-    row = connection.execute(query, (session_id, sha256)).fetchone()
-    return None if row is None else str(row[0])
-
-
-def _translated(work: Callable[[], None]) -> None:
-    """Run what writes files; the system's errors as ours."""
-    try:
-        work()
-    except OSError as error:
-        raise translate(error) from error
-
-
-def _routing_key(session_id: str, turn_id: str) -> dict[str, object]:
-    return {"session_id": session_id, "turn_id": turn_id}
-
-
-def _read_routing(folder: Path, location: Location, session_id: str, turn_id: str) -> RoutedExperts:
-    name = f"session {session_id} turn {turn_id}"
-    key, payload = read_record(folder, location, name=name)
-    facts = rows.decode_json(key)
-    if _routing_key(facts["session_id"], facts["turn_id"]) != _routing_key(session_id, turn_id):
-        raise LedgerCorrupt(f"{name}: its routing rows belong to session {facts['session_id']} turn {facts['turn_id']}")
-    return rows.read_experts(facts, payload)

@@ -9,19 +9,30 @@ fails takes its whole batch with it, and nothing of that batch is stored.
 from __future__ import annotations
 
 import queue
-import sqlite3
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
-from gateway.contracts.errors import LedgerCorrupt, LedgerError, VerbatimError
+from gateway.contracts.errors import LedgerError, VerbatimError
+from gateway.ledger.backend import Connection
 
 Result = TypeVar("Result")
-Operation: TypeAlias = Callable[[sqlite3.Connection], Result]
-"""Runs in the writer thread, inside a transaction; what it returns is the future's result."""
+Operation: TypeAlias = Callable[[Connection], Result]
+"""Runs in the writer thread, inside a transaction; what it returns is the future's result. It may run several times,
+each time on what the store holds then, and only what the last run did is stored."""
 
 _MAX_BATCH = 512
+_MAX_TRIES_ALONE = 5
+
+
+class StoreFailures(NamedTuple):
+    """How a store fails: what it raises besides VerbatimError, how that reads as ours, and whether it only met another
+    process (`gateway.ledger.backend.Backend`)."""
+
+    errors: tuple[type[Exception], ...]
+    translate: Callable[[Exception], VerbatimError]
+    met_another: Callable[[Exception], bool]
 
 
 class _Waiting(NamedTuple):
@@ -30,16 +41,23 @@ class _Waiting(NamedTuple):
 
 
 class GroupCommitWriter:
-    """Owns `connection` (autocommit mode) until `close`, which it also closes.
+    """Owns `connection` until `close`, which it also closes.
 
-    flush: makes durable what operations wrote beside the store; called before each commit.
-    after_commit: housekeeping after each commit that changed something; its failure is nobody's.
+    failures: of the store. flush: makes durable what operations wrote beside the store; called before each commit.
+    after_commit: housekeeping after each commit, outside of a transaction; its failure is nobody's.
     """
 
     def __init__(
-        self, connection: sqlite3.Connection, *, flush: Callable[[], None], after_commit: Operation[None]
+        self,
+        connection: Connection,
+        *,
+        failures: StoreFailures,
+        flush: Callable[[], None],
+        after_commit: Callable[[Connection], None],
     ) -> None:
         self._connection = connection
+        self._failures = failures
+        self._fatal: tuple[type[Exception], ...] = (*failures.errors, LedgerError)  # to a whole batch
         self._flush = flush
         self._after_commit = after_commit
         self._queue: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
@@ -89,64 +107,71 @@ class GroupCommitWriter:
             batch.append(waiting)
         return batch
 
-    def _commit(self, batch: list[_Waiting]) -> None:
+    def _commit(self, batch: Sequence[_Waiting]) -> None:
         running = [waiting for waiting in batch if waiting.future.set_running_or_notify_cancel()]
+        failure = self._try(running)
+        if failure is not None:
+            for waiting in running:
+                if self._failures.met_another(failure):
+                    self._commit_alone(waiting)
+                else:
+                    waiting.future.set_exception(self._failures.translate(failure))
+        self._keep_house()
+
+    def _commit_alone(self, waiting: _Waiting) -> None:
+        """What failed in company because of another process, until it meets nobody."""
+        for tries_left in reversed(range(_MAX_TRIES_ALONE)):
+            failure = self._try([waiting])
+            if failure is None:
+                return
+            if tries_left == 0 or not self._failures.met_another(failure):
+                waiting.future.set_exception(self._failures.translate(failure))
+                return
+
+    def _try(self, running: Sequence[_Waiting]) -> Exception | None:
+        """Run and commit operations and resolve their futures; or roll all back, resolve none and say why."""
         done: list[tuple[Future[Any], Any]] = []
-        failed: list[tuple[Future[Any], BaseException]] = []
+        failed: list[tuple[Future[Any], Exception]] = []
         try:
-            self._connection.execute("BEGIN IMMEDIATE")
+            self._connection.begin()
             for waiting in running:
                 try:
                     done.append((waiting.future, self._run_alone(waiting.operation)))
-                except VerbatimError as error:
-                    failed.append((waiting.future, error))
+                except self._failures.errors as error:
+                    if self._failures.met_another(error):
+                        raise
+                    failed.append((waiting.future, self._failures.translate(error)))
                 except Exception as error:  # noqa: BLE001  # a bug in one operation belongs to its waiter, not to this thread
                     failed.append((waiting.future, error))
                 if not self._connection.in_transaction:
                     raise LedgerError("the ledger's transaction was rolled back (disk full or failing)")
             self._flush()
-            self._connection.execute("COMMIT")
-        except (sqlite3.Error, OSError, LedgerError) as error:
-            self._roll_back()
-            for waiting in running:
-                waiting.future.set_exception(translate(error))
-            return
+            self._connection.commit()
+        except self._fatal as error:
+            self._connection.rollback()
+            return error
         for future, result in done:
             future.set_result(result)
         for future, reason in failed:
             future.set_exception(reason)
-        self._keep_house()
+        return None
 
     def _run_alone(self, operation: Operation[Any]) -> Any:
         connection = self._connection
         connection.execute("SAVEPOINT operation")
         try:
             result = operation(connection)
-        except BaseException as error:
+        except BaseException:
             if connection.in_transaction:
                 connection.execute("ROLLBACK TO operation")
                 connection.execute("RELEASE operation")
-            if isinstance(error, sqlite3.Error | OSError):
-                raise translate(error) from error
             raise
         connection.execute("RELEASE operation")
         return result
 
-    def _roll_back(self) -> None:
-        if self._connection.in_transaction:
-            self._connection.execute("ROLLBACK")
-
     def _keep_house(self) -> None:
         try:
             self._after_commit(self._connection)
-        except (sqlite3.Error, OSError):
-            return  # only space is at stake; the next commit tries again
-
-
-def translate(error: Exception) -> VerbatimError:
-    """SQLite's and the system's errors as ours; ours as they are."""
-    if isinstance(error, VerbatimError):
-        return error
-    if type(error) is sqlite3.DatabaseError:  # SQLITE_CORRUPT and SQLITE_NOTADB; every other code has a subclass
-        return LedgerCorrupt(f"the ledger's SQLite file is damaged: {error}")
-    return LedgerError(f"the ledger cannot be used: {error}")
+        except self._fatal:
+            self._connection.rollback()
+            return  # only space is at stake; a later commit tries again

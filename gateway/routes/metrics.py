@@ -111,8 +111,8 @@ class GatewayMetrics:
         self._feed.labels("finished").set(counts.finished)
         self._feed.labels("leased").set(counts.leased)
         self._feed.labels("acknowledged").set(counts.acknowledged)
-        self._feed.labels("unleased").set(counts.finished - counts.leased - counts.acknowledged)
-        self._oldest.set(counts.oldest_unleased_seconds)
+        self._feed.labels("unleased").set(counts.unleased)
+        self._oldest.set(counts.oldest_seconds)
         return generate_latest(self._registry)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -112,14 +111,7 @@ class SessionRegistry:
             await _settle(session)
             await session.deliveries_noted()
             session.finish = await self._ledger.finish(
-                FinishRecord(
-                    session_id=session_id,
-                    snapshot=_snapshot(session),
-                    reward=reward,
-                    outcome=outcome,
-                    metadata=metadata,
-                    finished_at=time.time(),
-                )
+                session_id, reward=reward, outcome=outcome, metadata=metadata, finished_at=time.time()
             )
         finally:
             session.closing = False
@@ -191,14 +183,6 @@ async def _settle(session: Session) -> None:
     for turn in running:
         turn.cut(SessionSealed(f"session {session.record.session_id} was finished under this turn"))
     await asyncio.gather(*(turn.settled() for turn in running))
-
-
-def _snapshot(session: Session) -> str:
-    """Names the set of turns that the rollout is made of."""
-    digest = hashlib.sha256(session.record.session_id.encode("utf-8", "surrogatepass"))
-    for turn_id in sorted(record.turn_id for record in session.tree.records):
-        digest.update(turn_id.encode())
-    return digest.hexdigest()[:32]
 
 
 def _same_wish(existing: SessionRecord, wanted: SessionRecord) -> bool:

@@ -67,7 +67,9 @@ async def load_rollout(ledger: Ledger, session_id: str, snapshot: str, pick: Pic
     ConfigurationError (the operator's own pick failed).
     """
     finish = await _readable(ledger, session_id, snapshot)
-    session, (read, experts) = await asyncio.gather(ledger.session(session_id), _read_turns(ledger, session_id))
+    session, (read, experts) = await asyncio.gather(
+        ledger.session(session_id), _read_turns(ledger, session_id, snapshot)
+    )
     turns = sealed_turns(read, finish)
     await _readable(ledger, session_id, snapshot)  # a drop while we read must not pass for a rollout without turns
     if session is None:
@@ -90,9 +92,9 @@ async def load_segments(ledger: Ledger, session_id: str, pick: Pick) -> tuple[Pi
 
 
 async def _read_turns(
-    ledger: Ledger, session_id: str
+    ledger: Ledger, session_id: str, snapshot: str | None = None
 ) -> tuple[Sequence[TurnRecord], Mapping[str, RoutedExperts | None]]:
-    turns = await ledger.turns(session_id)
+    turns = await ledger.turns(session_id, snapshot=snapshot)
     routed = [turn for turn in turns if turn.experts_stop > turn.experts_start]
     rows = await asyncio.gather(*(ledger.experts(session_id, turn.turn_id) for turn in routed))
     return turns, {turn.turn_id: turn_rows for turn, turn_rows in zip(routed, rows, strict=True)}
@@ -119,11 +121,12 @@ def sealed_turns(turns: Sequence[TurnRecord], finish: FinishRecord | None) -> li
 
 
 async def _readable(ledger: Ledger, session_id: str, snapshot: str) -> FinishRecord:
-    finish = await ledger.finish_record(session_id)
+    finish = await ledger.finish_record(session_id, snapshot=snapshot)
     if finish is None:
-        raise NotFound(f"session {session_id} has no finished rollout")
-    if finish.snapshot != snapshot:
-        raise Conflict(f"rollout {session_id} has snapshot {finish.snapshot}, not {snapshot}")
+        latest = await ledger.finish_record(session_id)
+        if latest is None:
+            raise NotFound(f"session {session_id} has no finished rollout")
+        raise Conflict(f"rollout {session_id} has snapshot {latest.snapshot}, not {snapshot}")
     if finish.dropped_at is not None:
         raise NotFound(f"the rollout of session {session_id} was dropped")
     return finish

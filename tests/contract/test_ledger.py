@@ -32,6 +32,7 @@ from gateway.contracts.records import (
     SessionOrigin,
     SessionRecord,
     TurnRecord,
+    snapshot_of,
 )
 from gateway.contracts.rollouts import FeedCounts, Lease
 from gateway.contracts.versions import VersionSpan
@@ -107,15 +108,15 @@ def routing(start: int, stop: int, *, num_layers: int = 2, top_k: int = 2) -> Ro
     return RoutedExperts(generator.integers(0, 8, (stop - start, num_layers, top_k), dtype=np.uint8), start)
 
 
-def a_finish(session_id: str = "s", **changes: JsonValue) -> FinishRecord:
-    record = FinishRecord(session_id, f"snapshot-{session_id}", 1.0, "completed", {"n": 1}, finished_at=10.0)
-    return replace(record, **changes)
+async def finish(ledger: Ledger, session_id: str = "s", **changes: JsonValue) -> FinishRecord:
+    said = {"reward": 1.0, "outcome": "completed", "metadata": {"n": 1}, "finished_at": 10.0} | changes
+    return await ledger.finish(session_id, **said)
 
 
 async def finished(ledger: Ledger, session_id: str, *, at: float = 10.0, **properties: JsonValue) -> None:
     await ledger.create_session(a_session(session_id, **properties))
     await ledger.append_turn(a_turn(session_id), None)
-    await ledger.finish(a_finish(session_id, finished_at=at))
+    await finish(ledger, session_id, finished_at=at)
 
 
 async def lease(
@@ -158,7 +159,7 @@ async def test_what_was_stored_is_read_back_equal_after_reopening(reopen: Callab
     await ledger.create_session(session)
     await ledger.append_turn(turns[0], None)
     await ledger.append_turn(turns[1], rows)
-    await ledger.finish(a_finish(reward=None))
+    ended = await finish(ledger, reward=None)
     await ledger.set_policy(4, "w-4")
     await ledger.aclose()
 
@@ -172,7 +173,8 @@ async def test_what_was_stored_is_read_back_equal_after_reopening(reopen: Callab
     assert found_rows.ids.dtype == np.uint8
     np.testing.assert_array_equal(found_rows.ids, rows.ids)
     assert await again.experts("s", "t0") is None
-    assert await again.finish_record("s") == a_finish(reward=None)
+    assert await again.finish_record("s") == ended
+    assert ended == FinishRecord("s", snapshot_of("s", ["t0", "t1"]), None, "completed", {"n": 1}, 10.0)
     assert await again.policies() == {"w-4": 4}
     await again.aclose()
 
@@ -213,7 +215,7 @@ async def test_appending_the_same_turn_again_changes_nothing(ledger: Ledger) -> 
     await ledger.create_session(a_session())
     turn = a_turn(experts_start=0, experts_stop=4)
     await asyncio.gather(*(ledger.append_turn(turn, routing(0, 4)) for _ in range(5)))
-    await ledger.finish(a_finish())
+    await finish(ledger)
     await ledger.append_turn(turn, routing(0, 4))
     assert len(await ledger.turns("s")) == 1
 
@@ -289,7 +291,7 @@ async def test_an_append_that_races_with_finish_is_counted_or_refused(ledger: Le
         await ledger.create_session(a_session(session_id))
         results = await asyncio.gather(
             *(ledger.append_turn(a_turn(session_id, index), None) for index in range(3)),
-            ledger.finish(a_finish(session_id)),
+            finish(ledger, session_id),
             *(ledger.append_turn(a_turn(session_id, index), None) for index in range(3, 6)),
             return_exceptions=True,
         )
@@ -303,14 +305,14 @@ async def test_an_append_that_races_with_finish_is_counted_or_refused(ledger: Le
 
 async def test_an_equal_finish_returns_the_first_and_another_is_refused(ledger: Ledger) -> None:
     await ledger.create_session(a_session())
-    first = await ledger.finish(a_finish())
-    assert await ledger.finish(a_finish(snapshot="later", finished_at=99.0)) == first
+    first = await finish(ledger)
+    assert await finish(ledger, finished_at=99.0) == first
     with pytest.raises(Conflict):
-        await ledger.finish(a_finish(reward=0.0))
+        await finish(ledger, reward=0.0)
     with pytest.raises(NotFound):
-        await ledger.finish(a_finish("unknown"))
+        await finish(ledger, "unknown")
     with pytest.raises(InvalidRequest, match="reward"):
-        await ledger.finish(a_finish(reward=float("nan")))
+        await finish(ledger, reward=float("nan"))
 
 
 async def test_bytes_are_kept_for_the_sessions_that_refer_to_them(reopen: Callable[[], Ledger]) -> None:
@@ -337,9 +339,9 @@ async def test_bytes_go_with_the_last_session_that_refers_to_them(ledger: Ledger
     await ledger.delete_session("a")
     assert await ledger.blob("a", blob.sha256) is None
     assert await ledger.blob("b", blob.sha256) == blob
-    finish = await ledger.finish(a_finish("b"))
+    ended = await finish(ledger, "b")
     assert await ledger.blob("b", blob.sha256) == blob
-    await ledger.drop_rollout("b", finish.snapshot)
+    await ledger.drop_rollout("b", ended.snapshot)
     assert await ledger.blob("b", blob.sha256) is None
     await ledger.create_session(a_session("a"))
     assert await ledger.blob("a", blob.sha256) is None  # a session of the same name is another one
@@ -352,7 +354,7 @@ async def test_bytes_need_an_open_session(ledger: Ledger) -> None:
     with pytest.raises(NotFound):
         await ledger.put_blob("s", blob)
     await ledger.create_session(a_session())
-    await ledger.finish(a_finish())
+    await finish(ledger)
     with pytest.raises(SessionSealed):
         await ledger.put_blob("s", blob)
 
@@ -405,8 +407,8 @@ async def test_drop_needs_the_snapshot_that_was_read_and_frees_the_turns(ledger:
         await ledger.drop_rollout("s", "another")
     with pytest.raises(NotFound):
         await ledger.drop_rollout("unknown", "x")
-    await ledger.drop_rollout("s", "snapshot-s")
-    await ledger.drop_rollout("s", "snapshot-s")
+    await ledger.drop_rollout("s", snapshot_of("s", ["t0"]))
+    await ledger.drop_rollout("s", snapshot_of("s", ["t0"]))
     assert await ledger.turns("s") == []
     record = await ledger.finish_record("s")
     assert record is not None
@@ -433,11 +435,16 @@ async def test_a_lease_says_what_is_needed_to_plan_with(ledger: Ledger) -> None:
     await ledger.create_session(a_session("s", group="g"))
     await ledger.append_turn(a_turn(), None)
     await ledger.append_turn(a_turn(index=1, untrainable_reason="junction"), None)
-    await ledger.finish(a_finish(reward=0.5, outcome="truncated"))
+    await finish(ledger, reward=0.5, outcome="truncated")
     found = await lease(ledger)
     assert found is not None
     (rollout,) = found.rollouts
-    assert (rollout.snapshot, rollout.group, rollout.reward, rollout.outcome) == ("snapshot-s", "g", 0.5, "truncated")
+    assert (rollout.snapshot, rollout.group, rollout.reward, rollout.outcome) == (
+        snapshot_of("s", ["t0", "t1"]),
+        "g",
+        0.5,
+        "truncated",
+    )
     assert (rollout.num_tokens, rollout.num_sampled_tokens) == (10, 1)  # a token without log-prob cannot be trained
     assert found.expires_at == 160.0
 
@@ -533,7 +540,7 @@ async def test_a_group_is_lent_when_all_of_it_has_ended_never_in_part(ledger: Le
     assert await lease(ledger) is None  # it is still open
     await finished(ledger, "alone", at=50.0)
     assert ids(await lease(ledger)) == ["alone"]
-    await ledger.finish(a_finish("g2", finished_at=60.0))
+    await finish(ledger, "g2", finished_at=60.0)
     assert ids(await lease(ledger)) == ["g0", "g1", "g2"]
 
 
@@ -541,7 +548,7 @@ async def test_a_group_of_unknown_size_is_whole_when_all_that_exist_have_ended(l
     await finished(ledger, "g0", group="g")
     await ledger.create_session(a_session("g1", group="g"))
     assert await lease(ledger) is None
-    await ledger.finish(a_finish("g1", finished_at=60.0))
+    await finish(ledger, "g1", finished_at=60.0)
     assert ids(await lease(ledger)) == ["g0", "g1"]
 
 
@@ -576,17 +583,17 @@ async def test_labels_choose_what_is_lent_and_what_belongs_to_a_group(ledger: Le
 
 
 async def test_counts_add_up(ledger: Ledger) -> None:
-    assert await ledger.counts("trainer", 100.0) == FeedCounts(0, 0, 0, 0.0)
+    assert await ledger.counts("trainer", 100.0) == FeedCounts(0, 0, 0, 0, 0.0)
     for n in range(4):
         await finished(ledger, f"s{n}", at=10.0 + n)
     first = await lease(ledger, limit=1)
     await lease(ledger, limit=1)
     assert first is not None
     await ledger.acknowledge(first.lease_id)
-    await ledger.drop_rollout("s0", "snapshot-s0")
-    assert await ledger.counts("trainer", 100.0) == FeedCounts(4, 1, 1, 88.0)
-    assert await ledger.counts("trainer", 1000.0) == FeedCounts(4, 0, 1, 989.0)
-    await ledger.drop_rollout("s3", "snapshot-s3")
+    await ledger.drop_rollout("s0", snapshot_of("s0", ["t0"]))
+    assert await ledger.counts("trainer", 100.0) == FeedCounts(4, 2, 1, 1, 88.0)
+    assert await ledger.counts("trainer", 1000.0) == FeedCounts(4, 3, 0, 1, 989.0)
+    await ledger.drop_rollout("s3", snapshot_of("s3", ["t0"]))
     assert (await ledger.counts("trainer", 100.0)).finished == 3
 
 

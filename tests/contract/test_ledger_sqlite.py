@@ -18,16 +18,12 @@ from gateway.contracts.errors import ConfigurationError, LedgerCorrupt, LedgerEr
 from gateway.contracts.examples import example_turn
 from gateway.contracts.experts import RoutedExperts
 from gateway.contracts.media import Blob
-from gateway.contracts.records import (
-    FinishRecord,
-    SessionOrigin,
-    SessionRecord,
-    TurnRecord,
-)
+from gateway.contracts.records import SessionOrigin, SessionRecord, TurnRecord
 from gateway.contracts.versions import VersionSpan
-from gateway.ledger.segments_file import Location, SegmentFileWriter, read_record
-from gateway.ledger.sqlite import SqliteLedger
-from gateway.ledger.writer import GroupCommitWriter
+from gateway.ledger.backend import Connection, Location
+from gateway.ledger.segments_file import SegmentFileWriter, read_record
+from gateway.ledger.sqlite import SqliteConnection, SqliteLedger, translate
+from gateway.ledger.writer import GroupCommitWriter, StoreFailures
 
 NUM_ROWS = 50
 
@@ -80,7 +76,9 @@ async def filled(tmp_path: Path) -> Path:
 @pytest.fixture
 async def writer(tmp_path: Path) -> AsyncIterator[tuple[GroupCommitWriter, list[OSError]]]:
     """A writer on a store of its own; an error put into the list fails the next commits."""
-    connection = sqlite3.connect(tmp_path / "store.sqlite", isolation_level=None, check_same_thread=False)
+    connection = SqliteConnection(
+        sqlite3.connect(tmp_path / "store.sqlite", isolation_level=None, check_same_thread=False)
+    )
     connection.execute("CREATE TABLE numbers (n INTEGER PRIMARY KEY)")
     failures: list[OSError] = []
 
@@ -88,7 +86,12 @@ async def writer(tmp_path: Path) -> AsyncIterator[tuple[GroupCommitWriter, list[
         if failures:
             raise failures[0]
 
-    group = GroupCommitWriter(connection, flush=flush, after_commit=lambda connection: None)
+    group = GroupCommitWriter(
+        connection,
+        failures=StoreFailures((sqlite3.Error, OSError), translate, lambda error: False),
+        flush=flush,
+        after_commit=lambda connection: None,
+    )
     yield group, failures
     group.close()
 
@@ -298,8 +301,8 @@ async def test_a_failing_commit_fails_exactly_its_waiters(
     """I4: nothing is acknowledged that is not on disk, and the next commit goes on."""
     group, failures = writer
 
-    def insert(n: int) -> Callable[[sqlite3.Connection], None]:
-        return lambda connection: connection.execute("INSERT INTO numbers VALUES (?)", (n,)).close()
+    def insert(n: int) -> Callable[[Connection], None]:
+        return lambda connection: connection.executemany("INSERT INTO numbers VALUES (?)", [(n,)])
 
     await asyncio.wrap_future(group.submit(insert(0)))
     failures.append(OSError(28, "No space left on device"))
@@ -319,15 +322,15 @@ async def test_an_operation_that_raises_fails_alone_and_leaves_nothing(
 ) -> None:
     group, _ = writer
 
-    def half(connection: sqlite3.Connection) -> None:
+    def half(connection: Connection) -> None:
         connection.execute("INSERT INTO numbers VALUES (7)")
         raise ZeroDivisionError("a bug")
 
-    def twice(connection: sqlite3.Connection) -> None:
+    def twice(connection: Connection) -> None:
         connection.execute("INSERT INTO numbers VALUES (8)")
         connection.execute("INSERT INTO numbers VALUES (8)")
 
-    def whole(connection: sqlite3.Connection) -> str:
+    def whole(connection: Connection) -> str:
         connection.execute("INSERT INTO numbers VALUES (9)")
         return "stored"
 
@@ -370,9 +373,9 @@ async def test_a_segment_file_goes_when_its_last_rollout_was_dropped(filled: Pat
     (filled / "routing" / "routing-00000009.seg").write_bytes(b"")
     await ledger.aclose()
     ledger = SqliteLedger.open(filled)
-    await ledger.finish(FinishRecord("s", "snap", 1.0, "completed", {}, 2.0))
+    ended = await ledger.finish("s", reward=1.0, outcome="completed", metadata={}, finished_at=2.0)
     assert len(list((filled / "routing").iterdir())) == 2
-    await ledger.drop_rollout("s", "snap")
+    await ledger.drop_rollout("s", ended.snapshot)
     await ledger.set_policy(1, "one")  # housekeeping follows a commit; this one comes after the drop's
     assert [path.name for path in (filled / "routing").iterdir()] == ["routing-00000009.seg"]
     await ledger.aclose()
