@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from gateway.contracts.errors import (
     LedgerError,
     NotFound,
     SessionSealed,
+    TurnIndexTaken,
 )
 from gateway.contracts.examples import example_turn
 from gateway.contracts.experts import RoutedExperts
@@ -34,7 +36,7 @@ from gateway.contracts.records import (
     TurnRecord,
     snapshot_of,
 )
-from gateway.contracts.rollouts import FeedCounts, Lease
+from gateway.contracts.rollouts import FeedCounts, IncompleteGroup, Lease
 from gateway.contracts.versions import VersionSpan
 from gateway.ledger.sqlite import SqliteLedger
 
@@ -127,9 +129,18 @@ async def lease(
     now: float = 100.0,
     whole_groups: bool = True,
     labels: dict[str, str] | None = None,
+    group_deadline_seconds: float | None = None,
+    lease_id: str | None = None,
 ) -> Lease | None:
     return await ledger.lease(
-        consumer=consumer, limit=limit, lease_seconds=60.0, whole_groups=whole_groups, labels=labels, now=now
+        consumer=consumer,
+        limit=limit,
+        lease_seconds=60.0,
+        whole_groups=whole_groups,
+        labels=labels,
+        now=now,
+        group_deadline_seconds=group_deadline_seconds,
+        lease_id=lease_id,
     )
 
 
@@ -261,6 +272,30 @@ async def test_delivery_is_noted_on_the_turn(ledger: Ledger) -> None:
         await ledger.mark_delivered("s", "t1", 12.5)
 
 
+async def test_a_taken_index_is_refused_and_the_next_one_is_free(ledger: Ledger) -> None:
+    """I3: of two processes that append at once one is told to read what the other wrote; nothing is overwritten."""
+    await ledger.create_session(a_session())
+    racing = [a_turn(turn_id=f"racer-{n}") for n in range(6)]
+    results = await asyncio.gather(*(ledger.append_turn(turn, None) for turn in racing), return_exceptions=True)
+    lost = [turn for turn, result in zip(racing, results, strict=True) if isinstance(result, TurnIndexTaken)]
+    assert [type(result) for result in results].count(TurnIndexTaken) == len(lost) == 5
+    await ledger.append_turn(replace(lost[0], index=1), None)
+    assert [turn.index for turn in await ledger.turns("s")] == [0, 1]
+    assert (await ledger.turns("s"))[1].turn_id == lost[0].turn_id
+
+
+async def test_turns_and_deliveries_since_the_last_look_are_read_alone(ledger: Ledger) -> None:
+    await ledger.create_session(a_session())
+    for index in range(4):
+        await ledger.append_turn(a_turn(index=index, delivered_at=None), None)
+    await ledger.mark_delivered("s", "t2", 5.0)
+    await ledger.mark_delivered("s", "t0", 6.0)
+    assert [turn.index for turn in await ledger.turns("s", after=1)] == [2, 3]
+    assert await ledger.turns("s", after=3) == []
+    assert await ledger.deliveries("s") == {"t0": 6.0, "t2": 5.0}
+    assert await ledger.deliveries("unknown") == {}
+
+
 async def test_hundreds_of_concurrent_appends_are_all_stored(ledger: Ledger) -> None:
     """I4: whatever was answered is there."""
     await asyncio.gather(*(ledger.create_session(a_session(f"s{n}")) for n in range(20)))
@@ -313,6 +348,72 @@ async def test_an_equal_finish_returns_the_first_and_another_is_refused(ledger: 
         await finish(ledger, "unknown")
     with pytest.raises(InvalidRequest, match="reward"):
         await finish(ledger, reward=float("nan"))
+
+
+async def test_a_late_turn_makes_another_snapshot_and_leaves_the_first_as_it_was(ledger: Ledger) -> None:
+    """I3: what a trainer leased is what it reads, whatever is recorded meanwhile."""
+    await finished(ledger, "s")
+    first = await ledger.finish_record("s")
+    lent = await lease(ledger)
+    late = a_turn(index=1, parent_id="t0", experts_start=4, experts_stop=9)
+    second = await ledger.append_late_turn(late, routing(4, 9))
+    assert await ledger.append_late_turn(late, routing(4, 9)) == second
+    assert first is not None
+    assert second == replace(first, snapshot=snapshot_of("s", ["t0", "t1"]))
+    assert [turn.turn_id for turn in await ledger.turns("s")] == ["t0", "t1"]
+    assert [turn.turn_id for turn in await ledger.turns("s", snapshot=first.snapshot)] == ["t0"]
+    assert [turn.turn_id for turn in await ledger.turns("s", snapshot=second.snapshot)] == ["t0", "t1"]
+    assert await ledger.turns("s", snapshot="another") == []
+    assert await ledger.finish_record("s") == await ledger.finish_record("s", snapshot=second.snapshot) == second
+    assert await ledger.finish_record("s", snapshot=first.snapshot) == first
+    assert await ledger.finish_record("s", snapshot="another") is None
+    assert await finish(ledger) == second
+    assert lent is not None
+    assert lent.rollouts[0].snapshot == first.snapshot
+    with pytest.raises(Conflict, match=second.snapshot):
+        await ledger.drop_rollout("s", first.snapshot)
+    await ledger.drop_rollout("s", second.snapshot)
+
+
+async def test_each_consumer_gets_the_snapshot_that_is_the_latest_when_it_leases(ledger: Ledger) -> None:
+    """I3: a rollout is lent once to each, and acknowledged ones do not come back."""
+    await finished(ledger, "s")
+    first = await lease(ledger, consumer="done")
+    assert first is not None
+    await ledger.acknowledge(first.lease_id)
+    held = await lease(ledger, consumer="holds", lease_id="held")
+    second = await ledger.append_late_turn(a_turn(index=1, parent_id="t0"), None)
+    assert await lease(ledger, consumer="done", now=1000.0) is None
+    new = await lease(ledger, consumer="new")
+    assert new is not None
+    assert (new.rollouts[0].snapshot, new.rollouts[0].num_tokens) == (second.snapshot, 10)
+    assert held is not None
+    assert await lease(ledger, consumer="holds", lease_id="held") == held
+    assert (held.rollouts[0].snapshot, held.rollouts[0].num_tokens) == (first.rollouts[0].snapshot, 5)
+    again = await lease(ledger, consumer="holds", now=1000.0)
+    assert again is not None
+    assert again.rollouts[0].snapshot == second.snapshot
+
+
+async def test_a_late_turn_needs_a_finished_session_with_data_and_a_free_index(ledger: Ledger) -> None:
+    late = a_turn(index=1, parent_id="t0")
+    with pytest.raises(NotFound):
+        await ledger.append_late_turn(late, None)
+    await ledger.create_session(a_session())
+    await ledger.append_turn(a_turn(), None)
+    with pytest.raises(Conflict, match="not finished"):
+        await ledger.append_late_turn(late, None)
+    ended = await finish(ledger)
+    with pytest.raises(TurnIndexTaken):
+        await ledger.append_late_turn(a_turn(turn_id="other"), None)
+    with pytest.raises(Conflict, match="parent"):
+        await ledger.append_late_turn(a_turn(index=1, parent_id="t9"), None)
+    with pytest.raises(ExpertsMismatch):
+        await ledger.append_late_turn(replace(late, experts_stop=4), None)
+    await ledger.drop_rollout("s", ended.snapshot)
+    with pytest.raises(SessionSealed, match="dropped"):
+        await ledger.append_late_turn(late, None)
+    assert await ledger.turns("s") == []
 
 
 async def test_bytes_are_kept_for_the_sessions_that_refer_to_them(reopen: Callable[[], Ledger]) -> None:
@@ -574,6 +675,124 @@ async def test_without_whole_groups_every_finished_rollout_is_lent(ledger: Ledge
     assert ids(await lease(ledger)) == ["g0", "g1"]
 
 
+async def test_a_group_past_its_deadline_is_lent_in_part_naming_what_is_missing(ledger: Ledger) -> None:
+    await finished(ledger, "g0", at=10.0, group="g", group_size=4)
+    await finished(ledger, "g1", at=30.0, group="g", group_size=4)
+    await ledger.create_session(a_session("g2", group="g", group_size=4))
+    assert await lease(ledger, now=59.9, group_deadline_seconds=50.0) is None
+    assert await lease(ledger, now=60.0) is None
+    found = await lease(ledger, now=60.0, group_deadline_seconds=50.0)
+    assert ids(found) == ["g0", "g1"]
+    assert found is not None
+    assert found.incomplete == (IncompleteGroup("g", 4, ("g2",), 1, ()),)
+
+
+async def test_members_that_end_after_their_groups_deadline_are_lent_later_naming_who_went_before(
+    ledger: Ledger,
+) -> None:
+    """I3: a rollout that took longer than its group waited is neither lost nor makes the others come twice."""
+    await finished(ledger, "g0", at=10.0, group="g", group_size=3)
+    await ledger.create_session(a_session("g1", group="g", group_size=3))
+    first = await lease(ledger, now=60.0, group_deadline_seconds=50.0)
+    assert first is not None
+    await finish(ledger, "g1", finished_at=70.0)
+    assert await lease(ledger, now=71.0) is None  # one is lent at the moment, and nobody gave a deadline
+    second = await lease(ledger, now=71.0, group_deadline_seconds=50.0)
+    assert ids(second) == ["g1"]
+    assert second is not None
+    assert second.incomplete == (IncompleteGroup("g", 3, (), 1, ("g0",)),)
+    await ledger.acknowledge(first.lease_id)
+    await ledger.release(second.lease_id)
+    await finished(ledger, "g2", at=80.0, group="g", group_size=3)
+    last = await lease(ledger, now=81.0)
+    assert ids(last) == ["g1", "g2"]
+    assert last is not None
+    assert last.incomplete == (IncompleteGroup("g", 3, (), 0, ("g0",)),)
+
+
+async def test_whole_groups_and_single_rollouts_miss_nothing(ledger: Ledger) -> None:
+    await finished(ledger, "g0", group="g", group_size=1)
+    await finished(ledger, "alone", at=20.0)
+    await finished(ledger, "h0", at=30.0, group="h", group_size=2)
+    found = await lease(ledger, group_deadline_seconds=1000.0)
+    assert ids(found) == ["g0", "alone"]
+    assert found is not None
+    assert found.incomplete == ()
+    part = await lease(ledger, whole_groups=False)
+    assert ids(part) == ["h0"]
+    assert part is not None
+    assert part.incomplete == ()
+
+
+async def test_a_member_that_was_dropped_is_named_as_missing(ledger: Ledger) -> None:
+    for n in range(2):
+        await finished(ledger, f"g{n}", at=float(n), group="g")
+    await ledger.drop_rollout("g0", snapshot_of("g0", ["t0"]))
+    found = await lease(ledger)
+    assert ids(found) == ["g1"]
+    assert found is not None
+    assert found.incomplete == (IncompleteGroup("g", None, (), 0, (), dropped=("g0",)),)
+
+
+async def test_a_lease_of_the_callers_id_is_returned_again_as_it_was_made(reopen: Callable[[], Ledger]) -> None:
+    """I3: a call whose reply was lost leaves no second lease behind."""
+    ledger = reopen()
+    await finished(ledger, "g0", at=10.0, group="g", group_size=2)
+    await finished(ledger, "b", at=20.0)
+    made = await lease(ledger, lease_id="mine", group_deadline_seconds=0.0, limit=1)
+    assert ids(made) == ["g0"]
+    await ledger.aclose()
+    again = reopen()
+    assert await lease(again, lease_id="mine", limit=1) == made
+    assert ids(await lease(again, limit=5)) == ["b"]
+    with pytest.raises(Conflict, match="another consumer"):
+        await lease(again, lease_id="mine", consumer="other")
+    with pytest.raises(Conflict, match="has ended"):
+        await lease(again, lease_id="mine", now=160.0)
+    await again.release("mine")
+    with pytest.raises(Conflict, match="has ended"):
+        await lease(again, lease_id="mine")
+    assert await lease(again, lease_id="theirs", consumer="nobody", labels={"no": "such"}) is None
+    await again.aclose()
+
+
+async def test_an_extended_lease_keeps_its_rollouts_for_longer(ledger: Ledger) -> None:
+    await finished(ledger, "s")
+    found = await lease(ledger, now=100.0)
+    assert found is not None
+    assert await ledger.extend_lease(found.lease_id, lease_seconds=60.0, now=150.0) == 210.0
+    assert await ledger.extend_lease(found.lease_id, lease_seconds=1.0, now=150.0) == 210.0
+    assert await lease(ledger, now=209.9) is None
+    assert await ledger.extend_lease(found.lease_id, lease_seconds=60.0, now=220.0) == 280.0  # nobody else took it
+    assert ids(await lease(ledger, now=280.0)) == ["s"]
+    with pytest.raises(Conflict, match="lent anew"):
+        await ledger.extend_lease(found.lease_id, lease_seconds=60.0, now=281.0)
+    with pytest.raises(NotFound):
+        await ledger.extend_lease("unknown", lease_seconds=60.0, now=0.0)
+
+
+async def test_a_lease_that_ended_cannot_be_extended(ledger: Ledger) -> None:
+    for name, end in (("a", ledger.acknowledge), ("b", ledger.release)):
+        await finished(ledger, name)
+        found = await lease(ledger)
+        assert found is not None
+        await end(found.lease_id)
+        with pytest.raises(Conflict):
+            await ledger.extend_lease(found.lease_id, lease_seconds=60.0, now=100.0)
+
+
+async def test_consumers_are_those_that_hold_or_have_acknowledged(ledger: Ledger) -> None:
+    await finished(ledger, "s")
+    assert await ledger.consumers() == []
+    for consumer in ("b", "c", "a é"):
+        found = await lease(ledger, consumer=consumer)
+        assert found is not None
+        if consumer == "c":
+            await ledger.acknowledge(found.lease_id)
+    assert await ledger.consumers() == ["a é", "b", "c"]
+    assert await ledger.consumers(limit=2) == ["a é", "b"]
+
+
 async def test_labels_choose_what_is_lent_and_what_belongs_to_a_group(ledger: Ledger) -> None:
     await finished(ledger, "train", group="g", labels={"split": "train"})
     await ledger.create_session(a_session("test", group="g", labels={"split": "test"}))
@@ -595,6 +814,76 @@ async def test_counts_add_up(ledger: Ledger) -> None:
     assert await ledger.counts("trainer", 1000.0) == FeedCounts(4, 3, 0, 1, 989.0)
     await ledger.drop_rollout("s3", snapshot_of("s3", ["t0"]))
     assert (await ledger.counts("trainer", 100.0)).finished == 3
+
+
+# ---- what is stored ----
+
+
+async def test_an_open_session_is_past_its_time_to_live_when_nothing_was_recorded_for_as_long(ledger: Ledger) -> None:
+    made = time.time()
+    await ledger.create_session(a_session("young", ttl_seconds=1000.0, created_at=made))
+    await ledger.create_session(a_session("idle", ttl_seconds=10.0, created_at=made - 100.0))
+    await ledger.create_session(a_session("busy", ttl_seconds=10.0, created_at=made - 200.0))
+    await ledger.create_session(a_session("ended", ttl_seconds=10.0, created_at=made - 300.0))
+    await ledger.create_session(a_session("endless", created_at=made - 400.0))
+    await ledger.append_turn(a_turn("busy"), None)
+    await finish(ledger, "ended")
+    assert await ledger.sessions_past_ttl(made, limit=10) == ["idle"]
+    assert await ledger.sessions_past_ttl(time.time() + 11.0, limit=10) == ["busy", "idle"]
+    assert await ledger.sessions_past_ttl(time.time() + 11.0, limit=1) == ["busy"]
+    assert await ledger.sessions_past_ttl(made + 2000.0, limit=10) == ["busy", "idle", "young"]
+
+
+async def test_stored_rollouts_are_listed_by_age_with_their_size_and_who_is_done(ledger: Ledger) -> None:
+    for at, name in ((30.0, "c"), (10.0, "a"), (20.0, "b"), (20.0, "b2"), (40.0, "dropped")):
+        await finished(ledger, name, at=at)
+    for consumer in ("one", "two"):
+        found = await lease(ledger, consumer=consumer, limit=1)
+        assert found is not None
+        await ledger.acknowledge(found.lease_id)
+    await lease(ledger, consumer="two", limit=1)
+    await ledger.drop_rollout("dropped", snapshot_of("dropped", ["t0"]))
+    listed = await ledger.stored_rollouts(finished_before=30.0, limit=10)
+    assert [(rollout.session_id, rollout.acknowledged_by, rollout.leased) for rollout in listed] == [
+        ("a", ("one", "two"), False),
+        ("b", (), True),
+        ("b2", (), False),
+    ]
+    assert (listed[0].snapshot, listed[0].finished_at) == (snapshot_of("a", ["t0"]), 10.0)
+    page = await ledger.stored_rollouts(finished_before=100.0, limit=2, after=listed[0])
+    assert page == listed[1:]
+    assert [rollout.session_id for rollout in await ledger.stored_rollouts(finished_before=100.0, limit=9)] == [
+        "a",
+        "b",
+        "b2",
+        "c",
+    ]
+
+
+async def test_stored_bytes_are_those_of_turns_rows_and_blobs_until_they_are_dropped(ledger: Ledger) -> None:
+    assert await ledger.stored_bytes() == 0
+    blob = Blob.of(b"x" * 1000, "image/png")
+    await ledger.create_session(a_session("a"))
+    await ledger.append_turn(a_turn("a"), None)
+    turn_bytes = await ledger.stored_bytes()
+    assert turn_bytes > 100
+    await ledger.create_session(a_session("b"))
+    await ledger.append_turn(a_turn("b", experts_start=0, experts_stop=400), routing(0, 400))
+    rows_bytes = await ledger.stored_bytes() - 2 * turn_bytes
+    assert 400 * 2 * 2 <= rows_bytes < 400 * 2 * 2 + 500
+    for name in ("a", "b"):
+        await ledger.put_blob(name, blob)
+    everything = await ledger.stored_bytes()
+    assert everything == 2 * turn_bytes + rows_bytes + 1000
+    ended = [await finish(ledger, name) for name in ("a", "b")]
+    assert await ledger.stored_bytes() == everything
+    late = await ledger.append_late_turn(a_turn("a", 1), None)
+    listed = await ledger.stored_rollouts(finished_before=100.0, limit=9)
+    assert sum(rollout.num_bytes for rollout in listed) == await ledger.stored_bytes() + 1000
+    await ledger.drop_rollout("a", late.snapshot)
+    assert await ledger.stored_bytes() == turn_bytes + rows_bytes + 1000
+    await ledger.drop_rollout("b", ended[1].snapshot)
+    assert await ledger.stored_bytes() == 0
 
 
 async def test_a_lease_needs_positive_numbers(ledger: Ledger) -> None:

@@ -31,10 +31,10 @@ from gateway.contracts.examples import example_turn
 from gateway.contracts.experts import RoutedExperts
 from gateway.contracts.generation import Finish, FinishReason
 from gateway.contracts.records import (
-    FinishRecord,
     SessionOrigin,
     SessionRecord,
     TurnRecord,
+    snapshot_of,
 )
 from gateway.contracts.versions import VersionSpan
 from gateway.ledger.sqlite import SqliteLedger
@@ -122,7 +122,7 @@ async def finished(ledger: SqliteLedger, session_id: str, *, num_output: int = 3
     await ledger.create_session(session)
     turn = a_turn(session_id, num_output=num_output)
     await ledger.append_turn(turn, RoutedExperts(np.ascontiguousarray(ids[..., :2]), 0))
-    await ledger.finish(FinishRecord(session_id, f"snap {session_id}", 0.5, "completed", {}, 2.0))
+    await ledger.finish(session_id, reward=0.5, outcome="completed", metadata={}, finished_at=2.0)
 
 
 @pytest.mark.parametrize("session_id", AWKWARD_IDS)
@@ -154,7 +154,7 @@ async def test_a_rollout_goes_through_the_feed_whatever_its_id(served: Served, s
 async def test_a_large_rollout_arrives_whole_with_its_length_said(served: Served) -> None:
     """A cut transfer would be noticed; safetensors reads what came."""
     await finished(served.ledger, "big", num_output=400_000)
-    url = f"{served.url}/feed/rollouts/big?snapshot=snap%20big"
+    url = f"{served.url}/feed/rollouts/big?snapshot={snapshot_of('big', ['t0'])}"
     async with (
         aiohttp.ClientSession(headers={"Authorization": f"Bearer {KEY}"}) as http,
         http.get(url) as response,
@@ -208,12 +208,12 @@ async def test_groups_releases_and_counts_over_http(served: Served) -> None:
     assert await served.client.lease(consumer="team/trainer é", limit=9) is not None
     assert await served.client.release_consumer("team/trainer é") == 3
     counts = await served.client.counts("team/trainer é")
-    assert (counts.leased, counts.oldest_unleased_seconds > 0) == (0, True)
+    assert (counts.leased, counts.oldest_seconds > 0) == (0, True)
 
 
 async def test_errors_come_back_as_the_errors_they_were(served: Served) -> None:
     await finished(served.ledger, "s")
-    with pytest.raises(Conflict, match="snapshot snap s, not other"):
+    with pytest.raises(Conflict, match=f"snapshot {snapshot_of('s', ['t0'])}, not other"):
         await served.client.rollout("s", "other")
     with pytest.raises(Conflict):
         await served.client.drop("s", "other")

@@ -14,7 +14,6 @@ from gateway.cli import main
 from gateway.contracts.examples import example_turn
 from gateway.contracts.generation import Finish, FinishReason
 from gateway.contracts.records import (
-    FinishRecord,
     SessionOrigin,
     SessionRecord,
 )
@@ -44,7 +43,7 @@ async def data(tmp_path: Path) -> Path:
         created_at=time.time(),
     )
     await ledger.append_turn(turn, None)
-    await ledger.finish(FinishRecord("s/1", "snapshot-1", 0.5, "completed", {}, time.time()))
+    await ledger.finish("s/1", reward=0.5, outcome="completed", metadata={}, finished_at=time.time())
     await ledger.aclose()
     return tmp_path
 
