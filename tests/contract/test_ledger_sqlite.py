@@ -8,19 +8,30 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from gateway.contracts.errors import ConfigurationError, LedgerCorrupt, LedgerError, NotFound, SchemaMismatch
+from gateway.contracts.errors import (
+    ConfigurationError,
+    LedgerCorrupt,
+    LedgerError,
+    NotFound,
+    SchemaMismatch,
+    TurnIndexTaken,
+)
 from gateway.contracts.examples import example_turn
 from gateway.contracts.experts import RoutedExperts
 from gateway.contracts.media import Blob
-from gateway.contracts.records import SessionOrigin, SessionRecord, TurnRecord
+from gateway.contracts.records import SessionOrigin, SessionRecord, TurnRecord, snapshot_of
 from gateway.contracts.versions import VersionSpan
 from gateway.ledger.backend import Connection, Location
+from gateway.ledger.rows import TurnRow, read_turn, turn_row
 from gateway.ledger.segments_file import SegmentFileWriter, read_record
 from gateway.ledger.sqlite import SqliteConnection, SqliteLedger, translate
 from gateway.ledger.writer import GroupCommitWriter, StoreFailures
@@ -260,6 +271,137 @@ async def test_another_program_can_read_while_the_gateway_writes(filled: Path) -
     await ledger.aclose()
 
 
+# ---- two processes, while one hands over to the other ----
+
+_SECOND = """
+import asyncio, importlib.util, sys
+from pathlib import Path
+
+spec = importlib.util.spec_from_file_location("ledger_suite", sys.argv[1])
+suite = importlib.util.module_from_spec(spec)
+sys.modules["ledger_suite"] = suite
+spec.loader.exec_module(suite)
+ledger = suite.SqliteLedger.open(Path(sys.argv[2]), lock=int(sys.argv[3]))
+assert ledger.shared
+sys.stdout.write("open\\n")
+sys.stdout.flush()
+asyncio.run(suite.append_beside_another(ledger, "second", int(sys.argv[4])))
+"""
+
+
+async def append_beside_another(ledger: SqliteLedger, name: str, num_turns: int) -> None:
+    """Append to a session of one's own and to one that both write, freeing files and blobs now and then."""
+    await ledger.create_session(a_session(name))
+    await ledger.create_session(a_session("both"))
+
+    async def alone() -> None:
+        for index in range(num_turns):
+            await ledger.put_blob(name, a_blob(index))
+            await ledger.append_turn(a_turn(index, name), rows(index))
+
+    async def together() -> None:
+        index, written = 0, 0
+        while written < num_turns:
+            turn = replace(a_turn(index, "both"), turn_id=f"{name}-{written}")
+            try:
+                await ledger.append_turn(turn, rows(index))
+                written += 1
+            except TurnIndexTaken:
+                index = (await ledger.turns("both"))[-1].index
+            index += 1
+
+    async def come_and_go() -> None:
+        for n in range(num_turns // 4):
+            await ledger.create_session(a_session(f"{name}-{n}"))
+            await ledger.put_blob(f"{name}-{n}", a_blob(n))
+            await ledger.append_turn(a_turn(0, f"{name}-{n}"), rows(n))
+            await ledger.delete_session(f"{name}-{n}")
+
+    await asyncio.gather(alone(), together(), come_and_go())
+    await ledger.aclose()
+
+
+async def test_two_processes_append_at_once_while_one_hands_over(tmp_path: Path) -> None:
+    """I3, I4: what both were told is stored is there, one turn an index, and neither removes what the other needs."""
+    data = tmp_path / "data"
+    ledger = SqliteLedger.open(data)
+    lock = ledger.lock_descriptor
+    assert lock is not None
+    assert not ledger.shared
+    ledger.share(True)
+    assert ledger.shared
+    num_turns = 60
+    child = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", _SECOND, __file__, str(data), str(lock), str(num_turns)),
+        pass_fds=[lock],
+        stdout=asyncio.subprocess.PIPE,
+    )
+    assert child.stdout is not None
+    assert await child.stdout.readline() == b"open\n"
+    await append_beside_another(ledger, "first", num_turns)
+    assert await child.wait() == 0
+
+    ledger = SqliteLedger.open(data)
+    for name in ("first", "second"):
+        turns = await ledger.turns(name)
+        assert [turn.index for turn in turns] == list(range(num_turns))
+        for turn in turns:
+            found = await ledger.experts(name, turn.turn_id)
+            assert found is not None
+            np.testing.assert_array_equal(found.ids, rows(turn.index).ids)
+            assert await ledger.blob(name, a_blob(turn.index).sha256) == a_blob(turn.index)
+    both = await ledger.turns("both")
+    assert [turn.index for turn in both] == list(range(2 * num_turns))
+    writers = [turn.turn_id.split("-") for turn in both]
+    assert sorted(writers, key=lambda one: (one[0], int(one[1]))) == [
+        [name, str(n)] for name in ("first", "second") for n in range(num_turns)
+    ]
+    for turn in both:
+        assert await ledger.experts("both", turn.turn_id) is not None
+    await ledger.aclose()
+
+
+async def test_the_folder_stays_locked_until_both_have_let_go(filled: Path) -> None:
+    first = SqliteLedger.open(filled)
+    assert first.lock_descriptor is not None
+    second = SqliteLedger.open(filled, lock=os.dup(first.lock_descriptor))
+    await first.aclose()
+    with pytest.raises(ConfigurationError, match="another gateway"):
+        SqliteLedger.open(filled)
+    await second.append_turn(a_turn(10), rows(10))
+    await second.aclose()
+    await SqliteLedger.open(filled).aclose()
+
+
+async def test_a_store_that_needs_migration_is_not_handed_over(full: Path) -> None:
+    """The older program still writes what it knows; the newer one waits until it has ended."""
+    as_older_version(full, 2)
+    lock = os.open(full / "ledger.lock", os.O_RDWR)
+    with pytest.raises(SchemaMismatch, match="stop the gateway"):
+        SqliteLedger.open(full, lock=lock)
+    os.close(lock)
+
+
+def test_each_process_appends_to_a_file_of_its_own_that_no_other_removes(tmp_path: Path) -> None:
+    """I4: records that no row points at yet are kept as long as their writer may still commit."""
+    folder = tmp_path / "routing"
+    one = SegmentFileWriter(folder)
+    first = one.append(b"k", b"one")
+    other = SegmentFileWriter(folder)
+    second = other.append(b"k", b"other")
+    assert (first.file, second.file) == (1, 2)
+    other.remove_files(lambda number: False)
+    one.remove_files(lambda number: False)
+    assert bytes(read_record(folder, first, name="a turn")[1]) == b"one"
+    assert bytes(read_record(folder, second, name="a turn")[1]) == b"other"
+    one.close()
+    other.remove_files(lambda number: False)
+    assert [path.name for path in folder.iterdir()] == ["routing-00000002.seg"]
+    assert one.append(b"k", b"again").file == 3  # its own is gone, the last one is held
+    one.close()
+    other.close()
+
+
 async def test_reading_only_makes_nothing(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="no ledger"):
         SqliteLedger.open(tmp_path / "data", read_only=True)
@@ -290,6 +432,171 @@ def test_a_file_that_is_no_store_is_refused(tmp_path: Path) -> None:
     (tmp_path / "ledger.sqlite").write_text("not a database, but long enough to be taken for its header" * 100)
     with pytest.raises(LedgerCorrupt, match="ledger"):
         SqliteLedger.open(tmp_path)
+
+
+# ---- older stores ----
+
+_TABLES_OF_VERSION_2 = """
+    CREATE TABLE sessions (session_id TEXT PRIMARY KEY, group_name TEXT, group_size INTEGER, labels TEXT NOT NULL,
+        facts BLOB NOT NULL, checksum INTEGER NOT NULL);
+    CREATE INDEX sessions_of_group ON sessions (group_name) WHERE group_name IS NOT NULL;
+    CREATE TABLE turns (session_id TEXT NOT NULL, turn_id TEXT NOT NULL, turn_index INTEGER NOT NULL,
+        facts BLOB NOT NULL, prompt_token_ids BLOB NOT NULL, output_token_ids BLOB NOT NULL,
+        output_logprobs BLOB NOT NULL, checksum INTEGER NOT NULL, num_tokens INTEGER NOT NULL,
+        num_trainable_tokens INTEGER NOT NULL, experts_file INTEGER, experts_offset INTEGER, experts_bytes INTEGER,
+        delivered_at REAL, PRIMARY KEY (session_id, turn_id));
+    CREATE INDEX turns_of_file ON turns (experts_file) WHERE experts_file IS NOT NULL;
+    CREATE TABLE finishes (session_id TEXT PRIMARY KEY, snapshot TEXT NOT NULL, finished_at REAL NOT NULL,
+        facts BLOB NOT NULL, checksum INTEGER NOT NULL, num_tokens INTEGER NOT NULL,
+        num_sampled_tokens INTEGER NOT NULL, dropped_at REAL);
+    CREATE INDEX finishes_by_age ON finishes (finished_at);
+    CREATE TABLE leases (lease_id TEXT PRIMARY KEY, consumer TEXT NOT NULL, expires_at REAL NOT NULL,
+        state TEXT NOT NULL CHECK (state IN ('open', 'released', 'acknowledged')));
+    CREATE INDEX open_leases ON leases (consumer) WHERE state = 'open';
+    CREATE TABLE lease_items (lease_id TEXT NOT NULL, position INTEGER NOT NULL, session_id TEXT NOT NULL,
+        PRIMARY KEY (lease_id, position));
+    CREATE TABLE holdings (consumer TEXT NOT NULL, session_id TEXT NOT NULL, lease_id TEXT NOT NULL,
+        expires_at REAL NOT NULL, acknowledged INTEGER NOT NULL, PRIMARY KEY (consumer, session_id));
+    CREATE INDEX holdings_of_session ON holdings (session_id);
+    CREATE INDEX holdings_of_lease ON holdings (lease_id);
+    CREATE TABLE policies (weight_version TEXT PRIMARY KEY, policy_version INTEGER NOT NULL);
+"""
+_BLOBS_OF_VERSION_2 = """
+    CREATE TABLE blobs (session_id TEXT NOT NULL, sha256 TEXT NOT NULL, media_type TEXT NOT NULL,
+        num_bytes INTEGER NOT NULL, PRIMARY KEY (session_id, sha256));
+    CREATE INDEX blobs_by_content ON blobs (sha256);
+"""
+_ROWS_OF_VERSION_2 = """
+    INSERT INTO sessions SELECT session_id, group_name, group_size,
+        (SELECT json_group_object(CAST(l.name AS TEXT), CAST(l.value AS TEXT)) FROM now.session_labels l
+         WHERE l.session_id = s.session_id), facts, checksum FROM now.sessions s;
+    INSERT INTO turns SELECT session_id, turn_id, turn_index, facts, prompt_token_ids, output_token_ids,
+        output_logprobs, checksum, num_tokens, num_trainable_tokens, experts_file, experts_offset, experts_bytes,
+        delivered_at FROM now.turns;
+    INSERT INTO finishes SELECT f.session_id, f.snapshot, finished_at, facts, checksum, num_tokens,
+        num_sampled_tokens, dropped_at FROM now.finishes f JOIN now.snapshots n USING (session_id);
+    INSERT INTO leases SELECT lease_id, consumer, expires_at, state FROM now.leases;
+    INSERT INTO lease_items SELECT lease_id, position, session_id FROM now.lease_items;
+    INSERT INTO holdings SELECT * FROM now.holdings;
+    INSERT INTO policies SELECT * FROM now.policies;
+"""
+
+
+def as_older_version(data: Path, version: int) -> None:
+    """Write a closed store anew as the program of that version had it (1: before there were blobs)."""
+    store = data / "ledger.sqlite"
+    store.rename(data / "now.sqlite")
+    with sqlite3.connect(store) as connection:
+        connection.execute("ATTACH ? AS now", (str(data / "now.sqlite"),))
+        connection.executescript(_TABLES_OF_VERSION_2 + _ROWS_OF_VERSION_2)
+        if version == 2:
+            connection.executescript(_BLOBS_OF_VERSION_2 + "INSERT INTO blobs SELECT * FROM now.blobs;")
+        connection.execute(f"PRAGMA user_version = {version}")
+    connection.close()
+    (data / "now.sqlite").unlink()
+
+
+@pytest.fixture
+async def full(filled: Path) -> Path:
+    """A closed ledger with every kind of row: turns, a blob, labels, a lease, a drop, an open session with a TTL."""
+    ledger = SqliteLedger.open(filled)
+    await ledger.put_blob("s", a_blob(0))
+    for name in ("lent", "dropped"):
+        await ledger.create_session(replace(a_session(name), labels={"run": 'é "1"'}, ttl_seconds=5.0))
+        await ledger.append_turn(a_turn(0, name), rows(0))
+        await ledger.finish(name, reward=0.5, outcome="completed", metadata={}, finished_at=float(len(name)))
+    await ledger.create_session(replace(a_session("open"), ttl_seconds=1e9, created_at=time.time()))
+    await ledger.lease(
+        consumer="c", limit=1, lease_seconds=60.0, whole_groups=True, labels=None, now=100.0, lease_id="lease"
+    )
+    await ledger.drop_rollout("dropped", snapshot_of("dropped", ["t0"]))
+    await ledger.set_policy(3, "three")
+    await ledger.aclose()
+    return filled
+
+
+@pytest.mark.parametrize("version", [1, 2])
+async def test_an_older_store_is_migrated_when_it_is_opened_for_writing(full: Path, version: int) -> None:
+    """I1, I4: nothing that an earlier version stored is lost or changed, and what is new works on it."""
+    as_older_version(full, version)
+    ledger = SqliteLedger.open(full)
+    assert [turn.index for turn in await ledger.turns("s")] == list(range(10))
+    found = await ledger.experts("s", "t3")
+    assert found is not None
+    np.testing.assert_array_equal(found.ids, rows(3).ids)
+    assert [session.session_id for session in await ledger.sessions(labels={"run": 'é "1"'})] == ["dropped", "lent"]
+    again = await ledger.lease(
+        consumer="c", limit=1, lease_seconds=60.0, whole_groups=True, labels=None, now=100.0, lease_id="lease"
+    )
+    assert again is not None
+    assert [(r.session_id, r.snapshot, r.num_tokens) for r in again.rollouts] == [
+        ("lent", snapshot_of("lent", ["t0"]), NUM_ROWS + 1)
+    ]
+    late = await ledger.append_late_turn(a_turn(1, "lent"), rows(1))
+    assert late.snapshot == snapshot_of("lent", ["t0", "t1"])
+    assert await ledger.acknowledge("lease") == ["lent"]
+    assert await ledger.sessions_past_ttl(time.time() + 1e8, limit=9) == []
+    assert await ledger.sessions_past_ttl(time.time() + 2e9, limit=9) == ["open"]
+    assert [rollout.session_id for rollout in await ledger.stored_rollouts(finished_before=1e12, limit=9)] == ["lent"]
+    assert await ledger.stored_bytes() > 11 * NUM_ROWS * 8
+    assert await ledger.policies() == {"three": 3}
+    await ledger.put_blob("open", a_blob(5))
+    assert await ledger.blob("s", a_blob(0).sha256) == (a_blob(0) if version == 2 else None)
+    await ledger.aclose()
+    await SqliteLedger.open(full, read_only=True).aclose()
+
+
+async def test_a_migrated_store_has_the_columns_and_indexes_of_a_new_one(full: Path, tmp_path: Path) -> None:
+    def shape(data: Path) -> set[tuple[str, ...]]:
+        with closing(sqlite3.connect(data / "ledger.sqlite")) as connection:
+            indexes = connection.execute("SELECT type, name, tbl_name, sql FROM sqlite_schema WHERE type = 'index'")
+            columns = connection.execute(
+                "SELECT t.name, c.name, c.pk, c.'notnull' FROM sqlite_schema t, pragma_table_info(t.name) c "
+                "WHERE t.type = 'table'"
+            )
+            return {tuple(map(str, row)) for row in (*indexes, *columns)}
+
+    as_older_version(full, 2)
+    for data in (full, tmp_path / "new"):
+        await SqliteLedger.open(data).aclose()
+    assert shape(full) == shape(tmp_path / "new")
+
+
+async def test_turns_of_one_index_in_an_older_store_are_numbered_apart(full: Path) -> None:
+    """I3: two turns that once shared an index both stay, in the order in which they were read; damage stays named."""
+    as_older_version(full, 2)
+    with closing(sqlite3.connect(full / "ledger.sqlite")) as connection, connection:
+        for turn_id, index in (("t4", 3), ("t7", 6)):
+            (row,) = connection.execute(
+                f"SELECT {', '.join(TurnRow._fields)} FROM turns WHERE turn_id = ?", (turn_id,)
+            ).fetchall()
+            changed = turn_row(replace(read_turn(TurnRow(*row), None), index=index))
+            connection.execute(
+                "UPDATE turns SET turn_index = ?, facts = ?, checksum = ? WHERE turn_id = ?",
+                (index, changed.facts, changed.checksum, turn_id),
+            )
+    ledger = SqliteLedger.open(full)
+    turns = await ledger.turns("s")
+    assert [(turn.index, turn.turn_id) for turn in turns] == [(n, f"t{n}") for n in range(10)]
+    await ledger.aclose()
+
+
+async def test_a_damaged_turn_of_an_older_store_is_named_after_migration(full: Path) -> None:
+    as_older_version(full, 2)
+    with closing(sqlite3.connect(full / "ledger.sqlite")) as connection, connection:
+        connection.execute("UPDATE turns SET turn_index = 3, checksum = checksum + 1 WHERE turn_id = 't4'")
+    ledger = SqliteLedger.open(full)
+    assert [turn.index for turn in await ledger.turns("s", after=4)] == [5, 6, 7, 8, 9]
+    with pytest.raises(LedgerCorrupt, match="session s turn t4"):
+        await ledger.turns("s")
+    await ledger.aclose()
+
+
+@pytest.mark.parametrize("version", [1, 2])
+async def test_reading_an_older_store_says_that_it_needs_migration(full: Path, version: int) -> None:
+    as_older_version(full, version)
+    with pytest.raises(SchemaMismatch, match=f"version {version}.*migrates it"):
+        SqliteLedger.open(full, read_only=True)
 
 
 # ---- group commit ----
@@ -414,17 +721,6 @@ async def test_bytes_that_are_not_what_their_name_says_are_named(filled: Path, c
         LedgerCorrupt, match=f"session s: the file blobs/{path.name} (is missing|holds another content)"
     ):
         await ledger.blob("s", a_blob(0).sha256)
-    await ledger.aclose()
-
-
-async def test_a_store_from_before_there_were_blobs_takes_them(filled: Path) -> None:
-    with sqlite3.connect(filled / "ledger.sqlite") as connection:
-        connection.execute("DROP TABLE blobs")
-    connection.close()
-    ledger = SqliteLedger.open(filled)
-    await ledger.put_blob("s", a_blob(0))
-    assert await ledger.blob("s", a_blob(0).sha256) == a_blob(0)
-    assert len(await ledger.turns("s")) == 10
     await ledger.aclose()
 
 
