@@ -364,7 +364,7 @@ def _rollout(connection: Connection, session_id: str, snapshot: str | None = Non
     row = connection.execute(
         """SELECT f.facts, f.checksum, n.snapshot, n.num_tokens, n.num_sampled_tokens, s.group_name
            FROM finishes f JOIN sessions s ON s.session_id = f.session_id
-           JOIN snapshots n ON n.session_id = f.session_id AND n.snapshot = coalesce(?, f.snapshot)
+           JOIN snapshots n ON n.session_id = f.session_id AND n.snapshot = coalesce(CAST(? AS TEXT), f.snapshot)
            WHERE f.session_id = ?""",
         (snapshot, session_id),
     ).fetchone()
