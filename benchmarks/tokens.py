@@ -92,16 +92,22 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 async def run_many(
-    seeds: Sequence[int], *, model: str = "", on_progress: Callable[[Tally], None] | None = None
+    seeds: Sequence[int],
+    *,
+    model: str = "",
+    num_gateways: int = 1,
+    on_progress: Callable[[Tally], None] | None = None,
 ) -> Tally:
-    """Judge the history of each seed, or those of the models whose name begins so; `on_progress` hears of every one."""
+    """Judge the history of each seed, or those of the models whose name begins so; `on_progress` hears of every one.
+
+    num_gateways: that share the ledger, each request going to any of them."""
     choices = all_choices()
     wanted = [seed for seed in seeds if choices[seed % len(choices)].name.startswith(model)]
     tally = Tally()
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="verbatim-bench-") as folder:
-        async with open_workshop(Path(folder)) as workshop:
-            async for judged in run_histories(workshop, choices, wanted):
+        async with open_workshop(Path(folder), num_gateways=num_gateways) as workshop:
+            async for judged in run_histories(workshop, choices, wanted, num_gateways=num_gateways):
                 tally.add(judged)
                 tally.seconds = time.monotonic() - began
                 if on_progress is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import traceback
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,14 +74,14 @@ class Workshop:
     def __init__(self, folder: Path, ledger: Ledger) -> None:
         self.ledger = ledger
         self._folder = folder
-        self._benches: dict[ModelChoice, Bench] = {}
+        self._benches: dict[tuple[ModelChoice, int], Bench] = {}
         self._judges: dict[ModelChoice, Judge] = {}
 
-    async def bench(self, choice: ModelChoice) -> Bench:
-        """The bench of a model, made at its first use."""
-        if choice not in self._benches:
-            self._benches[choice] = await self.fresh_bench(choice)
-        return self._benches[choice]
+    async def bench(self, choice: ModelChoice, number: int = 0) -> Bench:
+        """One of a model's benches, made at its first use; all of them share the ledger, as several gateways do."""
+        if (choice, number) not in self._benches:
+            self._benches[choice, number] = await self.fresh_bench(choice)
+        return self._benches[choice, number]
 
     async def fresh_bench(self, choice: ModelChoice) -> Bench:
         """Parts that remember nothing, as after a restart."""
@@ -129,9 +129,10 @@ class Workshop:
 
 
 @asynccontextmanager
-async def open_workshop(folder: Path) -> AsyncIterator[Workshop]:
-    """A workshop with a ledger of its own in `folder`."""
+async def open_workshop(folder: Path, *, num_gateways: int = 1) -> AsyncIterator[Workshop]:
+    """A workshop with a ledger of its own in `folder`; for several gateways it is a shared one."""
     ledger = SqliteLedger.open(folder / "ledger")
+    ledger.share(num_gateways > 1)
     workshop = Workshop(folder / "models", ledger)
     try:
         yield workshop
@@ -171,6 +172,20 @@ class LocalChat:
         finished = await turn.finished()
         runner.delivered(self.session, finished)
         return Answered(dict(finished.record.reply), str(finished.record.finish.reason))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ManyGateways:
+    """`agents.Chat` where each request goes to one of several gateways, as its seed will have it."""
+
+    benches: Sequence[Bench]
+    session_id: str
+
+    async def __call__(self, body: Message, *, leave_early: bool) -> Answer:
+        """Run one turn there."""
+        bench = self.benches[body[SEED_FIELD] // 4096 % len(self.benches)]
+        session = await bench.registry.get(self.session_id)
+        return await LocalChat(bench, session)(body, leave_early=leave_early)
 
 
 def all_choices() -> list[ModelChoice]:

@@ -9,7 +9,8 @@
 
 A request may say that it is a retry (`Idempotency-Key`, or `x-stainless-retry-count` above 0): a key names its turn in
 every state, also a delivered one; a count the only undelivered one like it, although its client seems to be there. Who
-has gone is known to one process; a turn that no living process knows of has lost its client with its gateway.
+has gone is known to one process; a turn that no living process knows of has lost its client with its gateway. Where
+several gateways share a ledger, one that recorded a turn notes its delivery at once: that is waited for, briefly.
 """
 
 from __future__ import annotations
@@ -74,10 +75,12 @@ class SessionCalls(Generic[T]):
         self._running: dict[str, T] = {}
         self._waited_for: set[str] = set()
         self._replaced: set[str] = set()
+        self._own: set[str] = set()
 
     def attend(self, turn: T) -> None:
         """Somebody waits for the reply of a turn that runs."""
         self._running[turn.turn_id] = turn
+        self._own.add(turn.turn_id)
         self._waited_for.add(turn.turn_id)
 
     def leave(self, turn_id: str) -> None:
@@ -87,6 +90,10 @@ class SessionCalls(Generic[T]):
     def end(self, turn_id: str) -> None:
         """A turn does not run any more; who waits for its reply still does."""
         self._running.pop(turn_id, None)
+
+    def is_own(self, turn_id: str) -> bool:
+        """Whether a turn was answered by this process, which then knows of its client."""
+        return turn_id in self._own
 
     def take(self, call: CallChoice, retry: RetryHint) -> T | Node | None:
         """The turn that answers a request, which is now waited for; None: it is a new one.

@@ -52,6 +52,24 @@ class Session:
         if self.deliveries:
             await asyncio.wait(self.deliveries)
 
+    async def catch_up(self, ledger: Ledger) -> bool:
+        """Learn what other gateways have recorded of it since; False if it is not what it was: deleted, or made anew."""
+        session_id = self.record.session_id
+        record, finish, turns, deliveries = await asyncio.gather(
+            ledger.session(session_id),
+            ledger.finish_record(session_id),
+            ledger.turns(session_id, after=self.tree.num_complete - 1),
+            ledger.deliveries(session_id),
+        )
+        if record != self.record:
+            return False
+        for turn in turns:
+            self.tree.add(turn)
+        for turn_id, delivered_at in deliveries.items():
+            self.tree.mark_delivered(turn_id, delivered_at)
+        self.finish = finish or self.finish
+        return True
+
     def check_open(self) -> None:
         """Raise SessionSealed once the session is finished or about to be."""
         if self.finish is not None or self.closing:
@@ -74,7 +92,7 @@ class SessionRegistry:
 
     async def find(self, session_id: str) -> Session | None:
         """The session, or None if nobody made it."""
-        if session_id in self._sessions:
+        if session_id in self._sessions and await self._is_current(session_id):
             self._sessions.move_to_end(session_id)
             return self._sessions[session_id]
         if session_id not in self._loading:
@@ -123,6 +141,15 @@ class SessionRegistry:
         await _settle(session)
         await self._ledger.delete_session(session_id)
         self._sessions.pop(session_id, None)
+
+    async def _is_current(self, session_id: str) -> bool:
+        """Whether a session in memory is as the ledger has it, brought up to date if need be."""
+        session = self._sessions[session_id]
+        if not self._ledger.shared or await session.catch_up(self._ledger):
+            return session_id in self._sessions
+        if self._sessions.get(session_id) is session:
+            del self._sessions[session_id]
+        return False
 
     async def _load(self, session_id: str) -> Session | None:
         record = await self._ledger.session(session_id)

@@ -112,6 +112,8 @@ class TurnTree:
         self._delivered: dict[str, float] = {}
         self._went_on: set[str] = set()
         self._next_index = 0
+        self._num_complete = 0
+        self._beyond: set[int] = set()
         self.start = RecordedMessage(None, None)
         for record in records:
             self.add(record)
@@ -131,6 +133,11 @@ class TurnTree:
         """The record of each turn, in the order in which they were added."""
         return [node.record for node in self]
 
+    @property
+    def num_complete(self) -> int:
+        """So many turns are here from the first on, without a gap in their indices."""
+        return self._num_complete
+
     def take_index(self) -> int:
         """The next turn's index; each call gives another one."""
         index = self._next_index
@@ -138,7 +145,9 @@ class TurnTree:
         return index
 
     def add(self, record: TurnRecord) -> Node:
-        """Hang a turn into the tree; raises LedgerCorrupt if its parent is not there."""
+        """Hang a turn into the tree, which may hang there already; raises LedgerCorrupt if its parent is not there."""
+        if record.turn_id in self._nodes:
+            return self._nodes[record.turn_id]
         parent_id = record.attachment.parent_id
         if parent_id is not None and parent_id not in self._nodes:
             raise LedgerCorrupt(f"session {record.session_id} turn {record.index}: its parent {parent_id} is missing")
@@ -147,7 +156,7 @@ class TurnTree:
         node.last.turns = (*node.last.turns, node)
         self._went_on.update(one for one in (parent_id, record.attachment.follows_id) if one is not None)
         self._nodes[record.turn_id] = node
-        self._next_index = max(self._next_index, record.index + 1)
+        self._count(record.index)
         if record.delivered_at is not None:
             self.mark_delivered(record.turn_id, record.delivered_at)
         return node
@@ -163,6 +172,13 @@ class TurnTree:
     def goes_on(self, node: Node) -> bool:
         """Whether a later turn goes on from this one, in tokens or as a conversation."""
         return node.record.turn_id in self._went_on
+
+    def _count(self, index: int) -> None:
+        self._next_index = max(self._next_index, index + 1)
+        self._beyond.add(index)
+        while self._num_complete in self._beyond:
+            self._beyond.remove(self._num_complete)
+            self._num_complete += 1
 
     def _node(self, record: TurnRecord, parent: Node | None) -> Node:
         if parent is None:

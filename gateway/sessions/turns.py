@@ -29,8 +29,11 @@ from gateway.contracts.errors import (
     LedgerError,
     NotFound,
     RequestError,
+    SessionSealed,
+    TurnIndexTaken,
     VerbatimError,
 )
+from gateway.contracts.experts import RoutedExperts
 from gateway.contracts.generation import (
     Finish,
     FinishReason,
@@ -67,6 +70,9 @@ _log = logging.getLogger(__name__)
 
 _NOTICE_SECONDS = 0.02
 """Within which the end of a connection has been noticed."""
+
+_NOTE_SECONDS = 0.25
+"""Within which a delivery is noted by another gateway."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +166,7 @@ async def run_turn(
     sampled = await _sample(parts, session, request, prompt, sampling, turn)
     record = _record(parts, session, request, prompt, sampling, sampled, turn)
     await keep_media(parts.ledger, session.record.session_id, record.added_messages, request.blobs)
-    await parts.ledger.append_turn(record, sampled.generated.experts)  # I4
+    record = await _append(parts, session, record, sampled.generated.experts)  # I4
     session.tree.add(record)
     finished = await _finished(parts, prompt, sampled, record)
     parts.observe(finished, sampled.generated, turn.times())
@@ -216,17 +222,31 @@ class TurnRunner:
         if session.calls.is_waited_for(call):
             # That client may be this one: closing a connection and asking again come at nearly the same time.
             await asyncio.sleep(_NOTICE_SECONDS)
-        while isinstance(found := session.calls.take(call, retry), Turn):
-            if found.rejoin():
-                return found
-            session.calls.leave(found.turn_id)
-            await found.settled()  # cut a moment ago: what it has is on disk then
-            session.check_open()
+        while (found := session.calls.take(call, retry)) is not None:
+            if isinstance(found, Turn):
+                if found.rejoin():
+                    return found
+                session.calls.leave(found.turn_id)
+                await found.settled()  # cut a moment ago: what it has is on disk then
+                session.check_open()
+            elif retry == NO_HINT and await self._is_delivered_elsewhere(session, found):
+                session.calls.leave(found.record.turn_id)
+            else:
+                break
         if isinstance(found, Node) and is_whole(found.record):
             turn = Turn(found.record.turn_id, call, retry)
             return self._follow(session, turn, give_again(self.parts, found, turn))
         begun = found if isinstance(found, Node) and can_go_on(found.record) else None
         return self.start(session, request, call, retry, begun=begun)
+
+    async def _is_delivered_elsewhere(self, session: Session, node: Node) -> bool:
+        """Whether another gateway, which recorded a turn, delivers its reply just now."""
+        turn_id = node.record.turn_id
+        if not self.parts.ledger.shared or session.calls.is_own(turn_id):
+            return False
+        await asyncio.sleep(_NOTE_SECONDS)
+        await session.catch_up(self.parts.ledger)
+        return session.tree.delivered_at(turn_id) is not None
 
     def start(
         self,
@@ -552,6 +572,28 @@ def _record(
         created_at=turn.started_at,
         delivered_at=None,
     )
+
+
+async def _append(
+    parts: TurnParts, session: Session, record: TurnRecord, experts: RoutedExperts | None
+) -> TurnRecord:
+    """Store a turn, as it is stored: another gateway may have taken its index, or finished its session, meanwhile."""
+    is_late = False
+    while True:
+        try:
+            if is_late:
+                session.finish = await parts.ledger.append_late_turn(record, experts)
+            else:
+                await parts.ledger.append_turn(record, experts)
+        except TurnIndexTaken:
+            await session.catch_up(parts.ledger)
+            record = replace(record, index=session.tree.take_index())
+        except SessionSealed:
+            if is_late:  # its rollout was dropped
+                raise
+            is_late = True  # what was sampled is kept all the same (I3)
+        else:
+            return record
 
 
 async def _finished(parts: TurnParts, prompt: _Prompt, sampled: _Sampled, record: TurnRecord) -> TurnFinished:

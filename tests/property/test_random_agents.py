@@ -33,6 +33,12 @@ async def test_random_agents_of_a_fresh_seed_lose_no_token() -> None:
     assert not tally.failures, f"seed {seed}\n{report(tally)}"
 
 
+async def test_random_agents_lose_no_token_whichever_of_several_gateways_they_ask() -> None:
+    """I1, I2, I3, I4, I6 where each request goes to one of three gateways that share a ledger."""
+    tally = await run_many(range(NUM_MODELS), num_gateways=3)
+    assert not tally.failures, report(tally)
+
+
 async def test_random_agents_over_http_lose_no_token_when_the_gateway_is_killed() -> None:
     """I1, I3, I4, I6 over real HTTP: kill -9 half-way through every history, then the same place again."""
     tally = await run_many_served(range(20))
