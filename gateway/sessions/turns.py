@@ -222,7 +222,7 @@ class TurnRunner:
         if session.calls.is_waited_for(call):
             # That client may be this one: closing a connection and asking again come at nearly the same time.
             await asyncio.sleep(_NOTICE_SECONDS)
-        while (found := session.calls.take(call, retry)) is not None:
+        while isinstance(found := session.calls.take(call, retry), Turn | Node):
             if isinstance(found, Turn):
                 if found.rejoin():
                     return found
