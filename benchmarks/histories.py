@@ -40,7 +40,7 @@ async def run_history(
     choice = choices[seed % len(choices)]
     benches = [await workshop.bench(choice, number) for number in range(num_gateways)]
     session_id = f"history-{seed}"
-    session = await benches[0].session(session_id)
+    await benches[0].session(session_id)
     agent = Agent(rng, ManyGateways(benches, session_id), max_requests=rng.choice((3, 6, 10, 16)))
     await agent.play()
     repeated: tuple[Asked, Asked] | None = None
@@ -66,7 +66,8 @@ async def run_histories(
     """Judge many histories, a few at a time."""
     for start in range(0, len(seeds), _AT_ONCE):
         batch = seeds[start : start + _AT_ONCE]
-        for judged in await asyncio.gather(*(run_history(workshop, choices, seed, num_gateways=num_gateways) for seed in batch)):
+        plays = (run_history(workshop, choices, seed, num_gateways=num_gateways) for seed in batch)
+        for judged in await asyncio.gather(*plays):
             yield judged
 
 

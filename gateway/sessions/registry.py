@@ -53,7 +53,7 @@ class Session:
             await asyncio.wait(self.deliveries)
 
     async def catch_up(self, ledger: Ledger) -> bool:
-        """Learn what other gateways have recorded of it since; False if it is not what it was: deleted, or made anew."""
+        """Learn what other gateways have recorded of it since; False if it was deleted, or made anew."""
         session_id = self.record.session_id
         record, finish, turns, deliveries = await asyncio.gather(
             ledger.session(session_id),
