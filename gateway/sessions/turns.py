@@ -574,9 +574,7 @@ def _record(
     )
 
 
-async def _append(
-    parts: TurnParts, session: Session, record: TurnRecord, experts: RoutedExperts | None
-) -> TurnRecord:
+async def _append(parts: TurnParts, session: Session, record: TurnRecord, experts: RoutedExperts | None) -> TurnRecord:
     """Store a turn, as it is stored: another gateway may have taken its index, or finished its session, meanwhile."""
     is_late = False
     while True:
