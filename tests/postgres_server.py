@@ -47,18 +47,20 @@ class PostgresServer:
         """What a gateway is given as `--ledger`."""
         return f"postgresql://verbatim@127.0.0.1:{self.port}/{database}"
 
-    def create_database(self) -> str:
-        """The DSN of a fresh, empty database."""
+    def create_ledger(self) -> str:
+        """The DSN of one ledger's own place: a schema, which is made sooner than a database."""
         name = f"test_{uuid.uuid4().hex[:12]}"
-        with psycopg.connect(self.dsn("postgres"), autocommit=True) as connection:
-            connection.execute(f'CREATE DATABASE "{name}" TEMPLATE template0'.encode())
-        return self.dsn(name)
+        self._administer(f'CREATE SCHEMA "{name}"')
+        return f"{self.dsn('postgres')}?options=-csearch_path%3D{name}"
 
-    def drop_database(self, dsn: str) -> None:
-        """Forget a database, whoever is still connected to it."""
-        name = dsn.rsplit("/", 1)[1]
+    def drop_ledger(self, dsn: str) -> None:
+        """Forget such a place."""
+        name = dsn.rsplit("%3D", 1)[1]
+        self._administer(f'DROP SCHEMA "{name}" CASCADE')
+
+    def _administer(self, statement: str) -> None:
         with psycopg.connect(self.dsn("postgres"), autocommit=True) as connection:
-            connection.execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)'.encode())
+            connection.execute(statement.encode())
 
     def initialise(self) -> None:
         """Make the cluster; bytes decide the order of texts, whatever this machine's language is."""

@@ -24,7 +24,7 @@ from typing import NamedTuple, Protocol
 from urllib.parse import unquote, urlsplit
 
 import obstore
-from obstore.exceptions import BaseError, NotFoundError
+from obstore.exceptions import BaseError
 from obstore.store import S3Store
 
 from gateway.contracts.errors import ConfigurationError, LedgerCorrupt
@@ -144,7 +144,7 @@ class BucketObjects:
         """A content, None if there is none."""
         try:
             return bytes(obstore.get(self._store, _key(name)).bytes())
-        except NotFoundError:
+        except FileNotFoundError:
             return None
 
     def remove(self, names: Sequence[str]) -> None:
