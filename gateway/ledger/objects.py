@@ -66,6 +66,10 @@ class Objects(Protocol):
         """What errors call it."""
         ...
 
+    def probe(self) -> None:
+        """Make the store ready and write something to it; gives up soon."""
+        ...
+
     def put(self, name: str, content: bytes) -> None:
         """Store a content; durable, and seen by every reader, when it returns."""
         ...
@@ -97,7 +101,7 @@ def open_objects(url: str, *, read_only: bool = False) -> Objects:
     """
     parts = urlsplit(url)
     if parts.query or parts.fragment or "@" in parts.netloc:
-        raise ConfigurationError(f"objects {_shown(url)}: give a bucket or a folder only; keys come from the environment")
+        raise ConfigurationError(f"objects {_shown(url)}: a bucket or a folder only; keys come from the environment")
     if parts.scheme == "s3" and parts.netloc:
         objects: Objects = BucketObjects.open(parts.netloc, unquote(parts.path).strip("/"))
     elif parts.scheme == "file" and not parts.netloc and parts.path.strip("/"):
@@ -294,17 +298,19 @@ def _read(objects: Objects, sha256: str, *, name: str) -> bytes:
 
 def _bucket(bucket: str, prefix: str, patience: timedelta) -> S3Store:
     """`patience`: how long failing requests are tried again."""
-    plain = os.environ.get(ENDPOINT_VARIABLE, "").startswith("http://")  # an operator who writes http means it
     return S3Store(
         bucket,
         prefix=prefix or None,
-        client_options={"connect_timeout": _CONNECT_TIMEOUT, "timeout": _REQUEST_TIMEOUT}
-        | ({"allow_http": True} if plain else {}),
+        client_options={
+            "connect_timeout": _CONNECT_TIMEOUT,
+            "timeout": _REQUEST_TIMEOUT,
+            "allow_http": os.environ.get(ENDPOINT_VARIABLE, "").startswith("http://"),  # who writes http means it
+        },
         retry_config={"retry_timeout": patience, "max_retries": 10},
     )
 
 
-def _probe(objects: BucketObjects | FileObjects) -> None:
+def _probe(objects: Objects) -> None:
     """A store that cannot be written to is told at the start, not at the first turn."""
     try:
         objects.probe()

@@ -11,7 +11,6 @@ safe.
 
 from __future__ import annotations
 
-import errno
 import logging
 import re
 import time
@@ -74,7 +73,7 @@ class PostgresLedger(SqlLedger):
     def open(cls, dsn: str, objects: str, *, read_only: bool = False) -> Self:
         """Open or make the ledger in a database; blocks for a moment.
 
-        dsn: `postgresql://user@host:port/database`, without a password, which libpq takes from PGPASSWORD or PGPASSFILE.
+        dsn: `postgresql://user@host:port/database`, without the password: libpq takes it from PGPASSWORD or PGPASSFILE.
         objects: `s3://bucket/prefix` or `file:///folder`. Raises ConfigurationError if one of them cannot be used,
         SchemaMismatch for a store of another version.
         """
@@ -126,7 +125,9 @@ class PostgresBackend:
         if isinstance(error, BaseError):
             return LedgerError("the ledger's object store cannot be used; try again")
         if isinstance(error, OSError):
-            return LedgerError(f"the ledger's objects cannot be used: {error.strerror or errno.errorcode.get(error.errno or 0, error)}")
+            return LedgerError(
+                f"the ledger's objects cannot be used ({error.strerror or type(error).__name__}); try again"
+            )
         return LedgerError(f"the ledger cannot be used: {error}")
 
     def met_another(self, error: Exception) -> bool:
@@ -251,12 +252,12 @@ class _EscapingDumper(StrDumperUnknown):
 
 class _UnescapingLoader(TextLoader):
     def load(self, data: Any) -> Any:
-        return unescape_text(super().load(data))
+        return unescape_text(str(super().load(data)))
 
 
 class _UnescapingBinaryLoader(TextBinaryLoader):
     def load(self, data: Any) -> Any:
-        return unescape_text(super().load(data))
+        return unescape_text(str(super().load(data)))
 
 
 _ESCAPE = "\x01"
@@ -321,7 +322,7 @@ def _checked_conninfo(dsn: str) -> str:
         raise ConfigurationError(
             "ledger: leave the password out of the URL, which is shown and logged; set PGPASSWORD or PGPASSFILE"
         )
-    defaults = {
+    defaults: dict[str, Any] = {
         "connect_timeout": _CONNECT_SECONDS,
         "application_name": "verbatim",
         "keepalives_idle": 10,
@@ -329,7 +330,7 @@ def _checked_conninfo(dsn: str) -> str:
         "keepalives_count": 3,
         "tcp_user_timeout": 20_000,
     }
-    return make_conninfo(**(defaults | given))
+    return make_conninfo("", **(defaults | given))
 
 
 def _prepare(conninfo: str, name: str, *, read_only: bool) -> None:
@@ -384,12 +385,16 @@ def _prepare_tables(connection: PostgresConnection, name: str, *, read_only: boo
 
 def _version(connection: PostgresConnection, name: str) -> int | None:
     """None in a database without a ledger; raises ConfigurationError for one that holds other tables of our names."""
-    found = {table for (table,) in connection.execute(
-        "SELECT tablename::text FROM pg_tables WHERE schemaname = current_schema() "
-        "AND tablename IN ('verbatim_ledger', 'sessions', 'turns', 'objects')"
-    )}
+    found = {
+        table
+        for (table,) in connection.execute(
+            "SELECT tablename::text FROM pg_tables WHERE schemaname = current_schema() "
+            "AND tablename IN ('verbatim_ledger', 'sessions', 'turns', 'objects')"
+        )
+    }
     if "verbatim_ledger" in found:
         return int(connection.execute("SELECT schema_version FROM verbatim_ledger").fetchone()[0])
     if found:
-        raise ConfigurationError(f"ledger {name}: the database holds tables of another program ({', '.join(sorted(found))})")
+        names = ", ".join(sorted(found))
+        raise ConfigurationError(f"ledger {name}: the database holds tables of another program ({names})")
     return None

@@ -147,9 +147,7 @@ class ObjectRegister:
 
 def _remove_rows(connection: Connection, grace_seconds: float) -> Sequence[tuple[str, int]]:
     """Lock candidates first and look again then: what committed before the lock is seen by the second statement."""
-    (alone,) = connection.execute(
-        "SELECT pg_try_advisory_xact_lock(hashtextextended(?, 0))", (_SWEEP_LOCK,)
-    ).fetchone()
+    (alone,) = connection.execute("SELECT pg_try_advisory_xact_lock(hashtextextended(?, 0))", (_SWEEP_LOCK,)).fetchone()
     if not alone:
         return ()
     candidates = connection.execute(
