@@ -33,6 +33,7 @@ from gateway.contracts.generation import Capability
 from gateway.contracts.ports import Engine, Ledger
 from gateway.contracts.settings import engine_key, load_settings, settings_toml
 from gateway.contracts.telemetry import ready_line
+from gateway.ledger.postgres import PostgresLedger
 from gateway.ledger.sqlite import SqliteLedger
 from gateway.replicas.health import watch_health
 from gateway.replicas.pool import ReplicaPool
@@ -86,6 +87,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", help="address to listen on (127.0.0.1)")
     parser.add_argument("--port", type=int, help="port to listen on (8600; 0 takes a free one)")
     parser.add_argument("--data", type=Path, metavar="DIR", help="the ledger's folder (verbatim-data)")
+    parser.add_argument("--ledger", metavar="URL", help="postgresql://USER@HOST/DATABASE, for several gateways (none)")
+    parser.add_argument("--objects", metavar="URL", help="arrays beside --ledger: s3://BUCKET/PREFIX or file:///FOLDER")
     parser.add_argument("--pick", metavar="NAME", help="which turns train: all, delivered, final-path, module:function")
     parser.add_argument(
         "--require",
@@ -202,7 +205,7 @@ async def open_gateway(settings: GatewaySettings, kinds: Mapping[str, EngineMake
         stop_token_ids=frozenset(model.tokenizer.eos_token_ids),
         on_interruption=metrics.observe_interruption,
     )
-    ledger = SqliteLedger.open(settings.data)
+    ledger = open_ledger(settings)
     parts = TurnParts(model, pool, ledger, settings.turns, metrics.observe_turn)
     gateway = Gateway(
         settings=settings,
@@ -226,6 +229,13 @@ async def open_gateway(settings: GatewaySettings, kinds: Mapping[str, EngineMake
         await gateway.runner.aclose()
         await pool.aclose()
         await ledger.aclose()
+
+
+def open_ledger(settings: GatewaySettings) -> Ledger:
+    """The ledger that the settings name; blocks for a moment."""
+    if settings.ledger:
+        return PostgresLedger.open(settings.ledger, settings.objects)
+    return SqliteLedger.open(settings.data)
 
 
 def build_app(gateway: Gateway, access: Access) -> ASGIApp:
@@ -317,6 +327,8 @@ def _settings(arguments: argparse.Namespace) -> GatewaySettings:
         "host": arguments.host,
         "port": arguments.port,
         "data": arguments.data,
+        "ledger": arguments.ledger,
+        "objects": arguments.objects,
         "pick": arguments.pick,
         "require": None if arguments.require is None else tuple(map(Capability, arguments.require)),
     }

@@ -42,7 +42,8 @@ class GatewaySettings:
     the operator's own `module:function`. require: what every engine must be able to do; one that cannot is refused, at
     the start and when it is added. forward: which other paths of an engine agents reach. forward_paths: paths of the
     operator's own that they reach besides, each as it is or, with `*` at its end, with whatever follows; a path listed
-    here passes whatever it does at the engine.
+    here passes whatever it does at the engine. ledger, objects: PostgreSQL's URL without a password and the store of
+    arrays (`s3://bucket/prefix`, `file:///folder`) that several gateways share; empty: the embedded ledger in `data`.
     """
 
     model: Path | None = None
@@ -50,6 +51,8 @@ class GatewaySettings:
     host: str = "127.0.0.1"
     port: int = 8600
     data: Path = Path("verbatim-data")
+    ledger: str = ""
+    objects: str = ""
     served_name: str = ""
     tool_call_parser: str = AUTO
     reasoning_parser: str = AUTO
@@ -78,6 +81,8 @@ class GatewaySettings:
                 f"max_body_bytes is {self.max_body_bytes}: expected 1 to bodies_in_flight_bytes "
                 f"({self.bodies_in_flight_bytes})"
             )
+        if bool(self.ledger) != bool(self.objects):
+            raise ConfigurationError("ledger and objects belong together: give both, or none for the ledger in `data`")
         if self.read_timeout_seconds <= 0 or self.write_timeout_seconds <= 0:
             raise ConfigurationError("read_timeout_seconds and write_timeout_seconds must be above 0")
         if self.forward is Forward.NONE and self.forward_paths:

@@ -8,9 +8,13 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.object_server import ObjectServer, running_object_server
+from tests.postgres_server import PostgresServer, running_postgres
 
 CORPUS = [
     'What is 48/2? Use the calculator. {"name": "calculator", "arguments": {"expression": "48/2"}} The answer is 24.',
@@ -40,3 +44,25 @@ def free_port() -> int:
                 continue
             return port
     raise RuntimeError("no free port below 32000")
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[PostgresServer]:
+    """One PostgreSQL for the whole run; who stops or kills it starts it again."""
+    with running_postgres() as server:
+        yield server
+
+
+@pytest.fixture
+def postgres_dsn(postgres_server: PostgresServer) -> Iterator[str]:
+    """Where nothing is stored yet."""
+    dsn = postgres_server.create_ledger()
+    yield dsn
+    postgres_server.drop_ledger(dsn)
+
+
+@pytest.fixture(scope="session")
+def object_server() -> Iterator[ObjectServer]:
+    """One server of the S3 protocol for the whole run."""
+    with running_object_server() as server:
+        yield server

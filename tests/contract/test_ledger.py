@@ -38,15 +38,17 @@ from gateway.contracts.records import (
 )
 from gateway.contracts.rollouts import FeedCounts, IncompleteGroup, Lease
 from gateway.contracts.versions import VersionSpan
+from gateway.ledger.postgres import PostgresLedger
 from gateway.ledger.sqlite import SqliteLedger
 
-OPENERS: dict[str, Callable[[Path], Ledger]] = {"sqlite": SqliteLedger.open}
 
-
-@pytest.fixture(params=OPENERS)
+@pytest.fixture(params=["sqlite", "postgres"])
 def reopen(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], Ledger]:
     """Open the same store once more."""
-    return lambda: OPENERS[request.param](tmp_path / "data")
+    if request.param == "sqlite":
+        return lambda: SqliteLedger.open(tmp_path / "data")
+    dsn: str = request.getfixturevalue("postgres_dsn")
+    return lambda: PostgresLedger.open(dsn, (tmp_path / "objects").as_uri())
 
 
 @pytest.fixture
@@ -205,6 +207,24 @@ async def test_an_equal_session_is_returned_and_another_of_its_id_is_refused(led
     assert await ledger.create_session(a_session("a/b é", group="g", created_at=99.0)) == first
     with pytest.raises(Conflict):
         await ledger.create_session(a_session("a/b é", group="other"))
+
+
+async def test_any_unicode_text_is_an_id_a_group_a_label_and_a_consumer(ledger: Ledger) -> None:
+    """NUL and its neighbours too, which stores may have no place for; and ids keep their order."""
+    names = ["a", "a\x00", "a\x00b", "a\x01", "a\x01\x02", "a\x02", "b'\"?%s{}", "é🙂"]
+    for name in names:
+        await finished(ledger, name, group=name + "g", labels={name: name, "\ud800": "\udfff\x00"})
+    assert [session.session_id for session in await ledger.sessions()] == names
+    assert [session.session_id for session in await ledger.sessions(after="a\x00")] == names[2:]
+    for name in names:
+        listed = await ledger.sessions(labels={name: name, "\ud800": "\udfff\x00"})
+        assert [session.session_id for session in listed] == [name]
+        assert [turn.session_id for turn in await ledger.turns(name)] == [name]
+        lent = await lease(ledger, consumer=name, labels={name: name})
+        assert lent is not None
+        assert [(rollout.session_id, rollout.group) for rollout in lent.rollouts] == [(name, name + "g")]
+        assert await ledger.acknowledge(lent.lease_id) == [name]
+    assert await ledger.consumers() == names
 
 
 async def test_a_session_id_that_is_no_unicode_text_is_refused_as_a_request(ledger: Ledger) -> None:
