@@ -37,7 +37,7 @@ RESULTS = Path(__file__).parent / "results" / "chaos.json"
 _PACKAGES = ("verbatim-rl", "smg", "aiohttp", "uvicorn", "uvloop")
 _SHOWN = 3
 _SETTLE_SECONDS = 90.0
-GATEWAY_SETTINGS = ("replicas.health_interval_seconds=0.5", "replicas.health_timeout_seconds=2.0")
+GATEWAY_SETTINGS = ("replicas.health_interval_seconds=1.0", "timeouts.stall_seconds=3.0", "timeouts.probe_seconds=2.0")
 
 
 @dataclass(frozen=True, slots=True)

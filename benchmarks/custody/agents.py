@@ -37,7 +37,26 @@ TOOLS = [
 ]
 _PASSING = frozenset((408, 409, 429, 500, 502, 503, 504))
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.25, 4.0
-_WORDS = "look again at the next file and count the lines then add them up please before you answer".split()
+_WORDS = [
+    "look",
+    "again",
+    "at",
+    "the",
+    "next",
+    "file",
+    "and",
+    "count",
+    "the",
+    "lines",
+    "then",
+    "add",
+    "them",
+    "up",
+    "please",
+    "before",
+    "you",
+    "answer",
+]
 
 
 @dataclass(frozen=True, slots=True)

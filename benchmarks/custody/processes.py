@@ -122,7 +122,7 @@ class Fleet:
         self._group_size = group_size
         self._trainer = tuple(trainer)
         self.policy_version = 0
-        gateway, router, metrics, *engines = (_ports(3 + num_engines))
+        gateway, router, metrics, *engines = _ports(3 + num_engines)
         self.gateway_url, self.router_url = _url(gateway), _url(router)
         self.engine_urls = [_url(port) for port in engines]
         self.engines = [self._engine(i, port) for i, port in enumerate(engines)]

@@ -449,9 +449,7 @@ def _committed(file: Path, account: Account) -> tuple[dict[str, Mapping[str, Any
     return rollouts, acked
 
 
-def _trained_tokens(
-    rollouts: Mapping[str, Mapping[str, Any]], account: Account
-) -> dict[tuple[str, int], int]:
+def _trained_tokens(rollouts: Mapping[str, Mapping[str, Any]], account: Account) -> dict[tuple[str, int], int]:
     """(session, mark) of every trained token; log-probs, versions and rows are checked on the way."""
     trained: dict[tuple[str, int], int] = {}
     total = rows = 0

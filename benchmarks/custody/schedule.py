@@ -12,13 +12,13 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 
+import aiohttp
+
 from benchmarks.custody.place import Place
 from benchmarks.custody.processes import Fleet, Member
 from engines.weights.names import weight_label
 from gateway.client import GatewayClient
 from gateway.contracts.errors import VerbatimError
-
-import aiohttp
 
 
 class Harm(StrEnum):
