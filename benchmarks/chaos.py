@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from benchmarks.custody.trainer import CONSUMER
 from gateway.client import GatewayClient
 from gateway.contracts.errors import VerbatimError
 
+_CHECKOUT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results" / "chaos.json"
 _PACKAGES = ("verbatim-rl", "smg", "aiohttp", "uvicorn", "uvloop")
 _SHOWN = 3
@@ -50,7 +51,7 @@ class ChaosSettings:
     seed: int = 0
     group_size: int = 4
     num_engines: int = 2
-    habits: Habits = Habits()
+    habits: Habits = field(default_factory=Habits)
     gateway_settings: tuple[str, ...] = GATEWAY_SETTINGS
     trainer: tuple[str, ...] = ("-m", "benchmarks.custody.trainer")
 
@@ -83,7 +84,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 async def run_chaos(folder: Path, settings: ChaosSettings, *, tell: Callable[[str], None]) -> dict[str, Any]:
     """One run in `folder`, from the first process to the reader's account."""
-    folder.mkdir(parents=True, exist_ok=True)
     place = await asyncio.to_thread(prepare, folder)
     began = time.time()
     connector = aiohttp.TCPConnector(limit=0)
@@ -158,7 +158,7 @@ async def count(folder: Path) -> dict[str, Any]:
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "benchmarks.custody.reader", str(folder)),
         stdout=asyncio.subprocess.PIPE,
-        cwd=Path(__file__).resolve().parents[1],
+        cwd=_CHECKOUT,
     )
     output, _ = await process.communicate()
     return dict(json.loads(output))

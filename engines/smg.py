@@ -171,7 +171,7 @@ class SmgRouter(HttpEngine):
                 yield event
 
     async def _check_silence(self, request_id: str) -> None:
-        """Raise the error that a silent stream stands for: a router or a worker that hangs keeps its connections open."""
+        """Raise the error that a silent stream stands for: who hangs, router or worker, keeps connections open."""
         await self._http.get_status("/liveness", timeout_seconds=self._probe_timeout_seconds)
         known = self._workers.get(self._serving.get(request_id, ""))
         # Before the first byte nobody says which worker it is: it may be any that is silent.

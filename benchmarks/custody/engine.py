@@ -172,7 +172,7 @@ class JournallingEngine:
         return response
 
     async def _wait_resumed(self, running: _Request) -> None:
-        while not self._going.is_set() and not running.aborted:
+        while not self._going.is_set() and not running.aborted:  # noqa: ASYNC110 (an abort ends it too)
             await asyncio.sleep(self._step_seconds)
 
     def _step(self, running: _Request) -> dict[str, Any] | None:

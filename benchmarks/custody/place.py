@@ -69,6 +69,7 @@ class Place:
 
 def prepare(folder: Path) -> Place:
     """Make the model folder and the script."""
+    folder.mkdir(parents=True, exist_ok=True)
     place = Place(folder)
     write_model(place.model, family=_FAMILY, vocabulary="byte_level")
     config_file = place.model / "config.json"

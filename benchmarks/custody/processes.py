@@ -90,7 +90,7 @@ class Member:
         return -signal.SIGKILL
 
     async def _gone(self) -> int:
-        while self.process is not None and self.process.poll() is None:
+        while self.process is not None and self.process.poll() is None:  # noqa: ASYNC110 (a process)
             await asyncio.sleep(0.01)
         return self.process.returncode if self.process is not None else 0
 
