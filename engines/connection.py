@@ -1,7 +1,11 @@
 """HTTP to an engine, with every foreign failure translated once.
 
-Connections that fail, 5xx, 408, 429 and streams that end early → EngineUnavailable; silence → EngineTimeout; other 4xx
-→ ContextOverflow or EngineRejected; bodies that are not what HTTP said → EngineProtocolError.
+Connections that fail, 5xx, 408 and streams that end early → EngineUnavailable; 429 and what says `Retry-After` →
+EngineBusy; silence → EngineTimeout; other 4xx → ContextOverflow or EngineRejected; bodies that are not what HTTP said →
+EngineProtocolError.
+
+Silence has two limits. A short one after which the other side is asked whether it lives: a process that hangs keeps
+its connections open, and a long prompt or a paused engine is silent as well. A long one, whatever it says.
 
 What is sent is ours alone: no header of an agent, no cookie of an engine, and the operator's engine key only as
 `Authorization`. Redirects are not followed.
@@ -9,12 +13,14 @@ What is sent is ours alone: no header of an agent, no cookie of an engine, and t
 
 from __future__ import annotations
 
+import asyncio
+import email.utils
 import json
 import logging
 import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any, NamedTuple
 
 import aiohttp
@@ -23,6 +29,7 @@ from yarl import URL
 
 from gateway.contracts.errors import (
     ContextOverflow,
+    EngineBusy,
     EngineError,
     EngineProtocolError,
     EngineRejected,
@@ -55,6 +62,8 @@ class Answer(NamedTuple):
 class EngineHttp:
     """One engine's HTTP connections; `idle_timeout_seconds` bounds the silence between two pieces of an answer.
 
+    first_byte_timeout_seconds: of a stream, until it begins (None: as between pieces). stall_timeout_seconds: of a
+    stream, after how much silence it is asked whether it lives (0: never).
     api_key: sent as `Authorization: Bearer …`, for engines that were started with one. refusal_of: (status, body, name)
     of an answer of 300 and above → the error that it stands for.
     """
@@ -66,6 +75,8 @@ class EngineHttp:
         engine_id: str,
         connect_timeout_seconds: float,
         idle_timeout_seconds: float,
+        first_byte_timeout_seconds: float | None = None,
+        stall_timeout_seconds: float = 0.0,
         api_key: str | None = None,
         refusal_of: Callable[[int, bytes, str], VerbatimError] | None = None,
     ) -> None:
@@ -73,6 +84,8 @@ class EngineHttp:
         self.engine_id = engine_id
         self._connect_timeout_seconds = connect_timeout_seconds
         self._idle_timeout_seconds = idle_timeout_seconds
+        self._first_byte_timeout_seconds = first_byte_timeout_seconds or idle_timeout_seconds
+        self._stall_timeout_seconds = stall_timeout_seconds or None
         self._api_key = api_key
         self._refusal_of = refusal_of or refusal
         self._session: aiohttp.ClientSession | None = None
@@ -120,16 +133,24 @@ class EngineHttp:
         *,
         headers: Mapping[str, str] | None = None,
         on_headers: Callable[[Mapping[str, str]], None] = lambda headers: None,
+        on_silence: Callable[[], Awaitable[None]] | None = None,
     ) -> AsyncGenerator[Any, None]:
         """POST JSON and yield the parsed events of the answer, up to `[DONE]`; on_headers is told the answer's first.
 
+        on_silence: asked when the stream stalls; raises the EngineError that the silence stands for, if any.
         Raises EngineUnavailable if the stream ends without `[DONE]`, EngineTimeout if it says nothing but comments.
         """
-        async with self._request("POST", path, body, None, headers) as response:
+        async with (
+            self._translated(path),
+            self._opening(path, body, headers, on_silence) as opening,
+            await opening as response,
+        ):
+            if response.status >= 300:
+                raise await self._refused(response, path)
             on_headers(response.headers)
             reader = EventReader()
             heard = time.monotonic()
-            async for piece in response.content.iter_any():
+            while piece := await self._next_piece(response, on_silence):
                 for payload in reader.read(piece):
                     if payload == b"[DONE]":
                         return
@@ -140,7 +161,58 @@ class EngineHttp:
                     heard = time.monotonic()
                 elif time.monotonic() > heard + self._idle_timeout_seconds:
                     raise EngineTimeout(f"{self._named(path)} sent nothing for {self._idle_timeout_seconds:g} s")
+                elif self._stalls_since(heard) and on_silence is not None:
+                    await on_silence()
         raise EngineUnavailable(f"{self._named(path)}: the stream ended early")
+
+    @asynccontextmanager
+    async def _opening(
+        self,
+        path: str,
+        body: Mapping[str, Any],
+        headers: Mapping[str, str] | None,
+        on_silence: Callable[[], Awaitable[None]] | None,
+    ) -> AsyncIterator[asyncio.Future[aiohttp.ClientResponse]]:
+        """A request whose answer has begun, or has failed to, when the body is entered."""
+        request = self._opened().post(
+            self.url + path, json=body, headers=headers, timeout=self._timeout(None), allow_redirects=False
+        )
+        opening = asyncio.ensure_future(_answer(request))
+        deadline = time.monotonic() + self._first_byte_timeout_seconds
+        try:
+            while not opening.done():
+                patience = min(self._stall_timeout_seconds or deadline, deadline - time.monotonic())
+                await asyncio.wait([opening], timeout=max(0.0, patience))
+                if opening.done():
+                    break
+                if time.monotonic() >= deadline:
+                    raise EngineTimeout(
+                        f"{self._named(path)} did not begin to answer in {self._first_byte_timeout_seconds:g} s"
+                    )
+                if on_silence is not None:
+                    await on_silence()
+            yield opening
+        finally:
+            if not opening.done():
+                opening.cancel()
+                with suppress(asyncio.CancelledError, aiohttp.ClientError, OSError):
+                    (await opening).close()
+
+    async def _next_piece(
+        self, response: aiohttp.ClientResponse, on_silence: Callable[[], Awaitable[None]] | None
+    ) -> bytes:
+        """The next bytes of a stream, b"" at its end."""
+        while True:
+            try:
+                async with asyncio.timeout(self._stall_timeout_seconds) as stall:
+                    return await response.content.readany()
+            except TimeoutError:
+                if not stall.expired() or on_silence is None:
+                    raise
+            await on_silence()
+
+    def _stalls_since(self, heard: float) -> bool:
+        return self._stall_timeout_seconds is not None and time.monotonic() > heard + self._stall_timeout_seconds
 
     @asynccontextmanager
     async def forward(self, call: RawCall) -> AsyncIterator[RawReply]:
@@ -213,8 +285,15 @@ class EngineHttp:
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         async with self._sent(method, path, body, timeout_seconds, headers) as response:
             if response.status >= 300:
-                raise self._refusal_of(response.status, await response.read(), self._named(path))
+                raise await self._refused(response, path)
             yield response
+
+    async def _refused(self, response: aiohttp.ClientResponse, path: str) -> VerbatimError:
+        error = self._refusal_of(response.status, await response.read(), self._named(path))
+        wait = retry_after_seconds(response.headers.get("Retry-After"))
+        if type(error) is EngineUnavailable and (response.status == 429 or wait is not None):
+            return EngineBusy(error.message, retry_after_seconds=wait)
+        return error
 
     @asynccontextmanager
     async def _sent(
@@ -319,6 +398,22 @@ def failure(error: Any, named: str) -> VerbatimError:
     if isinstance(code, int) and (code >= 500 or code in _PASSING_STATUSES):
         return EngineUnavailable(f"{named}: {message}")
     return refused(message, named)
+
+
+def retry_after_seconds(header: str | None) -> float | None:
+    """What a `Retry-After` says, a number of seconds or a date; None where there is none that can be read."""
+    if header is None:
+        return None
+    if header.strip().isdecimal():
+        return float(header)
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(header).timestamp() - time.time())
+    except ValueError:
+        return None
+
+
+async def _answer(request: Awaitable[aiohttp.ClientResponse]) -> aiohttp.ClientResponse:
+    return await request
 
 
 def _connector() -> aiohttp.TCPConnector:

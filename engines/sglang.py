@@ -26,6 +26,7 @@ from gateway.contracts.errors import (
     EngineError,
     EngineProtocolError,
     EngineRejected,
+    EngineTimeout,
     EngineUnavailable,
     ExpertsMismatch,
     InvalidRequest,
@@ -89,7 +90,6 @@ _UNDERSTANDS = {
 }
 
 _CONTROL_SECONDS = 60.0
-_ABORT_SECONDS = 5.0
 
 
 class SglangEngine(HttpEngine):
@@ -97,7 +97,9 @@ class SglangEngine(HttpEngine):
 
     routing: the model's shape, None for a dense model or to learn it from the engine's own folder. policy_version_of:
     the engine's weight label → our version; raises EngineProtocolError for labels it does not know. context_length: 0
-    asks the engine. idle_timeout_seconds: longest silence of a stream (a paused engine is silent).
+    asks the engine. idle_timeout_seconds: longest silence of a stream (a paused engine is silent);
+    first_byte_timeout_seconds: before its first byte. stall_timeout_seconds: after so much silence the engine is asked
+    whether it lives; no answer within probe_timeout_seconds ends the stream.
     """
 
     def __init__(
@@ -110,6 +112,9 @@ class SglangEngine(HttpEngine):
         context_length: int = 0,
         connect_timeout_seconds: float = 5.0,
         idle_timeout_seconds: float = 600.0,
+        first_byte_timeout_seconds: float | None = None,
+        stall_timeout_seconds: float = 10.0,
+        probe_timeout_seconds: float = 5.0,
         api_key: str | None = None,
     ) -> None:
         super().__init__(
@@ -118,9 +123,12 @@ class SglangEngine(HttpEngine):
                 engine_id=engine_id,
                 connect_timeout_seconds=connect_timeout_seconds,
                 idle_timeout_seconds=idle_timeout_seconds,
+                first_byte_timeout_seconds=first_byte_timeout_seconds,
+                stall_timeout_seconds=stall_timeout_seconds,
                 api_key=api_key,
             )
         )
+        self._probe_timeout_seconds = probe_timeout_seconds
         self._routing = routing
         self._policy_version_of = policy_version_of
         self._context_length = context_length
@@ -133,11 +141,16 @@ class SglangEngine(HttpEngine):
             await self.check_media(request)
         if request.routed_experts_start is not None and self._routing is None:
             self._routing = (await self.identity()).routing
-        events = self._http.events("/generate", generate_body(request))
+        events = self._http.events("/generate", generate_body(request), on_silence=self._check_silence)
         reader = StreamReader(request, self._routing, self._policy_version_of, self.engine_id)
         async with aclosing(read_generation(events, reader, abort=self.abort)) as items:
             async for item in items:
                 yield item
+
+    async def _check_silence(self) -> None:
+        """Raise EngineTimeout unless the engine still answers: one that hangs keeps its connections open."""
+        if not await self.healthy():
+            raise EngineTimeout(f"engine {self.engine_id} at {self.url} is silent and does not answer its health check")
 
     async def check_media(self, request: GenerateRequest) -> None:
         """Raise InvalidRequest for media that the model would ignore in silence, by what the engine last said of it."""
@@ -221,7 +234,7 @@ class SglangEngine(HttpEngine):
         try:
             # Not /health, where SGLang generates a token (a second, and it fails while paused); not /ready, which is
             # false while paused.
-            status = await self._http.get_status("/ping", timeout_seconds=_ABORT_SECONDS)
+            status = await self._http.get_status("/ping", timeout_seconds=self._probe_timeout_seconds)
             if status == 404:
                 status = await self._http.get_status("/health", timeout_seconds=_CONTROL_SECONDS)
         except EngineError:
@@ -230,7 +243,7 @@ class SglangEngine(HttpEngine):
 
     async def abort(self, request_id: str) -> None:
         """Stop one request (and those whose id it begins: SGLang matches by prefix); unknown ids are fine."""
-        await self._http.post("/abort_request", {"rid": request_id}, timeout_seconds=_ABORT_SECONDS)
+        await self._http.post("/abort_request", {"rid": request_id}, timeout_seconds=self._probe_timeout_seconds)
 
     async def pause(self, mode: PauseMode) -> None:
         """Stop generating; new requests wait at the engine."""

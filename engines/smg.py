@@ -90,6 +90,9 @@ class SmgRouter(HttpEngine):
         context_length: int = 0,
         connect_timeout_seconds: float = 5.0,
         idle_timeout_seconds: float = 600.0,
+        first_byte_timeout_seconds: float | None = None,
+        stall_timeout_seconds: float = 10.0,
+        probe_timeout_seconds: float = 5.0,
         api_key: str | None = None,
     ) -> None:
         super().__init__(
@@ -98,17 +101,22 @@ class SmgRouter(HttpEngine):
                 engine_id=engine_id,
                 connect_timeout_seconds=connect_timeout_seconds,
                 idle_timeout_seconds=idle_timeout_seconds,
+                first_byte_timeout_seconds=first_byte_timeout_seconds,
+                stall_timeout_seconds=stall_timeout_seconds,
                 api_key=api_key,
                 refusal_of=_refusal,
             )
         )
+        self._probe_timeout_seconds = probe_timeout_seconds
         self._routing = routing
         self._policy_version_of = policy_version_of
         self._context_length = context_length
         self._api_key = api_key
         self._learnt_routing: RoutingShape | None = None
         self._workers: dict[str, SglangEngine] = {}
-        self._registrations: frozenset[str] = frozenset()
+        self._registered: Mapping[str, str] = {}
+        self._lost: set[str] = set()
+        self._was_away = False
         self._serving: dict[str, str] = {}
         self._detours: OrderedDict[str, int] = OrderedDict()
         self._is_verbatim = False
@@ -148,14 +156,29 @@ class SmgRouter(HttpEngine):
             if worker is not None:
                 self._serving[request.request_id] = _address(worker)
 
+        async def check_silence() -> None:
+            await self._check_silence(request.request_id)
+
         body, headers = generate_body(request), self._routing_headers(request.routing_key)
-        events = self._http.events("/generate", body, headers=headers, on_headers=remember_worker)
+        events = self._http.events(
+            "/generate", body, headers=headers, on_headers=remember_worker, on_silence=check_silence
+        )
         async with aclosing(events):
             async for event in events:
                 match event:
                     case {"error": {"type": str(kind), "message": message}} if kind == _STREAM_ERROR:
                         raise WorkerUnavailable(f"router {self.engine_id} lost its worker: {message}")
                 yield event
+
+    async def _check_silence(self, request_id: str) -> None:
+        """Raise the error that a silent stream stands for: who hangs, router or worker, keeps connections open."""
+        await self._http.get_status("/liveness", timeout_seconds=self._probe_timeout_seconds)
+        known = self._workers.get(self._serving.get(request_id, ""))
+        # Before the first byte nobody says which worker it is: it may be any that is silent.
+        workers = {known.url: known} if known is not None else dict(self._workers)
+        for url, answers in (await _each(workers, lambda worker: worker.healthy())).items():
+            if answers is not True:
+                raise WorkerUnavailable(f"worker {url} of router {self.engine_id} hangs")
 
     def _routing_headers(self, routing_key: str) -> Mapping[str, str]:
         """A session's key; another one as often as its worker was lost, so that it comes to another worker."""
@@ -272,19 +295,48 @@ class SmgRouter(HttpEngine):
 
     async def _known_workers(self) -> Mapping[str, SglangEngine]:
         """Clients of the workers that the router lists now, by address."""
-        listed = await listed_workers(self._http)
-        registrations = frozenset(worker.registration for worker in listed)
-        if not registrations <= self._registrations:
-            self._is_verbatim = False  # a router that starts registers anew; its flags may be others
-        self._registrations = registrations
-        gone = [self._workers.pop(url) for url in self._workers.keys() - {worker.url for worker in listed}]
-        for worker in listed:
-            if worker.url not in self._workers:
-                self._workers[worker.url] = self._worker(worker.url)
-        workers = dict(self._workers)
+        listed = await self._listed()
+        if not listed:
+            raise EngineUnavailable(f"router {self.engine_id} at {self.url} has no workers")
+        now = {worker.url for worker in listed}
+        gone = [self._workers.pop(url) for url in self._workers.keys() - now - self._lost]
+        for url in now - self._workers.keys():
+            self._workers[url] = self._worker(url)
+        workers = {url: worker for url, worker in self._workers.items() if url in now}
         for client in gone:
             await client.aclose()
         return workers
+
+    async def _listed(self) -> Sequence[ListedWorker]:
+        """The router's workers; those that it forgot because it was started again are registered anew."""
+        try:
+            listed = await _registered_workers(self._http)
+        except EngineUnavailable:
+            self._was_away = True
+            raise
+        before, now = self._registered, {worker.url: worker.registration for worker in listed}
+        if not set(now.values()) <= set(before.values()):
+            self._is_verbatim = False  # a router that starts registers anew; its flags may be others
+        if not set(now.values()) & set(before.values()) and (self._was_away or now.keys() & before.keys()):
+            self._lost |= before.keys()
+        self._was_away = False
+        self._lost -= now.keys()
+        self._registered = now
+        for url in sorted(self._lost):
+            await self._register(url)
+        return listed
+
+    async def _register(self, url: str) -> None:
+        """Tell the router of a worker that it had, once that worker answers."""
+        worker = self._workers[url]
+        try:
+            if not await _in_time(worker.healthy()):
+                return
+        except EngineTimeout:
+            return
+        key = {} if self._api_key is None else {"api_key": self._api_key}
+        answer = await self._http.ask("POST", "/workers", {"url": url, **key}, timeout_seconds=_ROUTER_SECONDS)
+        _log.warning("router %s had forgotten worker %s; it was told again (%d)", self.engine_id, url, answer.status)
 
     def _worker(self, url: str) -> SglangEngine:
         return SglangEngine(
@@ -305,9 +357,13 @@ class SmgRouter(HttpEngine):
     async def healthy(self) -> bool:
         """Whether the router has workers to send requests to."""
         try:
-            return await self._http.get_status("/readiness", timeout_seconds=_ROUTER_SECONDS) == 200
-        except EngineError:
+            status = await self._http.get_status("/readiness", timeout_seconds=_ROUTER_SECONDS)
+            if status != 200:
+                await self._listed()  # one that was started again may have forgotten its workers
+        except EngineError as error:
+            self._was_away |= isinstance(error, EngineUnavailable)
             return False
+        return status == 200
 
     async def abort(self, request_id: str) -> None:
         """Stop one request at the worker that has it, or wherever it may be; unknown ids are fine."""
@@ -356,7 +412,17 @@ class ListedWorker(NamedTuple):
 
 
 async def listed_workers(router: EngineHttp) -> Sequence[ListedWorker]:
-    """A router's workers, one for each address; raises EngineRejected for those that cannot be spoken to verbatim."""
+    """A router's workers, one for each address.
+
+    Raises EngineRejected for those that cannot be spoken to verbatim, EngineUnavailable where there are none.
+    """
+    workers = await _registered_workers(router)
+    if not workers:
+        raise EngineUnavailable(f"router {router.engine_id} at {router.url} has no workers")
+    return workers
+
+
+async def _registered_workers(router: EngineHttp) -> Sequence[ListedWorker]:
     named = f"router {router.engine_id} at {router.url}"
     try:
         listed = await router.get_object("/workers", timeout_seconds=_ROUTER_SECONDS)
@@ -369,8 +435,6 @@ async def listed_workers(router: EngineHttp) -> Sequence[ListedWorker]:
         ]
     except (KeyError, TypeError) as error:
         raise EngineProtocolError(f"{named}: its list of workers is unreadable ({error})") from error
-    if not workers:
-        raise EngineUnavailable(f"{named} has no workers")
     for worker, kind, protocol in workers:
         if (kind, protocol) != ("regular", "http"):
             raise EngineRejected(

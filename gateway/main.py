@@ -28,7 +28,7 @@ from engines.sglang import SglangEngine
 from engines.smg import SmgRouter
 from engines.vllm import VllmEngine
 from engines.weights.names import policy_version_of
-from gateway.contracts.errors import ConfigurationError, EngineError, IdentityMismatch
+from gateway.contracts.errors import ConfigurationError, EngineError, EngineTimeout, EngineUnavailable, IdentityMismatch
 from gateway.contracts.generation import Capability
 from gateway.contracts.ports import Engine, Ledger
 from gateway.contracts.settings import engine_key, load_settings, settings_toml
@@ -62,7 +62,14 @@ from gateway.sessions.picks import PickChoice
 from gateway.sessions.registry import SessionRegistry
 from gateway.sessions.report import Retokenisation
 from gateway.sessions.turns import TurnParts, TurnRunner
-from gateway.settings import OPERATOR_KEY_VARIABLE, GatewaySettings, UnknownSessions, split_engine
+from gateway.settings import (
+    DEFAULT_TIMEOUTS,
+    OPERATOR_KEY_VARIABLE,
+    EngineTimeouts,
+    GatewaySettings,
+    UnknownSessions,
+    split_engine,
+)
 from gateway.wire.protection import FieldRules
 
 _log = logging.getLogger(__name__)
@@ -116,7 +123,7 @@ def serve(
     settings: GatewaySettings, *, operator_key: str | None, engine_kinds: Mapping[str, EngineMaker] | None = None
 ) -> None:
     """Run the gateway in this process; `engine_kinds` adds kinds of engines to those that ship."""
-    kinds = {**shipped_kinds(), **(engine_kinds or {})}
+    kinds = {**shipped_kinds(settings.timeouts), **(engine_kinds or {})}
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_serve(settings, operator_key, kinds))
 
@@ -372,6 +379,10 @@ async def _connect_engines(gateway: Gateway) -> None:
         engine = gateway.connect(kind, url)
         try:
             await gateway.pool.add(engine)
+        except (EngineUnavailable, EngineTimeout) as error:
+            # Gateways are restarted while routers and engines are: turns wait for them as they would later.
+            _log.warning("engine %s is not there yet, and used when it is: %s", text, error.message)
+            gateway.pool.expect(engine, error)
         except (EngineError, IdentityMismatch) as error:
             await engine.aclose()
             raise ConfigurationError(f"engine {text}: {error.message}") from error
@@ -391,12 +402,26 @@ async def _background(work: Coroutine[None, None, None]) -> AsyncIterator[None]:
             await task
 
 
-def shipped_kinds() -> Mapping[str, EngineMaker]:
+def shipped_kinds(timeouts: EngineTimeouts = DEFAULT_TIMEOUTS) -> Mapping[str, EngineMaker]:
     """The kinds of engines that ship; raises ConfigurationError for an unusable key of the engines."""
     api_key = engine_key()
+    limits = {
+        "connect_timeout_seconds": timeouts.connect_seconds,
+        "idle_timeout_seconds": timeouts.between_bytes_seconds,
+    }
+    watched = limits | {
+        "first_byte_timeout_seconds": timeouts.first_byte_seconds,
+        "stall_timeout_seconds": timeouts.stall_seconds,
+        "probe_timeout_seconds": timeouts.probe_seconds,
+    }
 
     def token_engine(
-        client: Callable[..., Engine], engine_id: str, url: str, model: ServedModel, policies: Mapping[str, int]
+        client: Callable[..., Engine],
+        limits: Mapping[str, float],
+        engine_id: str,
+        url: str,
+        model: ServedModel,
+        policies: Mapping[str, int],
     ) -> Engine:
         return client(
             url,
@@ -405,16 +430,21 @@ def shipped_kinds() -> Mapping[str, EngineMaker]:
             policy_version_of=partial(policy_version_of, known=policies),
             context_length=model.context_length,
             api_key=api_key,
+            **limits,
         )
 
     def openai_text(engine_id: str, url: str, model: ServedModel, policies: Mapping[str, int]) -> Engine:
         tokenizer = model.tokenizer
         return OpenAiTextEngine(
-            url, engine_id=engine_id, decode=tokenizer.decode, encode=tokenizer.encode_after, api_key=api_key
+            url, engine_id=engine_id, decode=tokenizer.decode, encode=tokenizer.encode_after, api_key=api_key, **limits
         )
 
-    clients: Mapping[str, Callable[..., Engine]] = {"sglang": SglangEngine, "smg": SmgRouter, "vllm": VllmEngine}
-    return {kind: partial(token_engine, client) for kind, client in clients.items()} | {"openai": openai_text}
+    return {
+        "sglang": partial(token_engine, SglangEngine, watched),
+        "smg": partial(token_engine, SmgRouter, watched),
+        "vllm": partial(token_engine, VllmEngine, limits),
+        "openai": openai_text,
+    }
 
 
 def _engine_id(kind: str, url: str) -> str:

@@ -28,6 +28,32 @@ class UnknownSessions(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class EngineTimeouts:
+    """How long engines and routers may be silent.
+
+    connect_seconds: for a connection. first_byte_seconds, between_bytes_seconds: of a stream, whatever the other side
+    says of itself (long prompts and paused engines are silent). stall_seconds: after so much silence of a stream an
+    SGLang or a router is asked whether it lives, and has probe_seconds to answer; 0 never asks.
+    """
+
+    connect_seconds: float = 5.0
+    first_byte_seconds: float = 600.0
+    between_bytes_seconds: float = 600.0
+    stall_seconds: float = 10.0
+    probe_seconds: float = 5.0
+
+    def __post_init__(self) -> None:
+        for name in ("connect_seconds", "first_byte_seconds", "between_bytes_seconds", "probe_seconds"):
+            if getattr(self, name) <= 0:
+                raise ConfigurationError(f"timeouts.{name} must be above 0")
+        if self.stall_seconds < 0:
+            raise ConfigurationError("timeouts.stall_seconds must not be negative")
+
+
+DEFAULT_TIMEOUTS = EngineTimeouts()
+
+
+@dataclass(frozen=True, slots=True)
 class GatewaySettings:
     """Of one gateway process.
 
@@ -72,6 +98,7 @@ class GatewaySettings:
     turns: TurnSettings = field(default_factory=TurnSettings)
     replicas: ReplicaSettings = field(default_factory=ReplicaSettings)
     fields: FieldSettings = field(default_factory=FieldSettings)
+    timeouts: EngineTimeouts = field(default_factory=EngineTimeouts)
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:

@@ -10,7 +10,8 @@
     │   └── Conflict · TurnIndexTaken              of Conflict: another process was faster; read, append anew
     ├── EngineError                   5xx (what an engine refuses: 400): an inference engine failed us
     │   ├── EngineUnavailable · EngineTimeout      another replica, or a later try, can help
-    │   │   └── WorkerUnavailable                  of EngineUnavailable: one worker of a router; the others go on
+    │   │   ├── WorkerUnavailable                  of EngineUnavailable: one worker of a router; the others go on
+    │   │   └── EngineBusy                         of EngineUnavailable: it lives and takes nothing for now
     │   └── EngineRejected · EngineProtocolError   it answered, and the answer is a refusal or nonsense
     ├── LedgerError                   the store cannot take or give what was asked
     ├── IntegrityError                two things that must be equal are not; never retried, never repaired silently
@@ -194,6 +195,14 @@ class EngineUnavailable(EngineError):
 
 class WorkerUnavailable(EngineUnavailable):
     """One worker behind a router failed; the router can serve the same request with another at once."""
+
+
+class EngineBusy(EngineUnavailable):
+    """The engine lives and takes nothing for now (429, or 503 with `Retry-After`). retry_after_seconds: as it said."""
+
+    def __init__(self, message: str, *, retry_after_seconds: float | None) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
 
 
 class EngineTimeout(EngineError):

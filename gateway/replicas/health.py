@@ -11,6 +11,7 @@ from gateway.replicas.pool import Replica, ReplicaPool
 async def watch_health(pool: ReplicaPool) -> None:
     """Check every engine each `health_interval_seconds` until cancelled."""
     while True:
+        await pool.greet()
         await asyncio.gather(*(check_replica(pool, replica) for replica in pool.replicas))
         await asyncio.sleep(pool.settings.health_interval_seconds)
 

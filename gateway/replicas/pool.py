@@ -10,12 +10,13 @@ import asyncio
 import hashlib
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from gateway.contracts.errors import (
     Conflict,
+    EngineBusy,
     EngineError,
     EngineProtocolError,
     EngineTimeout,
@@ -51,13 +52,19 @@ class ReplicaSettings:
     """Retries and health.
 
     max_fruitless_attempts: how many engine requests in a row may fail without one new token; then the agent gets the
-    error. wait_seconds: how long a turn waits for a healthy engine. sticky_slack: a session keeps its engine while
-    that has at most so many more running requests than the idlest one.
+    error. wait_seconds: how long a turn waits for a healthy engine, or for one that takes it (an engine that says that
+    it is busy has not failed). busy_seconds: how long an engine is left alone that is busy and does not say for how
+    long. shun_seconds: how long others are preferred to an engine that failed; doubled each time that it fails again
+    before it completed a request, up to longest_shun_seconds. sticky_slack: a session keeps its engine while that has
+    at most so many more running requests than the idlest one.
     """
 
     max_fruitless_attempts: int = 8
     retry_delay_seconds: float = 0.25
     wait_seconds: float = 60.0
+    busy_seconds: float = 1.0
+    shun_seconds: float = 0.5
+    longest_shun_seconds: float = 30.0
     sticky_slack: int = 4
     health_interval_seconds: float = 2.0
     health_timeout_seconds: float = 5.0
@@ -66,7 +73,11 @@ class ReplicaSettings:
 
 @dataclass(eq=False, slots=True)
 class Replica:
-    """One engine and what the pool knows of it now. verified: the identity that `verification` was made of."""
+    """One engine and what the pool knows of it now. verified: the identity that `verification` was made of.
+
+    busy_until, shunned_until: by the event loop's clock; requests wait for the one, and prefer others because of the
+    other. strikes: how often it failed since it last completed a request.
+    """
 
     engine: Engine
     identity: EngineIdentity
@@ -76,6 +87,9 @@ class Replica:
     draining: bool = False
     running: int = 0
     failures: int = 0
+    strikes: int = 0
+    busy_until: float = 0.0
+    shunned_until: float = 0.0
     last_error: str = ""
     idle: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -119,6 +133,7 @@ class ReplicaPool:
         self._stop_token_ids = stop_token_ids
         self._on_interruption = on_interruption
         self._replicas: dict[str, Replica] = {}
+        self._expected: dict[str, tuple[Engine, VerbatimError]] = {}
         self._changed = asyncio.Event()
         self._gate = PauseGate()
         self._paused: GatewayPause | None = None
@@ -163,8 +178,27 @@ class ReplicaPool:
         self._changed.set()
         return identity
 
+    def expect(self, engine: Engine, error: VerbatimError) -> None:
+        """Take an engine in as soon as it answers; `error` is why it could not be added."""
+        self._expected[engine.engine_id] = (engine, error)
+
+    async def greet(self) -> None:
+        """Try again to add the engines that are expected."""
+        for engine_id, (engine, _) in list(self._expected.items()):
+            try:
+                await self.add(engine)
+            except (EngineError, IdentityMismatch) as error:
+                self._expected[engine_id] = (engine, error)
+            else:
+                _log.warning("engine %s is there", engine_id)
+                del self._expected[engine_id]
+
     async def remove(self, engine_id: str, *, drain: bool) -> None:
         """Take an engine out; with `drain` after its running requests, else they go on elsewhere."""
+        if engine_id in self._expected:
+            engine, _ = self._expected.pop(engine_id)
+            await engine.aclose()
+            return
         replica = self.replica(engine_id)
         replica.draining = True
         if drain and replica.running:
@@ -235,7 +269,7 @@ class ReplicaPool:
         Raises EngineRejected at once, and EngineUnavailable, EngineTimeout or EngineProtocolError when retries are used
         up; tokens that came before stay in `progress`.
         """
-        fruitless = 0
+        patience = _Patience(self.settings)
         finish: Finish | None = None
         while finish is None:
             before = progress.num_tokens
@@ -249,9 +283,10 @@ class ReplicaPool:
                             else:
                                 yield item
                 except (EngineUnavailable, EngineTimeout, EngineProtocolError) as error:
-                    fruitless = 0 if progress.num_tokens > before else fruitless + 1
-                    self._interrupted(replica, error, last_chance=fruitless >= self.settings.max_fruitless_attempts)
+                    self._interrupted(replica, error)
+                    patience.spend(error, gained=progress.num_tokens - before)
                 else:
+                    replica.strikes = 0
                     if finish is None:
                         self._on_interruption(Interruption(replica.engine.engine_id, "abort"))
             finish = finish or progress.stop_if_over(self._stop_token_ids)
@@ -268,9 +303,10 @@ class ReplicaPool:
 
     async def aclose(self) -> None:
         """Close every engine's connections."""
-        for replica in self.replicas:
-            await replica.engine.aclose()
+        for engine in [*(r.engine for r in self.replicas), *(engine for engine, _ in self._expected.values())]:
+            await engine.aclose()
         self._replicas.clear()
+        self._expected.clear()
 
     async def _attempt(
         self, replica: Replica, progress: Continuation
@@ -292,18 +328,30 @@ class ReplicaPool:
                 progress.lose(before.policy_version, certain=_same_weights(before, replica.identity))
 
     async def _select(self, session_id: str) -> Replica:
-        """The session's own engine unless it is much busier than another; waits for a healthy one."""
+        """The session's own engine unless it is much busier than another; waits for one that takes requests."""
         try:
             async with asyncio.timeout(self.settings.wait_seconds):
-                while not (able := [r for r in self._replicas.values() if r.healthy and not r.draining]):
+                while not (able := self._able()):
                     self._changed.clear()
-                    await self._changed.wait()
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout_at(self._next_try()):
+                            await self._changed.wait()
         except TimeoutError as error:
             raise EngineUnavailable(self._none_healthy()) from error
         idlest = min(able, key=lambda replica: replica.running)
         # Rendezvous hashing: the same engine for a session in every gateway process, without remembering anything.
         own = max(able, key=lambda replica: _affinity(session_id, replica.engine.engine_id))
         return own if own.running <= idlest.running + self.settings.sticky_slack else idlest
+
+    def _able(self) -> Sequence[Replica]:
+        """Who takes a request now: those that failed of late only where there is nobody else."""
+        now = asyncio.get_running_loop().time()
+        able = [r for r in self._replicas.values() if r.healthy and not r.draining and r.busy_until <= now]
+        return [r for r in able if r.shunned_until <= now] or able
+
+    def _next_try(self) -> float | None:
+        """When the first of those that are busy may be asked again."""
+        return min((r.busy_until for r in self._replicas.values() if r.healthy and not r.draining), default=None)
 
     async def _drained(self, replica: Replica) -> None:
         replica.idle.clear()
@@ -330,16 +378,50 @@ class ReplicaPool:
         replica.last_error = ""
         self._changed.set()
 
-    def _interrupted(self, replica: Replica, error: EngineError, *, last_chance: bool) -> None:
+    def _interrupted(self, replica: Replica, error: EngineError) -> None:
+        """What an attempt that failed says of its engine."""
         self._on_interruption(Interruption(replica.engine.engine_id, error.code))
-        if not isinstance(error, WorkerUnavailable):  # else the router that it is behind goes on with its other workers
+        now, settings = asyncio.get_running_loop().time(), self.settings
+        if isinstance(error, EngineBusy):
+            wait = settings.busy_seconds if error.retry_after_seconds is None else error.retry_after_seconds
+            replica.busy_until = max(replica.busy_until, now + wait)
+            replica.last_error = error.message
+        elif not isinstance(error, WorkerUnavailable):  # else the router that it is behind has other workers
+            if replica.healthy:  # one outage breaks many requests at once
+                replica.strikes += 1
+                wait = settings.shun_seconds * 2.0 ** min(replica.strikes - 1, 30)
+                replica.shunned_until = now + min(wait, settings.longest_shun_seconds)
             self.eject(replica, error)
-        if last_chance:
-            raise error
 
     def _none_healthy(self) -> str:
-        states = "; ".join(f"{r.engine.engine_id}: {r.last_error or 'draining'}" for r in self._replicas.values())
+        states = "; ".join(
+            [f"{r.engine.engine_id}: {r.last_error or 'draining'}" for r in self._replicas.values()]
+            + [f"{engine_id}: {error.message}" for engine_id, (_, error) in self._expected.items()]
+        )
         return f"no engine is able to sample ({states or 'none is registered'})"
+
+
+class _Patience:
+    """What one turn may still spend on attempts that bring nothing."""
+
+    def __init__(self, settings: ReplicaSettings) -> None:
+        self._settings = settings
+        self._fruitless = 0
+        self._since: float | None = None
+
+    def spend(self, error: EngineError, *, gained: int) -> None:
+        """Count an attempt that failed after so many new tokens; raises its error when that was the last one."""
+        now = asyncio.get_running_loop().time()
+        if gained:
+            self._fruitless, self._since = 0, None
+        self._since = now if self._since is None else self._since
+        if isinstance(error, EngineBusy):  # it has not failed, but nobody waits for ever
+            if now - self._since >= self._settings.wait_seconds:
+                raise error
+            return
+        self._fruitless += not gained
+        if self._fruitless >= self._settings.max_fruitless_attempts:
+            raise error
 
 
 def _same_weights(before: EngineIdentity, now: EngineIdentity) -> bool:
