@@ -1,6 +1,6 @@
-"""What every way of bringing weights to engines shares: each engine or worker at once, paused if asked, each failure told.
+"""What all ways of bringing weights to engines share: each engine or worker at once, paused if asked, failures told.
 
-    publish ─▶ deliver ─▶ every engine, or every worker behind a router ─▶ update(engine) ─▶ must show the new label
+publish ─▶ deliver ─▶ every engine, or every worker behind a router ─▶ update(engine) ─▶ must show the new label
 """
 
 from __future__ import annotations
@@ -62,9 +62,8 @@ class Controls:
         """An engine that answers 200 has been seen serving other weights: ask it what it holds."""
         info = await self.get_object("/model_info")
         if info.get("weight_version") != label or folder not in (None, Path(str(info.get("model_path")))):
-            raise EngineRejected(
-                f"{self.url} serves {info.get('weight_version')} from {info.get('model_path')} after it was given {label}"
-            )
+            served = f"{info.get('weight_version')} from {info.get('model_path')}"
+            raise EngineRejected(f"{self.url} serves {served} after it was given {label}")
 
 
 async def deliver(

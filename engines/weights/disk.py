@@ -19,9 +19,11 @@ class DiskTransport:
 
     pause: what happens to requests that run meanwhile. RETRACT: they wait and go on under the new weights with their
     cache computed anew. IN_PLACE: they go on with the old cache. ABORT: they end with what they have. None: the engine
-    waits until they have ended (or, if someone else has paused it, loads at once and stays paused). flush_cache: whether
-    engines forget what the old weights computed; None: unless paused IN_PLACE, where an engine that still holds requests
-    would refuse it. api_key: of engines that were started with one.
+    waits until they have ended (or, if someone else has paused it, loads at once and stays paused). api_key: of engines
+    that were started with one.
+
+    flush_cache: whether engines forget what the old weights computed; None: unless paused IN_PLACE, where an engine
+    that still holds requests would refuse it.
 
     An address may be an smg router's: it stands for all of its workers, which are spoken to at their own addresses.
     """

@@ -3,9 +3,9 @@
     checkpoint ─▶ buckets of tensors ─▶ one process group for each engine (trainer rank 0) ─▶ engine's ranks 1 …
     HTTP:  init_weights_update_group ▸ begin ▸ label "…-loading" ▸ update_weights_from_distributed … ▸ end ▸ label
 
-While an engine holds some tensors of the old weights and some of the new, its label ends in `-loading`, which stands for
-no policy version: should the trainer die here and somebody resume the engine, the gateway refuses it until it is given
-whole weights (I5, I9). One group an engine: one that dies takes no other with it.
+While an engine holds some tensors of the old weights and some of the new, its label ends in `-loading`, which stands
+for no policy version: should the trainer die here and somebody resume the engine, the gateway refuses it until it is
+given whole weights (I5, I9). One group an engine: one that dies takes no other with it.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from typing import Any, TypeAlias
 import orjson
 import torch
 from safetensors import safe_open
-from torch.distributed import PrefixStore, ProcessGroup, TCPStore
+from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import GroupName, PrefixStore, TCPStore
 
 from engines.weights.delivery import Controls, absolute, deliver
-from engines.weights.names import weight_label
+from engines.weights.names import LOADING, weight_label
 from gateway.contracts.errors import EngineRejected, EngineUnavailable, TransportError
 from gateway.contracts.ports import PauseMode
 
 Bucket: TypeAlias = list[tuple[str, torch.Tensor]]
 """Tensors with their names, sent in one call."""
 
-_LOADING = "-loading"
 _SESSION_OPEN = "already open"
 
 
 class DistributedTransport:
     """Broadcasts a checkpoint's tensors (implements `gateway.contracts.ports.WeightTransport`); for SGLang.
 
-    pause: as `DiskTransport`'s; None wants engines that someone else has paused, and refuses others. flush_cache: as
-    there. backend: "gloo", or "nccl" where this process and the engines have GPUs of their own. master_address: of this
-    machine as engines reach it. bucket_bytes: tensors sent in one call.
+    pause: as `DiskTransport`'s; None leaves engines alone that someone else has paused, and retracts the requests of
+    others. flush_cache: as there. backend: "gloo", or "nccl" where this process and the engines have GPUs of their own.
+    master_address: of this machine as engines reach it. bucket_bytes: tensors sent in one call.
     """
 
     def __init__(
@@ -87,17 +87,16 @@ class DistributedTransport:
         """Nothing is kept open between two publications."""
 
     async def _update(self, engine: Controls, *, files: Sequence[Path], label: str) -> None:
-        async with engine.paused(self._pause):
-            if not await engine.is_paused():
-                raise EngineRejected(f"{engine.url} is not paused: tokens would be sampled from half of the new weights")
-            async with self._group(engine) as (name, group):
-                await self._begin(engine)
-                await _relabel(engine, label + _LOADING)
-                for bucket in buckets(files, self._bucket_bytes):
-                    await self._send(engine, bucket, name, group)
-                await _order(engine, "/end_weight_update", {})
-                await self._flush(engine)
-                await _relabel(engine, label)
+        # An engine that runs would sample from a part of the new weights.
+        mode = self._pause or (None if await engine.is_paused() else PauseMode.RETRACT)
+        async with engine.paused(mode), self._group(engine) as (name, group):
+            await self._begin(engine)
+            await _relabel(engine, label + LOADING)
+            for bucket in buckets(files, self._bucket_bytes):
+                await self._send(engine, bucket, name, group)
+            await _order(engine, "/end_weight_update", {})
+            await self._flush(engine)
+            await _relabel(engine, label)
         await engine.verify(label)
 
     @asynccontextmanager
@@ -107,9 +106,7 @@ class DistributedTransport:
         info = await engine.get_object("/server_info")
         world_size = 1 + int(info.get("tp_size") or 1) * int(info.get("pp_size") or 1)
         timeout = timedelta(seconds=self._timeout_seconds)
-        store = TCPStore(
-            self._master_address, 0, world_size, is_master=True, wait_for_workers=False, timeout=timeout
-        )
+        store = TCPStore(self._master_address, 0, world_size, is_master=True, wait_for_workers=False, timeout=timeout)
         body = {
             "master_address": self._master_address,
             "master_port": store.port,
@@ -206,13 +203,14 @@ def _open_group(backend: str, store: TCPStore, name: str, world_size: int, timeo
     under which ranks find each other agree.
     """
     torch_groups = torch.distributed.distributed_c10d
+    group: ProcessGroup
     group, _ = torch_groups._new_process_group_helper(
         world_size,
         0,
         [],
         torch.distributed.Backend(backend),
         PrefixStore(name, store),
-        group_name=name,
+        group_name=GroupName(name),
         timeout=timeout,
     )
     torch_groups._world.pg_group_ranks[group] = {rank: rank for rank in range(world_size)}  # or it cannot be destroyed
