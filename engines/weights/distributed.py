@@ -23,8 +23,9 @@ from typing import Any, TypeAlias
 import orjson
 import torch
 from safetensors import safe_open
+from torch._C._distributed_c10d import PrefixStore, TCPStore
 from torch.distributed import ProcessGroup
-from torch.distributed.distributed_c10d import GroupName, PrefixStore, TCPStore
+from torch.distributed.distributed_c10d import GroupName
 
 from engines.weights.delivery import Controls, absolute, deliver
 from engines.weights.names import LOADING, weight_label
