@@ -163,6 +163,7 @@ class ScriptedEngine:
             fingerprints={},
             process=self._engine_id,
             version_spans=True,
+            paused=not self._running.is_set(),
             pause_modes=tuple(mode.value for mode in PauseMode),
         )
 

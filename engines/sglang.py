@@ -192,6 +192,7 @@ class SglangEngine(HttpEngine):
             pause_modes=tuple(mode.value for mode in PauseMode),
             grammar=server.get("grammar_backend") not in (None, "none"),
             enabling=_ENABLING,
+            paused=await self._is_paused(),
         )
 
     async def tokenize(self, texts: Sequence[str]) -> Sequence[Sequence[int]] | None:
@@ -245,8 +246,17 @@ class SglangEngine(HttpEngine):
         """Stop one request (and those whose id it begins: SGLang matches by prefix); unknown ids are fine."""
         await self._http.post("/abort_request", {"rid": request_id}, timeout_seconds=self._probe_timeout_seconds)
 
+    async def _is_paused(self) -> bool:
+        """One that is paused lives and is not ready; engines without that route are taken for running."""
+        return await self._http.get_status("/ready", timeout_seconds=_CONTROL_SECONDS) == 503
+
     async def pause(self, mode: PauseMode) -> None:
         """Stop generating; new requests wait at the engine."""
+        if mode is PauseMode.ABORT and await self._is_paused():
+            # Requests that stand still in place cannot end: SGLang would wait for them for ever, and never continue.
+            await self._http.post(
+                "/pause_generation", {"mode": PauseMode.RETRACT.value}, timeout_seconds=_CONTROL_SECONDS
+            )
         await self._http.post("/pause_generation", {"mode": mode.value}, timeout_seconds=_CONTROL_SECONDS)
 
     async def resume(self) -> None:
@@ -292,6 +302,9 @@ def generate_body(request: GenerateRequest) -> dict[str, JsonValue]:
         "return_logprob": True,
         "logprob_start_len": -1,
     }
+    if request.cache_key:
+        own = passed.get("extra_key")
+        body["extra_key"] = f"{own}|{request.cache_key}" if own else request.cache_key
     for name in ("return_routed_experts", "routed_experts_start_len", "top_logprobs_num"):
         body.pop(name, None)
     if request.num_top_logprobs:
@@ -429,7 +442,8 @@ class StreamReader:
         return likeliest(pairs, fresh, logprobs, most=wanted, named=self.named)
 
     def _ended(self, event: Mapping[str, Any], meta: Mapping[str, Any], finish: Mapping[str, Any]) -> GenerateEnd:
-        prompt_tokens, num_output = int(meta["prompt_tokens"]), len(self._output_ids)
+        num_output = len(self._output_ids)
+        prompt_tokens = self._prompt_tokens(meta, finish)
         # SGLang writes media into the prompt itself: its ids are then its own, and the turn is marked so (I9).
         if prompt_tokens != len(self._request.token_ids) and not self._request.media:
             raise EngineProtocolError(
@@ -446,6 +460,12 @@ class StreamReader:
             meta_info=self._unknown_meta,
             reply_fields=self._unknown_top,
         )
+
+    def _prompt_tokens(self, meta: Mapping[str, Any], finish: Mapping[str, Any]) -> int:
+        """Of a request that was aborted while it waited, SGLang says next to nothing: it was never read."""
+        if finish["type"] == "abort" and "prompt_tokens" not in meta and not self._output_ids:
+            return len(self._request.token_ids)
+        return int(meta["prompt_tokens"])
 
     def _version_spans(self, meta: Mapping[str, Any], num_output: int) -> tuple[VersionSpan, ...]:
         spans = meta.get("weight_versions")

@@ -71,7 +71,7 @@ _SILENCE = (EngineUnavailable, EngineTimeout)
 _MAY_DIFFER = frozenset(
     (
         "engine_id", "url", "kind", "weight_version", "policy_version", "model_path", "served_model_name",
-        "context_length", "one_version", "process",
+        "context_length", "one_version", "paused", "process",
     )
 )  # fmt: skip
 """Of workers' identities. Their paths and names move with their weights and are compared among those of one label."""
@@ -240,6 +240,7 @@ class SmgRouter(HttpEngine):
             context_length=min(lengths, default=0),
             process=" ".join(sorted(identity.process for identity in identities)),
             one_version=len(labels) == 1,
+            paused=any(identity.paused for identity in identities),
         )
 
     def _tell(self, key: str, message: str) -> None:

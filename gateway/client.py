@@ -196,9 +196,16 @@ class GatewayClient:
         reply = await self._object("GET", "/admin/engines")
         return list(reply["engines"])
 
-    async def pause(self, mode: str) -> None:
-        """Pause generation on every engine; `mode` is abort, keep or drain."""
-        await self._json("POST", "/admin/generation/pause", {"mode": mode})
+    async def pause(self, mode: str, *, max_seconds: float | None = None) -> None:
+        """Pause generation on every engine; `mode` is abort, keep, retract or drain.
+
+        max_seconds: after which it goes on by itself, None never.
+        """
+        await self._json("POST", "/admin/generation/pause", {"mode": mode, "max_seconds": max_seconds})
+
+    async def generation(self) -> dict[str, Any]:
+        """Whether generation is paused, how, since when, and what each engine says of it."""
+        return await self._object("GET", "/admin/generation")
 
     async def resume(self) -> None:
         """Let generation go on."""

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from engines.weights.disk import DiskTransport
+from engines.weights.distributed import DistributedTransport
 from gateway.client import GatewayClient
 from gateway.contracts.errors import ConfigurationError, LedgerError, VerbatimError
 from gateway.contracts.ports import WeightTransport
@@ -34,14 +35,17 @@ from trainer.progress import Progress, make_progress
 from trainer.publish import Publisher
 from trainer.rollouts.controller import RolloutController
 from trainer.rollouts.recipe import Recipe, load_recipe
-from trainer.settings import ReplayMode, TrainSettings
+from trainer.settings import EngineSettings, ReplayMode, TrainSettings
 
 OPERATOR_KEY_VARIABLE = "VERBATIM_OPERATOR_KEY"
 """Environment variable with the operator's key of the gateway, where keys are on."""
 
 # The publisher pauses generation at the gateway; a transport that paused and resumed engines by itself would let
 # turns go on before the gateway knows what the new label means.
-_TRANSPORTS: Mapping[str, Callable[..., WeightTransport]] = {"disk": partial(DiskTransport, pause=None)}
+_TRANSPORTS: Mapping[str, Callable[..., WeightTransport]] = {
+    "disk": partial(DiskTransport, pause=None),
+    "distributed": partial(DistributedTransport, pause=None),
+}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -74,7 +78,7 @@ async def run_training(settings: TrainSettings, progress: Progress) -> RunState:
     recipe = load_recipe(settings.rollouts.recipe, settings.rollouts.data)
     async with AsyncExitStack() as stack:
         # The cheap ones first: a wrong name should cost nothing.
-        transport = _make_transport(settings.engines.transport)
+        transport = _make_transport(settings.engines)
         stack.push_async_callback(transport.aclose)
         sandboxes = await stack.enter_async_context(_open_sandboxes(settings))
         gateway = await stack.enter_async_context(_open_gateway(settings.gateway.url))
@@ -102,7 +106,13 @@ async def run_training(settings: TrainSettings, progress: Progress) -> RunState:
                 pick=settings.batch.pick,
             ),
             produce=rollouts.produce,
-            publisher=Publisher(gateway=gateway, transport=transport, folder=settings.run.dir / "policies"),
+            publisher=Publisher(
+                gateway=gateway,
+                transport=transport,
+                folder=settings.run.dir / "policies",
+                pause=settings.engines.pause,
+                pause_seconds=settings.engines.pause_seconds,
+            ),
             checkpoints=CheckpointStore(settings.run.dir / "checkpoints", keep=settings.checkpoint.keep),
             metrics=MetricsLog(settings.run.dir / "metrics.jsonl"),
             evaluate=rollouts.evaluate,
@@ -217,10 +227,11 @@ async def _open_sandboxes(settings: TrainSettings) -> AsyncIterator[SandboxPool]
         await driver.aclose()
 
 
-def _make_transport(name: str) -> WeightTransport:
-    if name not in _TRANSPORTS:
-        raise ConfigurationError(f"engines.transport {name!r} is none of {', '.join(_TRANSPORTS)}")
-    return _TRANSPORTS[name](api_key=engine_key())
+def _make_transport(engines: EngineSettings) -> WeightTransport:
+    if engines.transport not in _TRANSPORTS:
+        raise ConfigurationError(f"engines.transport {engines.transport!r} is none of {', '.join(_TRANSPORTS)}")
+    # Requests that are kept with their cache hold on to it: engines would refuse to flush it.
+    return _TRANSPORTS[engines.transport](flush_cache=engines.pause != "keep", api_key=engine_key())
 
 
 def _first_of_ours(failures: ExceptionGroup[Exception]) -> Exception:

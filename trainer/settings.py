@@ -46,11 +46,27 @@ class GatewaySettings:
     url: str = "http://127.0.0.1:8600"
 
 
+_PAUSES = ("abort", "keep", "retract", "drain")
+
+
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
-    """`transport`: how weights reach the engines."""
+    """How weights reach the engines.
+
+    transport: "disk" (a folder that engines see too) or "distributed" (broadcast over torch.distributed, for SGLang).
+    pause: what becomes of running requests, as in `gateway.replicas.pause`: abort, keep, retract or drain.
+    pause_seconds: after which the gateway lets generation go on by itself, should this trainer die in between.
+    """
 
     transport: str = "disk"
+    pause: str = "abort"
+    pause_seconds: float = 900.0
+
+    def __post_init__(self) -> None:
+        if self.pause not in _PAUSES:
+            raise ConfigurationError(f"engines.pause {self.pause!r} is none of {', '.join(_PAUSES)}")
+        if not self.pause_seconds > 0:
+            raise ConfigurationError(f"engines.pause_seconds is {self.pause_seconds:g}; it must be above 0")
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,6 +82,7 @@ class EngineServer:
             routed_start=request.routed_start,
             on_progress=on_progress,
             num_top_logprobs=request.num_top_logprobs,
+            cache_key=request.cache_key,
         )
         reply = Reply(request, generation, self.tokenizer, incremental=self.settings.incremental_streaming_output)
         self.open_rids.add(request.rid)

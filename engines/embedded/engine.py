@@ -124,6 +124,7 @@ class EmbeddedEngine:
         routed_start: int | None,
         on_progress: Callable[[], None],
         num_top_logprobs: int = 0,
+        cache_key: str = "",
     ) -> Generation:
         """A request ready to submit; `prompt` was checked by the caller (vocabulary, length)."""
         draw = Draw(settings, own_randomness(settings.seed, self._randomness), num_top_logprobs=num_top_logprobs)
@@ -139,6 +140,7 @@ class EmbeddedEngine:
             routed_start=routed_start,
             stream_interval=settings.stream_interval or self.limits.stream_interval,
             on_progress=on_progress,
+            cache_key=cache_key,
             # A token is at least one byte of text, so a stop string lies within as many last tokens as it has bytes.
             stop_tail_tokens=max((len(stop.encode()) for stop in settings.stop), default=0) + 4,
         )

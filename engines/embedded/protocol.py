@@ -75,7 +75,7 @@ _MEDIA_FIELDS = ("image_data", "video_data", "audio_data")
 @dataclass(frozen=True, slots=True)
 class GenerateInput:
     """One prompt of a `/generate` call. `logprob_start` -1 stands for "output tokens only". num_top_logprobs: of the
-    likeliest tokens at each position whose log-prob is wanted."""
+    likeliest tokens at each position whose log-prob is wanted. cache_key: of prefixes (`extra_key`)."""
 
     rid: str
     prompt: list[int]
@@ -84,6 +84,7 @@ class GenerateInput:
     logprob_start: int
     routed_start: int | None
     num_top_logprobs: int = 0
+    cache_key: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,12 +123,15 @@ def read_generate(body: Any, limits: ModelLimits, tokenizer: Tokenizer | None) -
     if body.get("token_ids_logprob"):
         raise InvalidRequest("the embedded engine does not implement token_ids_logprob")
     top_numbers = _top_numbers(body, len(prompts))
+    cache_key = body.get("extra_key") or ""
+    if not isinstance(cache_key, str):
+        raise InvalidRequest("extra_key: the embedded engine takes one text for all prompts")
     inputs: list[GenerateInput] = []
     for prompt, entry, top_number in zip(prompts, per_prompt, top_numbers, strict=True):
         settings = _settings(entry, tokenizer)
         _check_prompt(prompt, entry.get("max_new_tokens"), limits)
         read = [_input(body, rids[len(inputs) + copy], prompt, settings, limits) for copy in range(copies)]
-        inputs += [replace(each, num_top_logprobs=top_number) for each in read]
+        inputs += [replace(each, num_top_logprobs=top_number, cache_key=cache_key) for each in read]
     return GenerateCall(
         inputs=tuple(inputs),
         single=not batch and copies == 1,

@@ -30,8 +30,8 @@ class Generation:
 
     token_ids: prompt and output together. num_computed: how many of them have keys and values.
     logprob_start: first prompt position whose log-prob is wanted (prompt length: none). routed_start: first routing row
-    wanted, None for none. version_starts: (label, first output token it sampled). finish: SGLang's finish_reason, the
-    last field to be set.
+    wanted, None for none. cache_key: prefixes are shared with requests of the same key only. version_starts: (label,
+    first output token it sampled). finish: SGLang's finish_reason, the last field to be set.
     """
 
     rid: str
@@ -43,6 +43,7 @@ class Generation:
     routed_start: int | None
     stream_interval: int
     on_progress: Callable[[], None]
+    cache_key: str = ""
     stop_tail_tokens: int = 0
     slot: int = FREE
     num_computed: int = 0
@@ -81,6 +82,7 @@ class SlotTable:
             shape = (num_slots, context_length, routing.num_layers, routing.top_k)
             self.routing = np.zeros(shape, dtype=routing.dtype)
         self._owners: list[Generation | None] = [None] * num_slots
+        self._keys = [""] * num_slots
         self._last_used = np.zeros(num_slots, dtype=np.int64)
         self._clock = 0
 
@@ -92,9 +94,9 @@ class SlotTable:
         """Whether another sequence can be taken."""
         return None in self._owners
 
-    def longest_prefix(self, token_ids: npt.NDArray[np.int32], limit: int) -> tuple[int, int]:
-        """The slot sharing most leading tokens with `token_ids`, and how many (at most `limit`)."""
-        limits = np.minimum(self.lengths, limit)
+    def longest_prefix(self, token_ids: npt.NDArray[np.int32], limit: int, *, cache_key: str) -> tuple[int, int]:
+        """The slot of that key sharing most leading tokens with `token_ids`, and how many (at most `limit`)."""
+        limits = np.where([key == cache_key for key in self._keys], np.minimum(self.lengths, limit), 0)
         width = int(limits.max(initial=0))
         if width <= 0:
             return 0, 0
@@ -115,6 +117,7 @@ class SlotTable:
     def take(self, slot: int, generation: Generation, *, shared: int) -> None:
         """Give the slot to a sequence; its first `shared` positions stay valid."""
         self._owners[slot] = generation
+        self._keys[slot] = generation.cache_key
         self.lengths[slot] = shared
         count = len(generation.token_ids)
         self.token_ids[slot, :count] = generation.token_ids
@@ -195,7 +198,7 @@ class Scheduler:
         limit = len(token_ids) - 1
         if generation.logprob_start < generation.prompt_length:
             limit = min(limit, generation.logprob_start)
-        source, shared = self.table.longest_prefix(token_ids, limit)
+        source, shared = self.table.longest_prefix(token_ids, limit, cache_key=generation.cache_key)
         # Taking a slot over cuts what it holds behind the prefix: only where that is less than the prefix itself.
         continues = self.table.is_free(source) and 2 * shared >= self.table.lengths[source]
         if shared and continues:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from gateway.contracts.errors import EngineProtocolError
+from gateway.contracts.errors import EngineProtocolError, EngineUnavailable
 
 _OUR_LABEL = re.compile(r"policy-(\d{6,})")
+LOADING = "-loading"
+"""Ends the label of an engine that holds some tensors of the next weights and some of those before."""
 _INITIAL_LABEL = "default"
 """What SGLang calls weights that nobody labelled: those it was started with."""
 
@@ -26,7 +28,8 @@ def weight_label(policy_version: int) -> str:
 def policy_version_of(label: str, known: Mapping[str, int]) -> int:
     """The version of an engine's label: as remembered in `known`, else of our form, a plain number, or "default" (0).
 
-    Raises EngineProtocolError for any other label: a version is never guessed (I5, I9).
+    Raises EngineUnavailable for an engine that is in the middle of taking weights, EngineProtocolError for any other
+    label: a version is never guessed (I5, I9).
     """
     if label in known:
         return known[label]
@@ -37,4 +40,8 @@ def policy_version_of(label: str, known: Mapping[str, int]) -> int:
         return int(label)
     if label == _INITIAL_LABEL:
         return 0
+    if label.endswith(LOADING):
+        raise EngineUnavailable(
+            f"the engine holds a part of the weights {label.removesuffix(LOADING)}: publish again, or restart it"
+        )
     raise EngineProtocolError(f"weight version {label!r} of the engine stands for no policy version that is known")

@@ -24,8 +24,8 @@ from gateway.contracts.records import FinishRecord, SessionOrigin, SessionRecord
 from gateway.contracts.rollouts import FinishedRollout, LeftOut, PickReport
 from gateway.contracts.samples import Segment, TurnSpan
 
-BODY_VERSION = 2
-"""Of the feed's body; raised with every change of its layout (2: with `pick`)."""
+BODY_VERSION = 3
+"""Of the feed's body; raised with every change of its layout (2: with `pick`, 3: with `cache_flags`)."""
 
 _DTYPE_NAMES = {"int32": "I32", "float32": "F32", "uint8": "U8", "uint16": "U16"}
 _DTYPES = {name: np.dtype(numpy_name).newbyteorder("<") for numpy_name, name in _DTYPE_NAMES.items()}
@@ -151,7 +151,7 @@ def _segment(i: int, facts: Mapping[str, Any], arrays: Mapping[str, npt.NDArray[
     try:
         return Segment(
             segment_id=facts["segment_id"],
-            turns=tuple(TurnSpan(**turn) for turn in facts["turns"]),
+            turns=tuple(TurnSpan(**{**turn, "cache_flags": tuple(turn["cache_flags"])}) for turn in facts["turns"]),
             token_ids=arrays[prefix + "token_ids"],
             loss_mask=arrays[prefix + "loss_mask"].view(np.bool_),
             rollout_logprobs=arrays[prefix + "rollout_logprobs"],

@@ -112,6 +112,7 @@ class GenerateRequest:
     among the sampling parameters holds behind the reasoning that the prompt has opened. `num_top_logprobs`: how many of
     the likeliest tokens are wanted at every position. `media`: of the whole prompt, in the order of its placeholders.
     `routing_key`: the same for all requests of a session, for a router in front of engines; "" has none.
+    `cache_key`: requests share computed prefixes with those of the same key only; "" leaves that to the engine.
     """
 
     request_id: str
@@ -123,6 +124,7 @@ class GenerateRequest:
     num_top_logprobs: int = 0
     media: tuple[Media, ...] = ()
     routing_key: str = ""
+    cache_key: str = ""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -203,6 +205,7 @@ class EngineIdentity:
     `media`: parts of a prompt that it understands besides text. `pause_modes`: values of `ports.PauseMode`.
     `enabling`: a capability that it lacks → what to start it with.
     `one_version`: False for a router whose workers hold different weights now; its `policy_version` is the oldest.
+    `paused`: whether it holds requests back now, whoever asked for it.
     """
 
     engine_id: str
@@ -230,6 +233,7 @@ class EngineIdentity:
     grammar: bool = False
     enabling: Mapping[Capability, str] = field(default_factory=dict)
     one_version: bool = True
+    paused: bool = False
 
     def can(self, capability: Capability) -> bool:
         """Whether it has one capability."""

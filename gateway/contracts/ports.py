@@ -21,7 +21,7 @@ from gateway.contracts.rollouts import FeedCounts, Lease, StoredRollout
 
 
 class PauseMode(StrEnum):
-    """What happens to running requests while generation is paused (SGLang's words; the gateway's are abort|keep|drain).
+    """What happens to running requests while generation is paused (SGLang's words).
 
     ABORT: they end with what they have. IN_PLACE: they stop and later go on with their old KV cache.
     RETRACT: they go back to the queue and their cache is recomputed.

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from gateway.contracts.errors import LengthMismatch
 from gateway.contracts.generation import Finish, JsonValue, LogprobKind, TokenIds, TopLogprob
-from gateway.contracts.versions import VersionSpan, check_spans
+from gateway.contracts.versions import CacheFlag, VersionSpan, check_spans
 
 SCHEMA_VERSION = 3
 """Of everything stored; raised with every change of a format (2: attachments that continue a reply; 3: one turn an
@@ -178,6 +178,16 @@ class TurnRecord:
         agent asked for none."""
         rows = self.meta.get("top_logprobs", ())
         return [tuple(map(TopLogprob, row[::2], row[1::2])) for row in rows]
+
+    @property
+    def cache_flags(self) -> tuple[CacheFlag, ...]:
+        """What weights that changed under this turn did to its cache; () where none did."""
+        return tuple(map(CacheFlag, self.meta.get("cache", {}).get("flags", ())))
+
+    @property
+    def recomputed_rows(self) -> tuple[tuple[int, int], ...]:
+        """Ranges [start, stop) of its routing rows that other weights computed than sampled the token after each."""
+        return tuple((start, stop) for start, stop in self.meta.get("cache", {}).get("recomputed_rows", ()))
 
 
 def recorded_top_logprobs(top_logprobs: Sequence[Sequence[TopLogprob]]) -> list[JsonValue]:

@@ -19,6 +19,7 @@ class TurnSpan:
 
     `trained`: its sampled tokens carry loss here (a shared prefix trains in one segment only, I3).
     `temperature`, `top_p`, `top_k`: of the sampling distribution that the log-probs belong to.
+    `cache_flags`: values of `versions.CacheFlag`, where weights changed under the turn.
     """
 
     turn_id: str
@@ -30,6 +31,7 @@ class TurnSpan:
     temperature: float
     top_p: float
     top_k: int
+    cache_flags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,17 @@ from gateway.contracts.errors import LengthMismatch
 
 NOT_SAMPLED = -1
 """The version of a token that no policy sampled (prompts, tool results, closing tokens)."""
+
+
+class CacheFlag(StrEnum):
+    """What weights that changed under a turn did to the cache that it was sampled on.
+
+    RECOMPUTED: what came before the change was computed anew under the later weights, and its later tokens stand on
+    that. OLDER: its later tokens stand on keys and values of the weights before.
+    """
+
+    RECOMPUTED = "recomputed"
+    OLDER = "older"
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from gateway.contracts.generation import (
     TokenIds,
     TopLogprob,
 )
-from gateway.contracts.versions import VersionSpan, join_spans, shifted_spans
+from gateway.contracts.versions import CacheFlag, VersionSpan, join_spans, shifted_spans
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,7 +37,8 @@ class Generated:
     if there are none. lost_attempts: streams that broke; engines: who sampled, in order. versions_certain: False
     where a stream broke and the policy version of its tokens could only be assumed, or its engine could not say it.
     top_logprobs: a row for each token, () for one whose engine gave none; no rows where none were asked for.
-    prompt_tokens: as the engine counted them, 0 where it never said.
+    prompt_tokens: as the engine counted them, 0 where it never said. cache_flags: where weights changed meanwhile.
+    recomputed_rows: ranges [start, stop) of rows whose tokens other weights sampled than those that computed the row.
     """
 
     token_ids: TokenIds
@@ -56,6 +57,8 @@ class Generated:
     reply_fields: Mapping[str, JsonValue]
     prompt_tokens: int
     top_logprobs: Sequence[Sequence[TopLogprob]] = ()
+    cache_flags: tuple[CacheFlag, ...] = ()
+    recomputed_rows: tuple[tuple[int, int], ...] = ()
 
 
 class Continuation:
@@ -82,6 +85,9 @@ class Continuation:
         self._num_attempts = 0
         self._lost_attempts = 0
         self._versions_certain = True
+        self._asked_of: EngineIdentity | None = None
+        self._cache_flags: set[CacheFlag] = set()
+        self._recomputed_rows: list[tuple[int, int]] = []
         self._meta_info: Mapping[str, JsonValue] = {}
         self._reply_fields: Mapping[str, JsonValue] = {}
 
@@ -107,7 +113,7 @@ class Continuation:
         self._open = True
         if not self._engines or self._engines[-1].engine_id != engine.engine_id:
             self._engines.append(engine)
-        asked = self._asked
+        asked, self._asked_of = self._asked, engine
         wants_experts = asked.routed_experts_start is not None and engine.captures_experts
         return replace(
             asked,
@@ -115,6 +121,7 @@ class Continuation:
             token_ids=np.concatenate([asked.token_ids, *self._token_ids]),
             sampling=replace(asked.sampling, max_new_tokens=self.remaining_tokens),
             routed_experts_start=self._next_row if wants_experts else None,
+            cache_key=engine.weight_version,  # I9: no prefix of other weights is read
         )
 
     def add_chunk(self, chunk: GenerateChunk) -> None:
@@ -142,6 +149,7 @@ class Continuation:
             raise EngineProtocolError(
                 f"engine {self._engine_id} streamed {received} tokens and counts {end.completion_tokens}"
             )
+        self._note_cache(end)
         self._add_spans(end.version_spans)
         self._versions_certain = self._versions_certain and end.versions_certain
         self._open = False
@@ -191,6 +199,8 @@ class Continuation:
             reply_fields=self._reply_fields,
             top_logprobs=tuple(self._top_logprobs),
             prompt_tokens=self._prompt_tokens or 0,
+            cache_flags=tuple(sorted(self._cache_flags)),
+            recomputed_rows=tuple(self._recomputed_rows),
         )
 
     def stop_if_over(self, stop_token_ids: frozenset[int]) -> Finish | None:
@@ -212,7 +222,27 @@ class Continuation:
             return self._experts[-1].stop
         return self._asked.routed_experts_start or 0
 
+    def _note_cache(self, end: GenerateEnd) -> None:
+        """What weights that changed during this attempt did to its cache, by what the engine says of it (I5, I9)."""
+        spans = join_spans(end.version_spans)
+        if not spans:
+            return
+        known = self._asked_of.policy_version if self._asked_of is not None else spans[0].policy_version
+        if end.cached_tokens and spans[0].policy_version != known:
+            self._cache_flags.add(CacheFlag.OLDER)  # the prefix was looked up under a label of before
+        num_changes = len(spans) - 1
+        if end.num_retractions and num_changes:
+            self._cache_flags.add(CacheFlag.RECOMPUTED)
+            # Row i made token i + 1; all rows before the last change were computed again after it.
+            first_row = len(self._asked.token_ids) + self._attempt_start - 1
+            if spans[-1].start:
+                self._recomputed_rows.append((first_row, first_row + spans[-1].start))
+        if end.num_retractions < num_changes:
+            self._cache_flags.add(CacheFlag.OLDER)
+
     def _add_spans(self, spans: tuple[VersionSpan, ...]) -> None:
+        if spans and self._spans and spans[0].policy_version != self._spans[-1].policy_version:
+            self._cache_flags.add(CacheFlag.RECOMPUTED)  # the prompt of this attempt is what other weights sampled
         self._spans += shifted_spans(spans, self._attempt_start)
 
     def _joined_experts(self) -> RoutedExperts | None:

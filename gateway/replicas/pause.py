@@ -1,10 +1,11 @@
-"""Holding generation while weights change: abort, keep or drain (design 5, operators)."""
+"""Holding generation while weights change: abort, keep, retract or drain (design 5, operators)."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from enum import StrEnum
 
 from gateway.contracts.errors import EngineTimeout
@@ -13,16 +14,49 @@ from gateway.contracts.ports import PauseMode
 
 class GatewayPause(StrEnum):
     """ABORT: running requests end at the engine and go on after the resume. KEEP: they stand still with their cache.
-    DRAIN: they run to their end; new ones wait."""
+    RETRACT: they stand still, and their cache is computed anew. DRAIN: they run to their end; new ones wait."""
 
     ABORT = "abort"
     KEEP = "keep"
+    RETRACT = "retract"
     DRAIN = "drain"
 
     @property
     def engine_mode(self) -> PauseMode | None:
         """The engines' word for it; None where engines are left alone."""
-        return {GatewayPause.ABORT: PauseMode.ABORT, GatewayPause.KEEP: PauseMode.IN_PLACE}.get(self)
+        return _ENGINE_MODES.get(self)
+
+
+_ENGINE_MODES = {
+    GatewayPause.ABORT: PauseMode.ABORT,
+    GatewayPause.KEEP: PauseMode.IN_PLACE,
+    GatewayPause.RETRACT: PauseMode.RETRACT,
+}
+
+FOUND = "found"
+"""What a pause is called that this process did not order: engines were held by another gateway, or by one that died."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """A pause of generation as it stands.
+
+    mode: None for one that was found. since: unix time. max_seconds: after which generation goes on by itself, None
+    never.
+    """
+
+    mode: GatewayPause | None
+    since: float
+    max_seconds: float | None = None
+
+    @property
+    def name(self) -> str:
+        """The mode's name, or FOUND."""
+        return FOUND if self.mode is None else self.mode.value
+
+    def is_over(self, now: float) -> bool:
+        """Whether its time is up at `now` (unix time)."""
+        return self.max_seconds is not None and now >= self.since + self.max_seconds
 
 
 class PauseGate:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -36,7 +37,7 @@ from gateway.contracts.generation import (
 from gateway.contracts.ports import Engine
 from gateway.contracts.verification import Proof, Verification
 from gateway.replicas.continuation import Continuation
-from gateway.replicas.pause import GatewayPause, PauseGate
+from gateway.replicas.pause import GatewayPause, Pause, PauseGate
 
 _log = logging.getLogger(__name__)
 
@@ -56,7 +57,8 @@ class ReplicaSettings:
     it is busy has not failed). busy_seconds: how long an engine is left alone that is busy and does not say for how
     long. shun_seconds: how long others are preferred to an engine that failed; doubled each time that it fails again
     before it completed a request, up to longest_shun_seconds. sticky_slack: a session keeps its engine while that has
-    at most so many more running requests than the idlest one.
+    at most so many more running requests than the idlest one. found_pause_seconds: how long an engine
+    is left paused by someone else (another gateway, or one that died) before it is resumed; 0: for ever.
     """
 
     max_fruitless_attempts: int = 8
@@ -69,6 +71,7 @@ class ReplicaSettings:
     health_interval_seconds: float = 2.0
     health_timeout_seconds: float = 5.0
     drain_seconds: float = 600.0
+    found_pause_seconds: float = 900.0
 
 
 @dataclass(eq=False, slots=True)
@@ -76,7 +79,8 @@ class Replica:
     """One engine and what the pool knows of it now. verified: the identity that `verification` was made of.
 
     busy_until, shunned_until: by the event loop's clock; requests wait for the one, and prefer others because of the
-    other. strikes: how often it failed since it last completed a request.
+    other. strikes: how often it failed since it last completed a request. held_since: when it was found paused by someone
+    else (unix time), None while it is not.
     """
 
     engine: Engine
@@ -91,6 +95,7 @@ class Replica:
     busy_until: float = 0.0
     shunned_until: float = 0.0
     last_error: str = ""
+    held_since: float | None = None
     idle: asyncio.Event = field(default_factory=asyncio.Event)
 
     @contextmanager
@@ -103,6 +108,11 @@ class Replica:
             self.running -= 1
             if not self.running:
                 self.idle.set()
+
+    @property
+    def able(self) -> bool:
+        """Whether it may be given a turn."""
+        return self.healthy and not self.draining and self.held_since is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +146,7 @@ class ReplicaPool:
         self._expected: dict[str, tuple[Engine, VerbatimError]] = {}
         self._changed = asyncio.Event()
         self._gate = PauseGate()
-        self._paused: GatewayPause | None = None
+        self._pause: Pause | None = None
 
     @property
     def replicas(self) -> Sequence[Replica]:
@@ -144,9 +154,9 @@ class ReplicaPool:
         return list(self._replicas.values())
 
     @property
-    def paused(self) -> GatewayPause | None:
-        """The mode of the pause that holds generation now."""
-        return self._paused
+    def paused(self) -> Pause | None:
+        """The pause that holds generation now."""
+        return self._pause
 
     @property
     def context_length(self) -> int:
@@ -175,6 +185,7 @@ class ReplicaPool:
             raise Conflict(f"there is an engine {engine.engine_id!r} already")
         self._replicas[engine.engine_id] = Replica(engine, identity, verification, identity)
         _tell_unverified(identity, verification)
+        self._note_holds()
         self._changed.set()
         return identity
 
@@ -204,24 +215,47 @@ class ReplicaPool:
         if drain and replica.running:
             await self._drained(replica)
         self._replicas.pop(engine_id, None)
+        self._note_holds()
         await replica.engine.aclose()
 
-    async def pause(self, mode: GatewayPause) -> None:
-        """Hold generation at every engine; returns when it stands still. A second pause changes the mode."""
+    async def pause(self, mode: GatewayPause, *, max_seconds: float | None = None) -> None:
+        """Hold generation at every engine; returns when it stands still. A second pause changes the mode.
+
+        max_seconds: after which generation goes on by itself. An engine that cannot be paused is ejected. Raises
+        EngineTimeout if draining takes too long, EngineUnavailable if no engine can be paused; generation goes on then.
+        """
         self._gate.close()
-        self._paused = mode
-        if mode is GatewayPause.DRAIN:
-            await self._gate.drained(timeout_seconds=self.settings.drain_seconds)
-        elif mode.engine_mode is not None:
-            await asyncio.gather(*(r.engine.pause(mode.engine_mode) for r in self.replicas if r.healthy))
+        self._pause = Pause(mode, time.time(), max_seconds)
+        try:
+            await self._stand_still(mode)
+        except EngineError:
+            await self.resume()  # nobody else would: who asked for the pause was told that there is none
+            raise
 
     async def resume(self) -> None:
         """Let generation go on, with what the engines say of their weights now."""
-        if self._paused is not GatewayPause.DRAIN:
+        ended = self._pause
+        if ended is None or ended.mode is not GatewayPause.DRAIN:
             await asyncio.gather(*map(self._resume, self.replicas))
         await self.refresh_identities()
-        self._paused = None
-        self._gate.open()
+        if self._pause is ended:  # else there is a newer one
+            self._pause = None
+            self._note_holds()
+            if self._pause is None:
+                self._gate.open()
+
+    async def end_overdue_pauses(self) -> None:
+        """Resume what has been paused for longer than was asked for, or than engines found paused are left so."""
+        now = time.time()
+        if self._pause is not None and self._pause.is_over(now):
+            _log.warning("generation was paused (%s) for %g s: it goes on", self._pause.name, now - self._pause.since)
+            await self.resume()
+        longest = self.settings.found_pause_seconds
+        for replica in self.replicas:
+            if replica.held_since is not None and longest and now - replica.held_since >= longest:
+                _log.warning("engine %s was found paused %g s ago: it is resumed", replica.engine.engine_id, longest)
+                await self._resume(replica)
+                await self.refresh(replica)
 
     async def refresh_identities(self) -> None:
         """Ask every engine who it is (its weights may have changed)."""
@@ -242,6 +276,7 @@ class ReplicaPool:
             replica.verification, replica.verified = verification, identity
         replica.identity = identity
         self._readmit(replica)
+        self._note_holds()
 
     def _is_proven(self, replica: Replica, identity: EngineIdentity) -> bool:
         """Whether an engine is the same as when it was verified; an ejection forgets it.
@@ -251,7 +286,12 @@ class ReplicaPool:
         """
         if not replica.healthy or identity.process != replica.verified.process:
             return False
-        return self._paused is not None or _weights(identity) == _weights(replica.verified)
+        return self.is_pausing or _weights(identity) == _weights(replica.verified)
+
+    @property
+    def is_pausing(self) -> bool:
+        """Whether generation is paused by this process."""
+        return self._pause is not None and self._pause.mode is not None
 
     def eject(self, replica: Replica, error: VerbatimError) -> None:
         """Send nothing more to an engine until a health check passes."""
@@ -260,6 +300,7 @@ class ReplicaPool:
         if replica.healthy:
             _log.warning("engine %s is ejected: %s", replica.engine.engine_id, error)
         replica.healthy = False
+        self._note_holds()
 
     async def generate(
         self, progress: Continuation, *, session_id: str
@@ -346,12 +387,12 @@ class ReplicaPool:
     def _able(self) -> Sequence[Replica]:
         """Who takes a request now: those that failed of late only where there is nobody else."""
         now = asyncio.get_running_loop().time()
-        able = [r for r in self._replicas.values() if r.healthy and not r.draining and r.busy_until <= now]
+        able = [r for r in self._replicas.values() if r.able and r.busy_until <= now]
         return [r for r in able if r.shunned_until <= now] or able
 
     def _next_try(self) -> float | None:
         """When the first of those that are busy may be asked again."""
-        return min((r.busy_until for r in self._replicas.values() if r.healthy and not r.draining), default=None)
+        return min((r.busy_until for r in self._replicas.values() if r.able), default=None)
 
     async def _drained(self, replica: Replica) -> None:
         replica.idle.clear()
@@ -363,6 +404,45 @@ class ReplicaPool:
                 f"engine {replica.engine.engine_id} still runs {replica.running} requests after "
                 f"{self.settings.drain_seconds:g} s of draining; it gets no new ones"
             ) from error
+
+    async def _stand_still(self, mode: GatewayPause) -> None:
+        """Have every engine that can be reached stop in this way; raises EngineError if none is left."""
+        if mode.engine_mode is None:
+            longest = self._pause.max_seconds if self._pause is not None else None
+            seconds = self.settings.drain_seconds if longest is None else min(longest, self.settings.drain_seconds)
+            await self._gate.drained(timeout_seconds=seconds)
+            return
+        asked = [replica for replica in self.replicas if replica.healthy]
+        outcomes = await asyncio.gather(
+            *(replica.engine.pause(mode.engine_mode) for replica in asked), return_exceptions=True
+        )
+        failed = [(replica, outcome) for replica, outcome in zip(asked, outcomes, strict=True) if outcome is not None]
+        for replica, outcome in failed:
+            if not isinstance(outcome, EngineError):
+                raise outcome
+            self.eject(replica, outcome)  # weights that it keeps meanwhile are those that its answers name (I5)
+        if failed and len(failed) == len(asked):
+            raise EngineUnavailable(f"no engine could be paused: {'; '.join(str(outcome) for _, outcome in failed)}")
+
+    def _note_holds(self) -> None:
+        """Engines that someone else holds get no turns; while all are held, turns wait as in a pause of our own."""
+        if self.is_pausing:
+            return
+        healthy = [replica for replica in self._replicas.values() if replica.healthy]
+        for replica in self._replicas.values():
+            if not (replica.healthy and replica.identity.paused):
+                replica.held_since = None
+            elif replica.held_since is None:
+                replica.held_since = time.time()
+                _log.warning("engine %s is paused, and not by this gateway", replica.engine.engine_id)
+        since = [replica.held_since for replica in healthy if replica.held_since is not None]
+        if healthy and len(since) == len(healthy):
+            self._pause = self._pause or Pause(None, min(since))
+            self._gate.close()
+        elif self._pause is not None:
+            self._pause = None
+            self._gate.open()
+        self._changed.set()
 
     async def _resume(self, replica: Replica) -> None:
         """An engine that does not answer must not hold the others; it is ejected instead."""

@@ -26,6 +26,7 @@ from gateway.sessions.turns import TurnRunner
 _log = logging.getLogger(__name__)
 
 _MAX_BODY_BYTES = 2**20
+_LONGEST_PAUSE_SECONDS = 7 * 24 * 3600
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -47,6 +48,7 @@ def admin_router(
     router.add_api_route(
         "/engines/{engine_id:path}", routes.remove_engine, methods=["DELETE"], openapi_extra=openapi.REMOVE_ENGINE
     )
+    router.add_api_route("/generation", routes.generation, methods=["GET"], openapi_extra=openapi.GENERATION)
     router.add_api_route("/generation/pause", routes.pause, methods=["POST"], openapi_extra=openapi.PAUSE)
     router.add_api_route("/generation/resume", routes.resume, methods=["POST"], openapi_extra=openapi.RESUME)
     router.add_api_route("/policy", routes.policy, methods=["POST"], openapi_extra=openapi.POLICY)
@@ -96,7 +98,8 @@ class _AdminRoutes:
 
     async def engines(self, request: Request) -> Response:
         """`{"engines": […], "paused": mode or null}`."""
-        return json_reply({"engines": [_replica_json(r) for r in self._pool.replicas], "paused": self._pool.paused})
+        engines = [_replica_json(replica) for replica in self._pool.replicas]
+        return json_reply({"engines": engines, "paused": _paused_name(self._pool)})
 
     async def add_engine(self, request: Request) -> Response:
         """Take an engine in; a wrong or silent one is refused and says why."""
@@ -125,13 +128,39 @@ class _AdminRoutes:
         return json_reply({"engine_id": engine_id})
 
     async def pause(self, request: Request) -> Response:
-        """`{"mode": "abort" | "keep" | "drain"}`; returns when generation stands still."""
-        fields = await read_fields(request, max_bytes=_MAX_BODY_BYTES, known=("mode",))
+        """`{"mode": "abort" | "keep" | "retract" | "drain", "max_seconds": 900}`; returns when generation stands still.
+
+        After `max_seconds` (null: never) generation goes on by itself.
+        """
+        fields = await read_fields(request, max_bytes=_MAX_BODY_BYTES, known=("mode", "max_seconds"))
         name = fields.get("mode", GatewayPause.ABORT.value)
         if name not in list(GatewayPause):
             raise InvalidRequest(f"mode: expected one of {', '.join(GatewayPause)}")
-        await self._pool.pause(GatewayPause(name))
+        await self._pool.pause(GatewayPause(name), max_seconds=_max_seconds(fields))
         return json_reply({"paused": name})
+
+    async def generation(self, request: Request) -> Response:
+        """Whether generation is paused, how, since when and for how long at most; and what each engine says of it."""
+        pause = self._pool.paused
+        engines = [
+            {
+                "engine_id": replica.engine.engine_id,
+                "healthy": replica.healthy,
+                "paused": replica.identity.paused,
+                "found_paused_since": replica.held_since,
+                "weight_version": replica.identity.weight_version,
+                "policy_version": replica.identity.policy_version,
+            }
+            for replica in self._pool.replicas
+        ]
+        return json_reply(
+            {
+                "paused": _paused_name(self._pool),
+                "since": None if pause is None else pause.since,
+                "max_seconds": None if pause is None else pause.max_seconds,
+                "engines": engines,
+            }
+        )
 
     async def resume(self, request: Request) -> Response:
         """Let generation go on."""
@@ -201,8 +230,22 @@ class _StatusRoutes:
             "engines": len(self._pool.replicas),
             "engines_healthy": sum(replica.healthy for replica in self._pool.replicas),
             "turns_running": self._runner.num_running,
-            "paused": self._pool.paused,
+            "paused": _paused_name(self._pool),
+            "engines_found_paused": sum(replica.held_since is not None for replica in self._pool.replicas),
         }
+
+
+def _paused_name(pool: ReplicaPool) -> str | None:
+    return None if pool.paused is None else pool.paused.name
+
+
+def _max_seconds(fields: Mapping[str, JsonValue]) -> float | None:
+    seconds = fields.get("max_seconds")
+    if seconds is None:
+        return None
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds <= _LONGEST_PAUSE_SECONDS:
+        raise InvalidRequest(f"max_seconds: expected a number of seconds above 0, at most {_LONGEST_PAUSE_SECONDS}")
+    return float(seconds)
 
 
 def _engine_url(fields: Mapping[str, JsonValue]) -> str:

@@ -628,11 +628,30 @@ ADD_ENGINE = _operation(
 REMOVE_ENGINE = _operation(
     "Take an engine out", _object({"engine_id": _TEXT}), query={"drain": {"enum": ["true", "false", "1", "0"]}}
 )
+_PAUSES = ["abort", "keep", "retract", "drain"]
 PAUSE = _operation(
     "Hold generation",
-    _object({"paused": {"enum": ["abort", "keep", "drain"]}}),
-    body=_object({}, {"mode": {"enum": ["abort", "keep", "drain"]}}, additionalProperties=False),
+    _object({"paused": {"enum": _PAUSES}}),
+    body=_object(
+        {},
+        {
+            "mode": {"enum": _PAUSES},
+            "max_seconds": _maybe({"type": "number", "exclusiveMinimum": 0, "maximum": 7 * 24 * 3600}),
+        },
+        additionalProperties=False,
+    ),
     needs_body=False,
+)
+GENERATION = _operation(
+    "Whether generation is paused, and what each engine says of it",
+    _object(
+        {
+            "paused": _maybe({"enum": [*_PAUSES, "found"]}),
+            "since": _maybe(_NUMBER),
+            "max_seconds": _maybe(_NUMBER),
+            "engines": _list(_OBJECT),
+        }
+    ),
 )
 RESUME = _operation("Let generation go on", _object({"paused": {"type": "null"}}))
 POLICY = _operation(
@@ -666,6 +685,7 @@ _STATUS = _object(
         "engines_healthy": _COUNT,
         "turns_running": _COUNT,
         "paused": _maybe(_TEXT),
+        "engines_found_paused": _COUNT,
     }
 )
 HEALTH = _operation("200 while the process serves", _STATUS)

@@ -142,6 +142,7 @@ def tree_reports(turns: Sequence[TurnRecord]) -> dict[str, JsonValue]:
         "tiers": _counts(turn.attachment.tier.value for turn in turns),
         "segment_reasons": _counts(reason.value for reason in reasons if reason is not None),
         "untrainable": _counts(turn.untrainable_reason for turn in turns if turn.untrainable_reason is not None),
+        "cache_flags": _counts(flag.value for turn in turns for flag in turn.cache_flags),
         "sampled_tokens": sampled,
         "trainable_tokens": trainable,
     }
@@ -303,6 +304,7 @@ def _spans(path: Sequence[TurnRecord], trained: set[str]) -> tuple[TurnSpan, ...
                 temperature=float(turn.sampling.get("temperature", 1.0)),
                 top_p=float(turn.sampling.get("top_p", 1.0)),
                 top_k=int(turn.sampling.get("top_k", -1)),
+                cache_flags=tuple(flag.value for flag in turn.cache_flags),
             )
         )
         start = stop
@@ -342,6 +344,8 @@ def _stitch(
                 f"its tokens allow {span.stop - 1} (engine {turn.engine_id})"
             )
         taken = _sound_rows(rows.ids, routing) & ~valid[rows.start : rows.stop]
+        for first, stop in turn.recomputed_rows:  # I9: they are not of the weights that sampled the tokens
+            taken[max(first - rows.start, 0) : max(stop - rows.start, 0)] = False
         stitched[rows.start : rows.stop][taken] = rows.ids[taken]
         valid[rows.start : rows.stop] |= taken
     return stitched, valid

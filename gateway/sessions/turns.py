@@ -652,9 +652,16 @@ def _meta(request: TurnRequest, prompt: _Prompt, sampling: SamplingParams, sampl
         "request": dict(request.kept),
         "error": None if sampled.failure is None else sampled.failure.code,
         **({"media": media} if prompt.media else {}),
+        **({"cache": _cache_json(generated)} if generated.cache_flags else {}),
         "engine": dict(generated.meta_info),
         "engine_reply": dict(generated.reply_fields),
     }
+
+
+def _cache_json(generated: Generated) -> dict[str, JsonValue]:
+    """What `TurnRecord.cache_flags` and `recomputed_rows` read."""
+    rows = [list(bounds) for bounds in generated.recomputed_rows]
+    return {"flags": [flag.value for flag in generated.cache_flags], "recomputed_rows": rows}
 
 
 def _untrainable_reason(prompt: _Prompt, generated: Generated) -> str | None:

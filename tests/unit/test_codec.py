@@ -12,7 +12,7 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.contracts.codec import decode_rollout, encode_rollout
+from gateway.contracts.codec import BODY_VERSION, decode_rollout, encode_rollout
 from gateway.contracts.errors import IntegrityError, SchemaMismatch
 from gateway.contracts.generation import LogprobKind
 from gateway.contracts.records import FinishRecord, SessionOrigin, SessionRecord
@@ -114,7 +114,7 @@ def test_every_array_lies_aligned_in_the_body() -> None:
 
 def test_another_schema_version_is_refused() -> None:
     body = body_of(a_rollout(a_segment(4, routing=None)))
-    other = body.replace(b'"schema_version":"2"', b'"schema_version":"9"')
+    other = body.replace(f'"schema_version":"{BODY_VERSION}"'.encode(), b'"schema_version":"9"')
     assert other != body
     with pytest.raises(SchemaMismatch, match="9"):
         decode_rollout(other)
