@@ -8,6 +8,7 @@ from pathlib import Path
 
 from gateway.contracts.errors import ConfigurationError
 from gateway.contracts.generation import Capability
+from gateway.ledger.sweeping import StorageSettings
 from gateway.replicas.pool import ReplicaSettings
 from gateway.routes.forward import Forward, own_path
 from gateway.sessions.picks import DEFAULT_PICK
@@ -70,6 +71,7 @@ class GatewaySettings:
     operator's own that they reach besides, each as it is or, with `*` at its end, with whatever follows; a path listed
     here passes whatever it does at the engine. ledger, objects: PostgreSQL's URL without a password and the store of
     arrays (`s3://bucket/prefix`, `file:///folder`) that several gateways share; empty: the embedded ledger in `data`.
+    storage: room on the data folder's disk, and what is dropped by itself.
     """
 
     model: Path | None = None
@@ -99,6 +101,7 @@ class GatewaySettings:
     replicas: ReplicaSettings = field(default_factory=ReplicaSettings)
     fields: FieldSettings = field(default_factory=FieldSettings)
     timeouts: EngineTimeouts = field(default_factory=EngineTimeouts)
+    storage: StorageSettings = field(default_factory=StorageSettings)
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:

@@ -14,6 +14,7 @@
     │   │   └── EngineBusy                         of EngineUnavailable: it lives and takes nothing for now
     │   └── EngineRejected · EngineProtocolError   it answered, and the answer is a refusal or nonsense
     ├── LedgerError                   the store cannot take or give what was asked
+    │   └── LedgerFull                             no room on its disk
     ├── IntegrityError                two things that must be equal are not; never retried, never repaired silently
     │   ├── ExpertsMismatch · LengthMismatch · LedgerCorrupt · SchemaMismatch
     │   └── IdentityMismatch                       an engine that may not serve here
@@ -237,6 +238,12 @@ class LedgerError(VerbatimError):
     code = "ledger_unavailable"
     http_status = 503
     retryable = True
+
+
+class LedgerFull(LedgerError):
+    """There is no room for more: nothing that was recorded is lost, and what is new is taken again when there is."""
+
+    code = "storage_full"
 
 
 class IntegrityError(VerbatimError):

@@ -12,41 +12,63 @@ write at a time, and each process appends to a segment file of its own.
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import sqlite3
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Self
 
-from gateway.contracts.errors import ConfigurationError, LedgerCorrupt, LedgerError, VerbatimError
+from gateway.contracts.errors import ConfigurationError, LedgerCorrupt, LedgerError, LedgerFull, VerbatimError
+from gateway.contracts.rollouts import Reclaimed, StoreUsage
 from gateway.ledger import migration
 from gateway.ledger.backend import Connection, Location, Rows, Value
 from gateway.ledger.blobs import BlobFiles
-from gateway.ledger.segments_file import SegmentFileWriter, read_record, sync_folder
+from gateway.ledger.compaction import chunks, live_bytes, live_records, mostly_dead, move
+from gateway.ledger.reserve import Room, SpaceReserve, is_disk_full
+from gateway.ledger.segments_file import SegmentFileWriter, file_sizes, read_record, sync_folder
 from gateway.ledger.store import SqlLedger
+from gateway.ledger.wal import check_log
+
+_log = logging.getLogger(__name__)
 
 _BUSY_TIMEOUT_SECONDS = 30.0
+_PAGES_AT_ONCE = 500
+_KEPT_LOG_BYTES = 16 * 2**20
+"""To which the write-ahead log is cut after a burst has let it grow."""
 
 
 class SqliteLedger(SqlLedger):
     """`gateway.contracts.ports.Ledger` on a local disk; make it with `open`, end it with `aclose`."""
 
-    def __init__(self, backend: SqliteBackend) -> None:
+    def __init__(self, backend: SqliteBackend, room: Room) -> None:
         """Use `open`."""
-        super().__init__(backend)
+        super().__init__(backend, room)
         self._files = backend
 
     @classmethod
-    def open(cls, data: Path, *, read_only: bool = False, lock: int | None = None) -> Self:
+    def open(
+        cls,
+        data: Path,
+        *,
+        read_only: bool = False,
+        lock: int | None = None,
+        reserve: SpaceReserve | None = None,
+        full_wait_seconds: float = 0.0,
+    ) -> Self:
         """Open or make the ledger in folder `data`; blocks for a moment.
 
         `read_only` takes no lock and makes nothing, so that another program can look while a gateway runs.
         `lock`: a descriptor of the folder's lock (`lock_descriptor`) that the process which holds it has passed on; it
         belongs to this ledger then, and the other one may go on writing. Such a ledger starts out as `shared`.
+        reserve: what is given up when the disk is full; full_wait_seconds: how long a sampled turn waits for room then.
         Raises ConfigurationError if the folder cannot be used or another process writes to it, SchemaMismatch for a
         store of another version, LedgerCorrupt for one that cannot be read.
         """
-        return cls(SqliteBackend.open(data, read_only=read_only, lock=lock))
+        backend = SqliteBackend.open(data, read_only=read_only, lock=lock, reserve=reserve)
+        arrays = backend.arrays
+        return cls(backend, Room(reserve, arrays.begin, arrays.forget, full_wait_seconds))
 
     @property
     def lock_descriptor(self) -> int | None:
@@ -56,6 +78,53 @@ class SqliteLedger(SqlLedger):
     def share(self, shared: bool) -> None:
         """Say whether another process writes too, from now on (`shared`)."""
         self._files.shared = shared
+
+    async def usage(self) -> StoreUsage:
+        """What the folder's files take, by kind."""
+
+        def read(connection: Connection) -> StoreUsage:
+            (num_free,) = connection.execute("PRAGMA freelist_count").fetchone()
+            (page_bytes,) = connection.execute("PRAGMA page_size").fetchone()
+            live = sum(live_bytes(connection).values())
+            return self._files.usage(reusable_bytes=num_free * page_bytes, live_routing_bytes=live)
+
+        return await self._read(read)
+
+    async def reclaim(self) -> Reclaimed:
+        """Compact segment files of which most is dead, and give back the database's empty pages, a little at a time.
+
+        While another process writes too, nothing is moved.
+        """
+        before, num_files = await self._footprint()
+        num_moved = 0 if self.shared else await self._compact()
+        has_more = True
+        while has_more:  # between two steps turns are written
+            has_more = await self._write(_give_back_pages)
+        self._space_was_freed = True
+        await self._write(lambda connection: None)  # whose housekeeping removes files and merges the log
+        after, num_files_after = await self._footprint()
+        return Reclaimed(max(0, num_files - num_files_after), before - after, num_moved)
+
+    async def _compact(self) -> int:
+        """How many bytes were moved; a file that holds a damaged record, or for which there is no room, stays."""
+        arrays = self._files.arrays
+        sizes, live = await self._read(lambda connection: (arrays.sizes(), live_bytes(connection)))
+        num_moved = 0
+        for number in mostly_dead(sizes, live):
+            try:
+                if number == arrays.number:
+                    await self._write(lambda connection: arrays.begin_next())
+                for part in chunks(await self._read(partial(live_records, number=number))):
+                    num_moved += await self._write(partial(move, arrays=arrays, records=part), grows=True)
+            except (LedgerCorrupt, LedgerFull) as error:
+                _log.warning("segment file %d is not compacted: %s", number, error)
+        return num_moved
+
+    async def _footprint(self) -> tuple[int, int]:
+        """Bytes and number of all files."""
+        usage = await self.usage()
+        num_files = await self._read(lambda connection: self._files.num_files())
+        return usage.rows_bytes + usage.log_bytes + usage.routing_bytes + usage.blob_bytes, num_files
 
 
 class SqliteConnection:
@@ -107,6 +176,16 @@ class SegmentFiles:
         assert self._writer is not None
         return self._writer.append(key, payload)
 
+    def begin(self) -> None:
+        """What is appended from here on belongs together."""
+        if self._writer is not None:
+            self._writer.begin()
+
+    def forget(self) -> None:
+        """Cut off what was appended since `begin`."""
+        if self._writer is not None:
+            self._writer.forget()
+
     def flush(self) -> None:
         """Make durable what was appended."""
         if self._writer is not None:
@@ -115,6 +194,20 @@ class SegmentFiles:
     def read(self, location: Location, *, name: str) -> tuple[bytes, memoryview]:
         """Key and payload; raises LedgerCorrupt saying `name`."""
         return read_record(self._folder, location, name=name)
+
+    @property
+    def number(self) -> int | None:
+        """Of the file that is appended to."""
+        return None if self._writer is None else self._writer.number
+
+    def begin_next(self) -> None:
+        """Append to a new file from here on."""
+        if self._writer is not None:
+            self._writer.begin_next()
+
+    def sizes(self) -> dict[int, int]:
+        """Bytes of every file, by its number."""
+        return file_sizes(self._folder) if self._folder.is_dir() else {}
 
     def remove_files(self, is_used: Callable[[int], bool]) -> None:
         """Delete the files whose number `is_used` denies and that nobody appends to."""
@@ -141,7 +234,7 @@ class SqliteBackend:
         self._blobs = BlobFiles(data / "blobs")
 
     @classmethod
-    def open(cls, data: Path, *, read_only: bool, lock: int | None) -> Self:
+    def open(cls, data: Path, *, read_only: bool, lock: int | None, reserve: SpaceReserve | None = None) -> Self:
         """As `SqliteLedger.open`."""
         if read_only:
             if not _store(data).is_file():
@@ -151,7 +244,11 @@ class SqliteBackend:
         handed_over = lock is not None
         held = _lock_folder(data) if lock is None else lock
         try:
-            _prepare(data, lambda raw, name: migration.prepare(raw, name, migrate=not handed_over))
+            if not handed_over:
+                check_log(_store(data).with_name(f"{_store(data).name}-wal"))
+            if reserve is not None:
+                reserve.prepare()
+            _prepare_with_room(data, partial(migration.prepare, migrate=not handed_over), reserve)
             os.ftruncate(held, 0)
             os.pwrite(held, str(os.getpid()).encode(), 0)
             routing = _open_files(data, alone=not handed_over)
@@ -215,6 +312,24 @@ class SqliteBackend:
             if connection.execute(held, (sha256,)).fetchone() is None:
                 self._blobs.remove(sha256)
         connection.rollback()  # nothing was written
+        connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()  # waits for nobody; the database shrinks here
+
+    def usage(self, *, reusable_bytes: int, live_routing_bytes: int) -> StoreUsage:
+        """What the files take."""
+        store = _store(self._data)
+        routing = sum(self._arrays.sizes().values())
+        return StoreUsage(
+            rows_bytes=_size(store),
+            reusable_bytes=reusable_bytes,
+            log_bytes=_size(store.with_name(f"{store.name}-wal")),
+            routing_bytes=routing,
+            dead_routing_bytes=max(0, routing - live_routing_bytes),
+            blob_bytes=sum(_size(self._data / "blobs" / name) for name in self._blobs.stored()),
+        )
+
+    def num_files(self) -> int:
+        """Of routing rows and blobs."""
+        return len(self._arrays.sizes()) + len(self._blobs.stored())
 
     def close(self) -> None:
         """Close the files and give up the lock, unless another process has it too."""
@@ -229,7 +344,27 @@ def translate(error: Exception) -> VerbatimError:
         return error
     if type(error) is sqlite3.DatabaseError:  # SQLITE_CORRUPT and SQLITE_NOTADB; every other code has a subclass
         return LedgerCorrupt(f"the ledger's SQLite file is damaged: {error}")
+    if is_disk_full(error):
+        return LedgerFull(f"the ledger's disk is full: {error}")
     return LedgerError(f"the ledger cannot be used: {error}")
+
+
+def _give_back_pages(connection: Connection) -> bool:
+    """Move some pages from the database's end into empty ones; whether there are more.
+
+    A store that an earlier version made keeps its empty pages, and uses them again.
+    """
+    (before,) = connection.execute("PRAGMA freelist_count").fetchone()
+    connection.execute(f"PRAGMA incremental_vacuum({_PAGES_AT_ONCE})").fetchall()
+    (after,) = connection.execute("PRAGMA freelist_count").fetchone()
+    return 0 < int(after) < int(before)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _store(data: Path) -> Path:
@@ -272,11 +407,25 @@ def _open_files(data: Path, *, alone: bool) -> SegmentFileWriter:
     return routing
 
 
+def _prepare_with_room(
+    data: Path, step: Callable[[sqlite3.Connection, str], None], reserve: SpaceReserve | None
+) -> None:
+    """A gateway also starts on a full disk: with what it had kept back."""
+    while True:
+        try:
+            return _prepare(data, step)
+        except LedgerFull:
+            if reserve is None or not reserve.make_room(grows=False):
+                raise
+
+
 def _prepare(data: Path, step: Callable[[sqlite3.Connection, str], None]) -> None:
     path = _store(data)
     try:
         connection = _connect(path, read_only=step is migration.check)
     except sqlite3.OperationalError as error:
+        if is_disk_full(error):
+            raise translate(error) from error
         raise ConfigurationError(f"{path}: cannot be opened ({error})") from error
     except sqlite3.DatabaseError as error:
         raise LedgerCorrupt(f"{path}: {error}; it is damaged, or no ledger") from error
@@ -292,7 +441,9 @@ def _connect(path: Path, *, read_only: bool) -> sqlite3.Connection:
     connection = sqlite3.connect(path, timeout=_BUSY_TIMEOUT_SECONDS, isolation_level=None, check_same_thread=False)
     try:
         if not read_only:
+            connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # of a new store; `reclaim` gives back its pages
             connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute(f"PRAGMA journal_size_limit = {_KEPT_LOG_BYTES}")
             connection.execute("PRAGMA synchronous = FULL")  # I4: a commit is on disk when it returns
         else:
             connection.execute("PRAGMA query_only = ON")
