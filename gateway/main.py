@@ -245,7 +245,7 @@ async def open_gateway(settings: GatewaySettings, kinds: Mapping[str, EngineMake
 
 
 def open_ledger(settings: GatewaySettings) -> tuple[Ledger, SpaceReserve | None]:
-    """The ledger that the settings name, and the reserve of the disk that it is on, if that is ours; blocks a moment."""
+    """The ledger that the settings name, and the reserve of its disk where that is ours; blocks for a moment."""
     if settings.ledger:
         return PostgresLedger.open(settings.ledger, settings.objects), None
     storage = settings.storage

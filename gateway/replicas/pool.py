@@ -79,8 +79,8 @@ class Replica:
     """One engine and what the pool knows of it now. verified: the identity that `verification` was made of.
 
     busy_until, shunned_until: by the event loop's clock; requests wait for the one, and prefer others because of the
-    other. strikes: how often it failed since it last completed a request. held_since: when it was found paused by someone
-    else (unix time), None while it is not.
+    other. strikes: how often it failed since it last completed a request. held_since: when it was found paused by
+    someone else (unix time), None while it is not.
     """
 
     engine: Engine
