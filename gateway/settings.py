@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -10,6 +11,7 @@ from gateway.contracts.errors import ConfigurationError
 from gateway.contracts.generation import Capability
 from gateway.replicas.pool import ReplicaSettings
 from gateway.routes.forward import Forward, own_path
+from gateway.routes.quotas import LimitSettings
 from gateway.sessions.picks import DEFAULT_PICK
 from gateway.sessions.turns import TurnSettings
 from gateway.tito.conversation import HistoryPolicy
@@ -17,7 +19,8 @@ from gateway.tito.parsing.choice import AUTO, check_names
 from gateway.wire.protection import FieldSettings
 
 OPERATOR_KEY_VARIABLE = "VERBATIM_OPERATOR_KEY"
-"""Environment variable with the operator's key; without it keys are off, which only loopback allows."""
+"""Environment variable with the operator's key, or several with spaces or commas between them, all of which are good;
+without it keys are off, which only loopback allows."""
 
 
 class UnknownSessions(StrEnum):
@@ -42,7 +45,9 @@ class GatewaySettings:
     the operator's own `module:function`. require: what every engine must be able to do; one that cannot is refused, at
     the start and when it is added. forward: which other paths of an engine agents reach. forward_paths: paths of the
     operator's own that they reach besides, each as it is or, with `*` at its end, with whatever follows; a path listed
-    here passes whatever it does at the engine.
+    here passes whatever it does at the engine. audit: the file with operators' calls (empty: audit.jsonl beside the
+    ledger; none: off). allowed_hosts: names besides loopback's own by which a gateway without keys may be called.
+    session_ttl_seconds: after which an idle session is given up that was made without a ttl of its own (0: never).
     """
 
     model: Path | None = None
@@ -66,6 +71,10 @@ class GatewaySettings:
     feed_consumer: str = "trainer"
     pick: str = DEFAULT_PICK
     require: tuple[Capability, ...] = ()
+    audit: str = ""
+    allowed_hosts: tuple[str, ...] = ()
+    session_ttl_seconds: float = 0.0
+    limits: LimitSettings = field(default_factory=LimitSettings)
     turns: TurnSettings = field(default_factory=TurnSettings)
     replicas: ReplicaSettings = field(default_factory=ReplicaSettings)
     fields: FieldSettings = field(default_factory=FieldSettings)
@@ -80,6 +89,8 @@ class GatewaySettings:
             )
         if self.read_timeout_seconds <= 0 or self.write_timeout_seconds <= 0:
             raise ConfigurationError("read_timeout_seconds and write_timeout_seconds must be above 0")
+        if not 0 <= self.session_ttl_seconds < math.inf:
+            raise ConfigurationError("session_ttl_seconds must be 0 (never) or more")
         if self.forward is Forward.NONE and self.forward_paths:
             raise ConfigurationError("forward is none, which forwards nothing, and forward_paths lists paths")
         for path in self.forward_paths:
