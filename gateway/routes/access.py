@@ -28,6 +28,7 @@ _PREFIX = "vbs-"
 _OPEN_SECRET = "open"
 _FINGERPRINT_CHARACTERS = 8
 _BETWEEN_KEYS = re.compile(r"[\s,]+")
+_HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^\[\]:@/,]*))(?::[0-9]*)?")
 _NEEDS_ITS_KEY = "this session needs its key as a bearer token (POST /sessions returned it as api_key)"
 _NOT_ITS_KEY = "the key that was sent does not open this session"
 
@@ -184,10 +185,9 @@ def key_digest(key: str) -> str:
 
 
 def _host_name(host: str) -> str:
-    """Without its port."""
-    name = host.strip().lower()
-    name = name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0]
-    return name.rstrip(".")
+    """Without its port; "" for what is no host."""
+    found = _HOST.fullmatch(host.strip().lower())
+    return "" if found is None else (found[1] or found[2]).rstrip(".")
 
 
 def _is_loopback_address(name: str) -> bool:

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import queue
+import stat
 import sys
 import threading
 import time
@@ -184,8 +185,10 @@ class _AuditFile(RotatingFileHandler):
 
     def _open(self) -> TextIOWrapper:
         descriptor = os.open(self.baseFilename, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        os.fchmod(descriptor, 0o600)
-        size = os.fstat(descriptor).st_size
+        status = os.fstat(descriptor)
+        if stat.S_ISREG(status.st_mode):
+            os.fchmod(descriptor, 0o600)
+        size = status.st_size
         if size and os.pread(descriptor, 1, size - 1) != b"\n":  # a process was killed in the middle of a line
             os.write(descriptor, b"\n")
         return open(descriptor, "a", encoding="utf-8")

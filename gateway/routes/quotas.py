@@ -271,7 +271,7 @@ class Quotas:
 
 
 class Permit:
-    """What one request may begin: `ask` before each turn that begins, `settle` after each choice, `close` at the end."""
+    """What one request may begin: `ask` before each turn that begins, `settle` after each choice, then `close`."""
 
     def __init__(self, quotas: Quotas, session_id: str, num_turns: int) -> None:
         self._quotas = quotas
