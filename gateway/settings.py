@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -47,7 +46,6 @@ class GatewaySettings:
     operator's own that they reach besides, each as it is or, with `*` at its end, with whatever follows; a path listed
     here passes whatever it does at the engine. audit: the file with operators' calls (empty: audit.jsonl beside the
     ledger; none: off). allowed_hosts: names besides loopback's own by which a gateway without keys may be called.
-    session_ttl_seconds: after which an idle session is given up that was made without a ttl of its own (0: never).
     """
 
     model: Path | None = None
@@ -73,7 +71,6 @@ class GatewaySettings:
     require: tuple[Capability, ...] = ()
     audit: str = ""
     allowed_hosts: tuple[str, ...] = ()
-    session_ttl_seconds: float = 0.0
     limits: LimitSettings = field(default_factory=LimitSettings)
     turns: TurnSettings = field(default_factory=TurnSettings)
     replicas: ReplicaSettings = field(default_factory=ReplicaSettings)
@@ -89,8 +86,6 @@ class GatewaySettings:
             )
         if self.read_timeout_seconds <= 0 or self.write_timeout_seconds <= 0:
             raise ConfigurationError("read_timeout_seconds and write_timeout_seconds must be above 0")
-        if not 0 <= self.session_ttl_seconds < math.inf:
-            raise ConfigurationError("session_ttl_seconds must be 0 (never) or more")
         if self.forward is Forward.NONE and self.forward_paths:
             raise ConfigurationError("forward is none, which forwards nothing, and forward_paths lists paths")
         for path in self.forward_paths:
