@@ -10,7 +10,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -39,8 +39,9 @@ from gateway.ledger.reserve import SpaceReserve
 from gateway.ledger.sqlite import SqliteLedger
 from gateway.replicas.health import watch_health
 from gateway.replicas.pool import ReplicaPool
-from gateway.routes.access import Access
+from gateway.routes.access import Access, HostCheck, read_operator_keys
 from gateway.routes.admin import admin_router, status_router
+from gateway.routes.audit import AuditLog, audit_path
 from gateway.routes.blobs import blobs_router
 from gateway.routes.chat import chat_router
 from gateway.routes.completions import completions_router
@@ -54,6 +55,7 @@ from gateway.routes.messages import messages_router
 from gateway.routes.metrics import GatewayMetrics
 from gateway.routes.openapi import add_document
 from gateway.routes.paths import SessionPaths
+from gateway.routes.quotas import Quotas
 from gateway.routes.responses import responses_router
 from gateway.routes.sessions import session_router
 from gateway.routes.storage import storage_router
@@ -99,6 +101,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, metavar="DIR", help="the ledger's folder (verbatim-data)")
     parser.add_argument("--ledger", metavar="URL", help="postgresql://USER@HOST/DATABASE, for several gateways (none)")
     parser.add_argument("--objects", metavar="URL", help="arrays beside --ledger: s3://BUCKET/PREFIX or file:///FOLDER")
+    parser.add_argument(
+        "--unknown-sessions",
+        choices=[each.value for each in UnknownSessions],
+        help="what a call under an id that nobody made does (create)",
+    )
     parser.add_argument("--pick", metavar="NAME", help="which turns train: all, delivered, final-path, module:function")
     parser.add_argument(
         "--require",
@@ -118,21 +125,24 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.print_config:
         sys.stdout.write(settings_toml(settings))
         return 0
-    serve(settings, operator_key=os.environ.get(OPERATOR_KEY_VARIABLE) or None)
+    # Taken out: no process that we start inherits it.
+    serve(settings, operator_key=os.environ.pop(OPERATOR_KEY_VARIABLE, None))
     return 0
 
 
 def serve(
     settings: GatewaySettings, *, operator_key: str | None, engine_kinds: Mapping[str, EngineMaker] | None = None
 ) -> None:
-    """Run the gateway in this process; `engine_kinds` adds kinds of engines to those that ship."""
+    """Run the gateway in this process; `engine_kinds` adds kinds of engines to those that ship. operator_key: one or
+    several, as `read_operator_keys` takes them."""
     kinds = {**shipped_kinds(settings.timeouts), **(engine_kinds or {})}
+    operator_digests = read_operator_keys(operator_key)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_serve(settings, operator_key, kinds))
+        runner.run(_serve(settings, operator_digests, kinds))
 
 
-async def _serve(settings: GatewaySettings, operator_key: str | None, kinds: Mapping[str, EngineMaker]) -> None:
-    _check_exposure(settings, operator_key)
+async def _serve(settings: GatewaySettings, operator_digests: Sequence[str], kinds: Mapping[str, EngineMaker]) -> None:
+    _check_exposure(settings, keys_are_on=bool(operator_digests))
     with _listening_socket(settings) as listener:
         async with open_gateway(settings, kinds) as gateway:
             connection = partial(
@@ -141,7 +151,7 @@ async def _serve(settings: GatewaySettings, operator_key: str | None, kinds: Map
                 write_timeout_seconds=settings.write_timeout_seconds,
             )
             config = uvicorn.Config(
-                build_app(gateway, Access(operator_key)),
+                build_app(gateway, Access(operator_digests, on_refused=gateway.metrics.observe_refusal)),
                 http=cast("type[asyncio.Protocol]", connection),  # uvicorn only calls it
                 ws="none",
                 lifespan="off",
@@ -168,6 +178,7 @@ class Gateway:
     metrics: GatewayMetrics
     picks: PickChoice
     keeper: StorageKeeper
+    audit: AuditLog | None
     policies: dict[str, int]
     kinds: Mapping[str, EngineMaker]
 
@@ -216,6 +227,8 @@ async def open_gateway(settings: GatewaySettings, kinds: Mapping[str, EngineMake
         stop_token_ids=frozenset(model.tokenizer.eos_token_ids),
         on_interruption=metrics.observe_interruption,
     )
+    audit_file = audit_path(settings.audit, settings.data)
+    audit = None if audit_file is None else AuditLog(audit_file, observe=metrics.observe_audit)
     ledger, reserve = open_ledger(settings)
     keeper = StorageKeeper(ledger, settings.storage, reserve)
     parts = TurnParts(model, pool, ledger, settings.turns, metrics.observe_turn, keeper.admit)
@@ -229,6 +242,7 @@ async def open_gateway(settings: GatewaySettings, kinds: Mapping[str, EngineMake
         metrics=metrics,
         picks=picks,
         keeper=keeper,
+        audit=audit,
         policies={},
         kinds=kinds,
     )
@@ -242,6 +256,8 @@ async def open_gateway(settings: GatewaySettings, kinds: Mapping[str, EngineMake
         await gateway.runner.aclose()
         await pool.aclose()
         await ledger.aclose()
+        if audit is not None:
+            await asyncio.to_thread(audit.close)
 
 
 def open_ledger(settings: GatewaySettings) -> tuple[Ledger, SpaceReserve | None]:
@@ -260,7 +276,8 @@ def build_app(gateway: Gateway, access: Access) -> ASGIApp:
     app = FastAPI(title="Verbatim gateway", docs_url=None, redoc_url=None)
     creates_unknown = settings.unknown_sessions is UnknownSessions.CREATE
     rules = FieldRules(settings.fields)
-    calls = Calls(gateway.runner, gateway.registry, access, creates_unknown=creates_unknown, rules=rules)
+    quotas = Quotas(settings.limits, on_refused=gateway.metrics.observe_refusal)
+    calls = Calls(gateway.runner, gateway.registry, access, creates_unknown=creates_unknown, rules=rules, quotas=quotas)
     observed = Observed(gateway.metrics.observe_forward, gateway.metrics.observe_refused_path)
     routers = [  # the last one takes what no other takes
         status_router(
@@ -305,6 +322,9 @@ def build_app(gateway: Gateway, access: Access) -> ASGIApp:
         app,
         budget=BodyBudget(settings.bodies_in_flight_bytes),
         read_timeout_seconds=settings.read_timeout_seconds,
+        hosts=None if access.keys_are_on else HostCheck((settings.host, *settings.allowed_hosts)),
+        on_refused=gateway.metrics.observe_refusal,
+        audit=gateway.audit,
     )
 
 
@@ -348,14 +368,15 @@ def _settings(arguments: argparse.Namespace) -> GatewaySettings:
         "data": arguments.data,
         "ledger": arguments.ledger,
         "objects": arguments.objects,
+        "unknown_sessions": arguments.unknown_sessions and UnknownSessions(arguments.unknown_sessions),
         "pick": arguments.pick,
         "require": None if arguments.require is None else tuple(map(Capability, arguments.require)),
     }
     return replace(settings, **{name: value for name, value in flags.items() if value is not None})
 
 
-def _check_exposure(settings: GatewaySettings, operator_key: str | None) -> None:
-    if operator_key is None and not _is_loopback(settings.host):
+def _check_exposure(settings: GatewaySettings, *, keys_are_on: bool) -> None:
+    if not keys_are_on and not _is_loopback(settings.host):
         raise ConfigurationError(
             f"{settings.host} can be reached from outside: set {OPERATOR_KEY_VARIABLE}, or listen on 127.0.0.1"
         )

@@ -11,6 +11,7 @@ from gateway.contracts.generation import Capability
 from gateway.ledger.sweeping import StorageSettings
 from gateway.replicas.pool import ReplicaSettings
 from gateway.routes.forward import Forward, own_path
+from gateway.routes.quotas import LimitSettings
 from gateway.sessions.picks import DEFAULT_PICK
 from gateway.sessions.turns import TurnSettings
 from gateway.tito.conversation import HistoryPolicy
@@ -18,7 +19,8 @@ from gateway.tito.parsing.choice import AUTO, check_names
 from gateway.wire.protection import FieldSettings
 
 OPERATOR_KEY_VARIABLE = "VERBATIM_OPERATOR_KEY"
-"""Environment variable with the operator's key; without it keys are off, which only loopback allows."""
+"""Environment variable with the operator's key, or several with spaces or commas between them, all of which are good;
+without it keys are off, which only loopback allows."""
 
 
 class UnknownSessions(StrEnum):
@@ -71,7 +73,9 @@ class GatewaySettings:
     operator's own that they reach besides, each as it is or, with `*` at its end, with whatever follows; a path listed
     here passes whatever it does at the engine. ledger, objects: PostgreSQL's URL without a password and the store of
     arrays (`s3://bucket/prefix`, `file:///folder`) that several gateways share; empty: the embedded ledger in `data`.
-    storage: room on the data folder's disk, and what is dropped by itself.
+    storage: room on the data folder's disk, and what is dropped by itself. audit: the file with operators' calls
+    (empty: audit.jsonl beside the ledger; none: off). allowed_hosts: names besides loopback's own by which a gateway
+    without keys may be called.
     """
 
     model: Path | None = None
@@ -97,6 +101,9 @@ class GatewaySettings:
     feed_consumer: str = "trainer"
     pick: str = DEFAULT_PICK
     require: tuple[Capability, ...] = ()
+    audit: str = ""
+    allowed_hosts: tuple[str, ...] = ()
+    limits: LimitSettings = field(default_factory=LimitSettings)
     turns: TurnSettings = field(default_factory=TurnSettings)
     replicas: ReplicaSettings = field(default_factory=ReplicaSettings)
     fields: FieldSettings = field(default_factory=FieldSettings)

@@ -172,11 +172,15 @@ class TurnIndexTaken(Conflict):
 
 
 class TooManyRequests(RequestError):
-    """A limit of rate, size or concurrency was met; try again later."""
+    """A limit of rate, size or concurrency was met; try again in `retry_after_seconds`."""
 
     code = "rate_limit_exceeded"
     http_status = 429
     retryable = True
+
+    def __init__(self, message: str, *, retry_after_seconds: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
 
 
 class EngineError(VerbatimError):

@@ -19,6 +19,7 @@ from gateway.replicas.pause import GatewayPause
 from gateway.replicas.pool import Replica, ReplicaPool
 from gateway.routes import openapi
 from gateway.routes.access import Access
+from gateway.routes.audit import note_change
 from gateway.routes.bodies import json_reply, read_fields, typed
 from gateway.routes.metrics import GatewayMetrics
 from gateway.sessions.model import ServedModel
@@ -121,6 +122,7 @@ class _AdminRoutes:
             await engine.aclose()
             raise
         _log.info("engine %s was added", engine.engine_id)
+        note_change(request.scope, added=urlsplit(url).hostname, port=urlsplit(url).port, kind=kind)
         return json_reply(_replica_json(self._pool.replica(engine.engine_id)), status=201)
 
     async def remove_engine(self, request: Request) -> Response:
@@ -141,6 +143,7 @@ class _AdminRoutes:
         if name not in list(GatewayPause):
             raise InvalidRequest(f"mode: expected one of {', '.join(GatewayPause)}")
         await self._pool.pause(GatewayPause(name), max_seconds=_max_seconds(fields))
+        note_change(request.scope, paused=name)
         return json_reply({"paused": name})
 
     async def generation(self, request: Request) -> Response:
@@ -169,6 +172,7 @@ class _AdminRoutes:
     async def resume(self, request: Request) -> Response:
         """Let generation go on."""
         await self._pool.resume()
+        note_change(request.scope, paused=None)
         return json_reply({"paused": None})
 
     async def policy(self, request: Request) -> Response:
@@ -180,6 +184,7 @@ class _AdminRoutes:
             raise InvalidRequest("policy_version, weight_version: both are required, the number is 0 or more")
         await self._learn_policy(policy_version, weight_version)
         await self._pool.refresh_identities()
+        note_change(request.scope, policy_version=policy_version, weight_version=weight_version)
         return json_reply({"policy_version": policy_version, "weight_version": weight_version})
 
     async def identity(self, request: Request) -> Response:

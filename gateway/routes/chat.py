@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from gateway.routes import openapi
-from gateway.routes.bodies import json_reply, path_id, read_body
+from gateway.routes.bodies import json_reply, path_id
 from gateway.routes.turns import Calls
 from gateway.wire.models import ModelCard, anthropic_list, openai_list
 from gateway.wire.openai import ChatWriter, parse_chat_request
@@ -38,16 +38,18 @@ class _ChatRoutes:
 
     async def chat(self, request: Request) -> Response:
         """One chat completion."""
-        wanted = parse_chat_request(await read_body(request, max_bytes=self._max_body_bytes))
+        wanted = parse_chat_request(await self._calls.body(request, max_bytes=self._max_body_bytes))
         return await self._calls.answer(request, wanted, partial(ChatWriter, wanted.wanted))
 
     async def models(self, request: Request) -> Response:
         """The one model that is served."""
+        await self._calls.check_caller(request)
         card = self._card()
         return json_reply(anthropic_list(card) if _is_anthropic(request) else openai_list(card))
 
     async def model(self, request: Request) -> Response:
         """It, under the name that is asked for: every name is served."""
+        await self._calls.check_caller(request)
         card, name = self._card(), path_id(request, "model")
         return json_reply(card.anthropic(name) if _is_anthropic(request) else card.openai(name))
 

@@ -8,7 +8,6 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from gateway.routes import openapi
-from gateway.routes.bodies import read_body
 from gateway.routes.turns import Calls
 from gateway.wire.completions import CompletionsWriter, parse_completions_request
 
@@ -19,7 +18,7 @@ def completions_router(calls: Calls, *, max_body_bytes: int) -> APIRouter:
 
     async def completions(request: Request) -> Response:
         """Text completions of one or several prompts."""
-        asked = parse_completions_request(await read_body(request, max_bytes=max_body_bytes))
+        asked = parse_completions_request(await calls.body(request, max_bytes=max_body_bytes))
         return await calls.answer_all(
             request, asked.turns, partial(CompletionsWriter, asked, calls.model.tokenizer.decode)
         )

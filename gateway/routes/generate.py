@@ -9,7 +9,6 @@ from fastapi.responses import Response
 
 from gateway.replicas.pool import ReplicaPool
 from gateway.routes import openapi
-from gateway.routes.bodies import read_body
 from gateway.routes.turns import Calls
 from gateway.wire.generate import SglangWriter, parse_sglang_request
 
@@ -21,7 +20,7 @@ def generate_router(calls: Calls, *, max_body_bytes: int) -> APIRouter:
 
     async def generate(request: Request) -> Response:
         """Samples for one or several prompts."""
-        asked = parse_sglang_request(await read_body(request, max_bytes=max_body_bytes))
+        asked = parse_sglang_request(await calls.body(request, max_bytes=max_body_bytes))
         return await calls.answer_all(request, asked.turns, partial(SglangWriter, asked, label))
 
     for prefix in ("", "/sessions/{session_id}"):

@@ -1,13 +1,19 @@
-"""What every request meets first: its id, and the account of the body bytes that are held for requests under way."""
+"""What every request meets first: its id, the account of the body bytes that are held for requests under way, the names
+that it may call us by, and the note that the audit gets of it."""
 
 from __future__ import annotations
 
 import re
 import secrets
+from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gateway.contracts.errors import TooManyRequests
+from gateway.contracts.errors import Forbidden, TooManyRequests
+from gateway.routes.access import HostCheck
+from gateway.routes.audit import AuditLog, AuditNote, with_note
+from gateway.wire.errors import error_body
+from gateway.wire.json_text import dump_json
 
 _ACCOUNT = "verbatim.body_account"
 _READ_TIMEOUT = "verbatim.read_timeout_seconds"
@@ -66,31 +72,51 @@ class RequestEdge:
     """ASGI middleware around everything: gives each request an id and an account for its body.
 
     The id is that of `X-Request-ID` where it is one, else a new one of fixed length; it is in every reply.
+    hosts: None where every name is fine, on_refused hears `host` for one that is not; audit: None where it is off.
     """
 
-    def __init__(self, app: ASGIApp, *, budget: BodyBudget, read_timeout_seconds: float) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        budget: BodyBudget,
+        read_timeout_seconds: float,
+        hosts: HostCheck | None = None,
+        on_refused: Callable[[str], None] = lambda _: None,
+        audit: AuditLog | None = None,
+    ) -> None:
         self._app = app
         self._budget = budget
         self._read_timeout_seconds = read_timeout_seconds
+        self._hosts = hosts
+        self._on_refused = on_refused
+        self._audit = audit
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on; what the body holds is given back when the request is answered."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = _request_id(scope)
+        request_id, note = _request_id(scope), AuditNote()
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
+                note.status = message["status"]
                 message = {**message, "headers": [*message.get("headers", ()), (b"x-request-id", request_id)]}
             await send(message)
 
         account = self._budget.account()
         try:
-            scope = {**scope, _ACCOUNT: account, _READ_TIMEOUT: self._read_timeout_seconds}
-            await self._app(scope, receive, send_with_id)
+            if self._hosts is not None and (why := self._hosts.refusal(scope)) is not None:
+                self._on_refused("host")
+                await _refuse(Forbidden(why), send_with_id)
+                return
+            inner = {**with_note(scope, note), _ACCOUNT: account, _READ_TIMEOUT: self._read_timeout_seconds}
+            await self._app(inner, receive, send_with_id)
         finally:
             account.close()
+            if self._audit is not None:
+                self._audit.record(scope, request_id.decode(), note)
 
 
 def body_account(scope: Scope) -> BodyAccount:
@@ -103,6 +129,13 @@ def read_timeout_seconds(scope: Scope) -> float:
     """How long the body of a request may take to come that came through a `RequestEdge`."""
     seconds: float = scope[_READ_TIMEOUT]
     return seconds
+
+
+async def _refuse(error: Forbidden, send: Send) -> None:
+    body = dump_json(error_body(error))
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": error.http_status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
 
 
 def _request_id(scope: Scope) -> bytes:

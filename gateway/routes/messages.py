@@ -12,7 +12,7 @@ from fastapi.responses import Response
 
 from gateway.contracts.errors import UnknownPrevious, VerbatimError
 from gateway.routes import openapi
-from gateway.routes.bodies import json_reply, read_body
+from gateway.routes.bodies import json_reply
 from gateway.routes.turns import Calls
 from gateway.wire.anthropic import Earlier, MessagesRequest, parse_count_request, parse_messages_request
 from gateway.wire.anthropic_reply import MessagesWriter, error_body, error_status
@@ -59,14 +59,14 @@ class _MessagesRoutes:
         return await _answered(request, self._count(request))
 
     async def _message(self, request: Request) -> Response:
-        asked = parse_messages_request(await read_body(request, max_bytes=self._max_body_bytes))
+        asked = parse_messages_request(await self._calls.body(request, max_bytes=self._max_body_bytes))
         turn = asked.turn(await self._earlier(request, asked))
         return await self._calls.answer(
             request, turn, partial(MessagesWriter, turn.wanted, shows_thinking=asked.shows_thinking)
         )
 
     async def _count(self, request: Request) -> Response:
-        asked = parse_count_request(await read_body(request, max_bytes=self._max_body_bytes))
+        asked = parse_count_request(await self._calls.body(request, max_bytes=self._max_body_bytes))
         turn = asked.turn(await self._earlier(request, asked))
         return json_reply({"input_tokens": await self._calls.count_prompt_tokens(request, turn)})
 

@@ -54,6 +54,13 @@ class GatewayMetrics:
             "verbatim_forwarded_calls", "Calls of agents that an engine answered itself.", ["engine", "status"],
             registry=registry,
         )  # fmt: skip
+        self._refused = Counter(
+            "verbatim_refused_calls", "Calls refused for a key, the gateway's name or a limit.", ["reason"],
+            registry=registry,
+        )  # fmt: skip
+        self._audit = Counter("verbatim_audit_lines", "Lines of the audit by what became of them.", ["state"],
+            registry=registry,
+        )  # fmt: skip
         self._refused_paths = Counter("verbatim_refused_paths", "Calls that no engine may answer.", registry=registry)
         self._prompt_seconds = _seconds("verbatim_prompt_seconds", "Until the prompt stands.", registry)
         self._first_token_seconds = _seconds("verbatim_first_token_seconds", "Until the first tokens.", registry)
@@ -98,6 +105,14 @@ class GatewayMetrics:
     def observe_forward(self, engine_id: str, status: int) -> None:
         """Count one call that went to an engine as it was."""
         self._forwarded.labels(engine_id, str(status)).inc()
+
+    def observe_refusal(self, reason: str) -> None:
+        """Count one call that was refused: `no_key`, `wrong_key`, `host`, or the name of a limit."""
+        self._refused.labels(reason).inc()
+
+    def observe_audit(self, state: str) -> None:
+        """Count one line of the audit: `written`, `failed` or `suppressed`."""
+        self._audit.labels(state).inc()
 
     def observe_refused_path(self) -> None:
         """Count one that did not."""

@@ -18,7 +18,7 @@ from gateway.contracts.errors import InvalidRequest, NotFound, UnknownPrevious
 from gateway.contracts.generation import JsonValue
 from gateway.routes import openapi
 from gateway.routes.access import Access
-from gateway.routes.bodies import json_reply, path_id, read_body
+from gateway.routes.bodies import json_reply, path_id
 from gateway.routes.turns import Calls, named_session
 from gateway.sessions.recorded import recorded_reply
 from gateway.sessions.registry import Session, SessionRegistry
@@ -62,7 +62,7 @@ class _ResponsesRoutes:
 
     async def create(self, request: Request) -> Response:
         """One response; what it continues is read from the session's record."""
-        wanted = parse_responses_request(await read_body(request, max_bytes=self._max_body_bytes))
+        wanted = parse_responses_request(await self._calls.body(request, max_bytes=self._max_body_bytes))
         session, history = None, list[JsonValue]()
         if wanted.previous_turn_id is not None:
             found = await self._find(request, wanted.previous_turn_id)
@@ -87,6 +87,7 @@ class _ResponsesRoutes:
         return json_reply({"id": path_id(request, "response_id"), "object": "response", "deleted": True})
 
     async def _recorded(self, request: Request) -> _Found:
+        await self._calls.check_caller(request)
         response_id = path_id(request, "response_id") or ""
         found = await self._find(request, turn_id_of(response_id))
         if found is None:

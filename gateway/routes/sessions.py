@@ -20,6 +20,7 @@ from gateway.contracts.records import FinishRecord, Outcome, SessionOrigin, Sess
 from gateway.contracts.samples import Segment
 from gateway.routes import openapi
 from gateway.routes.access import Access
+from gateway.routes.audit import note_change
 from gateway.routes.bodies import checked_id, json_reply, path_id, read_fields, typed
 from gateway.sessions.picks import PickChoice
 from gateway.sessions.registry import SessionRegistry, new_session
@@ -93,6 +94,7 @@ class _SessionRoutes:
         session_id = _session_id(fields)
         key = self._access.new_key(session_id)
         session, is_new = await self._registry.create(_wanted(session_id, fields, key_hash=key.stored))
+        note_change(request.scope, session_id=session_id, is_new=is_new)
         api_key = key.text if is_new or not self._access.keys_are_on else None
         reply = {"base_url": _base_url(request, session_id), "api_key": api_key, **_session_json(session.record)}
         return json_reply(reply, status=201 if is_new else 200)
@@ -136,6 +138,7 @@ class _SessionRoutes:
             outcome=typed(fields, "outcome", str, "a word") or Outcome.COMPLETED.value,
             metadata=typed(fields, "metadata", dict, "an object") or {},
         )
+        note_change(request.scope, outcome=finish.outcome, reward=finish.reward, snapshot=finish.snapshot)
         return json_reply(asdict(finish))
 
     async def delete(self, request: Request) -> Response:

@@ -10,7 +10,7 @@ from fastapi.responses import Response
 
 from gateway.contracts.generation import TokenIds
 from gateway.routes import openapi
-from gateway.routes.bodies import json_reply, read_body
+from gateway.routes.bodies import json_reply
 from gateway.routes.turns import Calls
 from gateway.wire.tokenization import (
     detokenize_reply,
@@ -53,7 +53,7 @@ class _TokenizeRoutes:
 
     async def tokenize(self, request: Request) -> Response:
         """Ids of texts, or of the prompt that a conversation would be."""
-        asked = parse_tokenize_request(await read_body(request, max_bytes=self._max_body_bytes))
+        asked = parse_tokenize_request(await self._calls.body(request, max_bytes=self._max_body_bytes))
         ids = [await self._calls.prompt_token_ids(request, turn) for turn in asked.turns]
         texts = [self._token_texts(each) for each in ids] if asked.token_texts else []
         context = self._calls.runner.parts.context_length
@@ -61,7 +61,7 @@ class _TokenizeRoutes:
 
     async def detokenize(self, request: Request) -> Response:
         """The text of ids."""
-        asked = parse_detokenize_request(await read_body(request, max_bytes=self._max_body_bytes))
+        asked = parse_detokenize_request(await self._calls.body(request, max_bytes=self._max_body_bytes))
         ids = [await self._calls.prompt_token_ids(request, turn) for turn in asked.turns]
         texts = [self._text(each, special_tokens=asked.special_tokens) for each in ids]
         return json_reply(detokenize_reply(asked, texts))

@@ -26,8 +26,9 @@ from gateway.contracts.experts import RoutedExperts
 from gateway.contracts.generation import TokenIds, TopLogprob
 from gateway.contracts.records import SessionOrigin, SessionRecord, TurnRecord
 from gateway.routes.access import Access, session_of_key
-from gateway.routes.bodies import JsonReply, checked_id, path_id, slices
+from gateway.routes.bodies import JsonReply, checked_id, path_id, read_body, slices
 from gateway.routes.connections import client_is_gone
+from gateway.routes.quotas import Quotas
 from gateway.sessions.idempotency import CallChoice, RetryHint
 from gateway.sessions.media import num_prompt_tokens
 from gateway.sessions.model import ServedModel
@@ -58,8 +59,10 @@ class Calls:
         *,
         creates_unknown: bool,
         rules: FieldRules,
+        quotas: Quotas,
     ) -> None:
         self.runner = runner
+        self._quotas = quotas
         self._rules = rules
         self._registry = registry
         self._access = access
@@ -125,14 +128,29 @@ class Calls:
         endpoint, retry = _endpoint(request), _retry_hint(request)
         variants = [_variant(one, i) for one in prompts for i in range(one.num_choices)]
         turns: list[Turn] = []
+        permit = self._quotas.permit(session.record.session_id, len(variants))
         try:
             for i, variant in enumerate(variants):
                 call = CallChoice(endpoint, variant.digest, i)
-                turns.append(await self.runner.answer(session, variant, call, retry))
+                turns.append(await self.runner.answer(session, variant, call, retry, admit=permit.ask))
+                permit.settle(turns[-1])
         except (asyncio.CancelledError, VerbatimError):
             self._abandon(session, turns)
             raise
+        finally:
+            permit.close()
         return turns
+
+    async def body(self, request: Request, *, max_bytes: int) -> bytes:
+        """The body of a call, read only for a caller who may make one; raises as `read_body` and `check_caller`."""
+        await self.check_caller(request)
+        return await read_body(request, max_bytes=max_bytes)
+
+    async def check_caller(self, request: Request) -> None:
+        """Raise Unauthorized, Forbidden or NotFound unless this caller may use the session that it names, or have a new
+        one under that name. A finished session may still be read."""
+        if await self.known_session(request) is None:
+            self._check_new(request, named_session(request))
 
     async def session(self, request: Request, wanted: TurnRequest) -> Session:
         """Of the path, the header, the key, or made on the spot; the caller may use it."""
@@ -154,8 +172,10 @@ class Calls:
         session = await self.known_session(request)
         if session is not None:
             session.check_open()
-            return session.record.session_id
-        await self._check_new(request, session_id := named_session(request))
+        else:
+            self._check_new(request, named_session(request))
+        session_id = session.record.session_id if session is not None else named_session(request)
+        self._quotas.admit_call(session_id or "")
         return session_id or ""
 
     async def count_prompt_tokens(self, request: Request, wanted: TurnRequest) -> int:
@@ -166,7 +186,8 @@ class Calls:
         """int32[P]: the prompt that this call's turn would have; no session is made for it, and no engine asked."""
         session = await self.known_session(request)
         if session is None:
-            session = Session(await self._new_record(request, wanted, named_session(request)), TurnTree(), None)
+            session = Session(self._new_record(request, wanted, named_session(request)), TurnTree(), None)
+        self._quotas.admit_call(named_session(request) or "")
         return await self.runner.prompt_ids(session, self._rules.applied(wanted, session.record.sampling))
 
     async def _whole(
@@ -268,7 +289,7 @@ class Calls:
             self.runner.abandon(session, turn)
 
     async def _make(self, request: Request, wanted: TurnRequest, session_id: str | None) -> Session:
-        record = await self._new_record(request, wanted, session_id)
+        record = self._new_record(request, wanted, session_id)
         try:
             session, _ = await self._registry.create(record)
         except Conflict:  # another call of the same agent was faster
@@ -276,15 +297,15 @@ class Calls:
         self._access.check_agent(request, session.record)
         return session
 
-    async def _check_new(self, request: Request, session_id: str | None) -> None:
+    def _check_new(self, request: Request, session_id: str | None) -> None:
         """Raise unless this caller may have a session that nobody made."""
         self._access.check_newcomer(request, session_id)
         if session_id is not None and not self._creates_unknown:
             raise NotFound(f"no session {session_id!r}; make it with POST /sessions")
 
-    async def _new_record(self, request: Request, wanted: TurnRequest, session_id: str | None) -> SessionRecord:
+    def _new_record(self, request: Request, wanted: TurnRequest, session_id: str | None) -> SessionRecord:
         """Of a session that nobody made, if this caller may have one."""
-        await self._check_new(request, session_id)
+        self._check_new(request, session_id)
         # A first request with replies that nobody here sampled belongs to a session whose record is gone.
         has_past = any(message["role"] == "assistant" for message in wanted.messages)
         session_id = session_id or f"session-{uuid.uuid4().hex}"

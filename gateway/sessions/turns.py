@@ -214,11 +214,18 @@ class TurnRunner:
         return (await _build_prompt(self.parts, session, request)).token_ids
 
     async def answer(
-        self, session: Session, request: TurnRequest, call: CallChoice, retry: RetryHint = NO_HINT
+        self,
+        session: Session,
+        request: TurnRequest,
+        call: CallChoice,
+        retry: RetryHint = NO_HINT,
+        *,
+        admit: Callable[[], None] = lambda: None,
     ) -> Turn:
         """The turn that answers a request: a new one, or an earlier one whose reply nobody got (see `idempotency`).
 
-        Raises SessionSealed for a finished session, Conflict for an Idempotency-Key of another request.
+        admit: called before a new one begins, which does not begin if it raises. Raises SessionSealed for a finished
+        session, Conflict for an Idempotency-Key of another request.
         """
         session.check_open()
         if session.calls.is_waited_for(call):
@@ -239,6 +246,12 @@ class TurnRunner:
             turn = Turn(found.record.turn_id, call, retry)
             return self._follow(session, turn, give_again(self.parts, found, turn))
         begun = found if isinstance(found, Node) and can_go_on(found.record) else None
+        try:
+            admit()
+        except VerbatimError:
+            if begun is not None:  # the next retry goes on from there
+                session.calls.leave(begun.record.turn_id)
+            raise
         return self.start(session, request, call, retry, begun=begun)
 
     async def _is_delivered_elsewhere(self, session: Session, node: Node) -> bool:

@@ -73,7 +73,8 @@ def error_headers(error: VerbatimError) -> dict[str, str]:
     415."""
     headers: dict[str, str] = {}
     if error.retryable:
-        headers["Retry-After"] = str(_RETRY_AFTER_SECONDS)
+        seconds = error.retry_after_seconds if isinstance(error, TooManyRequests) else _RETRY_AFTER_SECONDS
+        headers["Retry-After"] = str(seconds)
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, MethodNotAllowed):

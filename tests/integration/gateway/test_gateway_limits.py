@@ -73,7 +73,7 @@ def body_of(num_bytes: int) -> bytes:
 
 
 def head(path: str, *lines: str) -> bytes:
-    return "\r\n".join([f"POST {path} HTTP/1.1", "Host: gateway", *lines, "", ""]).encode()
+    return "\r\n".join([f"POST {path} HTTP/1.1", "Host: localhost", *lines, "", ""]).encode()
 
 
 def error_of(reply: httpx.Response) -> dict[str, Any]:
@@ -206,7 +206,7 @@ def test_headers_of_a_reply_are_single_and_safe(strict: RunningGateway) -> None:
 
 def test_a_slow_head_is_cut_off(strict: RunningGateway) -> None:
     with connect(strict) as connection:
-        connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n")
+        connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n")
         began = time.monotonic()
         reply = everything(connection)
         assert reply.startswith(b"HTTP/1.1 408 ")

@@ -1,0 +1,411 @@
+"""Who reaches what: an agent its own session's model endpoints and nothing else; strangers and web pages nothing."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+
+from gateway.contracts.errors import SandboxUnavailable
+from gateway.contracts.ports import NetworkAccess, SandboxSpec
+from sandbox.local.driver import LocalDriver
+from sandbox.plain import PlainProcessDriver
+from tests.integration.gateway.conftest import RunningGateway, StartGateway
+
+KEYS = ("first-operator-key", "second-operator-key")
+QUESTION = {"role": "user", "content": "quick"}
+SECRET = "the-other-agents-secret"
+OPEN = {"/health", "/ready"}
+BODIES: dict[str, Any] = {
+    "/v1/chat/completions": {"messages": [QUESTION]},
+    "/v1/completions": {"prompt": "a"},
+    "/generate": {"text": "a"},
+    "/v1/responses": {"input": "quick"},
+    "/v1/messages": {"max_tokens": 40, "messages": [QUESTION]},
+    "/v1/messages/count_tokens": {"messages": [QUESTION]},
+    "/tokenize": {"prompt": "a"},
+    "/detokenize": {"tokens": [5]},
+}
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+OPERATOR = bearer(KEYS[0])
+
+
+@dataclass(frozen=True)
+class Guarded:
+    """A gateway with operators' keys and three sessions: an agent's own, another's with a secret in it, and one that is
+    finished."""
+
+    gateway: RunningGateway
+    own: str
+    other: str
+    finished: str
+    response_id: str
+
+    def num_turns(self) -> int:
+        names = ("own", "other", "finished")
+        return sum(len(self.gateway.get(f"/sessions/{name}/turns", headers=OPERATOR)["turns"]) for name in names)
+
+
+@pytest.fixture(scope="module")
+def guarded(start_gateway: StartGateway, tmp_path_factory: pytest.TempPathFactory) -> Guarded:
+    folder = tmp_path_factory.mktemp("access")
+    gateway = start_gateway(folder, environment={"VERBATIM_OPERATOR_KEY": f" {KEYS[0]}, {KEYS[1]} "})
+    keys = [
+        gateway.post("/sessions", {"session_id": name}, headers=OPERATOR)["api_key"]
+        for name in ("own", "other", "finished")
+    ]
+    for name, key in zip(("other", "finished"), keys[1:], strict=True):
+        said = {"input": f"{SECRET} quick"}
+        reply = gateway.post(f"/sessions/{name}/v1/responses", said, headers=bearer(key))
+        if name == "other":
+            response_id = reply["id"]
+    gateway.post("/sessions/finished/finish", headers=OPERATOR)
+    return Guarded(gateway, *keys, response_id)
+
+
+def routes(guarded: Guarded, session: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Every operation of the gateway's own document, as (method, path with `session` in it, operation)."""
+    for template, operations in guarded.gateway.get("/openapi.json")["paths"].items():
+        path = template.replace("{session_id}", session).replace("{response_id}", guarded.response_id)
+        for method, operation in operations.items():
+            yield method.upper(), re.sub(r"{\w+}", "x", path), operation
+
+
+def call(guarded: Guarded, method: str, path: str, key: str | None, *, session: str | None = None) -> httpx.Response:
+    endpoint = re.sub(r"^/sessions/[^/]+", "", path)
+    headers = ({} if key is None else bearer(key)) | ({} if session is None else {"X-Session-ID": session})
+    body = BODIES.get(endpoint) if method == "POST" else None
+    return httpx.request(method, guarded.gateway.url + path, json=body, headers=headers, timeout=30)
+
+
+def is_open(path: str, operation: dict[str, Any]) -> bool:
+    return path in OPEN and operation["tags"] == ["status"]
+
+
+def is_agents(operation: dict[str, Any]) -> bool:
+    return bool(operation["tags"] == ["agents"])
+
+
+def test_every_route_refuses_who_has_no_key_or_another_ones(guarded: Guarded) -> None:
+    """Also routes that are added later: the table is the gateway's own document."""
+    before, seen = guarded.num_turns(), 0
+    for method, path, operation in routes(guarded, "other"):
+        if is_open(path, operation):
+            continue
+        seen += 1
+        assert call(guarded, method, path, None).status_code == 401, (method, path)
+        assert call(guarded, method, path, "made-up").status_code in (401, 403), (method, path)
+        named = path.startswith("/sessions/")
+        if named or not is_agents(operation):
+            assert call(guarded, method, path, guarded.own).status_code == 403, (method, path)
+            assert call(guarded, method, path, guarded.finished).status_code == 403, (method, path)
+        if is_agents(operation) and not named:
+            assert call(guarded, method, path, guarded.own, session="other").status_code == 403, (method, path)
+            assert call(guarded, method, path, guarded.own, session="nobodys").status_code == 403, (method, path)
+    assert seen > 40
+    assert guarded.num_turns() == before
+
+
+def test_a_finished_sessions_key_begins_nothing(guarded: Guarded) -> None:
+    before = guarded.num_turns()
+    statuses = set()
+    for method, path, operation in routes(guarded, "finished"):
+        if is_open(path, operation):
+            continue
+        reply = call(guarded, method, path, guarded.finished)
+        if not is_agents(operation):
+            assert reply.status_code == 403, (method, path)
+        elif path.removeprefix("/sessions/finished") in BODIES and "token" not in path:
+            statuses.add(reply.status_code)
+    assert statuses == {409}
+    assert guarded.num_turns() == before
+
+
+def test_either_operators_key_opens_every_route(guarded: Guarded) -> None:
+    """One key can take the other's place without a moment in which neither is good."""
+    for method, path, _ in routes(guarded, "of-the-operator"):
+        if (method, path) in (("POST", "/admin/generation/pause"), ("POST", "/admin/generation/resume")):
+            continue
+        for key in KEYS:
+            assert call(guarded, method, path, key).status_code not in (401, 403), (method, path)
+    assert call(guarded, "GET", "/sessions", f"{KEYS[0]}, {KEYS[1]}").status_code == 403
+    assert call(guarded, "GET", "/sessions", KEYS[0][:-1]).status_code == 403
+
+
+def exchange(guarded: Guarded, request: bytes) -> bytes:
+    """What comes back for bytes on a connection, until it is closed or quiet."""
+    address = urlsplit(guarded.gateway.url)
+    with socket.create_connection((address.hostname, address.port), timeout=2) as connection:
+        connection.sendall(request)
+        received = bytearray()
+        with suppress(TimeoutError, ConnectionResetError):
+            while piece := connection.recv(2**16):
+                received += piece
+        return bytes(received)
+
+
+def line(method: str, target: str, key: str, *headers: str, body: bytes = b"") -> bytes:
+    head = [f"{method} {target} HTTP/1.1", "Host: localhost", f"Authorization: Bearer {key}", *headers]
+    head += [] if "Upgrade" in str(headers) else ["Connection: close"]
+    return "\r\n".join([*head, f"Content-Length: {len(body)}", "", ""]).encode("latin-1") + body
+
+
+TRICKS = [
+    "/admin/engines", "//admin/engines", "/admin//engines", "/%61dmin/engines", "/admin%2Fengines",
+    "/admin/engines/", "/./admin/engines", "/ADMIN/engines", "/admin/engines;a=b",
+    "/admin/engines?x=/sessions/own/v1", "/sessions/own/../../admin/engines",
+    "/sessions/own/v1/../../../admin/engines", "/sessions/own%2F..%2F..%2Fadmin/engines",
+    "/sessions/own/%2e%2e/%2e%2e/admin/engines", "/sessions/own/v1/%252e%252e/admin/engines",
+    "/sessions/own/admin/engines", "http://localhost/admin/engines", "http://own:x@localhost/admin/engines",
+    "https://example.org/feed/counts?consumer=c", "/sessions", "/sessions/", "/sessions/own", "/sessions/own/",
+    "/sessions/own/turns", "/sessions/own/finish", "/sessions/other/turns", "/%73essions/other/turns",
+    "//sessions/other/turns", "/sessions//other/turns", "/sessions/own%2F..%2Fother/turns",
+    "/sessions/own/../other/turns", "/sessions/%6fther/turns", "/sessions/%256fther/turns",
+    "/sessions/other/v1/models", "/sessions/other/v1/responses/RESPONSE",
+    "/sessions/own/v1/responses/RESPONSE", "/v1/responses/RESPONSE",
+    "/sessions/own%2F..%2Fother/v1/responses/RESPONSE", "/sessions/own/v1/responses/..%2F..%2Fother",
+    "/sessions/other/blobs/" + "0" * 64, "/sessions/own/blobs/" + "0" * 64,
+    "/sessions/own/blobs/..%2f..%2fledger.sqlite", "/feed/counts?consumer=c", "/feed/leases",
+    "/feed/rollouts/finished?snapshot=x", "/sessions/own/feed/leases", "/metrics", "/sessions/own/metrics",
+    "/sessions/own/flush_cache", "/sessions/own/update_weights_from_disk", "/sessions/own/abort_request",
+    "/sessions/own/server_info", "/sessions/own/pause_generation", "/sessions/own/v1/../flush_cache",
+    "/server_info", "/flush_cache", "/update_weights_from_disk", "/docs", "/redoc",
+    "/sessions/own/openapi.json", "*", "/",
+]  # fmt: skip
+METHODS = ("GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "TRACE", "CONNECT")
+
+
+def test_no_spelling_of_a_path_takes_an_agent_further_than_its_session(guarded: Guarded) -> None:
+    before = guarded.num_turns()
+    engines = guarded.gateway.get("/admin/engines", headers=OPERATOR)
+    for target in TRICKS:
+        for method in METHODS:
+            sent = line(method, target.replace("RESPONSE", guarded.response_id), guarded.own)
+            reply = exchange(guarded, sent)
+            status = int(reply.split(b" ", 2)[1])
+            assert status >= 400, (method, target, reply)
+            assert SECRET.encode() not in reply, (method, target)
+    assert guarded.num_turns() == before
+    assert guarded.gateway.get("/admin/engines", headers=OPERATOR) == engines
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "X-HTTP-Method-Override: GET", "X-Original-URL: /sessions/other/turns", "X-Rewrite-URL: /sessions/other/turns",
+        "X-Session-ID: other", "X-Session-ID: own", f"X-Api-Key: {KEYS[0]}x", "X-Forwarded-For: 127.0.0.1",
+        "Authorization: Bearer made-up", "Cookie: key=made-up", "Upgrade: websocket\r\nConnection: Upgrade",
+    ],
+)  # fmt: skip
+def test_no_header_takes_an_agent_further_than_its_session(guarded: Guarded, header: str) -> None:
+    for target in ("/sessions/other/turns", "/admin/engines", "/feed/counts?consumer=c"):
+        reply = exchange(guarded, line("GET", target, guarded.own, header))
+        assert reply.startswith(b"HTTP/1.1 403"), (target, reply)
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["Content-Length: 5", "Transfer-Encoding: chunked"],
+        ["Transfer-Encoding: chunked", "Content-Length: 5"],
+        ["Content-Length: 5", "Content-Length: 6"],
+        ["Content-Length: 5, 6"],
+        ["Content-Length: +5"],
+        ["Content-Length: -1"],
+        ["Transfer-Encoding: xchunked"],
+        ["Transfer-Encoding: chunked, identity"],
+        ["Transfer-Encoding : chunked"],
+        [" Content-Length: 5"],
+        ["Content-Length: 5\nX-A: b"],
+    ],
+)
+def test_a_request_whose_length_can_be_read_in_two_ways_is_refused_and_nothing_follows_it(
+    guarded: Guarded, lines: list[str]
+) -> None:
+    """Else what one reader takes for a body is a request to another: with a key that a proxy has put in front, say."""
+    head = [
+        "POST /sessions/own/v1/chat/completions HTTP/1.1",
+        "Host: localhost",
+        f"Authorization: Bearer {guarded.own}",
+    ]
+    smuggled = f"GET /sessions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEYS[0]}\r\n\r\n"
+    address = urlsplit(guarded.gateway.url)
+    with socket.create_connection((address.hostname, address.port), timeout=5) as connection:
+        connection.sendall(("\r\n".join([*head, *lines, "", ""]) + "0\r\n\r\n" + smuggled).encode())
+        received = bytearray()
+        with suppress(ConnectionResetError, TimeoutError):
+            while piece := connection.recv(2**16):
+                received += piece
+    assert received.startswith(b"HTTP/1.1 400"), bytes(received)
+    assert received.count(b"HTTP/1.1 ") == 1
+    assert b'"sessions"' not in received
+
+
+def test_keys_are_told_once_and_kept_nowhere(guarded: Guarded, tmp_path: Path, start_gateway: StartGateway) -> None:
+    """Not in what operators see, not in errors, files or the process's arguments; not those of sessions either that are
+    made on the spot."""
+    gateway = start_gateway(tmp_path, environment={"VERBATIM_OPERATOR_KEY": KEYS[0]})
+    made = gateway.post("/sessions", {"session_id": "s"}, headers=OPERATOR)["api_key"]
+    gateway.post("/sessions/s/v1/chat/completions", {"messages": [QUESTION]}, headers=bearer(made))
+    spot = httpx.post(f"{gateway.url}/v1/chat/completions", json={"messages": [QUESTION]}, headers=OPERATOR)
+    on_the_spot = spot.headers["x-session-id"]
+    secrets = [key.encode() for key in (KEYS[0], made, made.partition(".")[2])]
+    shown = [httpx.get(gateway.url + path, headers=OPERATOR).content for path in (
+        "/sessions", "/sessions/s", "/sessions/s/turns", "/sessions/s/report", f"/sessions/{on_the_spot}", "/metrics",
+    )]  # fmt: skip
+    assert b"key_hash" not in b"".join(shown)
+    shown += [httpx.get(gateway.url + "/sessions", headers=bearer(made)).content]
+    shown += [httpx.post(gateway.url + "/sessions", json={"session_id": "s"}, headers=OPERATOR).content]
+    name = made.partition(".")[0].replace(made.partition(".")[0][4:], on_the_spot)
+    for guess in (f"{name}.", f"{name}.open", name):
+        reply = httpx.get(f"{gateway.url}/sessions/{on_the_spot}/v1/models", headers=bearer(guess))
+        assert reply.status_code == 403
+    shown += [Path(f"/proc/{gateway.process.pid}/cmdline").read_bytes()]
+    gateway.stop()
+    assert gateway.process.stderr is not None
+    shown += [gateway.process.stderr.read().encode(), *(file.read_bytes() for file in tmp_path.rglob("*.*"))]
+    for content in shown:
+        for secret in secrets:
+            assert secret not in content
+
+
+PROGRAM = """
+import json, sys, urllib.error, urllib.request
+url, key = sys.argv[1:]
+found = {}
+for method, path in [
+    ("POST", "/sessions/own/v1/chat/completions"), ("GET", "/sessions/own/v1/models"),
+    ("GET", "/sessions/other/v1/models"), ("GET", "/sessions/own/turns"), ("GET", "/feed/counts?consumer=c"),
+    ("GET", "/admin/engines"), ("POST", "/admin/generation/pause"), ("GET", "/metrics"),
+    ("POST", "/sessions/own/flush_cache"),
+]:
+    body = b'{"messages": [{"role": "user", "content": "quick"}]}' if method == "POST" else None
+    request = urllib.request.Request(url + path, body, {"Authorization": "Bearer " + key}, method=method)
+    try:
+        found[method + " " + path] = urllib.request.urlopen(request, timeout=10).status
+    except urllib.error.HTTPError as error:
+        found[method + " " + path] = error.code
+    except OSError as error:
+        found[method + " " + path] = str(error)
+print(json.dumps(found))
+"""
+
+
+async def test_an_agent_in_a_sandbox_that_has_the_network_reaches_its_own_session_only(guarded: Guarded) -> None:
+    driver = PlainProcessDriver()
+    try:
+        sandbox = await driver.create(SandboxSpec("a", network=NetworkAccess.LOOPBACK))
+        argv = [sys.executable, "-c", PROGRAM, guarded.gateway.url, guarded.own]
+        seen = json.loads((await sandbox.execute(argv, timeout_seconds=60)).stdout)
+    finally:
+        await driver.aclose()
+    assert [seen.pop(path) for path in list(seen)[:2]] == [200, 200]
+    assert set(seen.values()) == {403, 404}
+    assert seen["POST /sessions/own/flush_cache"] == 404
+
+
+async def test_an_isolated_sandbox_does_not_even_reach_the_port(guarded: Guarded) -> None:
+    driver = LocalDriver()
+    try:
+        driver.check()
+    except SandboxUnavailable as error:
+        pytest.skip(str(error))
+    try:
+        sandbox = await driver.create(SandboxSpec("a", network=NetworkAccess.LOOPBACK))
+        argv = ["python3", "-I", "-c", PROGRAM, guarded.gateway.url, guarded.own]
+        seen = json.loads((await sandbox.execute(argv, timeout_seconds=60)).stdout)
+    finally:
+        await driver.aclose()
+    assert all("refused" in str(answer) for answer in seen.values()), seen
+
+
+@pytest.fixture(scope="module")
+def keyless(start_gateway: StartGateway, tmp_path_factory: pytest.TempPathFactory) -> RunningGateway:
+    folder = tmp_path_factory.mktemp("keyless")
+    return start_gateway(folder, "--set", 'allowed_hosts=["gateway.test"]')
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost", 200), ("LOCALHOST:99", 200), ("127.0.0.1", 200), ("127.0.0.1:1", 200), ("[::1]", 200),
+        ("[::1]:8600", 200), ("gateway.test", 200), ("Gateway.Test.:80", 200), ("127.1.2.3", 200),
+        ("evil.example", 403), ("localhost.evil.example", 403), ("127.0.0.1.evil.example", 403),
+        ("evil.example:8600", 403), ("", 403), ("0.0.0.0", 403), ("192.168.0.7", 403),
+        ("[::1].evil.example", 403), ("evil@127.0.0.1", 403), ("169.254.169.254", 403),
+        ("localhost,evil.example", 403),
+    ],
+)  # fmt: skip
+def test_without_keys_only_this_machines_own_names_are_answered(
+    keyless: RunningGateway, host: str, status: int
+) -> None:
+    """A page whose name was made to point here (DNS rebinding) is told nothing and changes nothing."""
+    reply = httpx.get(f"{keyless.url}/sessions", headers={"Host": host})
+    assert reply.status_code == status, reply.text
+    made = httpx.post(f"{keyless.url}/sessions", json={"session_id": "of-a-page"}, headers={"Host": host})
+    assert made.status_code == (status if status == 403 else made.status_code)
+    if status == 403:
+        assert reply.json()["error"]["code"] == "permission_denied"
+        assert "allowed_hosts" in reply.json()["error"]["message"]
+        assert reply.headers["x-request-id"]
+
+
+@pytest.mark.parametrize(
+    ("origin", "status"),
+    [
+        ("OWN", 200), ("https://evil.example", 403), ("null", 403), ("http://localhost:1", 403),
+        ("http://gateway.test", 200), ("http://127.0.0.1.evil.example", 403), ("", 403), ("file://", 403),
+    ],
+)  # fmt: skip
+def test_without_keys_no_page_of_another_site_may_send_anything(
+    keyless: RunningGateway, origin: str, status: int
+) -> None:
+    """Browsers send what needs no answer to any address; CORS is off besides."""
+    origin = keyless.url if origin == "OWN" else origin
+    headers = {"Origin": origin, "Content-Type": "text/plain"}
+    reply = httpx.post(f"{keyless.url}/admin/generation/resume", headers=headers, content=b"{}")
+    assert reply.status_code == status
+    preflight = httpx.options(
+        f"{keyless.url}/sessions", headers={"Origin": origin, "Access-Control-Request-Method": "POST"}
+    )
+    assert preflight.status_code in (403, 405)
+    for each in (reply, preflight):
+        assert not [name for name in each.headers if name.startswith("access-control")]
+
+
+def test_with_keys_any_name_will_do(guarded: Guarded) -> None:
+    """A name without a key opens nothing, and operators put gateways behind names of all kinds."""
+    headers = OPERATOR | {"Host": "gateway.example", "Origin": "https://console.example"}
+    assert httpx.get(f"{guarded.gateway.url}/sessions", headers=headers).status_code == 200
+
+
+def test_two_hosts_are_refused(keyless: RunningGateway) -> None:
+    address = urlsplit(keyless.url)
+    with socket.create_connection((address.hostname, address.port), timeout=5) as connection:
+        connection.sendall(
+            b"GET /health HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\nConnection: close\r\n\r\n"
+        )
+        assert connection.recv(2**16).split(b" ")[1] in (b"400", b"403")
+
+
+def test_unknown_sessions_are_refused_by_a_flag(start_gateway: StartGateway, tmp_path: Path) -> None:
+    gateway = start_gateway(tmp_path, "--unknown-sessions", "reject")
+    for path in ("/sessions/nobody/v1/chat/completions", "/sessions/nobody/tokenize"):
+        reply = httpx.post(gateway.url + path, json={"messages": [QUESTION]}, timeout=30)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (404, "not_found")
+    assert gateway.get("/sessions") == {"sessions": []}
