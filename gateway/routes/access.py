@@ -11,6 +11,7 @@ import base64
 import hashlib
 import hmac
 import ipaddress
+import json
 import re
 import secrets
 from collections.abc import Callable, Iterable, Sequence
@@ -88,13 +89,19 @@ class Access:
             raise self._no_key("no session has this id or key; make one with POST /sessions")
         raise self._no_key(_NEEDS_ITS_KEY) if key is None else self._wrong_key(_NOT_ITS_KEY)
 
-    def new_key(self, session_id: str) -> SessionKey:
-        """A key for a new session."""
+    def new_key(self, session_id: str, *, seed: str | None = None) -> SessionKey:
+        """A key for a new session; the same for the same `seed`, which must be hard to guess, else a random one."""
         name = base64.urlsafe_b64encode(session_id.encode()).decode().rstrip("=")
         if not self.keys_are_on:
             return SessionKey(f"{_PREFIX}{name}.{_OPEN_SECRET}", "")
-        text = f"{_PREFIX}{name}.{secrets.token_urlsafe(24)}"
+        text = f"{_PREFIX}{name}.{secrets.token_urlsafe(24) if seed is None else self._secret_of(session_id, seed)}"
         return SessionKey(text, key_digest(text))
+
+    def _secret_of(self, session_id: str, seed: str) -> str:
+        """Nobody can make it from the seed alone; another first operator's key makes another one."""
+        facts = json.dumps([session_id, seed]).encode()
+        mac = hmac.digest(self._operator_digests[0].encode(), facts, "sha256")
+        return base64.urlsafe_b64encode(mac[:24]).decode()
 
     def _is_operator(self, request: Request, key: str | None) -> bool:
         if key is None:
