@@ -124,7 +124,9 @@ def send(document: Any, gateway: RunningGateway, method: str, path: str, **optio
 
 def test_every_route_answers_well_as_documented(document: Any, guarded: RunningGateway) -> None:
     """A session's whole life, every call of which is in the document."""
-    made = send(document, guarded, "POST", "/sessions", json={"session_id": f"a/ü-{uuid.uuid4()}", "group": "g"})
+    labels = {"life": uuid.uuid4().hex}  # other tests finish sessions of this gateway too
+    wish = {"session_id": f"a/ü-{uuid.uuid4()}", "group": labels["life"], "labels": labels}
+    made = send(document, guarded, "POST", "/sessions", json=wish)
     assert made.status_code == 201
     session_id = made.json()["session_id"]
     at = {"session_id": session_id}
@@ -154,9 +156,10 @@ def test_every_route_answers_well_as_documented(document: Any, guarded: RunningG
         assert send(document, guarded, "GET", own + path, at=at).status_code == 200
     finished = send(document, guarded, "POST", own + "/finish", json={"reward": 1}, at=at)
     assert finished.status_code == 200
-    leased = send(document, guarded, "POST", "/feed/leases", json={"consumer": "c", "limit": 1})
+    lease = {"consumer": "c", "limit": 1, "labels": labels}
+    leased = send(document, guarded, "POST", "/feed/leases", json=lease)
     assert leased.status_code == 200
-    assert send(document, guarded, "POST", "/feed/leases", json={"consumer": "c", "limit": 1}).status_code == 204
+    assert send(document, guarded, "POST", "/feed/leases", json=lease).status_code == 204
     snapshot = {"snapshot": finished.json()["snapshot"]}
     assert send(document, guarded, "GET", "/feed/rollouts/{session_id}", at=at, params=snapshot).status_code == 200
     lease_at = {"lease_id": leased.json()["lease_id"]}
