@@ -629,8 +629,14 @@ def _check_exists(connection: Connection, session_id: str) -> None:
 
 def _check_open(connection: Connection, session_id: str) -> None:
     """Inside the transaction, because finishing races with appending."""
-    _check_exists(connection, session_id)
-    if connection.execute("SELECT 1 FROM finishes WHERE session_id = ?", (session_id,)).fetchone() is not None:
+    row = connection.execute(
+        "SELECT f.session_id FROM sessions s LEFT JOIN finishes f ON f.session_id = s.session_id "
+        "WHERE s.session_id = ?",
+        (session_id,),
+    ).fetchone()
+    if row is None:
+        raise NotFound(f"no session {session_id}")
+    if row[0] is not None:
         raise SessionSealed(f"session {session_id} is finished; open another session")
 
 

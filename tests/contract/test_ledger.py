@@ -849,6 +849,7 @@ async def test_an_open_session_is_past_its_time_to_live_when_nothing_was_recorde
     await ledger.append_turn(a_turn("busy"), None)
     await finish(ledger, "ended")
     assert await ledger.sessions_past_ttl(made, limit=10) == ["idle"]
+    assert await ledger.sessions_past_ttl(time.time() + 5.0, limit=10) == ["idle"]
     assert await ledger.sessions_past_ttl(time.time() + 11.0, limit=10) == ["busy", "idle"]
     assert await ledger.sessions_past_ttl(time.time() + 11.0, limit=1) == ["busy"]
     assert await ledger.sessions_past_ttl(made + 2000.0, limit=10) == ["busy", "idle", "young"]

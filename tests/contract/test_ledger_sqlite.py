@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import closing
@@ -99,7 +100,7 @@ async def writer(tmp_path: Path) -> AsyncIterator[tuple[GroupCommitWriter, list[
 
     group = GroupCommitWriter(
         connection,
-        failures=StoreFailures((sqlite3.Error, OSError), translate, lambda error: False),
+        failures=StoreFailures((sqlite3.Error, OSError), translate, lambda error: isinstance(error, InterruptedError)),
         flush=flush,
         after_commit=lambda connection: None,
     )
@@ -622,6 +623,37 @@ async def test_a_failing_commit_fails_exactly_its_waiters(
     await asyncio.gather(*kept)
     stored = await asyncio.wrap_future(group.submit(lambda c: c.execute("SELECT n FROM numbers").fetchall()))
     assert stored == [(0,), (1,), (2,)]
+
+
+async def test_a_batch_that_met_another_process_is_run_again_each_operation_alone(
+    writer: tuple[GroupCommitWriter, list[OSError]],
+) -> None:
+    """I3, I4: each is stored once, whatever its neighbours met; who always meets another is told so."""
+    group, _ = writer
+    held = threading.Event()
+    runs: list[int] = []
+
+    def insert(n: int) -> Callable[[Connection], None]:
+        def operation(connection: Connection) -> None:
+            runs.append(n)
+            connection.executemany("INSERT INTO numbers VALUES (?)", [(n,)])
+            if n == 2:
+                raise InterruptedError("deadlock detected")
+
+        return operation
+
+    waiting = group.submit(lambda connection: held.wait(10.0))  # the others gather into one batch meanwhile
+    gathered = [group.submit(insert(n)) for n in (0, 2, 1)]
+    held.set()
+    await asyncio.wrap_future(waiting)
+    first, always, last = await asyncio.gather(*map(asyncio.wrap_future, gathered), return_exceptions=True)
+    assert (first, last) == (None, None)
+    assert isinstance(always, LedgerError)
+    assert "deadlock" in str(always)
+    assert runs[:2] == [0, 2]
+    assert runs.count(2) > 2
+    stored = await asyncio.wrap_future(group.submit(lambda c: c.execute("SELECT n FROM numbers").fetchall()))
+    assert stored == [(0,), (1,)]
 
 
 async def test_an_operation_that_raises_fails_alone_and_leaves_nothing(
