@@ -13,6 +13,7 @@
     │   │   └── WorkerUnavailable                  of EngineUnavailable: one worker of a router; the others go on
     │   └── EngineRejected · EngineProtocolError   it answered, and the answer is a refusal or nonsense
     ├── LedgerError                   the store cannot take or give what was asked
+    │   └── LedgerFull                             no room on its disk
     ├── IntegrityError                two things that must be equal are not; never retried, never repaired silently
     │   ├── ExpertsMismatch · LengthMismatch · LedgerCorrupt · SchemaMismatch
     │   └── IdentityMismatch                       an engine that may not serve here
@@ -228,6 +229,12 @@ class LedgerError(VerbatimError):
     code = "ledger_unavailable"
     http_status = 503
     retryable = True
+
+
+class LedgerFull(LedgerError):
+    """There is no room for more: nothing that was recorded is lost, and what is new is taken again when there is."""
+
+    code = "storage_full"
 
 
 class IntegrityError(VerbatimError):

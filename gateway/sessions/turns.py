@@ -87,13 +87,15 @@ class TurnSettings:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TurnParts:
-    """What every turn needs, wired once. `observe` hears of every recorded turn."""
+    """What every turn needs, wired once. `observe` hears of every recorded turn. `admit` is given the number of turns
+    under way and raises where there is no room to record another (LedgerFull)."""
 
     model: ServedModel
     pool: ReplicaPool
     ledger: Ledger
     settings: TurnSettings
     observe: Callable[[TurnFinished, Generated, TurnTimes], None]
+    admit: Callable[[int], None] = lambda num_running: None
 
     @property
     def vocab_size(self) -> int:
@@ -237,8 +239,12 @@ class TurnRunner:
         *,
         begun: Node | None = None,
     ) -> Turn:
-        """Begin a new turn, which goes on with a `begun` one; raises SessionSealed for a finished session."""
+        """Begin a new turn, which goes on with a `begun` one.
+
+        Raises SessionSealed for a finished session, LedgerFull while there is no room to record it.
+        """
         session.check_open()
+        self.parts.admit(self.num_running)
         turn = Turn(f"turn-{secrets.token_hex(12)}", call or CallChoice("", request.digest, 0), retry)
         self._follow(session, turn, run_turn(self.parts, session, request, turn, begun=begun))
         if begun is not None:  # if nothing came of it, the next retry goes on from there again
