@@ -33,6 +33,8 @@ from gateway.contracts.generation import Capability
 from gateway.contracts.ports import Engine, Ledger
 from gateway.contracts.settings import engine_key, load_settings, settings_toml
 from gateway.contracts.telemetry import ready_line
+from gateway.ledger.keeper import StorageKeeper
+from gateway.ledger.reserve import SpaceReserve
 from gateway.ledger.sqlite import SqliteLedger
 from gateway.replicas.health import watch_health
 from gateway.replicas.pool import ReplicaPool
@@ -53,6 +55,7 @@ from gateway.routes.openapi import add_document
 from gateway.routes.paths import SessionPaths
 from gateway.routes.responses import responses_router
 from gateway.routes.sessions import session_router
+from gateway.routes.storage import storage_router
 from gateway.routes.tokenize import tokenize_router
 from gateway.routes.turns import Calls
 from gateway.sessions.admission import Admission
@@ -154,6 +157,7 @@ class Gateway:
     runner: TurnRunner
     metrics: GatewayMetrics
     picks: PickChoice
+    keeper: StorageKeeper
     policies: dict[str, int]
     kinds: Mapping[str, EngineMaker]
 
@@ -202,8 +206,13 @@ async def open_gateway(settings: GatewaySettings, kinds: Mapping[str, EngineMake
         stop_token_ids=frozenset(model.tokenizer.eos_token_ids),
         on_interruption=metrics.observe_interruption,
     )
-    ledger = SqliteLedger.open(settings.data)
-    parts = TurnParts(model, pool, ledger, settings.turns, metrics.observe_turn)
+    storage = settings.storage
+    reserve = SpaceReserve(
+        settings.data, min_free_bytes=storage.min_free_bytes, reserve_bytes=storage.reserve_bytes
+    )
+    ledger = SqliteLedger.open(settings.data, reserve=reserve, full_wait_seconds=storage.full_wait_seconds)
+    keeper = StorageKeeper(ledger, storage, reserve)
+    parts = TurnParts(model, pool, ledger, settings.turns, metrics.observe_turn, keeper.admit)
     gateway = Gateway(
         settings=settings,
         model=model,
@@ -213,6 +222,7 @@ async def open_gateway(settings: GatewaySettings, kinds: Mapping[str, EngineMake
         runner=TurnRunner(parts),
         metrics=metrics,
         picks=picks,
+        keeper=keeper,
         policies={},
         kinds=kinds,
     )
@@ -220,7 +230,7 @@ async def open_gateway(settings: GatewaySettings, kinds: Mapping[str, EngineMake
         gateway.policies.update(await ledger.policies())
         await _connect_engines(gateway)
         gateway.runner.prepare()
-        async with _background(watch_health(pool)):
+        async with _background(watch_health(pool)), _background(keeper.watch()):
             yield gateway
     finally:
         await gateway.runner.aclose()
@@ -237,7 +247,9 @@ def build_app(gateway: Gateway, access: Access) -> ASGIApp:
     calls = Calls(gateway.runner, gateway.registry, access, creates_unknown=creates_unknown, rules=rules)
     observed = Observed(gateway.metrics.observe_forward, gateway.metrics.observe_refused_path)
     routers = [  # the last one takes what no other takes
-        status_router(gateway.pool, gateway.ledger, gateway.runner, gateway.registry, gateway.metrics, access),
+        status_router(
+            gateway.pool, gateway.ledger, gateway.runner, gateway.registry, gateway.metrics, gateway.keeper, access
+        ),
         session_router(
             gateway.registry,
             gateway.ledger,
@@ -255,6 +267,7 @@ def build_app(gateway: Gateway, access: Access) -> ASGIApp:
             connect=gateway.connect,
             learn_policy=gateway.learn_policy,
         ),
+        storage_router(gateway.keeper, access),
         blobs_router(calls, gateway.ledger, access),
         messages_router(calls, max_body_bytes=max_bytes),
         responses_router(calls, gateway.registry, access, max_body_bytes=max_bytes),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from gateway.contracts.errors import ConfigurationError
 from gateway.contracts.generation import Capability
+from gateway.ledger.retention import StorageSettings
 from gateway.replicas.pool import ReplicaSettings
 from gateway.routes.forward import Forward, own_path
 from gateway.sessions.picks import DEFAULT_PICK
@@ -42,7 +43,7 @@ class GatewaySettings:
     the operator's own `module:function`. require: what every engine must be able to do; one that cannot is refused, at
     the start and when it is added. forward: which other paths of an engine agents reach. forward_paths: paths of the
     operator's own that they reach besides, each as it is or, with `*` at its end, with whatever follows; a path listed
-    here passes whatever it does at the engine.
+    here passes whatever it does at the engine. storage: room on the data folder's disk, and what is dropped by itself.
     """
 
     model: Path | None = None
@@ -69,6 +70,7 @@ class GatewaySettings:
     turns: TurnSettings = field(default_factory=TurnSettings)
     replicas: ReplicaSettings = field(default_factory=ReplicaSettings)
     fields: FieldSettings = field(default_factory=FieldSettings)
+    storage: StorageSettings = field(default_factory=StorageSettings)
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:

@@ -17,7 +17,7 @@ from gateway.contracts.experts import RoutedExperts
 from gateway.contracts.generation import EngineIdentity, GenerateChunk, GenerateEnd, GenerateRequest, JsonValue
 from gateway.contracts.media import Blob
 from gateway.contracts.records import FinishRecord, SessionRecord, TurnRecord
-from gateway.contracts.rollouts import FeedCounts, Lease, StoredRollout
+from gateway.contracts.rollouts import FeedCounts, Lease, Reclaimed, StoredRollout, StoreUsage
 
 
 class PauseMode(StrEnum):
@@ -271,6 +271,14 @@ class Ledger(Protocol):
 
     async def stored_bytes(self) -> int:
         """What turns, routing rows and blobs of all sessions take (a blob counts once)."""
+        ...
+
+    async def usage(self) -> StoreUsage:
+        """What the store takes on its disks, by kind."""
+        ...
+
+    async def reclaim(self) -> Reclaimed:
+        """Give back to the disk what drops and deletions have freed; may take long, and hold nobody up meanwhile."""
         ...
 
     async def set_policy(self, policy_version: int, weight_version: str) -> None:

@@ -100,6 +100,32 @@ class StoredRollout:
 
 
 @dataclass(frozen=True, slots=True)
+class Reclaimed:
+    """What a ledger gave back to its disk. num_files: files that went. num_bytes: by which it is smaller now.
+    num_moved_bytes: what was written anew elsewhere, so that a file of which little was left could go."""
+
+    num_files: int = 0
+    num_bytes: int = 0
+    num_moved_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StoreUsage:
+    """What a ledger takes, by kind, in bytes; 0 where an implementation cannot say.
+
+    rows_bytes: the database, of which reusable_bytes hold nothing and log_bytes are not merged yet. routing_bytes: of
+    the routing rows' files, of which dead_routing_bytes belong to no turn. blob_bytes: of images and their like.
+    """
+
+    rows_bytes: int
+    reusable_bytes: int
+    log_bytes: int
+    routing_bytes: int
+    dead_routing_bytes: int
+    blob_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class LeftOut:
     """Sampled tokens of one session that carry no loss, and how many turns they belong to, for one reason."""
 

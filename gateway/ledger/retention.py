@@ -16,7 +16,7 @@ from enum import StrEnum
 
 from gateway.contracts.errors import ConfigurationError, Conflict, NotFound
 from gateway.contracts.ports import Ledger
-from gateway.contracts.rollouts import StoredRollout
+from gateway.contracts.rollouts import Reclaimed, StoredRollout
 
 _log = logging.getLogger(__name__)
 
@@ -108,16 +108,6 @@ class Dropped:
 
 
 @dataclass(frozen=True, slots=True)
-class Reclaimed:
-    """What a ledger gave back to its disk. num_files: files that are gone; num_bytes: by which the rest shrank, or
-    went with them; num_moved_bytes: what was copied to newer files for it."""
-
-    num_files: int = 0
-    num_bytes: int = 0
-    num_moved_bytes: int = 0
-
-
-@dataclass(frozen=True, slots=True)
 class SweepReport:
     """What one sweep did, or with `dry_run` would have done. stored_bytes: of all sessions, before it.
 
@@ -198,7 +188,7 @@ def _too_old(rollout: StoredRollout, rules: KeepRules, now: float) -> DropReason
 async def _all_rollouts(ledger: Ledger, now: float) -> list[StoredRollout]:
     found: list[StoredRollout] = []
     while True:
-        after = found[-1].session_id if found else None
+        after = found[-1] if found else None
         page = await ledger.stored_rollouts(finished_before=now, limit=_PAGE, after=after)
         found += page
         if len(page) < _PAGE:

@@ -13,6 +13,8 @@ from fastapi.responses import Response
 from gateway.contracts.errors import ConfigurationError, InvalidRequest
 from gateway.contracts.generation import Capability, JsonValue
 from gateway.contracts.ports import Engine, Ledger
+from gateway.ledger.keeper import StorageKeeper
+from gateway.ledger.reserve import SpaceState
 from gateway.replicas.pause import GatewayPause
 from gateway.replicas.pool import Replica, ReplicaPool
 from gateway.routes import openapi
@@ -26,6 +28,7 @@ from gateway.sessions.turns import TurnRunner
 _log = logging.getLogger(__name__)
 
 _MAX_BODY_BYTES = 2**20
+_ROOM = (None, SpaceState.OPEN)
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -60,10 +63,11 @@ def status_router(
     runner: TurnRunner,
     registry: SessionRegistry,
     metrics: GatewayMetrics,
+    keeper: StorageKeeper,
     access: Access,
 ) -> APIRouter:
     """`/health` and `/ready`, open to everybody, and `/metrics`, which names engines, for operators."""
-    routes = _StatusRoutes(pool, ledger, runner, registry, metrics)
+    routes = _StatusRoutes(pool, ledger, runner, registry, metrics, keeper)
     router = APIRouter(tags=["status"])
     router.add_api_route("/health", routes.health, methods=["GET"], openapi_extra=openapi.HEALTH)
     router.add_api_route("/ready", routes.ready, methods=["GET"], openapi_extra=openapi.READY)
@@ -168,21 +172,23 @@ class _StatusRoutes:
         runner: TurnRunner,
         registry: SessionRegistry,
         metrics: GatewayMetrics,
+        keeper: StorageKeeper,
     ) -> None:
         self._pool = pool
         self._ledger = ledger
         self._runner = runner
         self._registry = registry
         self._metrics = metrics
+        self._keeper = keeper
 
     async def health(self, request: Request) -> Response:
         """200 while the process serves."""
         return json_reply(self._status())
 
     async def ready(self, request: Request) -> Response:
-        """200 if an engine can sample, else 503."""
+        """200 if an engine can sample and there is room to record it, else 503."""
         status = self._status()
-        return json_reply(status, status=200 if status["engines_healthy"] else 503)
+        return json_reply(status, status=200 if status["engines_healthy"] and status["storage"] in _ROOM else 503)
 
     async def metrics(self, request: Request) -> Response:
         """Prometheus' text format."""
@@ -190,6 +196,7 @@ class _StatusRoutes:
             self._ledger,
             self._pool,
             self._runner.parts.model.prompts.audits,
+            self._keeper.space,
             num_running=self._runner.num_running,
             num_sessions=len(self._registry.loaded),
         )
@@ -202,6 +209,7 @@ class _StatusRoutes:
             "engines_healthy": sum(replica.healthy for replica in self._pool.replicas),
             "turns_running": self._runner.num_running,
             "paused": self._pool.paused,
+            "storage": None if (space := self._keeper.space) is None else space.state.value,
         }
 
 

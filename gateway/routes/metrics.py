@@ -7,6 +7,7 @@ import time
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from gateway.contracts.ports import Ledger
+from gateway.ledger.reserve import Space, SpaceState
 from gateway.replicas.continuation import Generated
 from gateway.replicas.pool import Interruption, ReplicaPool
 from gateway.sessions.turn import TurnFinished, TurnTimes
@@ -63,6 +64,12 @@ class GatewayMetrics:
         self._feed = Gauge("verbatim_feed_rollouts", "Rollouts in the feed by state.", ["state"], registry=registry)
         self._oldest = Gauge("verbatim_feed_oldest_unleased_seconds", "Age of the oldest.", registry=registry)
 
+        self._free_bytes = Gauge("verbatim_storage_free_bytes", "Free on the data folder's disk.", registry=registry)
+        self._reserve_bytes = Gauge("verbatim_storage_reserve_bytes", "Held back for a full disk.", registry=registry)
+        self._storage = Gauge(
+            "verbatim_storage_state", "1 for the state that the disk is in.", ["state"], registry=registry
+        )
+
     def observe_turn(self, finished: TurnFinished, generated: Generated, times: TurnTimes) -> None:
         """Count one recorded turn."""
         record = finished.record
@@ -97,9 +104,21 @@ class GatewayMetrics:
         self._refused_paths.inc()
 
     async def exposition(
-        self, ledger: Ledger, pool: ReplicaPool, audits: AuditCounts, *, num_running: int, num_sessions: int
+        self,
+        ledger: Ledger,
+        pool: ReplicaPool,
+        audits: AuditCounts,
+        space: Space | None,
+        *,
+        num_running: int,
+        num_sessions: int,
     ) -> bytes:
         """All figures as of now."""
+        if space is not None:
+            self._free_bytes.set(space.free_bytes)
+            self._reserve_bytes.set(space.reserve_bytes)
+            for state in SpaceState:
+                self._storage.labels(state.value).set(state is space.state)
         self._audits.set(audits.num_audits)
         self._alarms.set(audits.num_alarms)
         self._running.set(num_running)

@@ -659,6 +659,57 @@ IDENTITY = _operation(
         }
     ),
 )
+_SWEEP_REPORT = _object(
+    {
+        "dry_run": _FLAG,
+        "num_rollouts": _COUNT,
+        "num_leased": _COUNT,
+        "stored_bytes": _COUNT,
+        "num_dropped": _COUNT,
+        "num_dropped_bytes": _COUNT,
+        "dropped": _list(
+            _object(
+                {
+                    "session_id": _TEXT,
+                    "snapshot": _TEXT,
+                    "num_bytes": _COUNT,
+                    "reason": {"enum": ["age", "acknowledged_age", "size"]},
+                }
+            )
+        ),
+        "missed": _list(_TEXT),
+        "reclaimed": _object({"num_files": _COUNT, "num_bytes": _INTEGER, "num_moved_bytes": _COUNT}),
+    }
+)
+STORAGE = _operation(
+    "The data folder's disk, the store by kind, what is dropped by itself",
+    _object(
+        {
+            "space": _maybe(_object({"state": _TEXT, "free_bytes": _COUNT, "reserve_bytes": _COUNT})),
+            "usage": _object({"rows_bytes": _COUNT, "routing_bytes": _COUNT, "blob_bytes": _COUNT}),
+            "stored_bytes": _COUNT,
+            "settings": _OBJECT,
+            "last_sweep": _maybe(_SWEEP_REPORT),
+        }
+    ),
+)
+SWEEP = _operation(
+    "Drop finished rollouts, by the settings' rules or the body's",
+    _SWEEP_REPORT,
+    body=_object(
+        {},
+        _fields(
+            {
+                "older_than_seconds": {"type": "number", "minimum": 0, "maximum": 1e12},
+                "keep_bytes": {"type": "integer", "minimum": 0, "maximum": 2**63 - 1},
+                "dry_run": _FLAG,
+                "acknowledged_only": _FLAG,
+            }
+        ),
+        additionalProperties=False,
+    ),
+    needs_body=False,
+)
 _STATUS = _object(
     {
         "status": {"const": "ok"},
@@ -666,10 +717,15 @@ _STATUS = _object(
         "engines_healthy": _COUNT,
         "turns_running": _COUNT,
         "paused": _maybe(_TEXT),
+        "storage": _maybe({"enum": ["open", "low", "reserve", "full"]}),
     }
 )
 HEALTH = _operation("200 while the process serves", _STATUS)
-READY = _operation("200 if an engine can sample", _STATUS, also={"503": _json(_STATUS, "No engine can")})
+READY = _operation(
+    "200 if an engine can sample and there is room to record it",
+    _STATUS,
+    also={"503": _json(_STATUS, "No engine can, or there is no room")},
+)
 METRICS: Operation = {
     "summary": "Figures in Prometheus' text format",
     "responses": {"200": {"description": "OK", "content": {"text/plain": {"schema": _TEXT}}}},

@@ -1,0 +1,50 @@
+"""A real file system of a few MiB, for tests of full disks: a tmpfs in a mount namespace of its own.
+
+The namespace belongs to a process of ours and goes with it, so nothing stays mounted; other processes reach the folder
+by that process's view of the file tree. Needs no root where users may make namespaces.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def small_disk(num_bytes: int) -> Iterator[Path]:
+    """The folder of a new file system; raises RuntimeError, saying why, where this machine cannot make one."""
+    with tempfile.TemporaryDirectory() as point:
+        script = f'mount -t tmpfs -o size={num_bytes} tmpfs "$0" && echo mounted && exec cat'
+        namespaces = ["--mount"] if os.geteuid() == 0 else ["--user", "--map-root-user", "--mount"]
+        holder = subprocess.Popen(
+            ["unshare", *namespaces, "sh", "-c", script, point],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            assert holder.stdout is not None
+            if holder.stdout.readline() != "mounted\n":
+                _, complaint = holder.communicate(timeout=10)
+                raise RuntimeError(f"no small file system can be mounted here: {complaint.strip()}")
+            yield Path(f"/proc/{holder.pid}/root{point}")
+        finally:
+            holder.communicate(timeout=10)  # the end of its input ends it
+
+
+def fill(path: Path, *, leave_bytes: int = 0) -> None:
+    """Take all room of a disk but `leave_bytes` with one file."""
+    disk = os.statvfs(path.parent)
+    room = disk.f_bavail * disk.f_frsize - leave_bytes
+    if room <= 0:
+        return
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+    try:
+        os.posix_fallocate(descriptor, os.fstat(descriptor).st_size, room)
+    finally:
+        os.close(descriptor)
