@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gateway.contracts.errors import ConfigurationError
 from gateway.contracts.generation import Capability
-from gateway.ledger.retention import StorageSettings
+from gateway.ledger.sweeping import StorageSettings
 from gateway.replicas.pool import ReplicaSettings
 from gateway.routes.forward import Forward, own_path
 from gateway.sessions.picks import DEFAULT_PICK

@@ -17,7 +17,7 @@ from gateway.contracts.errors import VerbatimError
 from gateway.contracts.generation import JsonValue
 from gateway.contracts.ports import Ledger
 from gateway.ledger.reserve import Space, SpaceReserve, SpaceState
-from gateway.ledger.retention import KeepRules, StorageSettings, SweepReport, sweep
+from gateway.ledger.sweeping import KeepRules, StorageSettings, SweepReport, sweep
 
 _log = logging.getLogger(__name__)
 

@@ -14,12 +14,14 @@ it goes away with its file.
 from __future__ import annotations
 
 import fcntl
+import mmap
 import os
 import re
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from gateway.contracts.errors import LedgerCorrupt
 from gateway.ledger.backend import Location
@@ -162,6 +164,44 @@ def read_record(folder: Path, location: Location, *, name: str) -> tuple[bytes, 
         raise LedgerCorrupt(f"{where}: the checksum does not hold")
     body = memoryview(record)[_HEADER.size :]
     return bytes(body[:key_bytes]), body[key_bytes:]
+
+
+class ScannedRecord(NamedTuple):
+    """A whole record that lies in a file, whether or not a row points at it."""
+
+    location: Location
+    key: bytes
+
+
+def scan_records(folder: Path, number: int, *, start: int = 0) -> Iterator[ScannedRecord]:
+    """All records of one file from byte `start` on whose checksum holds; what lies between them is skipped."""
+    if not _path(folder, number).stat().st_size:
+        return  # nothing can be mapped
+    with _path(folder, number).open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        offset = start
+        while (offset := content.find(_MAGIC, offset)) >= 0:
+            found = _record_at(content, number, offset)
+            if found is not None:
+                yield found
+            offset += len(_MAGIC) if found is None else found.location.num_bytes
+
+
+def _record_at(content: mmap.mmap, number: int, offset: int) -> ScannedRecord | None:
+    if offset + _HEADER.size > len(content):
+        return None
+    _, checksum, key_bytes, payload_bytes = _HEADER.unpack_from(content, offset)
+    stop = offset + _HEADER.size + key_bytes + payload_bytes
+    if stop > len(content):
+        return None
+    if zlib.crc32(content[offset + _HEADER.size - _LENGTHS.size : stop]) != checksum:
+        return None
+    key = content[offset + _HEADER.size : offset + _HEADER.size + key_bytes]
+    return ScannedRecord(Location(number, offset, stop - offset), key)
+
+
+def file_sizes(folder: Path) -> dict[int, int]:
+    """Bytes of every segment file, by its number."""
+    return {number: _path(folder, number).stat().st_size for number in sorted(_numbers(folder))}
 
 
 def _write_all(descriptor: int, buffers: list[bytes]) -> None:

@@ -11,7 +11,7 @@ from fastapi.responses import Response
 from gateway.contracts.errors import InvalidRequest
 from gateway.contracts.generation import JsonValue
 from gateway.ledger.keeper import StorageKeeper, report_json
-from gateway.ledger.retention import KeepRules
+from gateway.ledger.sweeping import KeepRules
 from gateway.routes import openapi
 from gateway.routes.access import Access
 from gateway.routes.bodies import json_reply, read_fields, typed
