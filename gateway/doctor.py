@@ -2,7 +2,8 @@
 
 `--model PATH` reads a model folder as the gateway would and shows which turns its chat template only appends to, which
 it rewrites and why, where a turn ends, and which of the template's own switches would make more turns append-only.
-`--engine KIND=URL` with it asks engines who they are and shows them beside the folder, as `/admin/identity` does for a
+`--data DIR` verifies the ledger in a data folder, and with `--repair` mends what can be mended (ledger_check.py).
+`--engine KIND=URL` with `--model` asks engines who they are and shows them beside the folder, as `/admin/identity` does for a
 gateway that runs: what each says, how it was verified, what it can do, and why the gateway would refuse it.
 """
 
@@ -22,6 +23,7 @@ from rich.text import Text
 from gateway.contracts.errors import ConfigurationError
 from gateway.contracts.generation import Capability, JsonValue
 from gateway.engine_check import show_engines
+from gateway.ledger_check import show_ledger
 from gateway.sessions.model import ServedModel
 from gateway.tito.certificate import ShapeCertificate, Verdict
 from gateway.tito.conversation import HistoryPolicy
@@ -33,7 +35,11 @@ _STYLES = {Verdict.APPENDS: "green", Verdict.REASONING_DROPPED: "yellow"}
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Flags of `verbatim doctor`."""
-    parser.add_argument("--model", type=Path, required=True, metavar="PATH", help="model folder to look at")
+    parser.add_argument("--model", type=Path, metavar="PATH", help="model folder to look at")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="verify the ledger in this data folder instead")
+    parser.add_argument(
+        "--repair", action="store_true", help="with --data: mend what can be proved; no gateway may use the folder"
+    )
     parser.add_argument("--template-arguments", metavar="JSON", help="chat_template_kwargs to try it with (default {})")
     parser.add_argument(
         "--engine", action="append", default=[], metavar="KIND=URL", help="check an engine instead, repeatable"
@@ -52,8 +58,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print what the model folder comes to; ConfigurationError for a folder that cannot be served.
 
-    With engines: 0 if the gateway would take all of them, else 1.
+    With engines: 0 if the gateway would take all of them, else 1. With a ledger: 0 if it is whole, else 1.
     """
+    if arguments.data is not None:
+        return _ledger(arguments)
+    if arguments.repair:
+        raise ConfigurationError("--repair mends a ledger: give --data DIR with it")
+    if arguments.model is None:
+        raise ConfigurationError("give --model PATH (a model folder), or --data DIR (a ledger)")
     if arguments.require and not arguments.engine:
         raise ConfigurationError("--require is asked of engines: give --engine KIND=URL with it")
     if arguments.template_arguments is not None and arguments.engine:
@@ -71,6 +83,12 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         _print(model, found)
     return 0
+
+
+def _ledger(arguments: argparse.Namespace) -> int:
+    if arguments.model is not None or arguments.engine:
+        raise ConfigurationError("--data looks at a ledger, --model and --engine at what serves: give one of them")
+    return show_ledger(arguments.data, repair=arguments.repair, as_json=arguments.json)
 
 
 def _json_object(text: str) -> Mapping[str, JsonValue]:

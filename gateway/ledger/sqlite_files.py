@@ -6,7 +6,7 @@ All of it works beside a gateway that writes. The write-ahead log is looked at i
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from gateway.ledger.segments_file import file_sizes, scan_records
@@ -45,6 +45,14 @@ def check_segment_files(connection: sqlite3.Connection, folder: Path, found: Fou
                 f"routing-{number:08d}.seg: {num_bytes - tail} bytes at {tail} are no whole record; no turn needs them "
                 "(a write that a crash cut)"
             )
+
+
+def check_blob_files(connection: sqlite3.Connection, stored: Iterable[str], found: Found) -> None:
+    """Counts contents that no session refers to; they go when a gateway starts."""
+    held = {sha256 for (sha256,) in connection.execute("SELECT DISTINCT sha256 FROM blobs")}
+    num_left = sum(sha256 not in held for sha256 in stored)
+    if num_left:
+        found.notes.append(f"blobs: {num_left} files belong to no session; they go when a gateway starts")
 
 
 def live_ends(connection: sqlite3.Connection) -> dict[int, int]:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, TypeAlias
 
 from gateway.contracts.errors import LedgerCorrupt, VerbatimError
 from gateway.contracts.experts import RoutedExperts
@@ -32,6 +32,10 @@ _CLOCK_SECONDS = 86_400.0
 _TURN_COLUMNS = ", ".join(rows.TurnRow._fields)
 _UNREADABLE = (ValueError, KeyError, TypeError, AttributeError)
 """What a record whose checksum holds, and whose content is not ours, raises when it is read."""
+
+
+Assembly: TypeAlias = Callable[[Sequence[TurnRecord], Mapping[str, RoutedExperts | None]], None]
+"""(turns of a session, routing rows by turn id) → nothing; raises IntegrityError for what does not fit."""
 
 
 class DamageKind(StrEnum):
@@ -90,27 +94,30 @@ class _Seen:
 
     damages: list[Damage] = field(default_factory=list)
     turns: dict[str, TurnRecord] = field(default_factory=dict)
+    experts: dict[str, RoutedExperts | None] = field(default_factory=dict)
     num_rows: int = 0
     num_routing_records: int = 0
     is_finished: bool = False
 
 
-def verify_rows(parts: Parts, found: Found, *, on_session: Callable[[str], None] = lambda session_id: None) -> None:
-    """Add all that is wrong with tables, sessions and what they refer to. on_session: after each one, for progress."""
+def verify_rows(parts: Parts, found: Found, *, assemble: Assembly | None = None) -> None:
+    """Add all that is wrong with tables, sessions and what they refer to.
+
+    assemble: makes of a session that is whole what a trainer reads; what it raises is a damage too.
+    """
     found.damages += _tables(parts.connection)
     checked_blobs: dict[str, str | None] = {}
     for session_id in _session_ids(parts.connection):
-        seen = _look_at(parts, session_id, checked_blobs)
+        seen = _look_at(parts, session_id, checked_blobs, assemble)
         if seen.damages:  # a writer may have been between two of our statements
             checked_blobs = {name: fault for name, fault in checked_blobs.items() if fault is None}
-            seen = _look_at(parts, session_id, checked_blobs)
+            seen = _look_at(parts, session_id, checked_blobs, assemble)
         found.damages += seen.damages
         found.num_sessions += 1
         found.num_turns += seen.num_rows
         found.num_tokens += sum(len(t.prompt_token_ids) + len(t.output_token_ids) for t in seen.turns.values())
         found.num_routing_records += seen.num_routing_records
         found.num_rollouts += seen.is_finished
-        on_session(session_id)
     found.num_blobs += len(checked_blobs)
 
 
@@ -178,7 +185,9 @@ def _session_ids(connection: Connection) -> Iterator[str]:
 # ---- one session ----
 
 
-def _look_at(parts: Parts, session_id: str, checked_blobs: dict[str, str | None]) -> _Seen:
+def _look_at(
+    parts: Parts, session_id: str, checked_blobs: dict[str, str | None], assemble: Assembly | None
+) -> _Seen:
     seen = _Seen()
     report = _Report(seen.damages, session_id)
     session = _check_session(parts.connection, session_id, report)
@@ -199,11 +208,17 @@ def _look_at(parts: Parts, session_id: str, checked_blobs: dict[str, str | None]
             continue
         seen.turns[row.turn_id] = turn
         location = None if file is None else Location(file, offset, num_bytes)
-        seen.num_routing_records += _check_routing(parts.arrays, turn, location, report)
+        seen.num_routing_records += location is not None
+        seen.experts[row.turn_id] = _check_routing(parts.arrays, turn, location, report)
     _check_tree(seen.turns, set(since), report)
     if finish is not None:
         _check_snapshots(finish, snapshots, since, seen, report)
     _check_blobs(parts, session_id, seen.turns, checked_blobs, report)
+    if assemble is not None and not seen.damages:
+        try:
+            assemble(list(seen.turns.values()), seen.experts)
+        except VerbatimError as error:
+            report.say(DamageKind.SEGMENTS, f"{error}")
     return seen
 
 
@@ -304,13 +319,15 @@ def _check_turn(
     return turn
 
 
-def _check_routing(arrays: ArrayStore, turn: TurnRecord, location: Location | None, report: _Report) -> int:
-    """1 if the turn has a record, whatever its state."""
+def _check_routing(
+    arrays: ArrayStore, turn: TurnRecord, location: Location | None, report: _Report
+) -> RoutedExperts | None:
+    """The rows, None if there are none that hold."""
     if location is None:
         if turn.experts_stop > turn.experts_start:
             what = f"its record says rows [{turn.experts_start}, {turn.experts_stop}), none are stored"
             report.say(DamageKind.ROUTING, what, turn=turn.turn_id)
-        return 0
+        return None
     name = f"session {turn.session_id} turn {turn.turn_id}"
     try:
         experts = read_routing(arrays, location, turn)
@@ -322,7 +339,8 @@ def _check_routing(arrays: ArrayStore, turn: TurnRecord, location: Location | No
         report.say(
             DamageKind.ROUTING, f"{error}", turn=turn.turn_id, file=str(location.file), offset=location.offset
         )
-    return 1
+        return None
+    return experts
 
 
 def read_routing(arrays: ArrayStore, location: Location, turn: TurnRecord) -> RoutedExperts:
