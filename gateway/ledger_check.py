@@ -136,7 +136,9 @@ def _assemble(turns: Sequence[TurnRecord], experts: Mapping[str, RoutedExperts |
     segments = build_segments(turns, experts, picked=picked.turn_ids)
     num_masked = sum(int(segment.loss_mask.sum()) for segment in segments)
     if num_masked != picked.report.num_trained_tokens:
-        raise LengthMismatch(f"its segments train {num_masked} tokens, its turns {picked.report.num_trained_tokens} (I3)")
+        raise LengthMismatch(
+            f"its segments train {num_masked} tokens, its turns {picked.report.num_trained_tokens} (I3)"
+        )
 
 
 def _note_log(path: Path, found: Found) -> None:

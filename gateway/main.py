@@ -207,9 +207,7 @@ async def open_gateway(settings: GatewaySettings, kinds: Mapping[str, EngineMake
         on_interruption=metrics.observe_interruption,
     )
     storage = settings.storage
-    reserve = SpaceReserve(
-        settings.data, min_free_bytes=storage.min_free_bytes, reserve_bytes=storage.reserve_bytes
-    )
+    reserve = SpaceReserve(settings.data, min_free_bytes=storage.min_free_bytes, reserve_bytes=storage.reserve_bytes)
     ledger = SqliteLedger.open(settings.data, reserve=reserve, full_wait_seconds=storage.full_wait_seconds)
     keeper = StorageKeeper(ledger, storage, reserve)
     parts = TurnParts(model, pool, ledger, settings.turns, metrics.observe_turn, keeper.admit)

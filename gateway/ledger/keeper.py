@@ -1,8 +1,8 @@
 """Looks after one gateway's store while it serves: is there room, what is dropped by itself, how large is it.
 
-    every second ────────▶ reserve.refresh      back to taking turns as soon as there is room
-    every sweep_seconds ─▶ sweep by the rules   drops, then files are given back
-    each new turn ───────▶ admit                LedgerFull where it might not be recorded
+every second ────────▶ reserve.refresh      back to taking turns as soon as there is room
+every sweep_seconds ─▶ sweep by the rules   drops, then files are given back
+each new turn ───────▶ admit                LedgerFull where it might not be recorded
 """
 
 from __future__ import annotations

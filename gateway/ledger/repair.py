@@ -159,7 +159,9 @@ class RowsRepair:
         return lost
 
     def _take_aside(self, session_id: str, turn_ids: Sequence[str]) -> None:
-        columns = f"{_TURN_COLUMNS}, experts_file, experts_offset, experts_bytes, delivered_at, recorded_at, since_snapshot"
+        columns = (
+            f"{_TURN_COLUMNS}, experts_file, experts_offset, experts_bytes, delivered_at, recorded_at, since_snapshot"
+        )
         for turn_id in turn_ids:
             where = (session_id, turn_id)
             query = f"SELECT {columns} FROM turns WHERE session_id = ? AND turn_id = ?"
@@ -222,16 +224,16 @@ class RowsRepair:
         for candidate in candidates:
             if self._fits(turn, candidate):
                 self._place(where, candidate)
-                self.mended.append(f"{name}: its routing rows were found in file {candidate.file} at {candidate.offset}")
+                self.mended.append(
+                    f"{name}: its routing rows were found in file {candidate.file} at {candidate.offset}"
+                )
                 return
         self._place(where, None)
         if not has_rows:
             self.mended.append(f"{name}: it has no routing rows, and no longer points at any")
             return
         row = rows.turn_row(
-            replace(
-                turn, experts_stop=turn.experts_start, untrainable_reason=turn.untrainable_reason or ROUTING_LOST
-            )
+            replace(turn, experts_stop=turn.experts_start, untrainable_reason=turn.untrainable_reason or ROUTING_LOST)
         )
         self.connection.execute(
             "UPDATE turns SET facts = ?, checksum = ?, num_trainable_tokens = ? WHERE session_id = ? AND turn_id = ?",
@@ -268,7 +270,9 @@ class RowsRepair:
             (session_id,),
         ).fetchall()
         query = "SELECT ordinal, snapshot, num_tokens, num_sampled_tokens FROM snapshots WHERE session_id = ?"
-        for ordinal, snapshot, *counts in self.connection.execute(f"{query} ORDER BY ordinal", (session_id,)).fetchall():
+        for ordinal, snapshot, *counts in self.connection.execute(
+            f"{query} ORDER BY ordinal", (session_id,)
+        ).fetchall():
             mine = [member for member in members if member[1] <= ordinal]
             named = snapshot_of(session_id, (turn_id for turn_id, *_ in mine))
             sums = [sum(member[2] for member in mine), sum(member[3] for member in mine)]

@@ -22,6 +22,7 @@ import os
 import sqlite3
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -30,6 +31,7 @@ from gateway.contracts.errors import ConfigurationError, LedgerFull
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _NO_SPACE_IN_SQLITE = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE)
+_MIN_TURN_BYTES = 256 * 2**10
 _LAST_PART = 4
 """The last reserve is one of so many parts of the whole."""
 
@@ -41,6 +43,38 @@ class SpaceState(StrEnum):
     LOW = "low"
     RESERVE = "reserve"
     FULL = "full"
+
+
+def _nothing() -> None:
+    """Where a store has nothing beside its tables."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Room:
+    """What a ledger does about a full disk. reserve: None where it is not a disk of ours.
+
+    begin, forget: before a batch writes beside the tables, and after it has failed: what it wrote is garbage.
+    wait_seconds: how long a turn that was sampled waits for room before it is refused.
+    """
+
+    reserve: SpaceReserve | None = None
+    begin: Callable[[], None] = _nothing
+    forget: Callable[[], None] = _nothing
+    wait_seconds: float = 0.0
+
+    def make(self, *, grows: bool) -> bool:
+        """As `SpaceReserve.make_room`."""
+        return self.reserve is not None and self.reserve.make_room(grows=grows)
+
+    def check_growth(self) -> None:
+        """Raise LedgerFull where the disk is known to be full, so that nobody tries for nothing."""
+        if self.reserve is not None and not self.reserve.takes_growth():
+            raise LedgerFull("the ledger's disk is full; what adds to it is taken again when there is room")
+
+    def note_turn(self, num_bytes: int) -> None:
+        """As `SpaceReserve.note_turn`."""
+        if self.reserve is not None:
+            self.reserve.note_turn(num_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +172,7 @@ class SpaceReserve:
 
     def _state(self, free: int) -> SpaceState:
         if self._turns.missing_bytes or self._last.missing_bytes:
-            if self._space.state is SpaceState.FULL and free <= self._space.turn_bytes:
+            if self._space.state is SpaceState.FULL and free <= max(self._space.turn_bytes, _MIN_TURN_BYTES):
                 return SpaceState.FULL
             # Since the start there may never have been room for it, while nothing was full yet.
             return SpaceState.LOW if self._space.state in (SpaceState.OPEN, SpaceState.LOW) else SpaceState.RESERVE
@@ -163,6 +197,10 @@ def is_disk_full(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno in _NO_SPACE
     return isinstance(error, sqlite3.Error) and getattr(error, "sqlite_errorcode", None) in _NO_SPACE_IN_SQLITE
+
+
+NO_ROOM_TO_MAKE = Room()
+"""Of a store that has no reserve."""
 
 
 class _ReserveFile:

@@ -44,6 +44,7 @@ class SegmentFileWriter:
         self._number = max(_numbers(folder), default=0)
         self._descriptor: int | None = None
         self._end = 0
+        self._batch_start = 0
         self._unsynced = False
 
     def append(self, key: bytes, payload: bytes) -> Location:
@@ -61,6 +62,16 @@ class SegmentFileWriter:
         self._end += record_bytes
         self._unsynced = True
         return location
+
+    def begin(self) -> None:
+        """What is appended from here on belongs together."""
+        self._batch_start = self._end
+
+    def forget(self) -> None:
+        """Cut off what was appended since `begin`, to which nobody will ever point; raises OSError."""
+        if self._descriptor is not None and self._end > self._batch_start:
+            os.ftruncate(self._descriptor, self._batch_start)
+            self._end = self._batch_start
 
     def flush(self) -> None:
         """Make every appended record durable (fdatasync); cheap when there is none."""
@@ -97,7 +108,7 @@ class SegmentFileWriter:
             return
         if _hold(descriptor):
             self._descriptor = descriptor
-            self._end = os.fstat(descriptor).st_size
+            self._end = self._batch_start = os.fstat(descriptor).st_size
 
     def _open_next(self) -> None:
         self.close()
@@ -106,7 +117,7 @@ class SegmentFileWriter:
             number += 1
             self._descriptor = _made(_path(self._folder, number))
         self._number = number
-        self._end = 0
+        self._end = self._batch_start = 0
         sync_folder(self._folder)  # the new name must be as durable as what will be written under it
 
 

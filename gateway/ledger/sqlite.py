@@ -15,38 +15,54 @@ import fcntl
 import os
 import sqlite3
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Self
 
-from gateway.contracts.errors import ConfigurationError, LedgerCorrupt, LedgerError, VerbatimError
+from gateway.contracts.errors import ConfigurationError, LedgerCorrupt, LedgerError, LedgerFull, VerbatimError
 from gateway.ledger import migration
 from gateway.ledger.backend import Connection, Location, Rows, Value
 from gateway.ledger.blobs import BlobFiles
+from gateway.ledger.reserve import Room, SpaceReserve, is_disk_full
 from gateway.ledger.segments_file import SegmentFileWriter, read_record, sync_folder
 from gateway.ledger.store import SqlLedger
+from gateway.ledger.wal import check_log
 
 _BUSY_TIMEOUT_SECONDS = 30.0
+_KEPT_LOG_BYTES = 16 * 2**20
+"""To which the write-ahead log is cut after a burst has let it grow."""
 
 
 class SqliteLedger(SqlLedger):
     """`gateway.contracts.ports.Ledger` on a local disk; make it with `open`, end it with `aclose`."""
 
-    def __init__(self, backend: SqliteBackend) -> None:
+    def __init__(self, backend: SqliteBackend, room: Room) -> None:
         """Use `open`."""
-        super().__init__(backend)
+        super().__init__(backend, room)
         self._files = backend
 
     @classmethod
-    def open(cls, data: Path, *, read_only: bool = False, lock: int | None = None) -> Self:
+    def open(
+        cls,
+        data: Path,
+        *,
+        read_only: bool = False,
+        lock: int | None = None,
+        reserve: SpaceReserve | None = None,
+        full_wait_seconds: float = 0.0,
+    ) -> Self:
         """Open or make the ledger in folder `data`; blocks for a moment.
 
         `read_only` takes no lock and makes nothing, so that another program can look while a gateway runs.
         `lock`: a descriptor of the folder's lock (`lock_descriptor`) that the process which holds it has passed on; it
         belongs to this ledger then, and the other one may go on writing. Such a ledger starts out as `shared`.
+        reserve: what is given up when the disk is full; full_wait_seconds: how long a sampled turn waits for room then.
         Raises ConfigurationError if the folder cannot be used or another process writes to it, SchemaMismatch for a
         store of another version, LedgerCorrupt for one that cannot be read.
         """
-        return cls(SqliteBackend.open(data, read_only=read_only, lock=lock))
+        backend = SqliteBackend.open(data, read_only=read_only, lock=lock, reserve=reserve)
+        arrays = backend.arrays
+        return cls(backend, Room(reserve, arrays.begin, arrays.forget, full_wait_seconds))
 
     @property
     def lock_descriptor(self) -> int | None:
@@ -107,6 +123,16 @@ class SegmentFiles:
         assert self._writer is not None
         return self._writer.append(key, payload)
 
+    def begin(self) -> None:
+        """What is appended from here on belongs together."""
+        if self._writer is not None:
+            self._writer.begin()
+
+    def forget(self) -> None:
+        """Cut off what was appended since `begin`."""
+        if self._writer is not None:
+            self._writer.forget()
+
     def flush(self) -> None:
         """Make durable what was appended."""
         if self._writer is not None:
@@ -141,7 +167,7 @@ class SqliteBackend:
         self._blobs = BlobFiles(data / "blobs")
 
     @classmethod
-    def open(cls, data: Path, *, read_only: bool, lock: int | None) -> Self:
+    def open(cls, data: Path, *, read_only: bool, lock: int | None, reserve: SpaceReserve | None = None) -> Self:
         """As `SqliteLedger.open`."""
         if read_only:
             if not _store(data).is_file():
@@ -151,7 +177,11 @@ class SqliteBackend:
         handed_over = lock is not None
         held = _lock_folder(data) if lock is None else lock
         try:
-            _prepare(data, lambda raw, name: migration.prepare(raw, name, migrate=not handed_over))
+            if not handed_over:
+                check_log(_store(data).with_name(f"{_store(data).name}-wal"))
+            if reserve is not None:
+                reserve.prepare()
+            _prepare_with_room(data, partial(migration.prepare, migrate=not handed_over), reserve)
             os.ftruncate(held, 0)
             os.pwrite(held, str(os.getpid()).encode(), 0)
             routing = _open_files(data, alone=not handed_over)
@@ -229,6 +259,8 @@ def translate(error: Exception) -> VerbatimError:
         return error
     if type(error) is sqlite3.DatabaseError:  # SQLITE_CORRUPT and SQLITE_NOTADB; every other code has a subclass
         return LedgerCorrupt(f"the ledger's SQLite file is damaged: {error}")
+    if is_disk_full(error):
+        return LedgerFull(f"the ledger's disk is full: {error}")
     return LedgerError(f"the ledger cannot be used: {error}")
 
 
@@ -272,6 +304,18 @@ def _open_files(data: Path, *, alone: bool) -> SegmentFileWriter:
     return routing
 
 
+def _prepare_with_room(
+    data: Path, step: Callable[[sqlite3.Connection, str], None], reserve: SpaceReserve | None
+) -> None:
+    """A gateway also starts on a full disk: with what it had kept back."""
+    while True:
+        try:
+            return _prepare(data, step)
+        except LedgerFull:
+            if reserve is None or not reserve.make_room(grows=False):
+                raise
+
+
 def _prepare(data: Path, step: Callable[[sqlite3.Connection, str], None]) -> None:
     path = _store(data)
     try:
@@ -292,7 +336,9 @@ def _connect(path: Path, *, read_only: bool) -> sqlite3.Connection:
     connection = sqlite3.connect(path, timeout=_BUSY_TIMEOUT_SECONDS, isolation_level=None, check_same_thread=False)
     try:
         if not read_only:
+            connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # of a new store; `reclaim` gives back its pages
             connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute(f"PRAGMA journal_size_limit = {_KEPT_LOG_BYTES}")
             connection.execute("PRAGMA synchronous = FULL")  # I4: a commit is on disk when it returns
         else:
             connection.execute("PRAGMA query_only = ON")

@@ -23,6 +23,7 @@ from gateway.contracts.errors import (
     InvalidRequest,
     LedgerCorrupt,
     LedgerError,
+    LedgerFull,
     NotFound,
     SessionSealed,
     TurnIndexTaken,
@@ -31,14 +32,16 @@ from gateway.contracts.experts import RoutedExperts
 from gateway.contracts.generation import JsonValue
 from gateway.contracts.media import Blob
 from gateway.contracts.records import FinishRecord, SessionRecord, TurnRecord, snapshot_of
-from gateway.contracts.rollouts import FeedCounts, Lease, StoredRollout
+from gateway.contracts.rollouts import FeedCounts, Lease, Reclaimed, StoredRollout, StoreUsage
 from gateway.ledger import inventory, leases, rows
 from gateway.ledger.backend import ArrayStore, Backend, Connection, Location
+from gateway.ledger.reserve import NO_ROOM_TO_MAKE, Room, is_disk_full
 from gateway.ledger.writer import GroupCommitWriter, Operation, StoreFailures
 
 Result = TypeVar("Result")
 
 _NUM_READERS = 4
+_ROOM_SECONDS = 0.25
 _TURN_COLUMNS = ", ".join(rows.TurnRow._fields)
 _TABLES_OF_SESSION = ("sessions", "session_labels", "turns", "finishes", "snapshots", "holdings")
 
@@ -46,9 +49,10 @@ _TABLES_OF_SESSION = ("sessions", "session_labels", "turns", "finishes", "snapsh
 class SqlLedger:
     """`gateway.contracts.ports.Ledger` on a store of SQL tables, arrays and blobs; end it with `aclose`."""
 
-    def __init__(self, backend: Backend) -> None:
-        """Owns the store from here on: also closes it."""
+    def __init__(self, backend: Backend, room: Room = NO_ROOM_TO_MAKE) -> None:
+        """Owns the store from here on: also closes it. room: what is done about a full disk."""
         self._backend = backend
+        self._room = room
         self._closed = False
         self._space_was_freed = True  # after a crash things may be left that no row points at
         self._freed_blobs: set[str] = set() if backend.read_only else set(backend.unclaimed_blobs())
@@ -63,6 +67,7 @@ class SqlLedger:
                 failures=StoreFailures(backend.failures, backend.translate, backend.met_another),
                 flush=backend.arrays.flush,
                 after_commit=self._free_space,
+                room=room,
             )
 
     @property
@@ -87,7 +92,7 @@ class SqlLedger:
                 raise Conflict(f"session {session.session_id} exists already with other properties")
             return stored
 
-        return await self._write(create)
+        return await self._write(create, grows=True)
 
     async def session(self, session_id: str) -> SessionRecord | None:
         """The session, or None."""
@@ -115,7 +120,8 @@ class SqlLedger:
         of).
         """
         arrival = await self._arrival(turn, experts)
-        await self._write(partial(_append, arrays=self._backend.arrays, arrival=arrival))
+        await self._patiently(partial(_append, arrays=self._backend.arrays, arrival=arrival))
+        self._room.note_turn(arrival.num_bytes)
 
     async def append_late_turn(self, turn: TurnRecord, experts: RoutedExperts | None) -> FinishRecord:
         """Store a turn of a finished session as the port says, and name the snapshot that has it.
@@ -124,7 +130,7 @@ class SqlLedger:
         SessionSealed where the rollout was dropped.
         """
         arrival = await self._arrival(turn, experts)
-        return await self._write(partial(_append_late, arrays=self._backend.arrays, arrival=arrival))
+        return await self._patiently(partial(_append_late, arrays=self._backend.arrays, arrival=arrival))
 
     async def mark_delivered(self, session_id: str, turn_id: str, delivered_at: float) -> None:
         """Note when a turn's reply left (the latest time wins); raises NotFound for an unknown turn."""
@@ -189,7 +195,7 @@ class SqlLedger:
             return
         blobs = self._backend.blobs
         if not self._backend.read_only:  # not in the writer's thread: megabytes would hold everybody's commits
-            await self._in_thread(partial(blobs.write, blob))
+            await self._in_thread(partial(self._write_blob, blob))
 
         def hold(connection: Connection) -> None:
             _lock(connection, session_id)
@@ -202,7 +208,7 @@ class SqlLedger:
                 (session_id, blob.sha256, blob.media_type, len(blob.content)),
             )
 
-        await self._write(hold)
+        await self._patiently(hold)
 
     async def blob(self, session_id: str, sha256: str) -> Blob | None:
         """A content that the session refers to, None if it refers to no such; raises LedgerCorrupt."""
@@ -387,6 +393,14 @@ class SqlLedger:
             )
         )
 
+    async def usage(self) -> StoreUsage:
+        """What the store takes on its disks; a store that is elsewhere cannot say."""
+        return StoreUsage(0, 0, 0, 0, 0, 0)
+
+    async def reclaim(self) -> Reclaimed:
+        """Nothing: a store that is elsewhere looks after itself."""
+        return Reclaimed()
+
     async def aclose(self) -> None:
         """Commit what is queued, close everything; repeating it is fine."""
         if not self._closed:
@@ -395,10 +409,32 @@ class SqlLedger:
 
     # ---- threads ----
 
-    async def _write(self, operation: Operation[Result]) -> Result:
+    async def _write(self, operation: Operation[Result], *, grows: bool = False) -> Result:
+        """grows: it adds data; what does not is tried for longest on a full disk."""
         if self._writer is None:
             raise LedgerError(f"{self._backend.name}: this ledger was opened for reading only")
-        return await asyncio.wrap_future(self._writer.submit(operation))
+        if grows:
+            self._room.check_growth()
+        return await asyncio.wrap_future(self._writer.submit(operation, grows=grows))
+
+    async def _patiently(self, operation: Operation[Result]) -> Result:
+        """Write what was sampled already, and on a full disk wait for room before it is given up."""
+        deadline = time.monotonic() + self._room.wait_seconds
+        while True:
+            try:
+                return await self._write(operation, grows=True)
+            except LedgerFull:
+                if time.monotonic() >= deadline:
+                    raise
+            await asyncio.sleep(_ROOM_SECONDS)
+
+    def _write_blob(self, blob: Blob) -> None:
+        """On a full disk it is written with the row that needs it, which waits for room."""
+        try:
+            self._backend.blobs.write(blob)
+        except OSError as error:
+            if not is_disk_full(error):
+                raise
 
     async def _read(self, query: Callable[[Connection], Result]) -> Result:
         if self._closed:
@@ -427,6 +463,8 @@ class SqlLedger:
         self._readers.shutdown(wait=True)
         while not self._idle.empty():
             self._idle.get().close()
+        if self._room.reserve is not None:
+            self._room.reserve.close()
         self._backend.close()
 
     async def _arrival(self, turn: TurnRecord, experts: RoutedExperts | None) -> _Arrival:
@@ -469,6 +507,11 @@ class _Arrival:
     delivered_at: float | None
     record: _Record | None
     location: Location | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """About what it takes on disk."""
+        return sum(len(value) for part in (self.row, self.record or ()) for value in part if isinstance(value, bytes))
 
 
 def _append(connection: Connection, arrays: ArrayStore, arrival: _Arrival) -> None:

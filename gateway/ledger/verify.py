@@ -141,9 +141,7 @@ def _tables(connection: Connection) -> Iterator[Damage]:
             "(SELECT 1 FROM sessions s WHERE s.session_id = t.session_id)"
         )
         for session_id, value in connection.execute(query).fetchall():
-            yield Damage(
-                kind, f"{table}: {value!r} belongs to session {session_id}, which does not exist", session_id
-            )
+            yield Damage(kind, f"{table}: {value!r} belongs to session {session_id}, which does not exist", session_id)
     for consumer, session_id, lease_id, acknowledged in connection.execute(
         "SELECT h.consumer, h.session_id, h.lease_id, h.acknowledged FROM holdings h WHERE NOT EXISTS "
         "(SELECT 1 FROM leases l WHERE l.lease_id = h.lease_id AND l.consumer = h.consumer)"
@@ -185,9 +183,7 @@ def _session_ids(connection: Connection) -> Iterator[str]:
 # ---- one session ----
 
 
-def _look_at(
-    parts: Parts, session_id: str, checked_blobs: dict[str, str | None], assemble: Assembly | None
-) -> _Seen:
+def _look_at(parts: Parts, session_id: str, checked_blobs: dict[str, str | None], assemble: Assembly | None) -> _Seen:
     seen = _Seen()
     report = _Report(seen.damages, session_id)
     session = _check_session(parts.connection, session_id, report)
@@ -314,7 +310,9 @@ def _check_turn(
     names = ("session_id", "turn_id", "turn_index", "num_tokens", "num_trainable_tokens")
     _compare(row, expected, names, DamageKind.TURN, report, turn=row.turn_id)
     for name, value in (("delivered_at", delivered_at), ("recorded_at", recorded_at)):
-        if value is not None and not (isinstance(value, float) and turn.created_at - _CLOCK_SECONDS <= value < _latest()):
+        if value is not None and not (
+            isinstance(value, float) and turn.created_at - _CLOCK_SECONDS <= value < _latest()
+        ):
             report.say(DamageKind.TURN, f"{name} is {value!r}, which is no time after its beginning", turn=row.turn_id)
     return turn
 
@@ -336,9 +334,7 @@ def _check_routing(
         if turn.num_experts and int(experts.ids.max(initial=0)) >= turn.num_experts:
             raise LedgerCorrupt(f"{name}: an expert id is not below {turn.num_experts}")
     except (VerbatimError, *_UNREADABLE) as error:
-        report.say(
-            DamageKind.ROUTING, f"{error}", turn=turn.turn_id, file=str(location.file), offset=location.offset
-        )
+        report.say(DamageKind.ROUTING, f"{error}", turn=turn.turn_id, file=str(location.file), offset=location.offset)
         return None
     return experts
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from gateway.contracts.errors import LedgerError, VerbatimError
 from gateway.ledger.backend import Connection
+from gateway.ledger.reserve import NO_ROOM_TO_MAKE, Room, is_disk_full
 
 Result = TypeVar("Result")
 Operation: TypeAlias = Callable[[Connection], Result]
@@ -38,13 +39,15 @@ class StoreFailures(NamedTuple):
 class _Waiting(NamedTuple):
     operation: Operation[Any]
     future: Future[Any]
+    grows: bool
 
 
 class GroupCommitWriter:
     """Owns `connection` until `close`, which it also closes.
 
     failures: of the store. flush: makes durable what operations wrote beside the store; called before each commit.
-    after_commit: housekeeping after each commit, outside of a transaction; its failure is nobody's.
+    after_commit: housekeeping after each commit, outside of a transaction; its failure is nobody's. room: what can be
+    done about a full disk before a batch fails.
     """
 
     def __init__(
@@ -54,25 +57,30 @@ class GroupCommitWriter:
         failures: StoreFailures,
         flush: Callable[[], None],
         after_commit: Callable[[Connection], None],
+        room: Room = NO_ROOM_TO_MAKE,
     ) -> None:
         self._connection = connection
         self._failures = failures
         self._fatal: tuple[type[Exception], ...] = (*failures.errors, LedgerError)  # to a whole batch
         self._flush = flush
         self._after_commit = after_commit
+        self._room = room
         self._queue: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
         self._submit_lock = threading.Lock()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="ledger-writer", daemon=True)
         self._thread.start()
 
-    def submit(self, operation: Operation[Result]) -> Future[Result]:
-        """Queue an operation; cancelling the future before its batch starts means that it never runs."""
+    def submit(self, operation: Operation[Result], *, grows: bool = False) -> Future[Result]:
+        """Queue an operation; cancelling the future before its batch starts means that it never runs.
+
+        grows: it adds data, so that on a full disk it fails before others do.
+        """
         future: Future[Result] = Future()
         with self._submit_lock:  # nothing may be queued behind the end mark, its future would never resolve
             if self._closed:
                 raise LedgerError("the ledger is closed")
-            self._queue.put(_Waiting(operation, future))
+            self._queue.put(_Waiting(operation, future, grows))
         return future
 
     def close(self) -> None:
@@ -110,6 +118,15 @@ class GroupCommitWriter:
     def _commit(self, batch: Sequence[_Waiting]) -> None:
         running = [waiting for waiting in batch if waiting.future.set_running_or_notify_cancel()]
         failure = self._try(running)
+        while failure is not None and running and is_disk_full(failure):
+            growing = [waiting for waiting in running if waiting.grows]
+            if not self._room.make(grows=bool(growing)):
+                if not growing:
+                    break
+                for waiting in growing:
+                    waiting.future.set_exception(self._failures.translate(failure))
+                running = [waiting for waiting in running if not waiting.grows]
+            failure = self._try(running)
         if failure is not None:
             for waiting in running:
                 if self._failures.met_another(failure):
@@ -133,12 +150,13 @@ class GroupCommitWriter:
         done: list[tuple[Future[Any], Any]] = []
         failed: list[tuple[Future[Any], Exception]] = []
         try:
+            self._room.begin()
             self._connection.begin()
             for waiting in running:
                 try:
                     done.append((waiting.future, self._run_alone(waiting.operation)))
                 except self._failures.errors as error:
-                    if self._failures.met_another(error):
+                    if self._failures.met_another(error) or is_disk_full(error):
                         raise
                     failed.append((waiting.future, self._failures.translate(error)))
                 except Exception as error:  # noqa: BLE001  # a bug in one operation belongs to its waiter, not to this thread
@@ -149,6 +167,8 @@ class GroupCommitWriter:
             self._connection.commit()
         except self._fatal as error:
             self._connection.rollback()
+            if is_disk_full(error):  # after another failure, a commit that failed may still be found after a crash
+                self._room.forget()
             return error
         for future, result in done:
             future.set_result(result)

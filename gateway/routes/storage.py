@@ -64,9 +64,7 @@ def _rules(fields: Mapping[str, JsonValue], regular: KeepRules) -> KeepRules:
     )
 
 
-def _at_least_0(
-    fields: Mapping[str, JsonValue], name: str, kind: type | tuple[type, ...], words: str
-) -> JsonValue:
+def _at_least_0(fields: Mapping[str, JsonValue], name: str, kind: type | tuple[type, ...], words: str) -> JsonValue:
     value = typed(fields, name, kind, words)
     if value is not None and not 0 <= value < float("inf"):
         raise InvalidRequest(f"{name}: expected {words}, 0 or more")
