@@ -3,8 +3,8 @@
 `--model PATH` reads a model folder as the gateway would and shows which turns its chat template only appends to, which
 it rewrites and why, where a turn ends, and which of the template's own switches would make more turns append-only.
 `--data DIR` verifies the ledger in a data folder, and with `--repair` mends what can be mended (ledger_check.py).
-`--engine KIND=URL` with `--model` asks engines who they are and shows them beside the folder, as `/admin/identity` does for a
-gateway that runs: what each says, how it was verified, what it can do, and why the gateway would refuse it.
+`--engine KIND=URL` with `--model` asks engines who they are and shows them beside the folder, as `/admin/identity` does
+for a gateway that runs: what each says, how it was verified, what it can do, and why the gateway would refuse it.
 """
 
 from __future__ import annotations

@@ -116,13 +116,14 @@ def repair_ledger(data: Path) -> Repair:
 
 
 def _verify(data: Path, raw: sqlite3.Connection, found: Found) -> None:
-    parts = Parts(SqliteConnection(raw), SegmentFiles(data / "routing", None), BlobFiles(data / "blobs"))
+    blobs = BlobFiles(data / "blobs")
+    parts = Parts(SqliteConnection(raw), SegmentFiles(data / "routing", None), blobs)
     try:
         migration.check(raw, str(_store(data)))
         found.damages += check_structure(raw)
         verify_rows(parts, found, assemble=_assemble)
         check_segment_files(raw, data / "routing", found)
-        check_blob_files(raw, parts.blobs.stored() if (data / "blobs").is_dir() else (), found)
+        check_blob_files(raw, blobs.stored() if (data / "blobs").is_dir() else (), found)
     except SchemaMismatch:
         raise
     except (sqlite3.Error, OSError, UnicodeDecodeError, OverflowError) as error:

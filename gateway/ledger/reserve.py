@@ -1,7 +1,7 @@
 """Room on the disk: a reserve that is given up when the disk is full, so that what was sampled is still recorded.
 
     data/reserve.turns   preallocated; given up at the first ENOSPC, for the turns that are under way
-    data/reserve.last    preallocated; given up at the next one, for what frees space or is tiny: drops, acknowledgements
+    data/reserve.last    preallocated; given up at the next one, for what frees space or is tiny: drops, acks
 
     open ──▶ low        little is left: no new turns (who asks for one gets LedgerFull), the rest goes on
       ▲       │ ENOSPC

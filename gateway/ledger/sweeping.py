@@ -1,6 +1,6 @@
 """Which finished rollouts are dropped by themselves: by age, by size; a plan first, then one drop after another.
 
-    stored rollouts ─▶ plan_sweep (pure) ─▶ drop each, with the snapshot that was planned ─▶ reclaim files ─▶ SweepReport
+    stored rollouts ─▶ plan_sweep (pure) ─▶ drop each, with the snapshot that was planned ─▶ reclaim ─▶ SweepReport
 
 A rollout that somebody has leased is never dropped. One that nobody has acknowledged goes by `keep_seconds`, which says
 so, and by size only where `drop_unacknowledged` is set. Sessions that are not finished are never touched.

@@ -295,7 +295,7 @@ def _check_finish(
         report.say(DamageKind.FINISH, "its snapshots are not numbered from 0 without gaps")
     if dropped_at is not None and not finish.finished_at <= dropped_at + _CLOCK_SECONDS <= _latest():
         report.say(DamageKind.FINISH, f"dropped_at is {dropped_at!r}, which is no time after its end")
-    return finish, snapshots  # type: ignore[return-value]  # columns of the schema
+    return finish, snapshots
 
 
 def _check_turn(
@@ -393,12 +393,8 @@ def _check_blobs(
     checked: dict[str, str | None],
     report: _Report,
 ) -> None:
-    held = {
-        sha256: num_bytes
-        for sha256, num_bytes in parts.connection.execute(
-            "SELECT sha256, num_bytes FROM blobs WHERE session_id = ?", (session_id,)
-        ).fetchall()
-    }
+    query = "SELECT sha256, num_bytes FROM blobs WHERE session_id = ?"
+    held: dict[str, int] = dict(parts.connection.execute(query, (session_id,)).fetchall())
     for turn in turns.values():
         for placed in placed_media(turn.added_messages):
             name = blob_name(placed.media.url)

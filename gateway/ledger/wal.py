@@ -67,8 +67,9 @@ def check_log(log: Path) -> None:
     damage = find_damage(log)
     if damage is not None and damage.is_proven:
         raise LedgerCorrupt(
-            f"{log.name}: byte {damage.offset}: a damaged frame stands before {damage.num_commits_behind} whole commits, "
-            "which opening the store would lose; keep a copy of the folder, then `verbatim doctor --data DIR --repair`"
+            f"{log.name}: byte {damage.offset}: a damaged frame stands before {damage.num_commits_behind} whole "
+            "commits, which opening the store would lose; keep a copy of the folder, then "
+            "`verbatim doctor --data DIR --repair`"
         )
 
 
