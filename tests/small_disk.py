@@ -1,7 +1,8 @@
 """A real file system of a few MiB, for tests of full disks: a tmpfs in a mount namespace of its own.
 
-The namespace belongs to a process of ours and goes with it, so nothing stays mounted; other processes reach the folder
-by that process's view of the file tree. Needs no root where users may make namespaces.
+The namespace belongs to a process of ours and goes with it, so nothing stays mounted. Files are reached by that
+process's view of the file tree; programs that resolve paths (SQLite does) run inside, by `enter`. Needs no root where
+users may make namespaces.
 """
 
 from __future__ import annotations
@@ -11,12 +12,22 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 
+@dataclass(frozen=True, slots=True)
+class SmallDisk:
+    """folder: its root, seen from outside. inside: the same for programs that are started with `enter` before them."""
+
+    folder: Path
+    inside: Path
+    enter: tuple[str, ...]
+
+
 @contextmanager
-def small_disk(num_bytes: int) -> Iterator[Path]:
-    """The folder of a new file system; raises RuntimeError, saying why, where this machine cannot make one."""
+def small_disk(num_bytes: int) -> Iterator[SmallDisk]:
+    """A new file system; raises RuntimeError, saying why, where this machine cannot make one."""
     with tempfile.TemporaryDirectory() as point:
         script = f'mount -t tmpfs -o size={num_bytes} tmpfs "$0" && echo mounted && exec cat'
         namespaces = ["--mount"] if os.geteuid() == 0 else ["--user", "--map-root-user", "--mount"]
@@ -32,7 +43,9 @@ def small_disk(num_bytes: int) -> Iterator[Path]:
             if holder.stdout.readline() != "mounted\n":
                 _, complaint = holder.communicate(timeout=10)
                 raise RuntimeError(f"no small file system can be mounted here: {complaint.strip()}")
-            yield Path(f"/proc/{holder.pid}/root{point}")
+            users = [] if os.geteuid() == 0 else ["--user", "--preserve-credentials"]
+            enter = ("nsenter", "--target", str(holder.pid), "--mount", *users)
+            yield SmallDisk(Path(f"/proc/{holder.pid}/root{point}"), Path(point), enter)
         finally:
             holder.communicate(timeout=10)  # the end of its input ends it
 

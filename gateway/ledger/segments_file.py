@@ -67,6 +67,15 @@ class SegmentFileWriter:
         """What is appended from here on belongs together."""
         self._batch_start = self._end
 
+    def begin_next(self) -> None:
+        """Append to a new file from here on, so that the one until now can be emptied and removed; raises OSError."""
+        self._open_next()
+
+    @property
+    def number(self) -> int:
+        """Of the file that is appended to, or will be."""
+        return self._number
+
     def forget(self) -> None:
         """Cut off what was appended since `begin`, to which nobody will ever point; raises OSError."""
         if self._descriptor is not None and self._end > self._batch_start:

@@ -12,6 +12,7 @@ write at a time, and each process appends to a segment file of its own.
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import sqlite3
 from collections.abc import Callable, Iterable, Sequence
@@ -20,15 +21,20 @@ from pathlib import Path
 from typing import Self
 
 from gateway.contracts.errors import ConfigurationError, LedgerCorrupt, LedgerError, LedgerFull, VerbatimError
+from gateway.contracts.rollouts import Reclaimed, StoreUsage
 from gateway.ledger import migration
 from gateway.ledger.backend import Connection, Location, Rows, Value
 from gateway.ledger.blobs import BlobFiles
+from gateway.ledger.compaction import chunks, live_bytes, live_records, mostly_dead, move
 from gateway.ledger.reserve import Room, SpaceReserve, is_disk_full
-from gateway.ledger.segments_file import SegmentFileWriter, read_record, sync_folder
+from gateway.ledger.segments_file import SegmentFileWriter, file_sizes, read_record, sync_folder
 from gateway.ledger.store import SqlLedger
 from gateway.ledger.wal import check_log
 
+_log = logging.getLogger(__name__)
+
 _BUSY_TIMEOUT_SECONDS = 30.0
+_PAGES_AT_ONCE = 500
 _KEPT_LOG_BYTES = 16 * 2**20
 """To which the write-ahead log is cut after a burst has let it grow."""
 
@@ -72,6 +78,53 @@ class SqliteLedger(SqlLedger):
     def share(self, shared: bool) -> None:
         """Say whether another process writes too, from now on (`shared`)."""
         self._files.shared = shared
+
+    async def usage(self) -> StoreUsage:
+        """What the folder's files take, by kind."""
+
+        def read(connection: Connection) -> StoreUsage:
+            (num_free,) = connection.execute("PRAGMA freelist_count").fetchone()
+            (page_bytes,) = connection.execute("PRAGMA page_size").fetchone()
+            live = sum(live_bytes(connection).values())
+            return self._files.usage(reusable_bytes=num_free * page_bytes, live_routing_bytes=live)
+
+        return await self._read(read)
+
+    async def reclaim(self) -> Reclaimed:
+        """Compact segment files of which most is dead, and give back the database's empty pages, a little at a time.
+
+        While another process writes too, nothing is moved.
+        """
+        before, num_files = await self._footprint()
+        num_moved = 0 if self.shared else await self._compact()
+        has_more = True
+        while has_more:  # between two steps turns are written
+            has_more = await self._write(_give_back_pages)
+        self._space_was_freed = True
+        await self._write(lambda connection: None)  # whose housekeeping removes files and merges the log
+        after, num_files_after = await self._footprint()
+        return Reclaimed(max(0, num_files - num_files_after), before - after, num_moved)
+
+    async def _compact(self) -> int:
+        """How many bytes were moved; a file that holds a damaged record, or for which there is no room, stays."""
+        arrays = self._files.arrays
+        sizes, live = await self._read(lambda connection: (arrays.sizes(), live_bytes(connection)))
+        num_moved = 0
+        for number in mostly_dead(sizes, live):
+            try:
+                if number == arrays.number:
+                    await self._write(lambda connection: arrays.begin_next())
+                for part in chunks(await self._read(partial(live_records, number=number))):
+                    num_moved += await self._write(partial(move, arrays=arrays, records=part), grows=True)
+            except (LedgerCorrupt, LedgerFull) as error:
+                _log.warning("segment file %d is not compacted: %s", number, error)
+        return num_moved
+
+    async def _footprint(self) -> tuple[int, int]:
+        """Bytes and number of all files."""
+        usage = await self.usage()
+        num_files = await self._read(lambda connection: self._files.num_files())
+        return usage.rows_bytes + usage.log_bytes + usage.routing_bytes + usage.blob_bytes, num_files
 
 
 class SqliteConnection:
@@ -141,6 +194,20 @@ class SegmentFiles:
     def read(self, location: Location, *, name: str) -> tuple[bytes, memoryview]:
         """Key and payload; raises LedgerCorrupt saying `name`."""
         return read_record(self._folder, location, name=name)
+
+    @property
+    def number(self) -> int | None:
+        """Of the file that is appended to."""
+        return None if self._writer is None else self._writer.number
+
+    def begin_next(self) -> None:
+        """Append to a new file from here on."""
+        if self._writer is not None:
+            self._writer.begin_next()
+
+    def sizes(self) -> dict[int, int]:
+        """Bytes of every file, by its number."""
+        return file_sizes(self._folder) if self._folder.is_dir() else {}
 
     def remove_files(self, is_used: Callable[[int], bool]) -> None:
         """Delete the files whose number `is_used` denies and that nobody appends to."""
@@ -245,6 +312,24 @@ class SqliteBackend:
             if connection.execute(held, (sha256,)).fetchone() is None:
                 self._blobs.remove(sha256)
         connection.rollback()  # nothing was written
+        connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()  # waits for nobody; the database shrinks here
+
+    def usage(self, *, reusable_bytes: int, live_routing_bytes: int) -> StoreUsage:
+        """What the files take."""
+        store = _store(self._data)
+        routing = sum(self._arrays.sizes().values())
+        return StoreUsage(
+            rows_bytes=_size(store),
+            reusable_bytes=reusable_bytes,
+            log_bytes=_size(store.with_name(f"{store.name}-wal")),
+            routing_bytes=routing,
+            dead_routing_bytes=max(0, routing - live_routing_bytes),
+            blob_bytes=sum(_size(self._data / "blobs" / name) for name in self._blobs.stored()),
+        )
+
+    def num_files(self) -> int:
+        """Of routing rows and blobs."""
+        return len(self._arrays.sizes()) + len(self._blobs.stored())
 
     def close(self) -> None:
         """Close the files and give up the lock, unless another process has it too."""
@@ -262,6 +347,24 @@ def translate(error: Exception) -> VerbatimError:
     if is_disk_full(error):
         return LedgerFull(f"the ledger's disk is full: {error}")
     return LedgerError(f"the ledger cannot be used: {error}")
+
+
+def _give_back_pages(connection: Connection) -> bool:
+    """Move some pages from the database's end into empty ones; whether there are more.
+
+    A store that an earlier version made keeps its empty pages, and uses them again.
+    """
+    (before,) = connection.execute("PRAGMA freelist_count").fetchone()
+    connection.execute(f"PRAGMA incremental_vacuum({_PAGES_AT_ONCE})").fetchall()
+    (after,) = connection.execute("PRAGMA freelist_count").fetchone()
+    return 0 < int(after) < int(before)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _store(data: Path) -> Path:
@@ -321,6 +424,8 @@ def _prepare(data: Path, step: Callable[[sqlite3.Connection, str], None]) -> Non
     try:
         connection = _connect(path, read_only=step is migration.check)
     except sqlite3.OperationalError as error:
+        if is_disk_full(error):
+            raise translate(error) from error
         raise ConfigurationError(f"{path}: cannot be opened ({error})") from error
     except sqlite3.DatabaseError as error:
         raise LedgerCorrupt(f"{path}: {error}; it is damaged, or no ledger") from error

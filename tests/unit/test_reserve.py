@@ -16,8 +16,8 @@ MIB = 2**20
 
 @pytest.fixture
 def disk() -> Iterator[Path]:
-    with small_disk(8 * MIB) as folder:
-        yield folder
+    with small_disk(8 * MIB) as made:
+        yield made.folder
 
 
 @pytest.fixture
