@@ -34,6 +34,7 @@ from gateway.ledger.sqlite_files import (
     check_blob_files,
     check_segment_files,
     check_structure,
+    faults,
     live_ends,
     torn_tail,
 )
@@ -170,7 +171,6 @@ def _mend(data: Path, before: Found, quarantine: Quarantine) -> Iterator[str]:
         rows_repair.mend(before.damages)
         yield from rows_repair.mended
         yield from _cut_tails(data / "routing", raw, quarantine)
-        raw.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
 
 def _accept_log(path: Path, quarantine: Quarantine) -> Iterator[str]:
@@ -185,10 +185,10 @@ def _accept_log(path: Path, quarantine: Quarantine) -> Iterator[str]:
 def _reindex(raw: sqlite3.Connection, path: Path, quarantine: Quarantine) -> Iterator[str]:
     """Indexes are made of tables: where SQLite's check finds fault with nothing else, they are made anew."""
     try:
-        lines = [str(line) for (line,) in raw.execute("PRAGMA integrity_check(10000)")]
+        lines = [line for (text,) in raw.execute("PRAGMA integrity_check(10000)") for line in faults(str(text))]
     except sqlite3.Error:
         return
-    if lines == ["ok"] or not all(" index " in line for text in lines for line in text.splitlines()):
+    if not lines or not all(" index " in line for line in lines):
         return
     quarantine.take_bytes(path.name, path.read_bytes())
     raw.execute("REINDEX")

@@ -20,7 +20,7 @@ _TYPES = {"TEXT": "text", "BLOB": "blob", "BIGINT": "integer", "INTEGER": "integ
 def check_structure(connection: sqlite3.Connection) -> Iterator[Damage]:
     """SQLite's own check of pages, trees and indexes, then every column's types (a flipped type code passes that)."""
     for (line,) in connection.execute(f"PRAGMA integrity_check({_MAX_MESSAGES})"):
-        for message in () if line == "ok" else str(line).splitlines():
+        for message in faults(str(line)):
             yield Damage(DamageKind.STORE, f"ledger.sqlite: {message}", file="ledger.sqlite")
     tables = connection.execute("SELECT name FROM sqlite_schema WHERE type = 'table' AND name NOT LIKE 'sqlite_%'")
     for (table,) in tables.fetchall():
@@ -33,6 +33,11 @@ def check_structure(connection: sqlite3.Connection) -> Iterator[Damage]:
                 yield Damage(
                     DamageKind.TABLE, f"{table}: {num_wrong} values of {column} are no {expected}", file="ledger.sqlite"
                 )
+
+
+def faults(text: str) -> list[str]:
+    """The lines of one row of SQLite's check that name something wrong."""
+    return [line for line in text.splitlines() if line != "ok" and not line.startswith("*** in database")]
 
 
 def check_segment_files(connection: sqlite3.Connection, folder: Path, found: Found) -> None:
