@@ -7,6 +7,7 @@ users may make namespaces.
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import tempfile
@@ -52,12 +53,17 @@ def small_disk(num_bytes: int) -> Iterator[SmallDisk]:
 
 def fill(path: Path, *, leave_bytes: int = 0) -> None:
     """Take all room of a disk but `leave_bytes` with one file."""
-    disk = os.statvfs(path.parent)
-    room = disk.f_bavail * disk.f_frsize - leave_bytes
-    if room <= 0:
-        return
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
     try:
-        os.posix_fallocate(descriptor, os.fstat(descriptor).st_size, room)
+        while True:
+            disk = os.fstatvfs(descriptor)
+            room = disk.f_bavail * disk.f_frsize - leave_bytes
+            if room <= 0:
+                return
+            try:
+                os.posix_fallocate(descriptor, os.fstat(descriptor).st_size, room)
+            except OSError as error:
+                if error.errno != errno.ENOSPC:  # another process was writing just now: look again
+                    raise
     finally:
         os.close(descriptor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +71,7 @@ def rows_of(turn: TurnRecord) -> RoutedExperts:
     return RoutedExperts(generator.integers(0, 8, shape, dtype=np.uint8), turn.experts_start)
 
 
-async def fill_ledger(ledger: SqliteLedger, session_ids: str, *, finished: str) -> None:
+async def fill_ledger(ledger: SqliteLedger, session_ids: Iterable[str], *, finished: Iterable[str]) -> None:
     """Sessions of a chain of turns each; of them, those in `finished` have ended."""
     for session_id in session_ids:
         await ledger.create_session(a_session(session_id))
