@@ -29,7 +29,8 @@ from benchmarks.policy import SEED_FIELD
 from benchmarks.witness import Served, joined
 from benchmarks.workshop import ModelChoice
 from engines.launch import free_port
-from gateway.client import GatewayClient, path_segment
+from gateway.client import GatewayClient
+from gateway.client_calls import path_segment
 from gateway.contracts.errors import EngineUnavailable
 from gateway.contracts.rollouts import FinishedRollout
 from gateway.ledger.sqlite import SqliteLedger

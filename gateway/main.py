@@ -46,6 +46,7 @@ from gateway.routes.errors import add_error_replies
 from gateway.routes.feed import feed_router
 from gateway.routes.forward import Observed, forward_router
 from gateway.routes.generate import generate_router
+from gateway.routes.leasing import LeaseQueue
 from gateway.routes.limits import BodyBudget, RequestEdge
 from gateway.routes.messages import messages_router
 from gateway.routes.metrics import GatewayMetrics
@@ -139,7 +140,9 @@ async def _serve(settings: GatewaySettings, operator_key: str | None, kinds: Map
             )
             host, port = listener.getsockname()[:2]
             url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-            await _Server(config, on_ready=partial(_announce, url)).serve(sockets=[listener])
+            await _Server(config, on_ready=partial(_announce, url), on_exit=gateway.lease_queue.close).serve(
+                sockets=[listener]
+            )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -154,6 +157,7 @@ class Gateway:
     runner: TurnRunner
     metrics: GatewayMetrics
     picks: PickChoice
+    lease_queue: LeaseQueue
     policies: dict[str, int]
     kinds: Mapping[str, EngineMaker]
 
@@ -203,16 +207,18 @@ async def open_gateway(settings: GatewaySettings, kinds: Mapping[str, EngineMake
         on_interruption=metrics.observe_interruption,
     )
     ledger = SqliteLedger.open(settings.data)
+    lease_queue = LeaseQueue(ledger)
     parts = TurnParts(model, pool, ledger, settings.turns, metrics.observe_turn)
     gateway = Gateway(
         settings=settings,
         model=model,
         ledger=ledger,
         pool=pool,
-        registry=SessionRegistry(ledger, capacity=settings.sessions_in_memory),
+        registry=SessionRegistry(ledger, capacity=settings.sessions_in_memory, on_finish=lease_queue.rollout_finished),
         runner=TurnRunner(parts),
         metrics=metrics,
         picks=picks,
+        lease_queue=lease_queue,
         policies={},
         kinds=kinds,
     )
@@ -246,7 +252,7 @@ def build_app(gateway: Gateway, access: Access) -> ASGIApp:
             retokenisation=Retokenisation.of_model(gateway.model),
             max_body_bytes=max_bytes,
         ),
-        feed_router(gateway.ledger, authorize=access.check_operator, picks=gateway.picks),
+        feed_router(gateway.ledger, gateway.lease_queue, authorize=access.check_operator, picks=gateway.picks),
         admin_router(
             gateway.pool,
             gateway.model,
@@ -282,9 +288,15 @@ def build_app(gateway: Gateway, access: Access) -> ASGIApp:
 class _Server(uvicorn.Server):
     """uvicorn that says when it takes requests, and for which SIGTERM is a regular end."""
 
-    def __init__(self, config: uvicorn.Config, *, on_ready: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, *, on_ready: Callable[[], None], on_exit: Callable[[], None]) -> None:
         super().__init__(config)
         self._on_ready = on_ready
+        self._on_exit = on_exit
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End what only waits, then wait for the rest."""
+        self._on_exit()
+        await super().shutdown(sockets)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start, then tell."""

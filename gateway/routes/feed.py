@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import asdict
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -19,27 +18,37 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from gateway.contracts.codec import encode_rollout
 from gateway.contracts.errors import InvalidRequest
 from gateway.contracts.ports import Ledger
-from gateway.contracts.rollouts import FinishedRollout, Lease
+from gateway.contracts.rollouts import FinishedRollout
 from gateway.routes import openapi
 from gateway.routes.bodies import read_fields
+from gateway.routes.feed_requests import ExtendRequest, LeaseRequest, field_names
+from gateway.routes.leasing import LeaseQueue, LeaseReply
 from gateway.sessions.picks import PickChoice
 from gateway.sessions.segments import load_rollout
 
 MAX_WAIT_SECONDS = 60.0
-_POLL_SECONDS = 0.1
 _PIECE_BYTES = 2**18
 _MAX_BODY_BYTES = 2**20
+_MAX_LISTED = 1000
 
 
-def feed_router(ledger: Ledger, *, authorize: Callable[[Request], Awaitable[None]], picks: PickChoice) -> APIRouter:
+def feed_router(
+    ledger: Ledger,
+    queue: LeaseQueue,
+    *,
+    authorize: Callable[[Request], Awaitable[None]],
+    picks: PickChoice,
+) -> APIRouter:
     """Routes under `/feed`; `authorize` raises Unauthorized or Forbidden before any of them runs."""
 
     async def authorized(request: Request) -> None:
         await authorize(request)
 
-    feed = _Feed(ledger, picks)
+    feed = _Feed(ledger, queue, picks)
     router = APIRouter(prefix="/feed", tags=["feed"], dependencies=[Depends(authorized)])
     router.add_api_route("/leases", feed.lease, methods=["POST"], openapi_extra=openapi.LEASE)
+    router.add_api_route("/leases", feed.leases, methods=["GET"], openapi_extra=openapi.LEASES)
+    router.add_api_route("/leases/{lease_id}/extend", feed.extend, methods=["POST"], openapi_extra=openapi.EXTEND)
     router.add_api_route(
         "/leases/{lease_id}/ack", feed.acknowledge, methods=["POST"], openapi_extra=openapi.ACKNOWLEDGE
     )
@@ -54,47 +63,40 @@ def feed_router(ledger: Ledger, *, authorize: Callable[[Request], Awaitable[None
         methods=["POST"],
         openapi_extra=openapi.RELEASE_CONSUMER,
     )
+    router.add_api_route("/consumers", feed.consumers, methods=["GET"], openapi_extra=openapi.CONSUMERS)
     router.add_api_route("/counts", feed.counts, methods=["GET"], openapi_extra=openapi.FEED_COUNTS)
     router.add_api_route("/picks", feed.picks, methods=["GET"], openapi_extra=openapi.PICKS)
     return router
 
 
-@dataclass(frozen=True, slots=True)
-class LeaseRequest:
-    """Body of `POST /feed/leases`; `wait_seconds` is how long to wait for a first rollout (at most 60 s at a time)."""
-
-    consumer: str
-    limit: int
-    wait_seconds: float = 0.0
-    lease_seconds: float = 600.0
-    whole_groups: bool = True
-    labels: Mapping[str, str] | None = None
-
-    def __post_init__(self) -> None:
-        _require(isinstance(self.consumer, str) and self.consumer != "", "consumer: expected a non-empty string")
-        _require(_is_integer(self.limit) and 1 <= self.limit < 2**63, "limit: expected a whole number of at least 1")
-        _require(_is_seconds(self.wait_seconds), "wait_seconds: expected a number of seconds, 0 or more")
-        _require(
-            _is_seconds(self.lease_seconds) and self.lease_seconds > 0,
-            "lease_seconds: expected seconds above 0",
-        )
-        _require(isinstance(self.whole_groups, bool), "whole_groups: expected true or false")
-        _require(self.labels is None or _is_labels(self.labels), "labels: expected an object of strings")
-
-
 class _Feed:
     """The routes' functions."""
 
-    def __init__(self, ledger: Ledger, picks: PickChoice) -> None:
+    def __init__(self, ledger: Ledger, queue: LeaseQueue, picks: PickChoice) -> None:
         self._ledger = ledger
+        self._queue = queue
         self._picks = picks
 
     async def lease(self, request: Request) -> Response:
         """200 with a lease, or 204 when nothing was there within `wait_seconds`."""
-        known = tuple(field.name for field in fields(LeaseRequest))
-        wanted = _lease_request(await read_fields(request, max_bytes=_MAX_BODY_BYTES, known=known))
-        lease = await self._wait_for_lease(request, wanted)
-        return Response(status_code=204) if lease is None else JSONResponse(asdict(lease))
+        body = await read_fields(request, max_bytes=_MAX_BODY_BYTES, known=field_names(LeaseRequest))
+        wanted = LeaseRequest.of_body(body)
+        wait_seconds = min(wanted.wait_seconds, MAX_WAIT_SECONDS)
+        lease = await self._queue.lease(wanted, wait_seconds=wait_seconds, is_gone=request.is_disconnected)
+        return Response(status_code=204) if lease is None else LeaseReply(lease, self._queue)
+
+    async def leases(self, request: Request) -> Response:
+        """`{"leases": […]}`: those that are held now; `consumer` of the query selects."""
+        consumer = request.query_params.get("consumer")
+        held = await self._ledger.leases(consumer=consumer, now=time.time(), limit=_MAX_LISTED)
+        return JSONResponse({"leases": [asdict(lease) for lease in held]})
+
+    async def extend(self, lease_id: str, request: Request) -> Response:
+        """`{"lease_id", "expires_at"}` of a lease that runs on."""
+        body = await read_fields(request, max_bytes=_MAX_BODY_BYTES, known=field_names(ExtendRequest))
+        wanted = ExtendRequest.of_body(body)
+        until = await self._ledger.extend_lease(lease_id, lease_seconds=wanted.lease_seconds, now=time.time())
+        return JSONResponse({"lease_id": lease_id, "expires_at": until})
 
     async def acknowledge(self, lease_id: str) -> Response:
         """`{"session_ids": […]}` of the rollouts that are consumed now."""
@@ -103,11 +105,14 @@ class _Feed:
     async def release(self, lease_id: str) -> Response:
         """Give a lease back."""
         await self._ledger.release(lease_id)
+        self._queue.look_again()
         return JSONResponse({"lease_id": lease_id})
 
     async def release_consumer(self, consumer: str) -> Response:
         """`{"released": n}`: a trainer that starts again gives back what its earlier self held."""
-        return JSONResponse({"released": await self._ledger.release_consumer(consumer)})
+        released = await self._ledger.release_consumer(consumer)
+        self._queue.look_again()
+        return JSONResponse({"released": released})
 
     async def rollout(self, session_id: str, request: Request) -> Response:
         """The safetensors body, with its length, so that a cut transfer is noticed; `pick` chooses what trains."""
@@ -124,6 +129,10 @@ class _Feed:
         await self._ledger.drop_rollout(session_id, _query(request, "snapshot"))
         return JSONResponse({"session_id": session_id})
 
+    async def consumers(self) -> Response:
+        """`{"consumers": [names]}`: who leases or has leased."""
+        return JSONResponse({"consumers": list(await self._ledger.consumers(limit=_MAX_LISTED))})
+
     async def counts(self, request: Request) -> Response:
         """Back-pressure figures for one consumer."""
         return JSONResponse(asdict(await self._ledger.counts(_query(request, "consumer"), time.time())))
@@ -131,29 +140,6 @@ class _Feed:
     async def picks(self) -> Response:
         """`{"default": name, "picks": [names]}`: what `pick` of a rollout may be."""
         return JSONResponse({"default": self._picks.default.name, "picks": list(self._picks.names)})
-
-    async def _wait_for_lease(self, request: Request, wanted: LeaseRequest) -> Lease | None:
-        deadline = time.monotonic() + min(wanted.wait_seconds, MAX_WAIT_SECONDS)
-        while not await request.is_disconnected():  # nothing is lent to a client that is gone
-            lease = await self._ledger.lease(
-                consumer=wanted.consumer,
-                limit=wanted.limit,
-                lease_seconds=wanted.lease_seconds,
-                whole_groups=wanted.whole_groups,
-                labels=wanted.labels,
-                now=time.time(),
-            )
-            remaining = deadline - time.monotonic()
-            if lease is not None or remaining <= 0:
-                return lease
-            await asyncio.sleep(min(_POLL_SECONDS, remaining))
-        return None
-
-
-def _lease_request(body: Mapping[str, Any]) -> LeaseRequest:
-    missing = [name for name in ("consumer", "limit") if name not in body]
-    _require(not missing, f"{', '.join(missing)}: is required")
-    return LeaseRequest(**body)
 
 
 def _query(request: Request, name: str) -> str:
@@ -177,20 +163,3 @@ async def _bounded(pieces: list[bytes | memoryview]) -> AsyncIterator[bytes]:
 def _slices(piece: bytes | memoryview) -> Iterator[bytes]:
     for start in range(0, len(piece), _PIECE_BYTES):
         yield bytes(piece[start : start + _PIECE_BYTES])
-
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise InvalidRequest(message)
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_seconds(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e9
-
-
-def _is_labels(value: object) -> bool:
-    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())

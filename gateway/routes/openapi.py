@@ -563,6 +563,18 @@ _LEASE = _object(
         "consumer": _TEXT,
         "expires_at": _NUMBER,
         "rollouts": _list(_object({"session_id": _ID, "snapshot": _TEXT})),
+        "incomplete": _list(
+            _object(
+                {
+                    "group": _TEXT,
+                    "expected": _maybe(_COUNT),
+                    "unfinished": _list(_ID),
+                    "num_not_created": _COUNT,
+                    "lent_before": _list(_ID),
+                    "dropped": _list(_ID),
+                }
+            )
+        ),
     }
 )
 LEASE = _operation(
@@ -578,10 +590,23 @@ LEASE = _operation(
             "lease_seconds": {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1e9},
             "whole_groups": _FLAG,
             "labels": _maybe({"type": "object", "additionalProperties": _TEXT}),
+            "group_deadline_seconds": _maybe({"type": "number", "minimum": 0, "exclusiveMaximum": 1e9}),
+            "lease_id": _maybe({"type": "string", "minLength": 1, "maxLength": 128}),
         },
         additionalProperties=False,
     ),
     also={"204": {"description": "Nothing was there in time"}},
+)
+LEASES = _operation("Leases that are held now", _object({"leases": _list(_LEASE)}), query={"consumer": _TEXT})
+EXTEND = _operation(
+    "Let a lease run on",
+    _object({"lease_id": _TEXT, "expires_at": _NUMBER}),
+    body=_object(
+        {},
+        {"lease_seconds": {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1e9}},
+        additionalProperties=False,
+    ),
+    needs_body=False,
 )
 ACKNOWLEDGE = _operation("These rollouts are consumed", _object({"session_ids": _list(_ID)}))
 RELEASE = _operation("Give a lease back", _object({"lease_id": _TEXT}))
@@ -597,6 +622,7 @@ ROLLOUT: Operation = {
 DROP_ROLLOUT: Operation = _operation("Free a rollout's data", _object({"session_id": _ID})) | {
     "parameters": [{"name": "snapshot", "in": "query", "required": True, "schema": _TEXT}]
 }
+CONSUMERS = _operation("Who leases or has leased", _object({"consumers": _list(_TEXT)}))
 FEED_COUNTS: Operation = _operation("Back-pressure figures of one consumer", _OBJECT) | {
     "parameters": [{"name": "consumer", "in": "query", "required": True, "schema": _TEXT}]
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -59,11 +59,14 @@ class Session:
 
 
 class SessionRegistry:
-    """Gives sessions by id. `capacity`: how many idle ones stay in memory."""
+    """Gives sessions by id. `capacity`: how many idle ones stay in memory. `on_finish`: told of each that ends here."""
 
-    def __init__(self, ledger: Ledger, *, capacity: int = 10_000) -> None:
+    def __init__(
+        self, ledger: Ledger, *, capacity: int = 10_000, on_finish: Callable[[SessionRecord], None] = lambda _: None
+    ) -> None:
         self._ledger = ledger
         self._capacity = capacity
+        self._on_finish = on_finish
         self._sessions: OrderedDict[str, Session] = OrderedDict()
         self._loading: dict[str, asyncio.Task[Session | None]] = {}
 
@@ -115,6 +118,7 @@ class SessionRegistry:
             )
         finally:
             session.closing = False
+        self._on_finish(session.record)
         return session.finish
 
     async def delete(self, session_id: str) -> None:

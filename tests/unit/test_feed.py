@@ -18,7 +18,8 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse
 from yarl import URL
 
-from gateway.client import GatewayClient, error_of_reply, path_segment
+from gateway.client import GatewayClient
+from gateway.client_calls import error_of_reply, path_segment
 from gateway.contracts.errors import (
     Conflict,
     InvalidRequest,

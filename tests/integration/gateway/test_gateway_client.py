@@ -9,7 +9,8 @@ from typing import Any
 import openai
 import pytest
 
-from gateway.client import GatewayClient, path_segment
+from gateway.client import GatewayClient
+from gateway.client_calls import path_segment
 from gateway.contracts.errors import Conflict, InvalidRequest, NotFound, Unauthorized
 
 AWKWARD_ID = "train/4/späß 🙂 ?#%2F"
