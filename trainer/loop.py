@@ -103,25 +103,13 @@ async def _begin(settings: TrainSettings, parts: LoopParts) -> RunState:
 
 
 async def _step(settings: TrainSettings, parts: LoopParts, state: RunState) -> RunState:
-    started = time.monotonic()
+    started, served = time.monotonic(), state.policy_version
     taken = await _take(settings, parts, state)
     seconds_rollout = time.monotonic() - started
-    batch = _check(settings, parts, state, taken)
-    trained = await asyncio.to_thread(_train, settings, parts, batch)
-    state = RunState(
-        run_name=state.run_name,
-        seed=state.seed,
-        step=state.step + 1,
-        policy_version=state.policy_version + (trained.update is not None),
-        lease_ids=taken.lease_ids,
-        session_ids=tuple(rollout.session.session_id for rollout in taken.rollouts),
-    )
-    metrics = _step_metrics(state, batch, trained, seconds_rollout=seconds_rollout)
-    state = replace(state, metrics=metrics)
-    await asyncio.to_thread(parts.checkpoints.save, state, parts.backend.save)
-    await parts.source.acknowledge(taken.lease_ids)
+    async with parts.source.holding(taken):
+        state, metrics = await _learn(settings, parts, state, taken, seconds_rollout=seconds_rollout)
     published = time.monotonic()
-    if trained.update is not None:
+    if state.policy_version != served:
         await parts.publisher.publish(parts.backend, policy_version=state.policy_version)
     metrics = replace(metrics, seconds_publish=time.monotonic() - published)
     parts.metrics.step(metrics)
@@ -130,12 +118,34 @@ async def _step(settings: TrainSettings, parts: LoopParts, state: RunState) -> R
     return state
 
 
+async def _learn(
+    settings: TrainSettings, parts: LoopParts, state: RunState, taken: TakenRollouts, *, seconds_rollout: float
+) -> tuple[RunState, StepMetrics]:
+    """From rollouts to an update that is on disk, and only then acknowledged: each is trained once (I3)."""
+    batch = _check(settings, parts, state, taken)
+    trained = await asyncio.to_thread(_train, settings, parts, batch)
+    state = RunState(
+        run_name=state.run_name,
+        seed=state.seed,
+        step=state.step + 1,
+        policy_version=state.policy_version + (trained.update is not None),
+        lease_ids=taken.lease_ids,
+        session_ids=taken.session_ids,
+    )
+    metrics = _step_metrics(state, batch, trained, seconds_rollout=seconds_rollout)
+    state = replace(state, metrics=metrics)
+    await asyncio.to_thread(parts.checkpoints.save, state, parts.backend.save)
+    await parts.source.acknowledge(taken.lease_ids)
+    return state, metrics
+
+
 async def _take(settings: TrainSettings, parts: LoopParts, state: RunState) -> TakenRollouts:
     """The step's groups: what the feed holds already, then what is produced for it."""
     wanted = settings.rollouts.groups_per_step
     taken = await parts.source.take(wanted, wait_seconds=0.0)
     if len(taken.groups) < wanted:
-        await parts.produce(step=state.step)
+        async with parts.source.holding(taken):
+            await parts.produce(step=state.step)
         taken += await parts.source.take(wanted - len(taken.groups), wait_seconds=_FEED_WAIT_SECONDS)
     if len(taken.groups) < wanted:
         _log.warning("step %d goes on with %d whole groups of %d", state.step + 1, len(taken.groups), wanted)

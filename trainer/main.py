@@ -34,7 +34,7 @@ from trainer.progress import Progress, make_progress
 from trainer.publish import Publisher
 from trainer.rollouts.controller import RolloutController
 from trainer.rollouts.recipe import Recipe, load_recipe
-from trainer.settings import ReplayMode, TrainSettings
+from trainer.settings import GatewaySettings, ReplayMode, TrainSettings
 
 OPERATOR_KEY_VARIABLE = "VERBATIM_OPERATOR_KEY"
 """Environment variable with the operator's key of the gateway, where keys are on."""
@@ -77,7 +77,7 @@ async def run_training(settings: TrainSettings, progress: Progress) -> RunState:
         transport = _make_transport(settings.engines.transport)
         stack.push_async_callback(transport.aclose)
         sandboxes = await stack.enter_async_context(_open_sandboxes(settings))
-        gateway = await stack.enter_async_context(_open_gateway(settings.gateway.url))
+        gateway = await stack.enter_async_context(_open_gateway(settings.gateway))
         await _check_pick(gateway, settings.batch.pick)
         await check_experts(gateway, settings.replay.mode)
         backend = await asyncio.to_thread(
@@ -174,13 +174,18 @@ class RecipeRollouts:
 
 
 @asynccontextmanager
-async def _open_gateway(url: str) -> AsyncIterator[GatewayClient]:
-    """A client of a gateway that answers; raises ConfigurationError if there is none."""
-    async with GatewayClient(url, api_key=os.environ.get(OPERATOR_KEY_VARIABLE) or None) as gateway:
+async def _open_gateway(settings: GatewaySettings) -> AsyncIterator[GatewayClient]:
+    """A client of a gateway that answers now, and may go away for a while later.
+
+    Raises ConfigurationError if there is none.
+    """
+    key = os.environ.get(OPERATOR_KEY_VARIABLE) or None
+    async with GatewayClient(settings.url, api_key=key, retry_seconds=0.0) as impatient:
         try:
-            await gateway.health()
+            await impatient.health()
         except LedgerError as error:
             raise ConfigurationError(f"gateway.url: {error.message}; start it with `verbatim serve`") from error
+    async with GatewayClient(settings.url, api_key=key, retry_seconds=settings.retry_seconds) as gateway:
         yield gateway
 
 

@@ -41,9 +41,16 @@ class ModelSettings:
 
 @dataclass(frozen=True, slots=True)
 class GatewaySettings:
-    """Where the gateway answers. Its operator's key comes from the environment, never from a file."""
+    """Where the gateway answers, and how long it may be away in the middle of a run (`retry_seconds`).
+
+    Its operator's key comes from the environment, never from a file.
+    """
 
     url: str = "http://127.0.0.1:8600"
+    retry_seconds: float = 300.0
+
+    def __post_init__(self) -> None:
+        _require(self.retry_seconds >= 0, f"gateway.retry_seconds is {self.retry_seconds}; it must not be negative")
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
+import json
 import secrets
 from dataclasses import dataclass
 
@@ -70,13 +71,19 @@ class Access:
             raise Unauthorized("no session has this id or key; make one with POST /sessions")
         raise Unauthorized(_NEEDS_ITS_KEY) if key is None else Forbidden(_NOT_ITS_KEY)
 
-    def new_key(self, session_id: str) -> SessionKey:
-        """A key for a new session."""
+    def new_key(self, session_id: str, *, seed: str | None = None) -> SessionKey:
+        """A key for a new session; the same for the same `seed`, which must be hard to guess, else a random one."""
         name = base64.urlsafe_b64encode(session_id.encode()).decode().rstrip("=")
         if not self.keys_are_on:
             return SessionKey(f"{_PREFIX}{name}.{_OPEN_SECRET}", "")
-        text = f"{_PREFIX}{name}.{secrets.token_urlsafe(24)}"
+        text = f"{_PREFIX}{name}.{secrets.token_urlsafe(24) if seed is None else self._secret_of(session_id, seed)}"
         return SessionKey(text, _digest(text))
+
+    def _secret_of(self, session_id: str, seed: str) -> str:
+        """Nobody can make it from the seed alone."""
+        facts = json.dumps([session_id, seed]).encode()
+        mac = hmac.digest((self._operator_key or "").encode(), facts, "sha256")
+        return base64.urlsafe_b64encode(mac[:24]).decode()
 
     def _is_operator(self, key: str | None) -> bool:
         return (

@@ -449,8 +449,8 @@ _PICKED = {"pick": _TEXT}
 _PICK_REPORT = _object(
     {"pick": _TEXT, "num_sampled_tokens": _COUNT, "num_trained_tokens": _COUNT, "left_out": _list(_OBJECT)}
 )
-CREATE_SESSION = _operation(
-    "Make a session; 200 with one of equal properties that exists, without its key",
+CREATE_SESSION: Operation = _operation(
+    "Make a session; 200 with one of equal properties that exists, without its key unless this call repeats another",
     _CREATED,
     body=_object(
         {},
@@ -470,7 +470,7 @@ CREATE_SESSION = _operation(
     ),
     needs_body=False,
     also={"201": _json(_CREATED, "Created")},
-)
+) | {"parameters": [{"name": "Idempotency-Key", "in": "header", "schema": {"type": "string", "minLength": 32}}]}
 LIST_SESSIONS = _operation(
     "Sessions in order of id",
     _object(

@@ -32,6 +32,8 @@ _CREATE_FIELDS = (
 )  # fmt: skip
 _FINISH_FIELDS = ("reward", "outcome", "metadata")
 _MAX_PAGE = 10_000
+_MIN_IDEMPOTENCY_KEY = 32
+"""A session's key is made from it."""
 
 
 def session_router(
@@ -88,12 +90,16 @@ class _SessionRoutes:
         self._max_body_bytes = max_body_bytes
 
     async def create(self, request: Request) -> Response:
-        """201 with a new session; 200 with one of equal properties that exists (its key is not told again)."""
+        """201 with a new session; 200 with one of equal properties that exists.
+
+        Its key is told again only to a call with the `Idempotency-Key` of the one that made it: a reply was lost.
+        """
         fields = await read_fields(request, max_bytes=self._max_body_bytes, known=_CREATE_FIELDS)
         session_id = _session_id(fields)
-        key = self._access.new_key(session_id)
+        key = self._access.new_key(session_id, seed=_idempotency_key(request))
         session, is_new = await self._registry.create(_wanted(session_id, fields, key_hash=key.stored))
-        api_key = key.text if is_new or not self._access.keys_are_on else None
+        is_same_call = key.stored == session.record.key_hash
+        api_key = key.text if is_new or not self._access.keys_are_on or is_same_call else None
         reply = {"base_url": _base_url(request, session_id), "api_key": api_key, **_session_json(session.record)}
         return json_reply(reply, status=201 if is_new else 200)
 
@@ -210,6 +216,15 @@ def _session_id(fields: Mapping[str, JsonValue]) -> str:
     if session_id is None:
         return f"session-{uuid.uuid4().hex}"
     return checked_id(str(session_id))
+
+
+def _idempotency_key(request: Request) -> str | None:
+    key = request.headers.get("idempotency-key")
+    if key is not None and len(key) < _MIN_IDEMPOTENCY_KEY:
+        raise InvalidRequest(
+            f"Idempotency-Key: expected at least {_MIN_IDEMPOTENCY_KEY} characters, as of a random UUID"
+        )
+    return key
 
 
 def _required_id(request: Request) -> str:

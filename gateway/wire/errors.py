@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gateway.contracts.errors import (
+    Conflict,
     ContextOverflow,
     EngineError,
     EngineProtocolError,
@@ -69,11 +70,13 @@ def agents_error(error: EngineError, reference: str) -> EngineError:
 
 
 def error_headers(error: VerbatimError) -> dict[str, str]:
-    """`Retry-After` where a retry can help, `WWW-Authenticate` with 401, `Allow` with 405, `Accept-Encoding` with
-    415."""
+    """`Retry-After` where a retry can help, `x-should-retry: false` with a 409 where none can; what goes with 401, 405
+    and 415."""
     headers: dict[str, str] = {}
     if error.retryable:
         headers["Retry-After"] = str(_RETRY_AFTER_SECONDS)
+    elif error.http_status == Conflict.http_status:
+        headers["x-should-retry"] = "false"  # clients of OpenAI's kind take every 409 for a lock
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, MethodNotAllowed):

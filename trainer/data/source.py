@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 from gateway.client import GatewayClient
@@ -13,7 +14,6 @@ from gateway.contracts.errors import Conflict, NotFound
 from gateway.contracts.rollouts import FinishedRollout, LeasedRollout
 
 _log = logging.getLogger(__name__)
-_LONGEST_WAIT_SECONDS = 30.0
 _CONCURRENT_READS = 8
 
 
@@ -21,18 +21,26 @@ _CONCURRENT_READS = 8
 class TakenRollouts:
     """What a step leased. Rollouts are ordered by group and session, so that a step repeated after a crash is the same.
 
-    `groups`: names of the groups, those of rollouts that an earlier step had consumed left out.
+    `groups`: names of the groups, those of rollouts that an earlier step had consumed left out. `settled`: sessions of
+    the latter, which the leases hold once more; this step's checkpoint names them too.
     """
 
     lease_ids: tuple[str, ...]
     groups: frozenset[str]
     rollouts: tuple[FinishedRollout, ...]
+    settled: frozenset[str] = frozenset()
+
+    @property
+    def session_ids(self) -> tuple[str, ...]:
+        """Of all that the leases hold."""
+        return tuple(sorted({rollout.session.session_id for rollout in self.rollouts} | self.settled))
 
     def __add__(self, other: TakenRollouts) -> TakenRollouts:
         return TakenRollouts(
             self.lease_ids + other.lease_ids,
             self.groups | other.groups,
             tuple(sorted(self.rollouts + other.rollouts, key=_order)),
+            self.settled | other.settled,
         )
 
 
@@ -82,7 +90,7 @@ class RolloutSource:
             lease = await self._gateway.lease(
                 consumer=self._consumer,
                 limit=(num_groups - len(taken.groups)) * self._group_size,
-                wait_seconds=min(max(deadline - time.monotonic(), 0.0), _LONGEST_WAIT_SECONDS),
+                wait_seconds=max(deadline - time.monotonic(), 0.0),
                 lease_seconds=self._lease_seconds,
                 whole_groups=True,
                 labels=self._labels,
@@ -90,10 +98,20 @@ class RolloutSource:
             if lease is not None:
                 fresh = [rollout for rollout in lease.rollouts if rollout.session_id not in self._consumed]
                 groups = frozenset(rollout.group or rollout.session_id for rollout in fresh)
-                taken += TakenRollouts((lease.lease_id,), groups, await self._read(fresh))
+                settled = frozenset(rollout.session_id for rollout in lease.rollouts) & self._consumed
+                async with self._gateway.extending(lease.lease_id, lease_seconds=self._lease_seconds):
+                    taken += TakenRollouts((lease.lease_id,), groups, await self._read(fresh), settled)
             elif time.monotonic() >= deadline:
                 break
         return taken
+
+    @asynccontextmanager
+    async def holding(self, taken: TakenRollouts) -> AsyncIterator[None]:
+        """Keep the leases while the block runs, however long that takes."""
+        async with AsyncExitStack() as stack:
+            for lease_id in taken.lease_ids:
+                await stack.enter_async_context(self._gateway.extending(lease_id, lease_seconds=self._lease_seconds))
+            yield
 
     async def acknowledge(self, lease_ids: Sequence[str]) -> None:
         """Mark leases as consumed, after the checkpoint that names them."""

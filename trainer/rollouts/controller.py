@@ -26,6 +26,8 @@ from trainer.rollouts.settings import RolloutSettings
 from trainer.rollouts.tasks import Task
 
 _PAGE = 1000
+_CALL_RETRIES = 20
+"""Of a chat call whose gateway is away; the pauses of OpenAI's client add up to two minutes."""
 
 
 class Sandboxes(Protocol):
@@ -108,7 +110,12 @@ class RolloutController:
         # One HTTP client for all: each agent's is a copy of it that shares its connections.
         timeout = self._settings.request_timeout_seconds
         async with (
-            AsyncOpenAI(base_url="http://set.for.each.session.invalid", api_key="none", timeout=timeout) as client,
+            AsyncOpenAI(
+                base_url="http://set.for.each.session.invalid",
+                api_key="none",
+                timeout=timeout,
+                max_retries=_CALL_RETRIES,
+            ) as client,
             asyncio.TaskGroup() as group,
         ):
             for attempt in attempts:
