@@ -24,6 +24,7 @@ COMMANDS = {
     "engine": ("engines.embedded.server", "the embedded engine (speaks SGLang's protocol)"),
     "train": ("trainer.main", "the trainer"),
     "sessions": ("gateway.inspection", "look at recorded sessions and turns"),
+    "feed": ("gateway.feed_inspection", "look at leases and rollouts, release, export"),
     "bench": ("gateway.bench", "the benchmarks of a checkout"),
     "doctor": ("gateway.doctor", "what is known of a model before anything depends on it"),
 }

@@ -291,9 +291,12 @@ class GatewayClient:
 
         pick: which of its turns train, one of `picks()`; None leaves it to the gateway.
         """
-        path = f"/feed/rollouts/{path_segment(session_id)}{query_string([('snapshot', snapshot), ('pick', pick)])}"
-        body = await self._calls.content("GET", path)
-        return await asyncio.to_thread(decode_rollout, body)
+        return await asyncio.to_thread(decode_rollout, await self.rollout_bytes(session_id, snapshot, pick=pick))
+
+    async def rollout_bytes(self, session_id: str, snapshot: str, *, pick: str | None = None) -> bytes:
+        """The same as the safetensors file that it travels as."""
+        query = query_string([("snapshot", snapshot), ("pick", pick)])
+        return await self._calls.content("GET", f"/feed/rollouts/{path_segment(session_id)}{query}")
 
     async def picks(self) -> tuple[str, ...]:
         """Names that `pick` of `rollout` may have at this gateway."""
@@ -452,6 +455,7 @@ class SyncGatewayClient:
     lease = _blocking(GatewayClient.lease)
     extend = _blocking(GatewayClient.extend)
     rollout = _blocking(GatewayClient.rollout)
+    rollout_bytes = _blocking(GatewayClient.rollout_bytes)
     picks = _blocking(GatewayClient.picks)
     acknowledge = _blocking(GatewayClient.acknowledge)
     release = _blocking(GatewayClient.release)

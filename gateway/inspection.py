@@ -50,13 +50,9 @@ def run(arguments: argparse.Namespace) -> int:
     pick = PickChoice.load(arguments.pick).default
     if arguments.report:
         return _report(arguments, pick)
-    labels = dict(_label(text) for text in arguments.label)
+    labels = dict(label_of(text) for text in arguments.label)
     rows = asyncio.run(_rows(arguments.data, arguments.session, pick, labels=labels, limit=arguments.limit))
-    if arguments.json:
-        for row in rows:
-            sys.stdout.write(json.dumps(row, ensure_ascii=False) + "\n")
-    else:
-        _print_table(rows)
+    print_rows(rows, as_json=arguments.json, nothing="nothing recorded")
     return 0
 
 
@@ -146,17 +142,22 @@ def _reply_text(reply: Mapping[str, Any]) -> str:
     return " ".join(filter(None, [reply.get("content"), *calls]))
 
 
-def _label(text: str) -> tuple[str, str]:
+def label_of(text: str) -> tuple[str, str]:
+    """`KEY=VALUE` of a flag; raises ConfigurationError."""
     key, equals, value = text.partition("=")
     if not equals:
         raise ConfigurationError(f"--label {text!r}: write it as KEY=VALUE")
     return key, value
 
 
-def _print_table(rows: Sequence[Mapping[str, JsonValue]]) -> None:
-    """Aligned columns, never cut: ids are there to be copied."""
+def print_rows(rows: Sequence[Mapping[str, JsonValue]], *, as_json: bool, nothing: str) -> None:
+    """One JSON object a line, or aligned columns, never cut: ids are there to be copied. nothing: said without rows."""
+    if as_json:
+        for row in rows:
+            sys.stdout.write(json.dumps(row, ensure_ascii=False) + "\n")
+        return
     if not rows:
-        sys.stdout.write("nothing recorded\n")
+        sys.stdout.write(f"{nothing}\n")
         return
     lines = [list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
