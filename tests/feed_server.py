@@ -1,0 +1,77 @@
+"""The feed's routes over a real ledger and a real socket, in the test's own event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import uvicorn
+from fastapi import FastAPI
+
+from gateway.ledger.sqlite import SqliteLedger
+from gateway.routes.errors import add_error_replies
+from gateway.routes.feed import feed_router
+from gateway.routes.leasing import LeaseQueue
+from gateway.routes.limits import BodyBudget, RequestEdge
+from gateway.sessions.picks import PickChoice
+
+
+class FeedServer:
+    """One that can be restarted on its port."""
+
+    def __init__(self, data: Path, port: int) -> None:
+        self._data = data
+        self._port = port
+        self.url = f"http://127.0.0.1:{port}"
+
+    async def start(self) -> None:
+        self._ledger = SqliteLedger.open(self._data)
+        app = FastAPI()
+        app.include_router(
+            feed_router(self._ledger, LeaseQueue(self._ledger), authorize=_everybody, picks=PickChoice.load())
+        )
+        add_error_replies(app)
+        edge = RequestEdge(app, budget=BodyBudget(2**20), read_timeout_seconds=20.0)
+        config = uvicorn.Config(edge, host="127.0.0.1", port=self._port, log_level="error", lifespan="off")
+        self._server = uvicorn.Server(config)
+        self._serving = asyncio.create_task(self._server.serve())
+        while not self._server.started:  # noqa: ASYNC110  # uvicorn offers no event to wait for
+            await asyncio.sleep(0.005)
+
+    async def stop(self) -> None:
+        self._server.should_exit = True
+        await self._serving
+        await self._ledger.aclose()
+
+    async def restart(self) -> None:
+        await self.stop()
+        await self.start()
+
+
+@asynccontextmanager
+async def serve_feed(data: Path) -> AsyncIterator[FeedServer]:
+    server = FeedServer(data, _unused_port())
+    await server.start()
+    try:
+        yield server
+    finally:
+        await server.stop()
+
+
+async def _everybody(request: object) -> None:
+    """Keys are off."""
+
+
+def _unused_port() -> int:
+    for port in range(22_000 + os.getpid() % 3_000, 32_000):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise RuntimeError("no free port below 32000")
