@@ -327,7 +327,7 @@ class GatewayClient:
         return FeedCounts(**await self._object("GET", f"/feed/counts{query_string([('consumer', consumer)])}"))
 
     async def consumers(self) -> tuple[str, ...]:
-        """Who leases or has leased, the latest first."""
+        """Who holds rollouts or has acknowledged some, in order of name."""
         return tuple((await self._object("GET", "/feed/consumers"))["consumers"])
 
     async def leases(self, *, consumer: str | None = None) -> tuple[Lease, ...]:

@@ -254,6 +254,10 @@ class Ledger(Protocol):
 
     async def counts(self, consumer: str, now: float) -> FeedCounts: ...
 
+    async def leases(self, *, now: float, consumer: str | None = None, limit: int = 100) -> Sequence[Lease]:
+        """Leases that have not ended, of one consumer or of all; those that expire soonest first."""
+        ...
+
     async def consumers(self, *, limit: int = 100) -> Sequence[str]:
         """Names of consumers that hold or have acknowledged rollouts, in order."""
         ...

@@ -175,6 +175,17 @@ def consumers(connection: Connection, limit: int) -> list[str]:
     return [consumer for (consumer,) in rows]
 
 
+def running(connection: Connection, consumer: str | None, now: float, limit: int) -> list[Lease]:
+    """Leases that have not ended, of one consumer or of all, by when they expire."""
+    clause, values = ("", []) if consumer is None else (" AND consumer = ?", [consumer])
+    rows = connection.execute(
+        f"""SELECT lease_id, consumer, state, expires_at, incomplete FROM leases
+            WHERE state = 'open' AND expires_at > ?{clause} ORDER BY expires_at, lease_id LIMIT ?""",
+        [now, *values, limit],
+    )
+    return [_lease_of_row(connection, *row) for row in rows.fetchall()]
+
+
 def label_filter(labels: Mapping[str, str]) -> tuple[str, list[Value]]:
     """SQL (to put after a WHERE condition) and values: sessions `s` that carry all of `labels`."""
     clause = (
@@ -315,11 +326,17 @@ def _lease_made(connection: Connection, wanted: Selection, lease_id: str) -> Lea
     ).fetchone()
     if row is None:
         return None
-    consumer, state, expires_at, incomplete = row
+    consumer, state, expires_at, _ = row
     if consumer != wanted.consumer:
         raise Conflict(f"lease {lease_id} belongs to another consumer; choose another id")
     if state != "open" or expires_at <= wanted.now:
         raise Conflict(f"lease {lease_id} has ended; choose another id")
+    return _lease_of_row(connection, lease_id, *row)
+
+
+def _lease_of_row(
+    connection: Connection, lease_id: str, consumer: str, _state: str, expires_at: float, incomplete: bytes | None
+) -> Lease:
     return Lease(
         lease_id=lease_id,
         consumer=consumer,

@@ -347,6 +347,10 @@ class SqlLedger:
         """Back-pressure figures for this consumer."""
         return await self._read(lambda connection: leases.counts(connection, consumer, now))
 
+    async def leases(self, *, now: float, consumer: str | None = None, limit: int = 100) -> Sequence[Lease]:
+        """Leases that have not ended, by when they expire."""
+        return await self._read(lambda connection: leases.running(connection, consumer, now, limit))
+
     async def consumers(self, *, limit: int = 100) -> Sequence[str]:
         """Names of consumers that hold or have acknowledged rollouts, in order."""
         return await self._read(lambda connection: leases.consumers(connection, limit))

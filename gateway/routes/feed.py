@@ -88,7 +88,7 @@ class _Feed:
     async def leases(self, request: Request) -> Response:
         """`{"leases": […]}`: those that are held now; `consumer` of the query selects."""
         consumer = request.query_params.get("consumer")
-        held = await self._ledger.leases(consumer=consumer, now=time.time(), limit=_MAX_LISTED)
+        held = await self._ledger.leases(now=time.time(), consumer=consumer, limit=_MAX_LISTED)
         return JSONResponse({"leases": [asdict(lease) for lease in held]})
 
     async def extend(self, lease_id: str, request: Request) -> Response:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -13,10 +14,11 @@ from gateway.sessions.turn import TurnFinished, TurnTimes
 from gateway.tito.prompt import AuditCounts
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+_MOST_CONSUMERS = 100
 
 
 class GatewayMetrics:
-    """Counters of one gateway; `exposition` is the text of `/metrics`."""
+    """Counters of one gateway; `exposition` is the text of `/metrics`. feed_consumer: shown before it leases too."""
 
     def __init__(self, *, feed_consumer: str) -> None:
         self._feed_consumer = feed_consumer
@@ -60,8 +62,10 @@ class GatewayMetrics:
         self._running = Gauge("verbatim_turns_running", "Turns under way.", registry=registry)
         self._sessions = Gauge("verbatim_sessions_in_memory", "Sessions in memory.", registry=registry)
         self._engines = Gauge("verbatim_engines", "Engines by state.", ["state"], registry=registry)
-        self._feed = Gauge("verbatim_feed_rollouts", "Rollouts in the feed by state.", ["state"], registry=registry)
-        self._oldest = Gauge("verbatim_feed_oldest_unleased_seconds", "Age of the oldest.", registry=registry)
+        self._unleased = _of_consumer("verbatim_feed_unleased", "Rollouts that a consumer has yet to lease.", registry)
+        self._leased = _of_consumer("verbatim_feed_leased", "Rollouts that a consumer holds.", registry)
+        self._acknowledged = _of_consumer("verbatim_feed_acknowledged", "Rollouts it is done with.", registry)
+        self._oldest = _of_consumer("verbatim_feed_oldest_seconds", "Age of the oldest one yet to lease.", registry)
 
     def observe_turn(self, finished: TurnFinished, generated: Generated, times: TurnTimes) -> None:
         """Count one recorded turn."""
@@ -107,13 +111,25 @@ class GatewayMetrics:
         healthy = sum(replica.healthy for replica in pool.replicas)
         self._engines.labels("healthy").set(healthy)
         self._engines.labels("ejected").set(len(pool.replicas) - healthy)
-        counts = await ledger.counts(self._feed_consumer, time.time())
-        self._feed.labels("finished").set(counts.finished)
-        self._feed.labels("leased").set(counts.leased)
-        self._feed.labels("acknowledged").set(counts.acknowledged)
-        self._feed.labels("unleased").set(counts.unleased)
-        self._oldest.set(counts.oldest_seconds)
+        await self._look_at_feed(ledger)
         return generate_latest(self._registry)
+
+    async def _look_at_feed(self, ledger: Ledger) -> None:
+        """Back-pressure of every consumer, and of the one that the settings name, from before its first lease."""
+        names = sorted({self._feed_consumer, *await ledger.consumers(limit=_MOST_CONSUMERS)})
+        now = time.time()
+        counts = await asyncio.gather(*(ledger.counts(name, now) for name in names))
+        for gauge in (self._unleased, self._leased, self._acknowledged, self._oldest):
+            gauge.clear()
+        for name, figures in zip(names, counts, strict=True):
+            self._unleased.labels(name).set(figures.unleased)
+            self._leased.labels(name).set(figures.leased)
+            self._acknowledged.labels(name).set(figures.acknowledged)
+            self._oldest.labels(name).set(figures.oldest_seconds)
+
+
+def _of_consumer(name: str, text: str, registry: CollectorRegistry) -> Gauge:
+    return Gauge(name, text, ["consumer"], registry=registry)
 
 
 def _seconds(name: str, text: str, registry: CollectorRegistry) -> Histogram:

@@ -192,7 +192,7 @@ async def finished_rollouts(data: Path) -> None:
         )
         await ledger.append_turn(turn, None)
         await ledger.finish(
-            session_id, reward=float(number % 2), outcome="completed", metadata={}, finished_at=float(number)
+            session_id, reward=float(number % 2), outcome="completed", metadata={}, finished_at=2.0 + number
         )
     await ledger.aclose()
 

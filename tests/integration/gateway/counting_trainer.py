@@ -1,8 +1,8 @@
-"""A trainer whose only weights are the list of rollouts that it learned from: `python counting_trainer.py URL DIR NUM`.
+"""A trainer whose only weights are the list of what it learned from: `python counting_trainer.py URL DIR NUM`.
 
-It goes the real trainer's way (lease, read, checkpoint, acknowledge) with the real source and checkpoints, and ends when
-its list holds NUM rollouts. Killed at any moment, it goes on from its newest checkpoint. `history.json` in a checkpoint:
-session ids with the number of their trained tokens.
+It goes the real trainer's way (lease, read, checkpoint, acknowledge) with the real source and checkpoints, and ends
+when its list holds NUM rollouts. Killed at any moment, it goes on from its newest checkpoint, whose `history.json` has
+the session ids with the number of their trained tokens.
 """
 
 from __future__ import annotations

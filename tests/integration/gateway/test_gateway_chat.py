@@ -337,7 +337,7 @@ def test_other_paths_say_so_where_the_engine_takes_turns_only(gateway: RunningGa
 def test_metrics_count_turns_tokens_and_feed(gateway: RunningGateway, session_id: str) -> None:
     ask(gateway, session_id, [{"role": "user", "content": "quick"}])
     text = httpx.get(f"{gateway.url}/metrics").text
-    for name in ("verbatim_turns_total", "verbatim_output_tokens_total", "verbatim_feed_rollouts", "verbatim_engines"):
+    for name in ("verbatim_turns_total", "verbatim_output_tokens_total", "verbatim_feed_unleased", "verbatim_engines"):
         assert name in text
     assert "date" in httpx.get(f"{gateway.url}/health").headers
     assert len(httpx.get(f"{gateway.url}/health").headers.get_list("server")) == 1
