@@ -40,6 +40,7 @@ from gateway.contracts.records import (
 from gateway.contracts.versions import VersionSpan
 from gateway.ledger.sqlite import SqliteLedger
 from gateway.routes.feed import feed_router
+from gateway.routes.leasing import LeaseQueue
 from gateway.routes.limits import BodyBudget, RequestEdge
 from gateway.sessions.picks import DeliveredTurns, PickChoice
 from gateway.sessions.segments import load_rollout
@@ -75,7 +76,7 @@ def error_reply(error: VerbatimError) -> dict[str, Any]:
 async def served(tmp_path: Path, free_port: int) -> AsyncIterator[Served]:
     ledger = SqliteLedger.open(tmp_path / "data")
     app = FastAPI()
-    app.include_router(feed_router(ledger, authorize=authorize, picks=PickChoice.load()))
+    app.include_router(feed_router(ledger, LeaseQueue(ledger), authorize=authorize, picks=PickChoice.load()))
     app.add_exception_handler(VerbatimError, as_openai)
     app.add_api_route("/health", lambda: PlainTextResponse("not JSON"))
     edge = RequestEdge(app, budget=BodyBudget(2**20), read_timeout_seconds=20.0)
@@ -296,7 +297,7 @@ async def raw(served: Served, method: str, path: str, body: bytes | None) -> tup
 
 
 async def test_a_gateway_that_cannot_be_reached_is_named(free_port: int) -> None:
-    async with GatewayClient(f"http://127.0.0.1:{free_port}") as client:
+    async with GatewayClient(f"http://127.0.0.1:{free_port}", retry_seconds=0.0) as client:
         with pytest.raises(LedgerError, match=f"cannot reach the gateway at http://127.0.0.1:{free_port}"):
             await client.health()
 
