@@ -81,12 +81,6 @@ class GatewayMetrics:
             "verbatim_storage_state", "1 for the state that the disk is in.", ["state"], registry=registry
         )
 
-        self._free_bytes = Gauge("verbatim_storage_free_bytes", "Free on the data folder's disk.", registry=registry)
-        self._reserve_bytes = Gauge("verbatim_storage_reserve_bytes", "Held back for a full disk.", registry=registry)
-        self._storage = Gauge(
-            "verbatim_storage_state", "1 for the state that the disk is in.", ["state"], registry=registry
-        )
-
     def observe_turn(self, finished: TurnFinished, generated: Generated, times: TurnTimes) -> None:
         """Count one recorded turn."""
         record = finished.record
