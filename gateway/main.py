@@ -7,11 +7,10 @@ import asyncio
 import ipaddress
 import logging
 import os
-import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,14 +27,22 @@ from engines.sglang import SglangEngine
 from engines.smg import SmgRouter
 from engines.vllm import VllmEngine
 from engines.weights.names import policy_version_of
-from gateway.contracts.errors import ConfigurationError, EngineError, IdentityMismatch
+from gateway.contracts.errors import ConfigurationError, EngineError, HandoverFailed, IdentityMismatch
 from gateway.contracts.generation import Capability
 from gateway.contracts.ports import Engine, Ledger
 from gateway.contracts.settings import engine_key, load_settings, settings_toml
 from gateway.contracts.telemetry import ready_line
+from gateway.handover.chores import Chores
+from gateway.handover.control import Place, bound_control
+from gateway.handover.predecessor import Predecessor
+from gateway.handover.server import GatewayServer
+from gateway.handover.state import LiveState
+from gateway.handover.succession import Estate, Succession
 from gateway.ledger.sqlite import SqliteLedger
 from gateway.replicas.health import watch_health
+from gateway.replicas.operations import Operations
 from gateway.replicas.pool import ReplicaPool
+from gateway.replicas.sources import EngineList, EngineSource
 from gateway.routes.access import Access
 from gateway.routes.admin import admin_router, status_router
 from gateway.routes.blobs import blobs_router
@@ -94,6 +101,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="CAPABILITY",
         help=f"refuse engines without it, repeatable: {', '.join(Capability)}",
     )
+    parser.add_argument(
+        "--replace",
+        action="store_true",
+        help="take over from the gateway that serves the same folder and address; no request of it is lost",
+    )
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings as TOML")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override one setting, repeatable")
     parser.add_argument("--print-config", action="store_true", help="show the settings and stop")
@@ -105,41 +117,110 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.print_config:
         sys.stdout.write(settings_toml(settings))
         return 0
-    serve(settings, operator_key=os.environ.get(OPERATOR_KEY_VARIABLE) or None)
+    serve(settings, operator_key=os.environ.get(OPERATOR_KEY_VARIABLE) or None, replace_running=arguments.replace)
     return 0
 
 
 def serve(
-    settings: GatewaySettings, *, operator_key: str | None, engine_kinds: Mapping[str, EngineMaker] | None = None
+    settings: GatewaySettings,
+    *,
+    operator_key: str | None,
+    engine_kinds: Mapping[str, EngineMaker] | None = None,
+    replace_running: bool = False,
 ) -> None:
-    """Run the gateway in this process; `engine_kinds` adds kinds of engines to those that ship."""
+    """Run the gateway in this process. engine_kinds: kinds of engines beyond those that ship. replace_running: take
+    over from the gateway that serves there, if there is one."""
     kinds = {**shipped_kinds(), **(engine_kinds or {})}
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_serve(settings, operator_key, kinds))
+        runner.run(_serve(settings, operator_key, kinds, replace_running=replace_running))
 
 
-async def _serve(settings: GatewaySettings, operator_key: str | None, kinds: Mapping[str, EngineMaker]) -> None:
+async def _serve(
+    settings: GatewaySettings, operator_key: str | None, kinds: Mapping[str, EngineMaker], *, replace_running: bool
+) -> None:
     _check_exposure(settings, operator_key)
-    with _listening_socket(settings) as listener:
-        async with open_gateway(settings, kinds) as gateway:
-            connection = partial(
-                BoundedConnection,
-                read_timeout_seconds=settings.read_timeout_seconds,
-                write_timeout_seconds=settings.write_timeout_seconds,
+    async with AsyncExitStack() as stack:
+        predecessor = await Predecessor.find(settings.control_path) if replace_running else None
+        if predecessor is not None:
+            stack.callback(predecessor.close)
+            predecessor.check_address(settings.host, settings.port)
+        listener = stack.enter_context(_listening_socket(settings)) if predecessor is None else None
+        succession = stack.enter_context(closing(Succession()))
+        gateway = await stack.enter_async_context(open_gateway(settings, kinds, predecessor))
+        if predecessor is not None and predecessor.given is not None:
+            listener, control = predecessor.given.listener, predecessor.given.control
+            await predecessor.leave()
+            await gateway.inherit(predecessor.state)
+        else:  # nobody was there, or it died while this one got ready
+            listener = listener or stack.enter_context(_listening_socket(settings))
+            control = bound_control(settings.control_path)
+        place = Place(stack.enter_context(closing(listener)), stack.enter_context(closing(control)))
+        await _serve_place(gateway, place, build_app(gateway, Access(operator_key)), succession, predecessor)
+
+
+async def _serve_place(
+    gateway: Gateway, place: Place, app: ASGIApp, succession: Succession, predecessor: Predecessor | None
+) -> None:
+    """Until told to stop, or replaced; meanwhile a predecessor ends its replies."""
+    settings = gateway.settings
+    server = GatewayServer(_server_config(settings, app), place.listener)
+
+    def share() -> None:
+        gateway.share(succession.is_under_way or (predecessor is not None and not predecessor.is_gone))
+
+    async def follow() -> None:
+        if predecessor is None:
+            return
+        await server.accepts.wait()
+        try:
+            await predecessor.run(gateway.operations, server.adopt)
+        except HandoverFailed:
+            server.should_exit = True
+            raise
+        share()
+
+    async def hand_on() -> None:
+        await server.accepts.wait()
+        gateway.chores.start()
+        _announce(place.listener)
+        await succession.run(
+            Estate(
+                server=server,
+                place=place,
+                lock=gateway.lock,
+                share=share,
+                runner=gateway.runner,
+                operations=gateway.operations,
+                chores=gateway.chores,
+                state=gateway.state,
+                drain_seconds=settings.replaced_drain_seconds,
+                predecessor=predecessor,
             )
-            config = uvicorn.Config(
-                build_app(gateway, Access(operator_key)),
-                http=cast("type[asyncio.Protocol]", connection),  # uvicorn only calls it
-                ws="none",
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                timeout_keep_alive=75,
-                timeout_graceful_shutdown=settings.drain_seconds,
-            )
-            host, port = listener.getsockname()[:2]
-            url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-            await _Server(config, on_ready=partial(_announce, url)).serve(sockets=[listener])
+        )
+
+    async with _background(follow()), _background(hand_on()):
+        await server.serve()
+        await gateway.chores.stop()
+        if predecessor is not None:
+            await predecessor.stop(timeout_seconds=settings.drain_seconds)
+
+
+def _server_config(settings: GatewaySettings, app: ASGIApp) -> uvicorn.Config:
+    connection = partial(
+        BoundedConnection,
+        read_timeout_seconds=settings.read_timeout_seconds,
+        write_timeout_seconds=settings.write_timeout_seconds,
+    )
+    return uvicorn.Config(
+        app,
+        http=cast("type[asyncio.Protocol]", connection),  # uvicorn only calls it
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=settings.drain_seconds,
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -155,16 +236,35 @@ class Gateway:
     metrics: GatewayMetrics
     picks: PickChoice
     policies: dict[str, int]
-    kinds: Mapping[str, EngineMaker]
+    engines: EngineList
+    operations: Operations
+    chores: Chores
 
-    def connect(self, kind: str, url: str, engine_id: str | None = None) -> Engine:
-        """A client of one engine; raises ConfigurationError for a kind that we do not know."""
-        return make_engine(self.kinds, kind, url, self.model, self.policies, engine_id=engine_id)
+    def state(self) -> LiveState:
+        """What a successor has to be told."""
+        return LiveState(_configured(self.settings), self.engines.sources, self.pool.paused)
 
-    async def learn_policy(self, policy_version: int, weight_version: str) -> None:
-        """Store what an engine's label means, on disk first."""
-        await self.ledger.set_policy(policy_version, weight_version)
-        self.policies[weight_version] = policy_version
+    async def inherit(self, state: LiveState) -> None:
+        """Become what a predecessor was at last; its earlier state is known already."""
+        wanted = state.engines_for(_configured(self.settings))
+        for source in set(self.engines.sources) - set(wanted):
+            await self.engines.remove(source.engine_id, drain=False)
+        await self.engines.inherit(set(wanted) - set(self.engines.sources))
+        if (policies := await self.ledger.policies()) != self.policies:
+            self.policies.update(policies)
+            await self.pool.refresh_identities()
+        if state.paused is not None:
+            await self.pool.hold(state.paused)
+
+    @property
+    def lock(self) -> int | None:
+        """The descriptor that holds the ledger for this process, None where nothing has to."""
+        return self.ledger.lock_descriptor if isinstance(self.ledger, SqliteLedger) else None
+
+    def share(self, is_shared: bool) -> None:
+        """Tell the ledger whether another process writes to it too; one that is always shared knows."""
+        if isinstance(self.ledger, SqliteLedger):
+            self.ledger.share(is_shared)
 
 
 def make_engine(
@@ -183,7 +283,9 @@ def make_engine(
 
 
 @asynccontextmanager
-async def open_gateway(settings: GatewaySettings, kinds: Mapping[str, EngineMaker]) -> AsyncIterator[Gateway]:
+async def open_gateway(
+    settings: GatewaySettings, kinds: Mapping[str, EngineMaker], predecessor: Predecessor | None = None
+) -> AsyncIterator[Gateway]:
     """Build all parts, check the engines, watch their health; on the way out every turn is settled first."""
     if settings.model is None:
         raise ConfigurationError("the gateway needs a model folder (tokenizer and chat template): give --model PATH")
@@ -202,30 +304,54 @@ async def open_gateway(settings: GatewaySettings, kinds: Mapping[str, EngineMake
         stop_token_ids=frozenset(model.tokenizer.eos_token_ids),
         on_interruption=metrics.observe_interruption,
     )
-    ledger = SqliteLedger.open(settings.data)
-    parts = TurnParts(model, pool, ledger, settings.turns, metrics.observe_turn)
-    gateway = Gateway(
-        settings=settings,
-        model=model,
-        ledger=ledger,
-        pool=pool,
-        registry=SessionRegistry(ledger, capacity=settings.sessions_in_memory),
-        runner=TurnRunner(parts),
-        metrics=metrics,
-        picks=picks,
-        policies={},
-        kinds=kinds,
-    )
-    try:
-        gateway.policies.update(await ledger.policies())
-        await _connect_engines(gateway)
-        gateway.runner.prepare()
-        async with _background(watch_health(pool)):
-            yield gateway
-    finally:
-        await gateway.runner.aclose()
-        await pool.aclose()
-        await ledger.aclose()
+    policies: dict[str, int] = {}
+
+    def connect(kind: str, url: str, engine_id: str | None) -> Engine:
+        return make_engine(kinds, kind, url, model, policies, engine_id=engine_id)
+
+    engines = EngineList(pool, connect)
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(pool.aclose)
+        if predecessor is None:
+            ledger = open_ledger(settings)
+            stack.push_async_callback(ledger.aclose)
+            policies.update(await ledger.policies())
+            await _connect_engines(engines, settings)
+        else:  # all that takes time, or may fail, comes before anything is taken
+            policies.update(await _stored_policies(settings))
+            await _inherit_engines(engines, settings, predecessor.state)
+            await asyncio.to_thread(model.prompts.prepare)
+            given = await predecessor.take()
+            ledger = open_ledger(settings, lock=None if given is None else given.lock)
+            stack.push_async_callback(ledger.aclose)
+
+        async def learn_policy(policy_version: int, weight_version: str) -> None:
+            await ledger.set_policy(policy_version, weight_version)  # on disk first
+            policies[weight_version] = policy_version
+
+        runner = TurnRunner(TurnParts(model, pool, ledger, settings.turns, metrics.observe_turn))
+        stack.push_async_callback(runner.aclose)
+        runner.prepare()
+        async with _background(watch_health(pool)), _background(engines.retry()):
+            yield Gateway(
+                settings=settings,
+                model=model,
+                ledger=ledger,
+                pool=pool,
+                registry=SessionRegistry(ledger, capacity=settings.sessions_in_memory),
+                runner=runner,
+                metrics=metrics,
+                picks=picks,
+                policies=policies,
+                engines=engines,
+                operations=Operations(pool, engines, learn_policy),
+                chores=Chores([]),
+            )
+
+
+def open_ledger(settings: GatewaySettings, *, lock: int | None = None) -> Ledger:
+    """The ledger that the settings name; blocks for a moment. lock: what a predecessor passed on."""
+    return SqliteLedger.open(settings.data, lock=lock)
 
 
 def build_app(gateway: Gateway, access: Access) -> ASGIApp:
@@ -252,8 +378,7 @@ def build_app(gateway: Gateway, access: Access) -> ASGIApp:
             gateway.model,
             access,
             required=settings.require,
-            connect=gateway.connect,
-            learn_policy=gateway.learn_policy,
+            operations=gateway.operations,
         ),
         blobs_router(calls, gateway.ledger, access),
         messages_router(calls, max_body_bytes=max_bytes),
@@ -277,33 +402,6 @@ def build_app(gateway: Gateway, access: Access) -> ASGIApp:
         budget=BodyBudget(settings.bodies_in_flight_bytes),
         read_timeout_seconds=settings.read_timeout_seconds,
     )
-
-
-class _Server(uvicorn.Server):
-    """uvicorn that says when it takes requests, and for which SIGTERM is a regular end."""
-
-    def __init__(self, config: uvicorn.Config, *, on_ready: Callable[[], None]) -> None:
-        super().__init__(config)
-        self._on_ready = on_ready
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start, then tell."""
-        await super().startup(sockets)
-        if self.started:
-            self._on_ready()
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Stop cleanly on a signal; uvicorn itself would raise it again afterwards."""
-        loop = asyncio.get_running_loop()
-        signals = (signal.SIGTERM, signal.SIGINT)
-        for number in signals:
-            loop.add_signal_handler(number, self.handle_exit, number, None)
-        try:
-            yield
-        finally:
-            for number in signals:
-                loop.remove_signal_handler(number)
 
 
 def _settings(arguments: argparse.Namespace) -> GatewaySettings:
@@ -354,17 +452,40 @@ def _listening_socket(settings: GatewaySettings) -> Iterator[socket.socket]:
         yield listener
 
 
-async def _connect_engines(gateway: Gateway) -> None:
-    for text in gateway.settings.engines:
-        kind, url = split_engine(text)
-        engine = gateway.connect(kind, url)
-        try:
-            await gateway.pool.add(engine)
-        except (EngineError, IdentityMismatch) as error:
-            await engine.aclose()
-            raise ConfigurationError(f"engine {text}: {error.message}") from error
-    if not gateway.settings.engines:
+def _configured(settings: GatewaySettings) -> tuple[EngineSource, ...]:
+    return tuple(EngineSource(_engine_id(*split_engine(text)), *split_engine(text)) for text in settings.engines)
+
+
+async def _connect_engines(engines: EngineList, settings: GatewaySettings) -> None:
+    """All of the settings; one that does not answer is a mistake to be told now."""
+    for source in _configured(settings):
+        await _connect_engine(engines, source)
+    if not settings.engines:
         _log.warning("no engine yet: turns wait until one is added with POST /admin/engines")
+
+
+async def _inherit_engines(engines: EngineList, settings: GatewaySettings, state: LiveState) -> None:
+    """Those that a predecessor uses, and new ones of the settings."""
+    wanted = state.engines_for(_configured(settings))
+    for source in set(wanted) - set(state.engines):
+        await _connect_engine(engines, source)
+    await engines.inherit(set(wanted) & set(state.engines))
+
+
+async def _connect_engine(engines: EngineList, source: EngineSource) -> None:
+    try:
+        await engines.add(source.kind, source.url, source.engine_id)
+    except (EngineError, IdentityMismatch) as error:
+        raise ConfigurationError(f"engine {source.kind}={source.url}: {error.message}") from error
+
+
+async def _stored_policies(settings: GatewaySettings) -> Mapping[str, int]:
+    """Read beside the gateway that writes; raises SchemaMismatch for a store that only a stopped gateway may change."""
+    ledger = SqliteLedger.open(settings.data, read_only=True)
+    try:
+        return await ledger.policies()
+    finally:
+        await ledger.aclose()
 
 
 @asynccontextmanager
@@ -410,6 +531,8 @@ def _engine_id(kind: str, url: str) -> str:
     return f"{kind}-{urlsplit(url).netloc or url}"
 
 
-def _announce(url: str) -> None:
+def _announce(listener: socket.socket) -> None:
+    host, port = listener.getsockname()[:2]
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     sys.stdout.write(ready_line("serve", url) + "\n")
     sys.stdout.flush()

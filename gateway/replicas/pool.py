@@ -174,17 +174,25 @@ class ReplicaPool:
 
     async def pause(self, mode: GatewayPause) -> None:
         """Hold generation at every engine; returns when it stands still. A second pause changes the mode."""
+        await self.hold(mode)
+        if mode.engine_mode is not None:
+            await asyncio.gather(*(r.engine.pause(mode.engine_mode) for r in self.replicas if r.healthy))
+
+    async def hold(self, mode: GatewayPause) -> None:
+        """Send engines nothing new, where somebody else tells them of the pause; DRAIN waits for what runs."""
         self._gate.close()
         self._paused = mode
         if mode is GatewayPause.DRAIN:
             await self._gate.drained(timeout_seconds=self.settings.drain_seconds)
-        elif mode.engine_mode is not None:
-            await asyncio.gather(*(r.engine.pause(mode.engine_mode) for r in self.replicas if r.healthy))
 
     async def resume(self) -> None:
         """Let generation go on, with what the engines say of their weights now."""
         if self._paused is not GatewayPause.DRAIN:
             await asyncio.gather(*map(self._resume, self.replicas))
+        await self.release()
+
+    async def release(self) -> None:
+        """Go on after a `hold`."""
         await self.refresh_identities()
         self._paused = None
         self._gate.open()
