@@ -7,11 +7,10 @@ import asyncio
 import ipaddress
 import logging
 import os
-import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,17 +27,31 @@ from engines.sglang import SglangEngine
 from engines.smg import SmgRouter
 from engines.vllm import VllmEngine
 from engines.weights.names import policy_version_of
-from gateway.contracts.errors import ConfigurationError, EngineError, EngineTimeout, EngineUnavailable, IdentityMismatch
+from gateway.contracts.errors import (
+    ConfigurationError,
+    EngineError,
+    EngineUnavailable,
+    HandoverFailed,
+    IdentityMismatch,
+)
 from gateway.contracts.generation import Capability
 from gateway.contracts.ports import Engine, Ledger
 from gateway.contracts.settings import engine_key, load_settings, settings_toml
 from gateway.contracts.telemetry import ready_line
+from gateway.handover.chores import Chores
+from gateway.handover.control import Place, bound_control
+from gateway.handover.predecessor import Predecessor
+from gateway.handover.server import LAST_SECONDS, GatewayServer, Stop
+from gateway.handover.state import LiveState
+from gateway.handover.succession import Estate, Succession
 from gateway.ledger.keeper import StorageKeeper
 from gateway.ledger.postgres import PostgresLedger
 from gateway.ledger.reserve import SpaceReserve
 from gateway.ledger.sqlite import SqliteLedger
 from gateway.replicas.health import watch_health
+from gateway.replicas.operations import Operations
 from gateway.replicas.pool import ReplicaPool
+from gateway.replicas.sources import EngineList, EngineSource
 from gateway.routes.access import Access, HostCheck, read_operator_keys
 from gateway.routes.admin import admin_router, status_router
 from gateway.routes.audit import AuditLog, audit_path
@@ -115,6 +128,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="CAPABILITY",
         help=f"refuse engines without it, repeatable: {', '.join(Capability)}",
     )
+    parser.add_argument(
+        "--replace",
+        action="store_true",
+        help="take over from the gateway that serves the same folder and address; no request of it is lost",
+    )
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings as TOML")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override one setting, repeatable")
     parser.add_argument("--print-config", action="store_true", help="show the settings and stop")
@@ -127,45 +145,119 @@ def run(arguments: argparse.Namespace) -> int:
         sys.stdout.write(settings_toml(settings))
         return 0
     # Taken out: no process that we start inherits it.
-    serve(settings, operator_key=os.environ.pop(OPERATOR_KEY_VARIABLE, None))
+    operator_key = os.environ.pop(OPERATOR_KEY_VARIABLE, None)
+    serve(settings, operator_key=operator_key, replace_running=arguments.replace)
     return 0
 
 
 def serve(
-    settings: GatewaySettings, *, operator_key: str | None, engine_kinds: Mapping[str, EngineMaker] | None = None
+    settings: GatewaySettings,
+    *,
+    operator_key: str | None,
+    engine_kinds: Mapping[str, EngineMaker] | None = None,
+    replace_running: bool = False,
 ) -> None:
-    """Run the gateway in this process; `engine_kinds` adds kinds of engines to those that ship. operator_key: one or
-    several, as `read_operator_keys` takes them."""
+    """Run the gateway in this process. operator_key: one or several, as `read_operator_keys` takes them. engine_kinds:
+    kinds of engines beyond those that ship. replace_running: take over from the gateway that serves there, if any."""
     kinds = {**shipped_kinds(settings.timeouts), **(engine_kinds or {})}
     operator_digests = read_operator_keys(operator_key)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_serve(settings, operator_digests, kinds))
+        runner.run(_serve(settings, operator_digests, kinds, replace_running=replace_running))
 
 
-async def _serve(settings: GatewaySettings, operator_digests: Sequence[str], kinds: Mapping[str, EngineMaker]) -> None:
+async def _serve(
+    settings: GatewaySettings,
+    operator_digests: Sequence[str],
+    kinds: Mapping[str, EngineMaker],
+    *,
+    replace_running: bool,
+) -> None:
     _check_exposure(settings, keys_are_on=bool(operator_digests))
-    with _listening_socket(settings) as listener:
-        async with open_gateway(settings, kinds) as gateway:
-            connection = partial(
-                BoundedConnection,
-                read_timeout_seconds=settings.read_timeout_seconds,
-                write_timeout_seconds=settings.write_timeout_seconds,
+    async with AsyncExitStack() as stack:
+        predecessor = await Predecessor.find(settings.control_path) if replace_running else None
+        if predecessor is not None:
+            stack.callback(predecessor.close)
+            predecessor.check_address(settings.host, settings.port)
+        listener = stack.enter_context(_listening_socket(settings)) if predecessor is None else None
+        succession = stack.enter_context(closing(Succession()))
+        gateway = await stack.enter_async_context(open_gateway(settings, kinds, predecessor))
+        if predecessor is not None and predecessor.given is not None:
+            listener, control = predecessor.given.listener, predecessor.given.control
+            await predecessor.leave()
+            await gateway.inherit(predecessor.state)
+        else:  # nobody was there, or it died while this one got ready
+            listener = listener or stack.enter_context(_listening_socket(settings))
+            control = bound_control(settings.control_path)
+        place = Place(stack.enter_context(closing(listener)), stack.enter_context(closing(control)))
+        access = Access(operator_digests, on_refused=gateway.metrics.observe_refusal)
+        await _serve_place(gateway, place, build_app(gateway, access), succession, predecessor)
+
+
+async def _serve_place(
+    gateway: Gateway, place: Place, app: ASGIApp, succession: Succession, predecessor: Predecessor | None
+) -> None:
+    """Until told to stop, or replaced; meanwhile a predecessor ends its replies."""
+    settings = gateway.settings
+    stop = Stop(settings.drain_seconds, begin=gateway.begin_to_stop, cut=gateway.cut)
+    server = GatewayServer(_server_config(settings, app), place.listener, stop)
+
+    def share() -> None:
+        gateway.share(succession.is_under_way or (predecessor is not None and not predecessor.is_gone))
+
+    async def follow() -> None:
+        if predecessor is None:
+            return
+        await server.accepts.wait()
+        try:
+            await predecessor.run(gateway.operations, server.adopt)
+        except HandoverFailed:
+            server.should_exit = True
+            raise
+        share()
+
+    async def hand_on() -> None:
+        await server.accepts.wait()
+        gateway.chores.start()
+        _announce(place.listener)
+        await succession.run(
+            Estate(
+                server=server,
+                place=place,
+                lock=gateway.lock,
+                share=share,
+                runner=gateway.runner,
+                operations=gateway.operations,
+                chores=gateway.chores,
+                state=gateway.state,
+                drain_seconds=settings.replaced_drain_seconds,
+                predecessor=predecessor,
             )
-            config = uvicorn.Config(
-                build_app(gateway, Access(operator_digests, on_refused=gateway.metrics.observe_refusal)),
-                http=cast("type[asyncio.Protocol]", connection),  # uvicorn only calls it
-                ws="none",
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                timeout_keep_alive=75,
-                timeout_graceful_shutdown=settings.drain_seconds,
-            )
-            host, port = listener.getsockname()[:2]
-            url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-            await _Server(config, on_ready=partial(_announce, url), on_exit=gateway.lease_queue.close).serve(
-                sockets=[listener]
-            )
+        )
+
+    async with _background(follow()), _background(hand_on()):
+        await server.serve()
+        await gateway.chores.stop()
+        if predecessor is not None:
+            await predecessor.stop(timeout_seconds=settings.drain_seconds)
+
+
+def _server_config(settings: GatewaySettings, app: ASGIApp) -> uvicorn.Config:
+    connection = partial(
+        BoundedConnection,
+        read_timeout_seconds=settings.read_timeout_seconds,
+        write_timeout_seconds=settings.write_timeout_seconds,
+    )
+    return uvicorn.Config(
+        app,
+        http=cast("type[asyncio.Protocol]", connection),  # uvicorn only calls it
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,  # anybody could forge whose address is in the audit
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=settings.drain_seconds + LAST_SECONDS,
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -184,16 +276,45 @@ class Gateway:
     audit: AuditLog | None
     lease_queue: LeaseQueue
     policies: dict[str, int]
-    kinds: Mapping[str, EngineMaker]
+    engines: EngineList
+    operations: Operations
+    chores: Chores
 
-    def connect(self, kind: str, url: str, engine_id: str | None = None) -> Engine:
-        """A client of one engine; raises ConfigurationError for a kind that we do not know."""
-        return make_engine(self.kinds, kind, url, self.model, self.policies, engine_id=engine_id)
+    def state(self) -> LiveState:
+        """What a successor has to be told."""
+        return LiveState(_configured(self.settings), self.engines.sources, self.pool.ordered_pause)
 
-    async def learn_policy(self, policy_version: int, weight_version: str) -> None:
-        """Store what an engine's label means, on disk first."""
-        await self.ledger.set_policy(policy_version, weight_version)
-        self.policies[weight_version] = policy_version
+    async def inherit(self, state: LiveState) -> None:
+        """Become what a predecessor was at last; its earlier state is known already."""
+        wanted = state.engines_for(_configured(self.settings))
+        for source in set(self.engines.sources) - set(wanted):
+            await self.engines.remove(source.engine_id, drain=False)
+        await self.engines.inherit(set(wanted) - set(self.engines.sources))
+        if (policies := await self.ledger.policies()) != self.policies:
+            self.policies.update(policies)
+            await self.pool.refresh_identities()
+        if state.paused is not None:
+            await self.pool.hold(state.paused)
+
+    def begin_to_stop(self) -> None:
+        """No request comes any more, so none can end a pause: what a pause holds is told so, the rest may end."""
+        self.lease_queue.close()
+        if self.pool.is_pausing:
+            self.cut()
+
+    def cut(self) -> None:
+        """End what still runs; it is recorded, and a retry goes on from it."""
+        self.runner.cut(EngineUnavailable("the gateway stops; try again"))
+
+    @property
+    def lock(self) -> int | None:
+        """The descriptor that holds the ledger for this process, None where nothing has to."""
+        return self.ledger.lock_descriptor if isinstance(self.ledger, SqliteLedger) else None
+
+    def share(self, is_shared: bool) -> None:
+        """Tell the ledger whether another process writes to it too; one that is always shared knows."""
+        if isinstance(self.ledger, SqliteLedger):
+            self.ledger.share(is_shared)
 
 
 def make_engine(
@@ -212,7 +333,9 @@ def make_engine(
 
 
 @asynccontextmanager
-async def open_gateway(settings: GatewaySettings, kinds: Mapping[str, EngineMaker]) -> AsyncIterator[Gateway]:
+async def open_gateway(
+    settings: GatewaySettings, kinds: Mapping[str, EngineMaker], predecessor: Predecessor | None = None
+) -> AsyncIterator[Gateway]:
     """Build all parts, check the engines, watch their health; on the way out every turn is settled first."""
     if settings.model is None:
         raise ConfigurationError("the gateway needs a model folder (tokenizer and chat template): give --model PATH")
@@ -233,46 +356,70 @@ async def open_gateway(settings: GatewaySettings, kinds: Mapping[str, EngineMake
     )
     audit_file = audit_path(settings.audit, settings.data)
     audit = None if audit_file is None else AuditLog(audit_file, observe=metrics.observe_audit)
-    ledger, reserve = open_ledger(settings)
-    lease_queue = LeaseQueue(ledger)
-    keeper = StorageKeeper(ledger, settings.storage, reserve)
-    parts = TurnParts(model, pool, ledger, settings.turns, metrics.observe_turn, keeper.admit)
-    gateway = Gateway(
-        settings=settings,
-        model=model,
-        ledger=ledger,
-        pool=pool,
-        registry=SessionRegistry(ledger, capacity=settings.sessions_in_memory, on_finish=lease_queue.rollout_finished),
-        runner=TurnRunner(parts),
-        metrics=metrics,
-        picks=picks,
-        keeper=keeper,
-        audit=audit,
-        lease_queue=lease_queue,
-        policies={},
-        kinds=kinds,
-    )
-    try:
-        gateway.policies.update(await ledger.policies())
-        await _connect_engines(gateway)
-        gateway.runner.prepare()
-        async with _background(watch_health(pool)), _background(keeper.watch()):
-            yield gateway
-    finally:
-        await gateway.runner.aclose()
-        await pool.aclose()
-        await ledger.aclose()
+    policies: dict[str, int] = {}
+
+    def connect(kind: str, url: str, engine_id: str | None) -> Engine:
+        return make_engine(kinds, kind, url, model, policies, engine_id=engine_id)
+
+    engines = EngineList(pool, connect)
+    async with AsyncExitStack() as stack:
         if audit is not None:
-            await asyncio.to_thread(audit.close)
+            stack.push_async_callback(asyncio.to_thread, audit.close)
+        stack.push_async_callback(pool.aclose)
+        if predecessor is None:
+            ledger, reserve = open_ledger(settings)
+            stack.push_async_callback(ledger.aclose)
+            policies.update(await ledger.policies())
+            await _connect_engines(engines, settings)
+        else:  # all that takes time, or may fail, comes before anything is taken
+            policies.update(await _stored_policies(settings))
+            await _inherit_engines(engines, settings, predecessor.state)
+            await asyncio.to_thread(model.prompts.prepare)
+            given = await predecessor.take()
+            ledger, reserve = open_ledger(settings, lock=None if given is None else given.lock)
+            stack.push_async_callback(ledger.aclose)
+
+        async def learn_policy(policy_version: int, weight_version: str) -> None:
+            await ledger.set_policy(policy_version, weight_version)  # on disk first
+            policies[weight_version] = policy_version
+
+        keeper = StorageKeeper(ledger, settings.storage, reserve)
+        queue = LeaseQueue(ledger)
+        runner = TurnRunner(TurnParts(model, pool, ledger, settings.turns, metrics.observe_turn, keeper.admit))
+        stack.push_async_callback(runner.aclose)
+        runner.prepare()
+        async with _background(watch_health(pool)), _background(keeper.watch()):
+            yield Gateway(
+                settings=settings,
+                model=model,
+                ledger=ledger,
+                pool=pool,
+                registry=SessionRegistry(
+                    ledger, capacity=settings.sessions_in_memory, on_finish=queue.rollout_finished
+                ),
+                runner=runner,
+                metrics=metrics,
+                picks=picks,
+                keeper=keeper,
+                audit=audit,
+                lease_queue=queue,
+                policies=policies,
+                engines=engines,
+                operations=Operations(pool, engines, learn_policy),
+                chores=Chores([queue.serve, keeper.sweep_regularly]),
+            )
 
 
-def open_ledger(settings: GatewaySettings) -> tuple[Ledger, SpaceReserve | None]:
-    """The ledger that the settings name, and the reserve of its disk where that is ours; blocks for a moment."""
+def open_ledger(settings: GatewaySettings, *, lock: int | None = None) -> tuple[Ledger, SpaceReserve | None]:
+    """The ledger that the settings name, and the reserve of its disk where that is ours; blocks for a moment.
+
+    lock: the descriptor that holds an embedded ledger's folder, where a predecessor passed it on.
+    """
     if settings.ledger:
         return PostgresLedger.open(settings.ledger, settings.objects), None
     storage = settings.storage
     reserve = SpaceReserve(settings.data, min_free_bytes=storage.min_free_bytes, reserve_bytes=storage.reserve_bytes)
-    ledger = SqliteLedger.open(settings.data, reserve=reserve, full_wait_seconds=storage.full_wait_seconds)
+    ledger = SqliteLedger.open(settings.data, lock=lock, reserve=reserve, full_wait_seconds=storage.full_wait_seconds)
     return ledger, reserve
 
 
@@ -303,8 +450,7 @@ def build_app(gateway: Gateway, access: Access) -> ASGIApp:
             gateway.model,
             access,
             required=settings.require,
-            connect=gateway.connect,
-            learn_policy=gateway.learn_policy,
+            operations=gateway.operations,
         ),
         storage_router(gateway.keeper, access),
         blobs_router(calls, gateway.ledger, access),
@@ -332,39 +478,6 @@ def build_app(gateway: Gateway, access: Access) -> ASGIApp:
         on_refused=gateway.metrics.observe_refusal,
         audit=gateway.audit,
     )
-
-
-class _Server(uvicorn.Server):
-    """uvicorn that says when it takes requests, and for which SIGTERM is a regular end."""
-
-    def __init__(self, config: uvicorn.Config, *, on_ready: Callable[[], None], on_exit: Callable[[], None]) -> None:
-        super().__init__(config)
-        self._on_ready = on_ready
-        self._on_exit = on_exit
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """End what only waits, then wait for the rest."""
-        self._on_exit()
-        await super().shutdown(sockets)
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start, then tell."""
-        await super().startup(sockets)
-        if self.started:
-            self._on_ready()
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Stop cleanly on a signal; uvicorn itself would raise it again afterwards."""
-        loop = asyncio.get_running_loop()
-        signals = (signal.SIGTERM, signal.SIGINT)
-        for number in signals:
-            loop.add_signal_handler(number, self.handle_exit, number, None)
-        try:
-            yield
-        finally:
-            for number in signals:
-                loop.remove_signal_handler(number)
 
 
 def _settings(arguments: argparse.Namespace) -> GatewaySettings:
@@ -418,21 +531,42 @@ def _listening_socket(settings: GatewaySettings) -> Iterator[socket.socket]:
         yield listener
 
 
-async def _connect_engines(gateway: Gateway) -> None:
-    for text in gateway.settings.engines:
-        kind, url = split_engine(text)
-        engine = gateway.connect(kind, url)
-        try:
-            await gateway.pool.add(engine)
-        except (EngineUnavailable, EngineTimeout) as error:
-            # Gateways are restarted while routers and engines are: turns wait for them as they would later.
-            _log.warning("engine %s is not there yet, and used when it is: %s", text, error.message)
-            gateway.pool.expect(engine, error)
-        except (EngineError, IdentityMismatch) as error:
-            await engine.aclose()
-            raise ConfigurationError(f"engine {text}: {error.message}") from error
-    if not gateway.settings.engines:
+def _configured(settings: GatewaySettings) -> tuple[EngineSource, ...]:
+    return tuple(EngineSource(_engine_id(*split_engine(text)), *split_engine(text)) for text in settings.engines)
+
+
+async def _connect_engines(engines: EngineList, settings: GatewaySettings) -> None:
+    for source in _configured(settings):
+        await _connect_engine(engines, source)
+    if not settings.engines:
         _log.warning("no engine yet: turns wait until one is added with POST /admin/engines")
+
+
+async def _inherit_engines(engines: EngineList, settings: GatewaySettings, state: LiveState) -> None:
+    """Those that a predecessor uses, and new ones of the settings."""
+    wanted = state.engines_for(_configured(settings))
+    for source in set(wanted) - set(state.engines):
+        await _connect_engine(engines, source)
+    await engines.inherit(set(wanted) & set(state.engines))
+
+
+async def _connect_engine(engines: EngineList, source: EngineSource) -> None:
+    try:
+        await engines.add_or_expect(source)
+    except (EngineError, IdentityMismatch) as error:
+        raise ConfigurationError(f"engine {source.kind}={source.url}: {error.message}") from error
+
+
+async def _stored_policies(settings: GatewaySettings) -> Mapping[str, int]:
+    """Read beside the gateway that writes; raises SchemaMismatch for a store that only a stopped gateway may change."""
+    if settings.ledger:
+        ledger: Ledger = PostgresLedger.open(settings.ledger, settings.objects)
+    else:
+        ledger = SqliteLedger.open(settings.data, read_only=True)
+    try:
+        return await ledger.policies()
+    finally:
+        await ledger.aclose()
 
 
 @asynccontextmanager
@@ -497,6 +631,8 @@ def _engine_id(kind: str, url: str) -> str:
     return f"{kind}-{urlsplit(url).netloc or url}"
 
 
-def _announce(url: str) -> None:
+def _announce(listener: socket.socket) -> None:
+    host, port = listener.getsockname()[:2]
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     sys.stdout.write(ready_line("serve", url) + "\n")
     sys.stdout.flush()

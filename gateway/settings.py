@@ -64,18 +64,19 @@ class GatewaySettings:
     `sglang=http://127.0.0.1:30000`; kinds: sglang, smg (a router), vllm, openai. data: the ledger's folder.
     served_name: the model's name for agents (default: the folder's name). tool_call_parser, reasoning_parser: names of
     `gateway.tito.parsing.choice`; `auto` reads them from the template. drain_seconds: how long a stop waits for running
-    replies. feed_consumer: whose feed figures are in `/metrics`. max_body_bytes: of one request;
-    bodies_in_flight_bytes: of all requests under way, beyond the first mebibyte of each. read_timeout_seconds: for the
-    head of a request, and again for its body. write_timeout_seconds: how long a reply may wait for a client that does
-    not read it. pick: which turns train where a trainer does not say, a built-in name of `gateway.sessions.picks` or
-    the operator's own `module:function`. require: what every engine must be able to do; one that cannot is refused, at
-    the start and when it is added. forward: which other paths of an engine agents reach. forward_paths: paths of the
-    operator's own that they reach besides, each as it is or, with `*` at its end, with whatever follows; a path listed
-    here passes whatever it does at the engine. ledger, objects: PostgreSQL's URL without a password and the store of
-    arrays (`s3://bucket/prefix`, `file:///folder`) that several gateways share; empty: the embedded ledger in `data`.
-    storage: room on the data folder's disk, and what is dropped by itself. audit: the file with operators' calls
-    (empty: audit.jsonl beside the ledger; none: off). allowed_hosts: names besides loopback's own by which a gateway
-    without keys may be called.
+    replies. control: the socket by which `serve --replace` finds this process (default: control.sock in `data`).
+    replaced_drain_seconds: how long replies may still run once another process has taken over. feed_consumer: whose
+    feed figures are in `/metrics`. max_body_bytes: of one request; bodies_in_flight_bytes: of all requests under way,
+    beyond the first mebibyte of each. read_timeout_seconds: for the head of a request, and again for its body.
+    write_timeout_seconds: how long a reply may wait for a client that does not read it. pick: which turns train where a
+    trainer does not say, a built-in name of `gateway.sessions.picks` or the operator's own `module:function`. require:
+    what every engine must be able to do; one that cannot is refused, at the start and when it is added. forward: which
+    other paths of an engine agents reach. forward_paths: paths of the operator's own that they reach besides, each as
+    it is or, with `*` at its end, with whatever follows; a path listed here passes whatever it does at the engine.
+    ledger, objects: PostgreSQL's URL without a password and the store of arrays (`s3://bucket/prefix`,
+    `file:///folder`) that several gateways share; empty: the embedded ledger in `data`. storage: room on the data
+    folder's disk, and what is dropped by itself. audit: the file with operators' calls (empty: audit.jsonl beside the
+    ledger; none: off). allowed_hosts: names besides loopback's own by which a gateway without keys may be called.
     """
 
     model: Path | None = None
@@ -98,6 +99,8 @@ class GatewaySettings:
     read_timeout_seconds: float = 120.0
     write_timeout_seconds: float = 60.0
     drain_seconds: int = 30
+    control: Path | None = None
+    replaced_drain_seconds: float = 3600.0
     feed_consumer: str = "trainer"
     pick: str = DEFAULT_PICK
     require: tuple[Capability, ...] = ()
@@ -124,11 +127,18 @@ class GatewaySettings:
             raise ConfigurationError("read_timeout_seconds and write_timeout_seconds must be above 0")
         if self.forward is Forward.NONE and self.forward_paths:
             raise ConfigurationError("forward is none, which forwards nothing, and forward_paths lists paths")
+        if self.replaced_drain_seconds < 0:
+            raise ConfigurationError("replaced_drain_seconds must be 0 or more")
         for path in self.forward_paths:
             own_path(path)
         check_names(calls=self.tool_call_parser, reasoning=self.reasoning_parser)
         for engine in self.engines:
             split_engine(engine)
+
+    @property
+    def control_path(self) -> Path:
+        """Where the control socket is."""
+        return self.control or self.data / "control.sock"
 
 
 def split_engine(text: str) -> tuple[str, str]:

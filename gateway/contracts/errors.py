@@ -22,6 +22,7 @@
     ├── SandboxError                  the sandbox itself failed (a command's non-zero exit is data, not this)
     │   └── SandboxUnavailable · SandboxLost
     ├── ProcessFailed                 a process that we started ended, or never got ready
+    ├── HandoverFailed                a gateway could not take over from another, which goes on serving
     ├── RewardError                   no reward could be computed (which is not a reward of zero)
     ├── TransportError                weights did not reach an engine
     └── TrainingError
@@ -317,6 +318,12 @@ class ProcessFailed(VerbatimError):
     """A process that we started ended by itself, or did not get ready in time."""
 
     code = "process_failed"
+
+
+class HandoverFailed(VerbatimError):
+    """A gateway could not take over from the one that serves; that one goes on."""
+
+    code = "handover_failed"
 
 
 class RewardError(VerbatimError):

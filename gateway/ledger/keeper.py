@@ -64,17 +64,19 @@ class StorageKeeper:
             return report
 
     async def watch(self) -> None:
-        """Look at the disk and sweep, until cancelled; what fails is logged and tried again at its next time."""
-        next_sweep = time.monotonic() + self._settings.sweep_seconds
+        """Look at the disk until cancelled."""
         while True:
             await self._look()
-            if time.monotonic() >= next_sweep:
-                try:
-                    await self.sweep()
-                except VerbatimError as error:
-                    _log.warning("the store was not swept: %s", error)
-                next_sweep = time.monotonic() + self._settings.sweep_seconds
             await asyncio.sleep(_LOOK_SECONDS)
+
+    async def sweep_regularly(self) -> None:
+        """Sweep until cancelled; one process of a folder does. What fails is logged and tried at the next time."""
+        while True:
+            await asyncio.sleep(self._settings.sweep_seconds)
+            try:
+                await self.sweep()
+            except VerbatimError as error:
+                _log.warning("the store was not swept: %s", error)
 
     async def status(self) -> Mapping[str, JsonValue]:
         """For operators: the disk, the store by kind, rules, the last sweep."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 from gateway.contracts.errors import EngineTimeout
+from gateway.contracts.generation import JsonValue
 from gateway.contracts.ports import PauseMode
 
 
@@ -53,6 +55,15 @@ class Pause:
     def name(self) -> str:
         """The mode's name, or FOUND."""
         return FOUND if self.mode is None else self.mode.value
+
+    def to_json(self) -> dict[str, JsonValue]:
+        """As it is told to another process of a hand-over."""
+        return {"mode": self.mode, "since": self.since, "max_seconds": self.max_seconds}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Pause:
+        """As it was told; raises KeyError, TypeError, ValueError for what is none."""
+        return cls(GatewayPause(value["mode"]), value["since"], value["max_seconds"])
 
     def is_over(self, now: float) -> bool:
         """Whether its time is up at `now` (unix time)."""

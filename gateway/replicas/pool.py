@@ -159,6 +159,16 @@ class ReplicaPool:
         return self._pause
 
     @property
+    def ordered_pause(self) -> Pause | None:
+        """The one in force, unless it was found: who looks finds that too."""
+        return self._pause if self.is_pausing else None
+
+    @property
+    def engine_ids(self) -> Sequence[str]:
+        """Of the engines in use and of those expected, without those on their way out."""
+        return [*(name for name, replica in self._replicas.items() if not replica.draining), *self._expected]
+
+    @property
     def context_length(self) -> int:
         """The shortest context of the engines in tokens, 0 if none says."""
         return min((r.identity.context_length for r in self._replicas.values() if r.identity.context_length), default=0)
@@ -179,15 +189,24 @@ class ReplicaPool:
         """Take an engine in; raises EngineError if it does not answer, IdentityMismatch if it is the wrong one."""
         if engine.engine_id in self._replicas:
             raise Conflict(f"there is an engine {engine.engine_id!r} already")
-        identity = await engine.identity()
-        verification = await self._check_identity(engine, identity, None)
+        replica = await self._verified(engine)
         if engine.engine_id in self._replicas:
             raise Conflict(f"there is an engine {engine.engine_id!r} already")
-        self._replicas[engine.engine_id] = Replica(engine, identity, verification, identity)
+        if engine.engine_id in self._expected:
+            await self._expected.pop(engine.engine_id)[0].aclose()
+        self._take_in(replica)
+        return replica.identity
+
+    async def _verified(self, engine: Engine) -> Replica:
+        identity = await engine.identity()
+        verification = await self._check_identity(engine, identity, None)
         _tell_unverified(identity, verification)
+        return Replica(engine, identity, verification, identity)
+
+    def _take_in(self, replica: Replica) -> None:
+        self._replicas[replica.engine.engine_id] = replica
         self._note_holds()
         self._changed.set()
-        return identity
 
     def expect(self, engine: Engine, error: VerbatimError) -> None:
         """Take an engine in as soon as it answers; `error` is why it could not be added."""
@@ -195,14 +214,26 @@ class ReplicaPool:
 
     async def greet(self) -> None:
         """Try again to add the engines that are expected."""
-        for engine_id, (engine, _) in list(self._expected.items()):
-            try:
-                await self.add(engine)
-            except (EngineError, IdentityMismatch) as error:
-                self._expected[engine_id] = (engine, error)
-            else:
-                _log.warning("engine %s is there", engine_id)
-                del self._expected[engine_id]
+        await asyncio.gather(*(self._greet(engine) for engine, _ in list(self._expected.values())))
+
+    async def _greet(self, engine: Engine) -> None:
+        seconds = self.settings.health_timeout_seconds
+        outcome: Replica | VerbatimError
+        try:
+            async with asyncio.timeout(seconds):
+                outcome = await self._verified(engine)
+        except TimeoutError:
+            outcome = EngineTimeout(f"no answer within {seconds:g} s")
+        except (EngineError, IdentityMismatch) as error:
+            outcome = error
+        if self._expected.get(engine.engine_id, (None, None))[0] is not engine:
+            return  # it was removed meanwhile, or taken in again
+        if isinstance(outcome, VerbatimError):
+            self._expected[engine.engine_id] = (engine, outcome)
+        else:
+            _log.warning("engine %s is there", engine.engine_id)
+            del self._expected[engine.engine_id]
+            self._take_in(outcome)
 
     async def remove(self, engine_id: str, *, drain: bool) -> None:
         """Take an engine out; with `drain` after its running requests, else they go on elsewhere."""
@@ -224,19 +255,49 @@ class ReplicaPool:
         max_seconds: after which generation goes on by itself. An engine that cannot be paused is ejected. Raises
         EngineTimeout if draining takes too long, EngineUnavailable if no engine can be paused; generation goes on then.
         """
-        self._gate.close()
-        self._pause = Pause(mode, time.time(), max_seconds)
         try:
-            await self._stand_still(mode)
+            await self.hold(Pause(mode, time.time(), max_seconds))
+            await self.stand_still()
         except EngineError:
             await self.resume()  # nobody else would: who asked for the pause was told that there is none
             raise
+
+    async def hold(self, pause: Pause) -> None:
+        """Send engines nothing new from now on; for DRAIN wait for what runs, raises EngineTimeout."""
+        self._gate.close()
+        self._pause = pause
+        if pause.mode is GatewayPause.DRAIN:
+            longest = self.settings.drain_seconds
+            seconds = longest if pause.max_seconds is None else min(pause.max_seconds, longest)
+            await self._gate.drained(timeout_seconds=seconds)
+
+    async def stand_still(self) -> None:
+        """Have the engines stop as the pause in force says; raises EngineUnavailable if none can be paused."""
+        mode = None if self._pause is None or self._pause.mode is None else self._pause.mode.engine_mode
+        if mode is None:
+            return
+        asked = [replica for replica in self.replicas if replica.healthy]
+        outcomes = await asyncio.gather(*(replica.engine.pause(mode) for replica in asked), return_exceptions=True)
+        failed = [(replica, outcome) for replica, outcome in zip(asked, outcomes, strict=True) if outcome is not None]
+        for replica, outcome in failed:
+            if not isinstance(outcome, EngineError):
+                raise outcome
+            self.eject(replica, outcome)  # weights that it keeps meanwhile are those that its answers name (I5)
+        if failed and len(failed) == len(asked):
+            raise EngineUnavailable(f"no engine could be paused: {'; '.join(str(outcome) for _, outcome in failed)}")
 
     async def resume(self) -> None:
         """Let generation go on, with what the engines say of their weights now."""
         ended = self._pause
         if ended is None or ended.mode is not GatewayPause.DRAIN:
             await asyncio.gather(*map(self._resume, self.replicas))
+        await self._release(ended)
+
+    async def release(self) -> None:
+        """Let generation go on where somebody else tells the engines so."""
+        await self._release(self._pause)
+
+    async def _release(self, ended: Pause | None) -> None:
         await self.refresh_identities()
         if self._pause is ended:  # else there is a newer one
             self._pause = None
@@ -404,25 +465,6 @@ class ReplicaPool:
                 f"engine {replica.engine.engine_id} still runs {replica.running} requests after "
                 f"{self.settings.drain_seconds:g} s of draining; it gets no new ones"
             ) from error
-
-    async def _stand_still(self, mode: GatewayPause) -> None:
-        """Have every engine that can be reached stop in this way; raises EngineError if none is left."""
-        if mode.engine_mode is None:
-            longest = self._pause.max_seconds if self._pause is not None else None
-            seconds = self.settings.drain_seconds if longest is None else min(longest, self.settings.drain_seconds)
-            await self._gate.drained(timeout_seconds=seconds)
-            return
-        asked = [replica for replica in self.replicas if replica.healthy]
-        outcomes = await asyncio.gather(
-            *(replica.engine.pause(mode.engine_mode) for replica in asked), return_exceptions=True
-        )
-        failed = [(replica, outcome) for replica, outcome in zip(asked, outcomes, strict=True) if outcome is not None]
-        for replica, outcome in failed:
-            if not isinstance(outcome, EngineError):
-                raise outcome
-            self.eject(replica, outcome)  # weights that it keeps meanwhile are those that its answers name (I5)
-        if failed and len(failed) == len(asked):
-            raise EngineUnavailable(f"no engine could be paused: {'; '.join(str(outcome) for _, outcome in failed)}")
 
     def _note_holds(self) -> None:
         """Engines that someone else holds get no turns; while all are held, turns wait as in a pause of our own."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from urllib.parse import urlsplit
 
@@ -12,9 +12,10 @@ from fastapi.responses import Response
 
 from gateway.contracts.errors import ConfigurationError, InvalidRequest
 from gateway.contracts.generation import Capability, JsonValue
-from gateway.contracts.ports import Engine, Ledger
+from gateway.contracts.ports import Ledger
 from gateway.ledger.keeper import StorageKeeper
 from gateway.ledger.reserve import SpaceState
+from gateway.replicas.operations import Operations
 from gateway.replicas.pause import GatewayPause
 from gateway.replicas.pool import Replica, ReplicaPool
 from gateway.routes import openapi
@@ -40,12 +41,10 @@ def admin_router(
     access: Access,
     *,
     required: Sequence[Capability],
-    connect: Callable[[str, str, str | None], Engine],
-    learn_policy: Callable[[int, str], Awaitable[None]],
+    operations: Operations,
 ) -> APIRouter:
-    """Routes under `/admin`. required: what engines must be able to do. connect(kind, url, engine_id) makes an engine's
-    client; learn_policy stores a label."""
-    routes = _AdminRoutes(pool, model, required, connect, learn_policy)
+    """Routes under `/admin`. required: what engines must be able to do."""
+    routes = _AdminRoutes(pool, model, required, operations)
     router = APIRouter(prefix="/admin", tags=["admin"], dependencies=[Depends(access.check_operator)])
     router.add_api_route("/engines", routes.engines, methods=["GET"], openapi_extra=openapi.ENGINES)
     router.add_api_route("/engines", routes.add_engine, methods=["POST"], openapi_extra=openapi.ADD_ENGINE)
@@ -92,14 +91,12 @@ class _AdminRoutes:
         pool: ReplicaPool,
         model: ServedModel,
         required: Sequence[Capability],
-        connect: Callable[[str, str, str | None], Engine],
-        learn_policy: Callable[[int, str], Awaitable[None]],
+        operations: Operations,
     ) -> None:
         self._pool = pool
         self._model = model
         self._required = tuple(required)
-        self._connect = connect
-        self._learn_policy = learn_policy
+        self._operations = operations
 
     async def engines(self, request: Request) -> Response:
         """`{"engines": […], "paused": mode or null}`."""
@@ -113,23 +110,18 @@ class _AdminRoutes:
         kind = typed(fields, "kind", str, "a kind of engine") or "sglang"
         engine_id = typed(fields, "engine_id", str, "a string")
         try:
-            engine = self._connect(kind, url.rstrip("/"), engine_id)
+            replica = await self._operations.add_engine(kind, url.rstrip("/"), engine_id)
         except ConfigurationError as error:
             raise InvalidRequest(f"kind: {error.message}") from error
-        try:
-            await self._pool.add(engine)
-        except BaseException:
-            await engine.aclose()
-            raise
-        _log.info("engine %s was added", engine.engine_id)
+        _log.info("engine %s was added", replica.engine.engine_id)
         note_change(request.scope, added=urlsplit(url).hostname, port=urlsplit(url).port, kind=kind)
-        return json_reply(_replica_json(self._pool.replica(engine.engine_id)), status=201)
+        return json_reply(_replica_json(replica), status=201)
 
     async def remove_engine(self, request: Request) -> Response:
         """Take an engine out; `drain=true` lets its running requests end first."""
         engine_id = request.path_params["engine_id"]
         drain = request.query_params.get("drain", "false") in ("1", "true")
-        await self._pool.remove(engine_id, drain=drain)
+        await self._operations.remove_engine(engine_id, drain=drain)
         _log.info("engine %s was removed", engine_id)
         return json_reply({"engine_id": engine_id})
 
@@ -142,7 +134,7 @@ class _AdminRoutes:
         name = fields.get("mode", GatewayPause.ABORT.value)
         if name not in list(GatewayPause):
             raise InvalidRequest(f"mode: expected one of {', '.join(GatewayPause)}")
-        await self._pool.pause(GatewayPause(name), max_seconds=_max_seconds(fields))
+        await self._operations.pause(GatewayPause(name), max_seconds=_max_seconds(fields))
         note_change(request.scope, paused=name)
         return json_reply({"paused": name})
 
@@ -171,7 +163,7 @@ class _AdminRoutes:
 
     async def resume(self, request: Request) -> Response:
         """Let generation go on."""
-        await self._pool.resume()
+        await self._operations.resume()
         note_change(request.scope, paused=None)
         return json_reply({"paused": None})
 
@@ -182,8 +174,7 @@ class _AdminRoutes:
         weight_version = typed(fields, "weight_version", str, "the engines' label")
         if policy_version is None or policy_version < 0 or not weight_version:
             raise InvalidRequest("policy_version, weight_version: both are required, the number is 0 or more")
-        await self._learn_policy(policy_version, weight_version)
-        await self._pool.refresh_identities()
+        await self._operations.set_policy(policy_version, weight_version)
         note_change(request.scope, policy_version=policy_version, weight_version=weight_version)
         return json_reply({"policy_version": policy_version, "weight_version": weight_version})
 

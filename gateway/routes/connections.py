@@ -3,12 +3,14 @@
 uvicorn's protocol is bounded in three places: the head of a request has a limit of time and of size; what is left of a
 body after its reply is thrown away for a limited time only; and a client that does not read its reply is cut off, which
 routes see as a client that has gone. Bodies have their deadline in `bodies`, where routes read them.
+When another process takes over (`gateway.handover`), an idle connection goes there and its client notices nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +29,7 @@ MAX_HEAD_BYTES = 65_536
 """Of a request line and its headers, not counting the piece of data in which they begin."""
 
 _GONE = "verbatim.client_is_gone"
+_FLUSH_SECONDS = 0.005
 
 
 def client_is_gone(scope: Scope) -> bool:
@@ -56,6 +59,19 @@ class BoundedConnection(HttpToolsProtocol):
         self._rest = _Deadline(self.loop)
         self._reader = _Deadline(self.loop)
         self._head_bytes: int | None = 0  # None: no head is being read
+        self._in_message = False
+        self._give: Callable[[int], None] | None = None
+
+    def leave(self, give: Callable[[int], None]) -> None:
+        """Give the connection to another process, as a descriptor, as soon as no request of it is under way."""
+        self._give = give
+        self._leave_if_idle()
+
+    def stay(self) -> None:
+        """Undo `leave`, if it is not given away yet."""
+        self._give = None
+        if self.cycle is None or self.cycle.response_complete:
+            self.flow.resume_reading()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         """The first request has to come."""
@@ -80,6 +96,7 @@ class BoundedConnection(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """A request begins."""
         super().on_message_begin()
+        self._in_message = True
         self._head_bytes = 0
         self._await_head()
 
@@ -95,7 +112,9 @@ class BoundedConnection(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         """It is whole."""
         self._rest.clear()
+        self._in_message = False
         super().on_message_complete()
+        self._leave_soon()
 
     def on_response_complete(self) -> None:
         """It is answered; the reader of the last bytes, and the rest of a body that nobody reads, are waited for."""
@@ -104,6 +123,7 @@ class BoundedConnection(HttpToolsProtocol):
             self._await_reader()
         elif self.cycle.more_body and self.cycle.response_complete:
             self._rest.set(self._read_timeout_seconds, self.transport.abort)
+        self._leave_soon()
 
     def pause_writing(self) -> None:
         """The client does not read as fast as we write."""
@@ -121,6 +141,30 @@ class BoundedConnection(HttpToolsProtocol):
             self.transport.abort()
         else:
             super().timeout_keep_alive_handler()
+
+    @property
+    def _is_idle(self) -> bool:
+        """No byte of a request is here that is not answered."""
+        if self._in_message or self.pipeline or self.transport.is_closing():
+            return False
+        return self.cycle is None or self.cycle.response_complete
+
+    def _leave_soon(self) -> None:
+        """Once whoever sent the reply has noted that it is delivered."""
+        if self._give is not None and self._is_idle:
+            self.flow.pause_reading()  # what comes from now on is for the other process
+            self.loop.call_soon(self._leave_if_idle)
+
+    def _leave_if_idle(self) -> None:
+        if self._give is None or not self._is_idle:
+            return
+        self.flow.pause_reading()
+        if self.transport.get_write_buffer_size():
+            self.loop.call_later(_FLUSH_SECONDS, self._leave_if_idle)
+            return
+        give, self._give = self._give, None
+        give(os.dup(self.transport.get_extra_info("socket").fileno()))
+        self.transport.close()  # this process's descriptor only
 
     def _await_head(self) -> None:
         self._head.set(self._read_timeout_seconds, self._head_is_late)

@@ -62,6 +62,16 @@ class LeaseQueue:
         self._lines: dict[Wanted, _Line] = {}
         self._claims: dict[str, _Claim] = {}
         self._closed = False
+        self._keeps_waiting = True
+
+    async def serve(self) -> None:
+        """Until cancelled consumers may wait here; then there is nothing for them, and they ask another process."""
+        self._keeps_waiting = True
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self._keeps_waiting = False
+            self.look_again()
 
     def rollout_finished(self, session: SessionRecord) -> None:
         """Wake those whom a rollout that has just entered the feed may serve."""
@@ -110,7 +120,7 @@ class LeaseQueue:
         async with self._standing(request.wanted) as line:
             lease = None if await is_gone() else await self._look(request)
             remaining = deadline - time.monotonic()
-            if lease is not None or remaining <= 0:
+            if lease is not None or remaining <= 0 or not self._keeps_waiting:
                 return lease
             try:
                 async with asyncio.timeout(remaining):
@@ -135,7 +145,7 @@ class LeaseQueue:
             line.changed.clear()
             if self._closed:
                 raise LedgerError("this gateway is about to end; ask again")
-            if await is_gone():  # nothing is lent to a client that is gone
+            if not self._keeps_waiting or await is_gone():  # nothing is lent to a client that is gone
                 return None
             started = time.monotonic()
             lease = await self._look(request)

@@ -316,14 +316,26 @@ class TurnRunner:
         except (LedgerError, NotFound) as error:
             _log.warning("the delivery of %s is not noted: %s", record.turn_id, error)
 
-    async def aclose(self) -> None:
-        """Cut what runs and wait until it is recorded."""
+    async def prepared(self) -> None:
+        """Wait until `prepare` has been done."""
+        await self._upkeep.aclose()
+
+    def cut(self, reason: VerbatimError) -> None:
+        """End what runs now; it is recorded, and who waits for it is told `reason`."""
         for turn in list(self._turns):
-            turn.cut(EngineUnavailable("the gateway stops; try again"))
-        if self._turns:
-            await asyncio.wait(list(self._turns.values()))
+            turn.cut(reason)
+
+    async def deliveries_noted(self) -> None:
+        """Wait until the ledger knows of every reply whose last byte has left."""
         if self._deliveries:
             await asyncio.wait(self._deliveries)
+
+    async def aclose(self) -> None:
+        """Cut what runs and wait until it is recorded."""
+        self.cut(EngineUnavailable("the gateway stops; try again"))
+        if self._turns:
+            await asyncio.wait(list(self._turns.values()))
+        await self.deliveries_noted()
         await self._upkeep.aclose()
 
     def _forget(self, session: Session, turn: Turn) -> None:

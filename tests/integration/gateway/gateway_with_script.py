@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 from engines.scripted import ScriptedEngine, ScriptedReply
 from gateway import main
 from gateway.contracts import errors
-from gateway.contracts.errors import ConfigurationError
+from gateway.contracts.errors import ConfigurationError, VerbatimError
 from gateway.contracts.generation import GenerateChunk, GenerateEnd, GenerateRequest
 from gateway.contracts.ports import Engine
 from gateway.sessions.model import ServedModel
@@ -121,9 +121,15 @@ KINDS = {"scripted": scripted_engine, "seeing": seeing_engine}
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     main.configure(parser)
-    settings = main._settings(parser.parse_args())
+    arguments = parser.parse_args()
+    settings = main._settings(arguments)
     try:
-        main.serve(settings, operator_key=os.environ.get("VERBATIM_OPERATOR_KEY"), engine_kinds=KINDS)
-    except ConfigurationError as error:
+        main.serve(
+            settings,
+            operator_key=os.environ.get("VERBATIM_OPERATOR_KEY"),
+            engine_kinds=KINDS,
+            replace_running=arguments.replace,
+        )
+    except VerbatimError as error:
         sys.stderr.write(f"verbatim: {error.message}\n")
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, ConfigurationError) else 1)

@@ -1,0 +1,1 @@
+"""One gateway process takes over from another: no connection refused, no request failed (see README.md)."""
