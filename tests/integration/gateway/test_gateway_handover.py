@@ -402,6 +402,7 @@ def test_new_process_that_is_killed_under_load_gives_the_place_back(operator: Op
     with ask(old, "s", [VERY_SLOW], stream=True):
         new = operator.replace()
         new.process.kill()
+        new.process.wait()
         assert_serves(old)
     assert_serves(old)
     operator.replace()
