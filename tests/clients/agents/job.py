@@ -8,6 +8,8 @@ shows errors.
 from __future__ import annotations
 
 import asyncio
+import importlib
+import importlib.util
 import inspect
 import json
 import os
@@ -49,12 +51,23 @@ def run(modes: Mapping[str, Mode], *, one_by_one: bool = False) -> None:
     one_by_one: in turn, for a client that imports parts of itself while it works, in several threads at once, and asks
     again where that fails.
     """
+    import_openai_whole()
     jobs = [Job(**fields) for fields in json.loads(sys.argv[1])]
     groups = [[job] for job in jobs] if one_by_one else [jobs]
     outcomes = [outcome for group in groups for outcome in asyncio.run(run_all(modes, group))]
     sys.stdout.write(MARK + json.dumps([told(outcome) for outcome in outcomes]) + "\n")
     sys.stdout.flush()
     os._exit(0)  # what clients' background threads still do or say is not waited for
+
+
+def import_openai_whole() -> None:
+    """Import what OpenAI's client, where a program has it, would import in the threads of several jobs at once."""
+    # Its resources import one another, which ends in a deadlock error where threads begin at different ones; and it
+    # takes httpx2 from sys.modules while another thread (LiteLLM's first call with tools) is still importing it.
+    if "openai" in sys.modules:
+        for name in ("openai.resources.chat", "openai.resources.responses", "httpx2"):
+            if importlib.util.find_spec(name) is not None:
+                importlib.import_module(name)
 
 
 async def run_all(modes: Mapping[str, Mode], jobs: list[Job]) -> list[Any]:
