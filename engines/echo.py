@@ -19,7 +19,7 @@ from gateway.contracts.generation import JsonValue
 _KNOWN = frozenset(
     (
         "rid", "input_ids", "sampling_params", "stream", "return_logprob", "logprob_start_len",
-        "return_routed_experts", "routed_experts_start_len", "top_logprobs_num",
+        "return_routed_experts", "routed_experts_start_len", "top_logprobs_num", "extra_key",
     )
 )  # fmt: skip
 

@@ -96,8 +96,8 @@ def _tokens_in_ledger(folder: Path, *, purpose: str) -> int:
     database = sqlite3.connect(f"file:{folder / 'ledger.sqlite'}?mode=ro", uri=True)
     try:
         (count,) = database.execute(
-            "SELECT sum(length(output_token_ids) / 4) FROM turns JOIN sessions USING (session_id)"
-            " WHERE json_extract(labels, '$.purpose') = ?",
+            "SELECT sum(length(output_token_ids) / 4) FROM turns JOIN session_labels USING (session_id)"
+            " WHERE name = CAST('purpose' AS BLOB) AND value = CAST(? AS BLOB)",
             (purpose,),
         ).fetchone()
     finally:

@@ -218,8 +218,10 @@ def _is_last(event: Mapping[str, Any]) -> bool:
 
 
 @contextmanager
-def serving_echo(model: Path, *, context_length: int = 4096) -> Iterator[tuple[EchoServer, str]]:
-    """An echo server for a model's tokenizer and its URL, on a port of its own, in a thread of its own."""
+def serving_echo(
+    model: Path, *, context_length: int = 4096, port: int | None = None
+) -> Iterator[tuple[EchoServer, str]]:
+    """An echo server for a model's tokenizer and its URL, on `port` or a free one, in a thread of its own."""
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
     ids = [*tokenizer.encode(ANSWER, add_special_tokens=False).ids, tokenizer.token_to_id("<|im_end|>")]
     server = EchoServer(ids, context_length=context_length)
@@ -228,9 +230,9 @@ def serving_echo(model: Path, *, context_length: int = 4096) -> Iterator[tuple[E
 
     async def start() -> str:
         await runner.setup()
-        port = free_port()
-        await web.TCPSite(runner, "127.0.0.1", port).start()
-        return f"http://127.0.0.1:{port}"
+        chosen = port or free_port()
+        await web.TCPSite(runner, "127.0.0.1", chosen).start()
+        return f"http://127.0.0.1:{chosen}"
 
     thread = threading.Thread(target=loop.run_forever)
     thread.start()

@@ -388,7 +388,8 @@ async def test_while_generation_is_paused_an_engine_is_not_asked_to_spell(
         gateway = serve("--engine", f"sglang={url}")
         gateway.post("/admin/generation/pause", {"mode": "drain"})
         server.info["weight_version"] = "policy-000001"
-        wait_until(lambda: gateway.get("/admin/engines")["engines"][0]["policy_version"] == 1)
+        gateway.post("/admin/policy", {"policy_version": 1, "weight_version": "policy-000001"})
+        assert gateway.get("/admin/engines")["engines"][0]["policy_version"] == 1
         assert server.num_probes == 1
         gateway.post("/admin/generation/resume")
         wait_until(lambda: server.num_probes == 2)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,16 @@ import httpx
 import openai
 import pytest
 
+from tests.conftest import free_port
 from tests.integration.gateway.conftest import TOOLS, StartGateway, unused_port
+from tests.integration.gateway.field_fuzz import serving_echo
 
 QUESTION = {"role": "user", "content": "What is 48/2?"}
 SLOW = {"role": "user", "content": "count slowly"}
 VERY_SLOW = {"role": "user", "content": "count very slowly"}
 KEY = "operator-secret"
+CHAT = "/sessions/s/v1/chat/completions"
+DRAIN_SECONDS = 30
 
 
 def test_killed_gateway_continues_the_session_token_for_token(start_gateway: StartGateway, tmp_path: Path) -> None:
@@ -70,6 +75,42 @@ def test_turn_that_outlives_the_drain_is_recorded_as_partial(start_gateway: Star
     assert turn["finish"]["reason"] == "abort"
     assert turn["delivered_at"] is None
     assert 0 < len(turn["output_token_ids"]) < 20
+
+
+@pytest.mark.parametrize("mode", ["abort", "drain"])
+def test_a_stop_during_a_pause_tells_the_turns_that_it_holds_to_come_again(
+    start_gateway: StartGateway, tmp_path: Path, mode: str
+) -> None:
+    """Nobody could end the pause any more; a client's plain retry is answered by the next process."""
+    port = unused_port()
+    gateway = start_gateway(tmp_path, port=port)
+    gateway.post("/admin/generation/pause", {"mode": mode})
+    with ThreadPoolExecutor(1) as pool:
+        held = pool.submit(httpx.post, gateway.url + CHAT, json={"messages": [QUESTION]}, timeout=30)
+        while gateway.get("/health")["turns_running"] == 0:
+            time.sleep(0.01)
+        started = time.monotonic()
+        assert gateway.stop(signal.SIGTERM) == 0
+        assert time.monotonic() - started < DRAIN_SECONDS
+        assert held.result().status_code == 503
+        assert held.result().headers["retry-after"]
+    again = httpx.post(start_gateway(tmp_path, port=port).url + CHAT, json={"messages": [QUESTION]}, timeout=30)
+    assert again.status_code == 200
+
+
+def test_a_gateway_starts_while_its_engine_is_away_and_uses_it_when_it_is_there(
+    start_gateway: StartGateway, tiny_model: Path, tmp_path: Path
+) -> None:
+    port = free_port()
+    gateway = start_gateway(tmp_path, engine=f"sglang=http://127.0.0.1:{port}")
+    assert httpx.get(f"{gateway.url}/ready").status_code == 503
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(httpx.post, gateway.url + CHAT, json={"messages": [QUESTION]}, timeout=60)
+        while gateway.get("/health")["turns_running"] == 0:
+            time.sleep(0.01)
+        with serving_echo(tiny_model, port=port):
+            assert waiting.result().status_code == 200
+            assert httpx.get(f"{gateway.url}/ready").status_code == 200
 
 
 def test_keys_open_their_own_session_only(start_gateway: StartGateway, tmp_path: Path) -> None:
@@ -147,7 +188,6 @@ def test_engines_are_added_and_removed_under_way(start_gateway: StartGateway, ru
     ("flags", "message"),
     [
         (["--model", "MISSING"], "no such model folder"),
-        (["--engine", "sglang=http://127.0.0.1:1"], "127.0.0.1:1"),
         (["--engine", "nonsense"], "KIND=URL"),
         (["--engine", "martian=http://x"], "martian"),
         (["--set", "prot=1"], "did you mean 'port'"),

@@ -62,7 +62,7 @@ class RawClient:
 
     def send(self, method: str, path: str, body: Any) -> None:
         content = json.dumps(body).encode()
-        head = f"{method} {path} HTTP/1.1\r\nhost: gateway\r\ncontent-length: {len(content)}\r\n\r\n"
+        head = f"{method} {path} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(content)}\r\n\r\n"
         self._socket.sendall(head.encode() + content)
 
     def read_until(self, is_enough: Callable[[bytes], bool]) -> bytes:
