@@ -385,7 +385,9 @@ async def open_gateway(
 
         keeper = StorageKeeper(ledger, settings.storage, reserve)
         queue = LeaseQueue(ledger)
-        runner = TurnRunner(TurnParts(model, pool, ledger, settings.turns, metrics.observe_turn, keeper.admit))
+        observe = metrics.observe_turn
+        parts = TurnParts(model, pool, ledger, settings.turns, observe, keeper.admit, note_late=queue.rollout_finished)
+        runner = TurnRunner(parts)
         stack.push_async_callback(runner.aclose)
         runner.prepare()
         async with _background(watch_health(pool)), _background(keeper.watch()):

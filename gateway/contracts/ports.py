@@ -169,7 +169,7 @@ class Ledger(Protocol):
         """Keep a content that a session's messages refer to; the same again is a no-op.
 
         Equal contents are stored once, and freed with the last session that refers to them (its deletion, or the drop
-        of its rollout). Raises NotFound for an unknown session, SessionSealed for a finished one.
+        of its rollout). Raises NotFound for an unknown session, SessionSealed for one whose rollout was dropped.
         """
         ...
 

@@ -189,7 +189,7 @@ class SqlLedger:
     async def put_blob(self, session_id: str, blob: Blob) -> None:
         """Keep a content for a session, in a file that equal contents of all sessions share; again is a no-op.
 
-        Raises NotFound for an unknown session, SessionSealed for a finished one.
+        Raises NotFound for an unknown session, SessionSealed for one whose rollout was dropped.
         """
         if await self._read(lambda connection: _blob_type(connection, session_id, blob.sha256)) is not None:
             return
@@ -199,7 +199,7 @@ class SqlLedger:
 
         def hold(connection: Connection) -> None:
             _lock(connection, session_id)
-            _check_open(connection, session_id)
+            _check_keeps(connection, session_id)
             if not blobs.has(blob.sha256):  # nobody held it until now, so it may just have been cleared away
                 blobs.write(blob)
             connection.execute(
@@ -536,8 +536,7 @@ def _append_late(connection: Connection, arrays: ArrayStore, arrival: _Arrival) 
         raise Conflict(f"session {row.session_id} is not finished; its turns are appended as they come")
     if _is_stored(connection, row):
         return finish
-    if finish.dropped_at is not None:
-        raise SessionSealed(f"session {row.session_id} is finished and its rollout was dropped")
+    _check_kept(row.session_id, finish)
     query = "SELECT max(ordinal) FROM snapshots WHERE session_id = ?"
     ordinal = 1 + connection.execute(query, (row.session_id,)).fetchone()[0]
     _insert_turn(connection, arrays, arrival, since_snapshot=ordinal)
@@ -625,6 +624,18 @@ def _check_text(name: str, text: str) -> None:
 def _check_exists(connection: Connection, session_id: str) -> None:
     if connection.execute("SELECT 1 FROM sessions WHERE session_id = ?", (session_id,)).fetchone() is None:
         raise NotFound(f"no session {session_id}")
+
+
+def _check_keeps(connection: Connection, session_id: str) -> None:
+    """A session keeps data until its rollout is dropped: turns of other gateways come late."""
+    _check_exists(connection, session_id)
+    if (finish := _finish(connection, session_id)) is not None:
+        _check_kept(session_id, finish)
+
+
+def _check_kept(session_id: str, finish: FinishRecord) -> None:
+    if finish.dropped_at is not None:
+        raise SessionSealed(f"session {session_id} is finished and its rollout was dropped")
 
 
 def _check_open(connection: Connection, session_id: str) -> None:

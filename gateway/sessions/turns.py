@@ -45,7 +45,14 @@ from gateway.contracts.generation import (
 )
 from gateway.contracts.media import RAW_MEDIA, PlacedMedia, placed_media
 from gateway.contracts.ports import Ledger
-from gateway.contracts.records import Attachment, RootContext, SegmentReason, TurnRecord, recorded_top_logprobs
+from gateway.contracts.records import (
+    Attachment,
+    RootContext,
+    SegmentReason,
+    SessionRecord,
+    TurnRecord,
+    recorded_top_logprobs,
+)
 from gateway.contracts.replies import ParsedReply
 from gateway.replicas.continuation import Continuation, Generated
 from gateway.replicas.pool import ReplicaPool
@@ -94,7 +101,8 @@ class TurnSettings:
 @dataclass(frozen=True, slots=True, eq=False)
 class TurnParts:
     """What every turn needs, wired once. `observe` hears of every recorded turn. `admit` is given the number of turns
-    under way and raises where there is no room to record another (LedgerFull)."""
+    under way and raises where there is no room to record another (LedgerFull). `note_late` hears of sessions whose
+    rollout was frozen anew, with a turn that was recorded after their finish."""
 
     model: ServedModel
     pool: ReplicaPool
@@ -102,6 +110,7 @@ class TurnParts:
     settings: TurnSettings
     observe: Callable[[TurnFinished, Generated, TurnTimes], None]
     admit: Callable[[int], None] = lambda num_running: None
+    note_late: Callable[[SessionRecord], None] = lambda session: None
 
     @property
     def vocab_size(self) -> int:
@@ -612,6 +621,7 @@ async def _append(parts: TurnParts, session: Session, record: TurnRecord, expert
         try:
             if is_late:
                 session.finish = await parts.ledger.append_late_turn(record, experts)
+                parts.note_late(session.record)
             else:
                 await parts.ledger.append_turn(record, experts)
         except TurnIndexTaken:

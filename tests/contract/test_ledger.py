@@ -470,12 +470,16 @@ async def test_bytes_go_with_the_last_session_that_refers_to_them(ledger: Ledger
     assert await ledger.blob("a", blob.sha256) == blob
 
 
-async def test_bytes_need_an_open_session(ledger: Ledger) -> None:
+async def test_bytes_are_kept_for_a_session_until_its_rollout_is_dropped(ledger: Ledger) -> None:
+    """I3: a turn that comes after its session's finish brings its bytes."""
     blob = Blob.of(b"x", "image/png")
     with pytest.raises(NotFound):
         await ledger.put_blob("s", blob)
     await ledger.create_session(a_session())
-    await finish(ledger)
+    record = await finish(ledger)
+    await ledger.put_blob("s", blob)
+    assert await ledger.blob("s", blob.sha256) == blob
+    await ledger.drop_rollout("s", record.snapshot)
     with pytest.raises(SessionSealed):
         await ledger.put_blob("s", blob)
 
