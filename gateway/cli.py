@@ -26,7 +26,7 @@ COMMANDS = {
     "sessions": ("gateway.inspection", "look at recorded sessions and turns"),
     "feed": ("gateway.feed_inspection", "look at leases and rollouts, release, export"),
     "bench": ("gateway.bench", "the benchmarks of a checkout"),
-    "doctor": ("gateway.doctor", "what is known of a model before anything depends on it"),
+    "doctor": ("gateway.doctor", "look at a model, at engines or at a ledger before anything depends on them"),
 }
 """name → (module, one line of help)"""
 
