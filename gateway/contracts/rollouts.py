@@ -34,7 +34,8 @@ class IncompleteGroup:
 
     expected: how many sessions it should have (None: nobody said). unfinished: those that have not ended.
     num_not_created: how many nobody has made yet. lent_before: those that this consumer has, or has acknowledged.
-    dropped: those whose data were freed before this consumer had them.
+    dropped: those whose data were freed before this consumer had them. damaged: those whose record cannot be read
+    (`verbatim doctor --data` says more).
 
     Example: of 4 attempts one runs, one was never made: `IncompleteGroup("task-7", 4, ("s3",), 1, ())`.
     """
@@ -45,6 +46,7 @@ class IncompleteGroup:
     num_not_created: int
     lent_before: tuple[str, ...]
     dropped: tuple[str, ...] = ()
+    damaged: tuple[str, ...] = ()
 
     @classmethod
     def of_json(cls, facts: Mapping[str, JsonValue]) -> IncompleteGroup:

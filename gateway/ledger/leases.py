@@ -8,13 +8,13 @@ caller's transaction; those that write hold the consumer's lock, so that two pro
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 from gateway.contracts.errors import Conflict, NotFound
 from gateway.contracts.rollouts import FeedCounts, IncompleteGroup, Lease, LeasedRollout
 from gateway.ledger.backend import Connection, Value
-from gateway.ledger.rows import decode_json, encode_json, label_bytes, read_finish
+from gateway.ledger.rows import decode_json, encode_json, finish_is_whole, label_bytes, read_finish
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +22,7 @@ class Selection:
     """What a consumer wants to lease; `now` in seconds since the epoch decides which leases have expired.
 
     group_deadline_seconds: how long after the first of its members ended a group waits for the rest; None: for ever.
+    note_damaged: hears of sessions whose rollout cannot be lent, because the record of its end is damaged.
     """
 
     consumer: str
@@ -30,6 +31,7 @@ class Selection:
     labels: Mapping[str, str]
     now: float
     group_deadline_seconds: float | None = None
+    note_damaged: Callable[[str], None] = field(default=lambda session_id: None, compare=False)
 
 
 @dataclass(slots=True)
@@ -213,7 +215,7 @@ def _units(connection: Connection, wanted: Selection) -> Iterator[_Unit]:
 def _free_rollouts(connection: Connection, wanted: Selection) -> Iterator[tuple[str, str | None]]:
     clause, values = label_filter(wanted.labels)
     rows = connection.execute(
-        f"""SELECT s.session_id, s.group_name
+        f"""SELECT s.session_id, s.group_name, f.facts, f.checksum
             FROM finishes f JOIN sessions s ON s.session_id = f.session_id
             LEFT JOIN holdings h ON h.consumer = ? AND h.session_id = f.session_id
             WHERE f.dropped_at IS NULL
@@ -221,7 +223,11 @@ def _free_rollouts(connection: Connection, wanted: Selection) -> Iterator[tuple[
             ORDER BY f.finished_at, f.session_id""",
         [wanted.consumer, wanted.now, *values],
     )
-    return iter(rows)
+    for session_id, group, facts, checksum in rows:
+        if finish_is_whole(facts, checksum):
+            yield session_id, group
+        else:  # one damaged record must not hold up the feed
+            wanted.note_damaged(session_id)
 
 
 @dataclass(slots=True)
@@ -236,20 +242,22 @@ class _Members:
     lent: list[str] = field(default_factory=list)
     acknowledged: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
+    damaged: list[str] = field(default_factory=list)
 
     @classmethod
     def read(cls, connection: Connection, wanted: Selection, group: str) -> _Members:
         """Ask the store."""
         clause, values = label_filter(wanted.labels)
         rows = connection.execute(
-            f"""SELECT s.session_id, s.group_size, f.finished_at, f.dropped_at, h.acknowledged, h.expires_at
+            f"""SELECT s.session_id, s.group_size, f.finished_at, f.dropped_at, h.acknowledged, h.expires_at,
+                       f.facts, f.checksum
                 FROM sessions s LEFT JOIN finishes f ON f.session_id = s.session_id
                 LEFT JOIN holdings h ON h.consumer = ? AND h.session_id = s.session_id
                 WHERE s.group_name = ?{clause} ORDER BY f.finished_at, s.session_id""",
             [wanted.consumer, group, *values],
         )
         members = cls(group)
-        for session_id, group_size, finished_at, dropped_at, acknowledged, expires_at in rows:
+        for session_id, group_size, finished_at, dropped_at, acknowledged, expires_at, facts, checksum in rows:
             if group_size is not None:
                 members.expected = max(group_size, members.expected or 0)
             if members.first_end is None:
@@ -262,6 +270,8 @@ class _Members:
                 members.lent.append(session_id)
             elif dropped_at is not None:
                 members.dropped.append(session_id)
+            elif not finish_is_whole(facts, checksum):
+                members.damaged.append(session_id)
             else:
                 members.free.append(session_id)
         return members
@@ -269,14 +279,14 @@ class _Members:
     @property
     def num_not_created(self) -> int:
         """How many of the expected ones nobody has made."""
-        known = (self.free, self.unfinished, self.lent, self.acknowledged, self.dropped)
+        known = (self.free, self.unfinished, self.lent, self.acknowledged, self.dropped, self.damaged)
         return max(0, (self.expected or 0) - sum(map(len, known)))
 
     @property
     def missing(self) -> IncompleteGroup | None:
         """What a lease on `free` lacks; None where that is the whole group."""
         lent_before = (*self.acknowledged, *self.lent)
-        if not (self.unfinished or self.num_not_created or lent_before or self.dropped):
+        if not (self.unfinished or self.num_not_created or lent_before or self.dropped or self.damaged):
             return None
         return IncompleteGroup(
             group=self.group,
@@ -285,6 +295,7 @@ class _Members:
             num_not_created=self.num_not_created,
             lent_before=lent_before,
             dropped=tuple(self.dropped),
+            damaged=tuple(self.damaged),
         )
 
     def may_be_lent(self, wanted: Selection) -> bool:

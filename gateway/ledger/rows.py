@@ -195,6 +195,11 @@ def read_finish(session_id: str, facts: bytes, checksum: int, dropped_at: float 
     return FinishRecord(**decode_json(facts), dropped_at=dropped_at)
 
 
+def finish_is_whole(facts: bytes, checksum: int) -> bool:
+    """Whether `read_finish` can read it."""
+    return zlib.crc32(facts) == checksum
+
+
 def same_finish(one: FinishRecord, other: FinishRecord) -> bool:
     """Whether two records say the same of a session: reward, outcome and metadata; times and snapshots are ours."""
     said = [encode_json([f.reward, f.outcome, dict(f.metadata)], sort_keys=True) for f in (one, other)]

@@ -9,6 +9,7 @@ lock.
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import queue
 import time
@@ -40,6 +41,8 @@ from gateway.ledger.writer import GroupCommitWriter, Operation, StoreFailures
 
 Result = TypeVar("Result")
 
+_log = logging.getLogger(__name__)
+
 _NUM_READERS = 4
 _ROOM_SECONDS = 0.25
 _TURN_COLUMNS = ", ".join(rows.TurnRow._fields)
@@ -55,6 +58,7 @@ class SqlLedger:
         self._room = room
         self._closed = False
         self._space_was_freed = True  # after a crash things may be left that no row points at
+        self._damaged: set[str] = set()
         self._freed_blobs: set[str] = set() if backend.read_only else set(backend.unclaimed_blobs())
         self._readers = ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="ledger-reader")
         self._idle: queue.SimpleQueue[Connection] = queue.SimpleQueue()
@@ -305,10 +309,18 @@ class SqlLedger:
         _check_text("lease_id", lease_id or "")
         if limit < 1 or lease_seconds <= 0:
             raise InvalidRequest(f"limit is {limit} and lease_seconds {lease_seconds}; both must be positive")
-        wanted = leases.Selection(consumer, limit, whole_groups, labels or {}, now, group_deadline_seconds)
+        wanted = leases.Selection(
+            consumer, limit, whole_groups, labels or {}, now, group_deadline_seconds, self._note_damaged
+        )
         if not await self._read(partial(leases.may_lend, wanted=wanted, lease_id=lease_id)):
             return None
         return await self._write(partial(leases.lend, wanted=wanted, lease_seconds=lease_seconds, lease_id=lease_id))
+
+    def _note_damaged(self, session_id: str) -> None:
+        """Once for each: feeds are polled."""
+        if session_id not in self._damaged:
+            self._damaged.add(session_id)
+            _log.error("rollout %s is not lent: the record of its end is damaged; see `verbatim doctor`", session_id)
 
     async def extend_lease(self, lease_id: str, *, lease_seconds: float, now: float) -> float:
         """Let a lease run on; when it expires then. NotFound, or Conflict if it has ended or was lent anew since."""

@@ -572,6 +572,7 @@ _LEASE = _object(
                     "num_not_created": _COUNT,
                     "lent_before": _list(_ID),
                     "dropped": _list(_ID),
+                    "damaged": _list(_ID),
                 }
             )
         ),

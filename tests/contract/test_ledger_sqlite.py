@@ -236,6 +236,30 @@ async def test_rows_of_another_turn_are_not_taken_for_its_own(filled: Path) -> N
     await ledger.aclose()
 
 
+async def test_one_damaged_end_of_a_rollout_does_not_hold_up_the_feed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """I9: it is named, in the log and where it is missing from its group; all others are lent."""
+    ledger = SqliteLedger.open(tmp_path)
+    for name, group in (("a1", "a"), ("a2", "a"), ("b1", None)):
+        await ledger.create_session(replace(a_session(name), group=group, group_size=group and 2))
+        await ledger.finish(name, reward=1.0, outcome="completed", metadata={}, finished_at=10.0)
+    await ledger.aclose()
+    with sqlite3.connect(tmp_path / "ledger.sqlite") as connection:
+        connection.execute("UPDATE finishes SET checksum = checksum + 1 WHERE session_id = 'a1'")
+    connection.close()
+    ledger = SqliteLedger.open(tmp_path)
+    for whole_groups, lent in ((True, ["a2", "b1"]), (False, ["a2", "b1"])):
+        lease = await ledger.lease(
+            consumer=f"{whole_groups}", limit=9, lease_seconds=9.0, whole_groups=whole_groups, labels=None, now=100.0
+        )
+        assert lease is not None
+        assert [rollout.session_id for rollout in lease.rollouts] == lent
+        assert [group.damaged for group in lease.incomplete] == ([("a1",)] if whole_groups else [])
+    assert [record.getMessage() for record in caplog.records if "a1" in record.getMessage()] != []
+    await ledger.aclose()
+
+
 @pytest.mark.parametrize("column", ["facts", "prompt_token_ids", "output_token_ids", "output_logprobs"])
 async def test_a_changed_byte_of_a_turn_is_named(filled: Path, column: str) -> None:
     """I1: tokens that are not those recorded are an error, not data."""
