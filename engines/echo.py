@@ -62,6 +62,7 @@ class EchoServer:
                 web.get("/v1/models", self._models),
                 web.get("/ping", self._ping),
                 web.get("/health", self._ping),
+                web.get("/ready", self._ready),
                 web.get("/seen", self._seen),
                 web.post("/generate", self._generate),
                 web.post("/abort_request", self._abort),
@@ -82,6 +83,9 @@ class EchoServer:
 
     async def _ping(self, request: web.Request) -> web.Response:
         return web.json_response({})
+
+    async def _ready(self, request: web.Request) -> web.Response:
+        return web.json_response({}, status=503 if self.paused else 200)
 
     async def _pause(self, request: web.Request) -> web.Response:
         self.paused = True
