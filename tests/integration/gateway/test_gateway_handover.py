@@ -24,6 +24,8 @@ import httpx
 import openai
 import pytest
 
+from gateway.client import SyncGatewayClient
+from gateway.contracts.errors import VerbatimError
 from tests.integration.gateway.conftest import RULES, RunningGateway, close, spawn, unused_port, wait_ready
 
 SLOW = {"role": "user", "content": "count slowly"}
@@ -79,6 +81,8 @@ class Load:
         self.url = url
         self.failures: list[str] = []
         self.replies: dict[str, list[str]] = {}
+        self.finished: list[str] = []
+        self.acknowledged: list[str] = []
         self.num_probes = 0
         self.longest_connect = 0.0
         self._stopped = threading.Event()
@@ -90,6 +94,7 @@ class Load:
             self._raw_agent,
             self._raw_agent,
             self._probe,
+            self._train,
         ]
         with ThreadPoolExecutor(len(work)) as pool:
             tasks = [pool.submit(each) for each in work]
@@ -124,6 +129,8 @@ class Load:
                     return
                 texts.append(text)
                 messages.append({"role": "assistant", "content": text})
+            await http.post(f"{self.url}/sessions/{session_id}/finish", json={"reward": 1.0})
+            self.finished.append(session_id)
 
     async def _ask(self, client: openai.AsyncOpenAI, messages: list[Any], *, streams: bool) -> str:
         if not streams:
@@ -137,6 +144,17 @@ class Load:
                 finish = chunk.choices[0].finish_reason or finish
         assert finish == "stop"
         return "".join(pieces)
+
+    def _train(self) -> None:
+        """A consumer that waits for rollouts, and never asks twice."""
+        with SyncGatewayClient(self.url, retry_seconds=0.0) as gateway:
+            try:
+                while not self._stopped.is_set():
+                    lease = gateway.lease(consumer="trainer", limit=3, wait_seconds=2.0)
+                    if lease is not None:
+                        self.acknowledged += gateway.acknowledge(lease.lease_id)
+            except (VerbatimError, httpx.HTTPError) as error:
+                self.failures.append(f"trainer: {error!r}")
 
     def _raw_agent(self) -> None:
         """One connection for all requests, each as soon as the reply before it is read; never connects again."""
@@ -182,6 +200,11 @@ def test_five_replacements_under_load_fail_no_request_and_refuse_no_connection(o
     assert not load.failures
     assert [old.process.wait(60) for old in replaced] == [0] * NUM_REPLACEMENTS
     assert load.num_probes > 100
+    with SyncGatewayClient(operator.url) as client:
+        while (lease := client.lease(consumer="trainer", limit=100)) is not None:
+            load.acknowledged += client.acknowledge(lease.lease_id)
+    assert sorted(load.acknowledged) == sorted(load.finished)
+    assert len(load.finished) > NUM_AGENTS
     for session_id, texts in load.replies.items():
         check_session(gateway, session_id, texts)
     assert gateway.stop() == 0
