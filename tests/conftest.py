@@ -7,7 +7,6 @@ import os
 # One thread per torch process: OpenMP threads spin on shared cores (60 times slower as soon as two processes run).
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,19 +30,6 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shape = TinyMoeShape(hidden_size=64, expert_size=64, vocab_size=400)
     make_checkpoint(folder, corpus=CORPUS, seed=0, shape=shape)
     return folder
-
-
-@pytest.fixture
-def free_port() -> int:
-    """A TCP port on loopback below the ephemeral range that nothing listens on now."""
-    for port in range(20_000 + os.getpid() % 5_000, 32_000):
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
-    raise RuntimeError("no free port below 32000")
 
 
 @pytest.fixture(scope="session")

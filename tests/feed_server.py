@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,6 +10,7 @@ from pathlib import Path
 import uvicorn
 from fastapi import FastAPI
 
+from engines.launch import free_port
 from gateway.ledger.sqlite import SqliteLedger
 from gateway.routes.errors import add_error_replies
 from gateway.routes.feed import feed_router
@@ -54,7 +53,7 @@ class FeedServer:
 
 @asynccontextmanager
 async def serve_feed(data: Path) -> AsyncIterator[FeedServer]:
-    server = FeedServer(data, _unused_port())
+    server = FeedServer(data, free_port())
     await server.start()
     try:
         yield server
@@ -64,14 +63,3 @@ async def serve_feed(data: Path) -> AsyncIterator[FeedServer]:
 
 async def _everybody(request: object) -> None:
     """Keys are off."""
-
-
-def _unused_port() -> int:
-    for port in range(22_000 + os.getpid() % 3_000, 32_000):
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
-    raise RuntimeError("no free port below 32000")

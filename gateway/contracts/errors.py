@@ -206,7 +206,7 @@ class WorkerUnavailable(EngineUnavailable):
 class EngineBusy(EngineUnavailable):
     """The engine lives and takes nothing for now (429, or 503 with `Retry-After`). retry_after_seconds: as it said."""
 
-    def __init__(self, message: str, *, retry_after_seconds: float | None) -> None:
+    def __init__(self, message: str, *, retry_after_seconds: float | None = None) -> None:
         super().__init__(message)
         self.retry_after_seconds = retry_after_seconds
 

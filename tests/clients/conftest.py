@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 
+from engines.launch import free_port
+
 pytest.register_assert_rewrite("tests.clients.proof")  # before its first import: a failed proof shows both sides
 
 from tests.clients.fleet import Door, Fleet, Placed, Task, require  # noqa: E402
 from tests.clients.proof import Witnesses  # noqa: E402
 from tests.clients.script import RULES  # noqa: E402
-from tests.integration.gateway.conftest import close, spawn, unused_port, wait_ready  # noqa: E402
+from tests.integration.gateway.conftest import close, spawn, wait_ready  # noqa: E402
 
 OPERATOR_KEY = "operators-only"
 CONTEXT_LENGTH = 16_384
@@ -47,7 +49,7 @@ def witnesses(roomy_model: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     process = spawn(
         [
             *("--engine", f"scripted={rules}", "--model", str(roomy_model), "--data", str(folder / "ledger")),
-            *("--port", str(unused_port())),
+            *("--port", str(free_port())),
             *(word for name, value in settings.items() for word in ("--set", f"{name}={value}")),
         ],
         environment={"VERBATIM_OPERATOR_KEY": OPERATOR_KEY, "SCRIPT_REQUESTS": str(requests)},

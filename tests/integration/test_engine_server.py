@@ -19,7 +19,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from engines.launch import EngineProcess, running_engine
+from engines.launch import EngineProcess, free_port, running_engine
 from engines.sglang import SglangEngine
 from engines.weights.disk import DiskTransport
 from engines.weights.names import policy_version_of, weight_label
@@ -335,8 +335,8 @@ async def test_the_client_tells_refusals_apart(process: EngineProcess) -> None:
     await engine.aclose()
 
 
-async def test_an_engine_that_is_not_there_is_unavailable(free_port: int) -> None:
-    engine = client(f"http://127.0.0.1:{free_port}")
+async def test_an_engine_that_is_not_there_is_unavailable() -> None:
+    engine = client(f"http://127.0.0.1:{free_port()}")
     with pytest.raises(EngineUnavailable):
         await anext(engine.generate(request_for(PROMPT)))
     assert not await engine.healthy()

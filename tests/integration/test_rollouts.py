@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from engines.launch import free_port
 from gateway.client import GatewayClient
 from gateway.contracts.errors import RewardError
 from gateway.contracts.generation import JsonValue
@@ -63,17 +63,6 @@ class PickyRecipe(CalculatorRecipe):
         return super().reward(task, messages)
 
 
-def unused_port() -> int:
-    for port in range(22_000 + os.getpid() % 3_000, 32_000):
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
-    raise RuntimeError("no free port below 32000")
-
-
 @pytest.fixture(scope="module")
 def gateway_url(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("rollouts")
@@ -81,7 +70,7 @@ def gateway_url(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     process = subprocess.Popen(
         [
             *(sys.executable, str(GATEWAY), "--engine", f"scripted={folder / 'rules.json'}"),
-            *("--model", str(tiny_model), "--data", str(folder / "ledger"), "--port", str(unused_port())),
+            *("--model", str(tiny_model), "--data", str(folder / "ledger"), "--port", str(free_port())),
         ],
         stdout=subprocess.PIPE,
         text=True,

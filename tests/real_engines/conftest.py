@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.gateway.conftest import RunningGateway, close, unused_port, wait_ready
+from engines.launch import free_port
+from tests.integration.gateway.conftest import RunningGateway, close, wait_ready
 from tests.integration.gateway.test_gateway_embedded_engine import verbatim
 from tests.real_engines.transcripts import Reference, memorised_checkpoint
 
@@ -35,7 +36,7 @@ def session_id(request: pytest.FixtureRequest) -> str:
 @contextmanager
 def gateway_before(engine: str, model: Path, data: Path) -> Iterator[RunningGateway]:
     """A real gateway process whose one engine is `KIND=URL`."""
-    flags = ["--model", str(model), "--port", str(unused_port()), "--data", str(data)]
+    flags = ["--model", str(model), "--port", str(free_port()), "--data", str(data)]
     process = verbatim("serve", "--engine", engine, *flags)
     try:
         yield RunningGateway(process, wait_ready(process))

@@ -18,6 +18,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse
 from yarl import URL
 
+from engines.launch import free_port
 from gateway.client import GatewayClient
 from gateway.client_calls import error_of_reply, path_segment
 from gateway.contracts.errors import (
@@ -73,19 +74,20 @@ def error_reply(error: VerbatimError) -> dict[str, Any]:
 
 
 @pytest.fixture
-async def served(tmp_path: Path, free_port: int) -> AsyncIterator[Served]:
+async def served(tmp_path: Path) -> AsyncIterator[Served]:
     ledger = SqliteLedger.open(tmp_path / "data")
     app = FastAPI()
     app.include_router(feed_router(ledger, LeaseQueue(ledger), authorize=authorize, picks=PickChoice.load()))
     app.add_exception_handler(VerbatimError, as_openai)
     app.add_api_route("/health", lambda: PlainTextResponse("not JSON"))
     edge = RequestEdge(app, budget=BodyBudget(2**20), read_timeout_seconds=20.0)
-    config = uvicorn.Config(edge, host="127.0.0.1", port=free_port, log_level="error", lifespan="off")
+    port = free_port()
+    config = uvicorn.Config(edge, host="127.0.0.1", port=port, log_level="error", lifespan="off")
     server = uvicorn.Server(config)
     serving = asyncio.create_task(server.serve())
     while not server.started:  # noqa: ASYNC110  # uvicorn offers no event to wait for
         await asyncio.sleep(0.01)
-    url = f"http://127.0.0.1:{free_port}"
+    url = f"http://127.0.0.1:{port}"
     async with GatewayClient(url, api_key=KEY, timeout_seconds=20.0) as client:
         yield Served(url, ledger, client)
     server.should_exit = True
@@ -296,9 +298,10 @@ async def raw(served: Served, method: str, path: str, body: bytes | None) -> tup
         return response.status, await response.json()
 
 
-async def test_a_gateway_that_cannot_be_reached_is_named(free_port: int) -> None:
-    async with GatewayClient(f"http://127.0.0.1:{free_port}", retry_seconds=0.0) as client:
-        with pytest.raises(LedgerError, match=f"cannot reach the gateway at http://127.0.0.1:{free_port}"):
+async def test_a_gateway_that_cannot_be_reached_is_named() -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    async with GatewayClient(url, retry_seconds=0.0) as client:
+        with pytest.raises(LedgerError, match=f"cannot reach the gateway at {url}"):
             await client.health()
 
 

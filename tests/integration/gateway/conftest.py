@@ -6,7 +6,6 @@ import json
 import os
 import selectors
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,8 @@ from typing import Any
 import httpx
 import openai
 import pytest
+
+from engines.launch import free_port
 
 PROGRAM = Path(__file__).parent / "gateway_with_script.py"
 CALL = '<tool_call>\n{"name": "calculator", "arguments": {"expression": "48/2"}}\n</tool_call>'
@@ -66,17 +67,6 @@ class RunningGateway:
 StartGateway = Callable[..., RunningGateway]
 
 
-def unused_port() -> int:
-    for port in range(25_000 + os.getpid() % 3_000, 32_000):
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
-    raise RuntimeError("no free port below 32000")
-
-
 def spawn(flags: Sequence[str], *, environment: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, str(PROGRAM), *flags],
@@ -119,7 +109,7 @@ def start_gateway(tiny_model: Path, rules_file: Path) -> Iterator[StartGateway]:
             process = spawn(
                 [
                     *("--engine", engine, "--model", str(tiny_model), "--data", str(data)),
-                    *("--port", str(port or unused_port()), *flags),
+                    *("--port", str(port or free_port()), *flags),
                 ],
                 environment=environment,
             )

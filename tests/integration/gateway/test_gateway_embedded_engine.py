@@ -12,7 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.integration.gateway.conftest import RunningGateway, close, unused_port, wait_ready
+from engines.launch import free_port
+from tests.integration.gateway.conftest import RunningGateway, close, wait_ready
 
 QUESTION = {"role": "user", "content": "What is 48/2?"}
 
@@ -32,10 +33,10 @@ def started(command: str, *flags: str) -> tuple[subprocess.Popen[str], str]:
 @pytest.fixture(scope="module")
 def served(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, RunningGateway]]:
     """The engine's address and the gateway in front of it."""
-    engine, engine_url = started("engine", "--model", str(tiny_model), "--port", str(unused_port()))
+    engine, engine_url = started("engine", "--model", str(tiny_model), "--port", str(free_port()))
     try:
         data = tmp_path_factory.mktemp("ledger")
-        flags = ["--model", str(tiny_model), "--port", str(unused_port()), "--data", str(data)]
+        flags = ["--model", str(tiny_model), "--port", str(free_port()), "--data", str(data)]
         process, url = started("serve", "--engine", f"sglang={engine_url}", *flags)
         try:
             yield engine_url, RunningGateway(process, url)

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from engines.launch import EngineProcess, running_engine
-from tests.integration.gateway.conftest import RunningGateway, close, unused_port, wait_ready
+from engines.launch import EngineProcess, free_port, running_engine
+from tests.integration.gateway.conftest import RunningGateway, close, wait_ready
 from tests.integration.gateway.test_gateway_embedded_engine import verbatim
 
 
@@ -28,7 +28,7 @@ def gateway(
 ) -> Iterator[tuple[str, RunningGateway]]:
     """The kind, and a gateway whose one engine is of it."""
     data = tmp_path_factory.mktemp("ledger")
-    flags = ["--model", str(tiny_model), "--port", str(unused_port()), "--data", str(data)]
+    flags = ["--model", str(tiny_model), "--port", str(free_port()), "--data", str(data)]
     process = verbatim("serve", "--engine", f"{request.param}={engine.url}", *flags)
     try:
         yield request.param, RunningGateway(process, wait_ready(process))

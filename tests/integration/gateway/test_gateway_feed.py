@@ -23,10 +23,11 @@ import httpx
 import pytest
 import safetensors.numpy
 
+from engines.launch import free_port
 from gateway.cli import main
 from gateway.client import GatewayClient, SyncGatewayClient
 from gateway.contracts.errors import Conflict, LedgerError, NotFound
-from tests.integration.gateway.conftest import RunningGateway, StartGateway, unused_port
+from tests.integration.gateway.conftest import RunningGateway, StartGateway
 
 ROOT = Path(__file__).parents[3]
 COUNTING_TRAINER = Path(__file__).parent / "counting_trainer.py"
@@ -261,7 +262,7 @@ def test_metrics_show_every_consumer(gateway: RunningGateway, client: SyncGatewa
 
 def test_every_call_outlives_a_killed_gateway(start_gateway: StartGateway, tmp_path: Path) -> None:
     """I4, and nothing is done twice: each call is made while nobody listens, and answered by the next process."""
-    port, data = unused_port(), tmp_path / "data"
+    port, data = free_port(), tmp_path / "data"
     running = start_gateway(data, port=port)
     with SyncGatewayClient(running.url, retry_seconds=60.0) as client:
         finish_rollout(client, "s", labels={}, finish=False)
@@ -286,7 +287,7 @@ def test_every_call_outlives_a_killed_gateway(start_gateway: StartGateway, tmp_p
 
 def test_a_long_poll_goes_on_at_the_gateway_that_follows(start_gateway: StartGateway, tmp_path: Path) -> None:
     """A gateway that is told to end does not wait for who waits, and who waits notices nothing."""
-    port, data = unused_port(), tmp_path / "data"
+    port, data = free_port(), tmp_path / "data"
     running = start_gateway(data, port=port)
     with SyncGatewayClient(running.url, retry_seconds=60.0) as client:
         finish_rollout(client, "s", labels={}, finish=False)
@@ -304,7 +305,7 @@ def test_a_long_poll_goes_on_at_the_gateway_that_follows(start_gateway: StartGat
 
 
 def test_a_client_without_patience_says_at_once_that_nobody_answers() -> None:
-    with SyncGatewayClient(f"http://127.0.0.1:{unused_port()}", retry_seconds=0.0) as client:
+    with SyncGatewayClient(f"http://127.0.0.1:{free_port()}", retry_seconds=0.0) as client:
         started = time.monotonic()
         with pytest.raises(LedgerError, match="cannot reach the gateway"):
             client.health()
@@ -333,7 +334,7 @@ def test_trainer_and_gateway_are_killed_again_and_again_and_each_rollout_is_coun
     start_gateway: StartGateway, tmp_path: Path
 ) -> None:
     """I3, I4 with processes: SIGKILL at moments that nobody chose; the gateway's deaths do not end the trainer."""
-    port, data, dice = unused_port(), tmp_path / "data", random.Random(7)
+    port, data, dice = free_port(), tmp_path / "data", random.Random(7)
     running = start_gateway(data, port=port)
     num_rollouts = 24
     with SyncGatewayClient(running.url) as client:

@@ -16,7 +16,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.integration.gateway.conftest import PROGRAM, RunningGateway, close, unused_port, wait_ready
+from engines.launch import free_port
+from tests.integration.gateway.conftest import PROGRAM, RunningGateway, close, wait_ready
 from tests.small_disk import SmallDisk, fill, small_disk
 
 MIB = 2**20
@@ -40,7 +41,7 @@ def start(disk: SmallDisk, tiny_model: Path, rules_file: Path) -> Iterator[Start
 
         def start(*flags: str) -> RunningGateway:
             words = [*disk.enter, sys.executable, str(PROGRAM), "--engine", f"scripted={rules_file}"]
-            words += ["--model", str(tiny_model), "--data", str(disk.inside / "data"), "--port", str(unused_port())]
+            words += ["--model", str(tiny_model), "--data", str(disk.inside / "data"), "--port", str(free_port())]
             process = subprocess.Popen([*words, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
             stack.callback(close, process)
             return RunningGateway(process, wait_ready(process))

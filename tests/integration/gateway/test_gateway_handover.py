@@ -24,9 +24,10 @@ import httpx
 import openai
 import pytest
 
+from engines.launch import free_port
 from gateway.client import SyncGatewayClient
 from gateway.contracts.errors import VerbatimError
-from tests.integration.gateway.conftest import RULES, RunningGateway, close, spawn, unused_port, wait_ready
+from tests.integration.gateway.conftest import RULES, RunningGateway, close, spawn, wait_ready
 
 SLOW = {"role": "user", "content": "count slowly"}
 FOR_AGES = {"role": "user", "content": "count for ages"}
@@ -41,7 +42,7 @@ class Operator:
     def __init__(self, stack: ExitStack, model: Path, rules: Path, data: Path) -> None:
         self.data = data
         self.control = data / "control.sock"
-        self.port = unused_port()
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._stack = stack
         self._flags = ["--model", str(model), "--data", str(data), "--port", str(self.port)]

@@ -18,6 +18,7 @@ from aiohttp import web
 from tokenizers import Tokenizer
 
 from engines.echo import EchoServer
+from engines.launch import free_port
 from engines.sglang import SglangEngine
 from gateway.client import GatewayClient
 from gateway.contracts.errors import ConfigurationError, IdentityMismatch
@@ -26,7 +27,7 @@ from gateway.contracts.verification import Proof, Verification
 from gateway.sessions.admission import Admission
 from gateway.sessions.model import ServedModel
 from gateway.tito.conversation import HistoryPolicy
-from tests.integration.gateway.conftest import RunningGateway, close, unused_port, wait_ready
+from tests.integration.gateway.conftest import RunningGateway, close, wait_ready
 from tests.integration.gateway.test_gateway_embedded_engine import started, verbatim
 from trainer.main import check_experts
 from trainer.settings import ReplayMode
@@ -86,7 +87,7 @@ class TokenizingServer(EchoServer):
 @contextmanager
 def serving(app: web.Application) -> Iterator[str]:
     """The address of an application that a thread serves."""
-    loop, port = asyncio.new_event_loop(), unused_port()
+    loop, port = asyncio.new_event_loop(), free_port()
     runner = web.AppRunner(app)
     ready = threading.Event()
 
@@ -114,7 +115,7 @@ def serving(app: web.Application) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def engine_url(tiny_model: Path) -> Iterator[str]:
     """A real embedded engine of the tiny model."""
-    process, url = started("engine", "--model", str(tiny_model), "--port", str(unused_port()))
+    process, url = started("engine", "--model", str(tiny_model), "--port", str(free_port()))
     try:
         yield url
     finally:
@@ -132,7 +133,7 @@ def serve(tmp_path: Path, tiny_model: Path) -> Iterator[Start]:
     with ExitStack() as stack:
 
         def start(*flags: str) -> RunningGateway:
-            fixed = ["--model", str(tiny_model), "--port", str(unused_port()), "--data", str(tmp_path / "ledger")]
+            fixed = ["--model", str(tiny_model), "--port", str(free_port()), "--data", str(tmp_path / "ledger")]
             process = verbatim("serve", *fixed, "--set", "replicas.health_interval_seconds=0.1", *flags)
             stack.callback(close, process)
             return RunningGateway(process, wait_ready(process))
@@ -142,7 +143,7 @@ def serve(tmp_path: Path, tiny_model: Path) -> Iterator[Start]:
 
 def refusal(model: Path, engine: str, data: Path, *flags: str) -> str:
     """What a gateway says that does not start, with exit code 2."""
-    fixed = ["--model", str(model), "--port", str(unused_port()), "--data", str(data)]
+    fixed = ["--model", str(model), "--port", str(free_port()), "--data", str(data)]
     process = verbatim("serve", "--engine", engine, *fixed, *flags)
     try:
         _, said = process.communicate(timeout=60)
@@ -241,7 +242,7 @@ def test_the_same_model_in_another_spelling_is_taken_and_shown_as_verified(
 ) -> None:
     folder = other_folder(tiny_model, tmp_path / "spelled")
     changed_json(folder / "tokenizer.json", lambda tokenizer: tokenizer["added_tokens"].reverse())
-    flags = ["--model", str(folder), "--port", str(unused_port()), "--data", str(tmp_path / "ledger")]
+    flags = ["--model", str(folder), "--port", str(free_port()), "--data", str(tmp_path / "ledger")]
     process = verbatim("serve", "--engine", f"{kind}={engine_url}", *flags, "--require", "routed_experts")
     try:
         shown = RunningGateway(process, wait_ready(process)).get("/admin/identity")

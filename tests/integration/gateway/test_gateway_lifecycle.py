@@ -16,8 +16,8 @@ import httpx
 import openai
 import pytest
 
-from tests.conftest import free_port
-from tests.integration.gateway.conftest import TOOLS, StartGateway, unused_port
+from engines.launch import free_port
+from tests.integration.gateway.conftest import TOOLS, StartGateway
 from tests.integration.gateway.field_fuzz import serving_echo
 
 QUESTION = {"role": "user", "content": "What is 48/2?"}
@@ -82,7 +82,7 @@ def test_a_stop_during_a_pause_tells_the_turns_that_it_holds_to_come_again(
     start_gateway: StartGateway, tmp_path: Path, mode: str
 ) -> None:
     """Nobody could end the pause any more; a client's plain retry is answered by the next process."""
-    port = unused_port()
+    port = free_port()
     gateway = start_gateway(tmp_path, port=port)
     gateway.post("/admin/generation/pause", {"mode": mode})
     with ThreadPoolExecutor(1) as pool:
@@ -199,11 +199,11 @@ def test_bad_settings_are_one_line_and_exit_code_2(
     tiny_model: Path, tmp_path: Path, flags: list[str], message: str
 ) -> None:
     flags = [str(tmp_path / "missing") if flag == "MISSING" else flag for flag in flags]
-    assert_refused(["--model", str(tiny_model), "--data", str(tmp_path), "--port", str(unused_port()), *flags], message)
+    assert_refused(["--model", str(tiny_model), "--data", str(tmp_path), "--port", str(free_port()), *flags], message)
 
 
 def test_taken_port_is_one_line_and_exit_code_2(tiny_model: Path, tmp_path: Path) -> None:
-    port = unused_port()
+    port = free_port()
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", port))
         listener.listen()

@@ -19,7 +19,8 @@ import httpx
 import psutil
 import pytest
 
-from tests.integration.gateway.conftest import RunningGateway, StartGateway, close, unused_port, wait_ready
+from engines.launch import free_port
+from tests.integration.gateway.conftest import RunningGateway, StartGateway, close, wait_ready
 
 MIB = 2**20
 QUESTION = {"role": "user", "content": "quick"}
@@ -299,7 +300,7 @@ def wide(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     }
     (model / "config.json").write_text(json.dumps(config))
     flags = ["--engine", "wide=one two", "--model", str(model), "--data", str(folder / "data")]
-    flags += ["--set", f"write_timeout_seconds={WRITE_SECONDS}", "--port", str(unused_port())]
+    flags += ["--set", f"write_timeout_seconds={WRITE_SECONDS}", "--port", str(free_port())]
     process = subprocess.Popen(
         [sys.executable, str(WIDE_PROGRAM), *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -21,7 +21,8 @@ from hypothesis.errors import Unsatisfiable
 from schemathesis.generation import GenerationMode
 from schemathesis.specs.openapi import checks
 
-from tests.integration.gateway.conftest import TOOLS, RunningGateway, StartGateway, unused_port
+from engines.launch import free_port
+from tests.integration.gateway.conftest import TOOLS, RunningGateway, StartGateway
 
 KEY = "operator-secret"
 OPERATOR = {"Authorization": f"Bearer {KEY}"}
@@ -172,7 +173,7 @@ def test_every_route_answers_well_as_documented(document: Any, guarded: RunningG
 
 
 def test_engines_and_pauses_answer_as_documented(document: Any, guarded: RunningGateway) -> None:
-    nowhere = f"http://127.0.0.1:{unused_port()}"
+    nowhere = f"http://127.0.0.1:{free_port()}"
     bodies: list[Any] = [{"url": nowhere}, {"url": nowhere, "kind": "vllm"}, {"url": "x"}, {"url": ""}, {"url": 3}]
     bodies += [{"url": nowhere, "kind": "none"}, {"url": "http://[::1"}, {"url": "http://127.0.0.1:99999"}, {}]
     for body in bodies:

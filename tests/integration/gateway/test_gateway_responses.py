@@ -16,7 +16,8 @@ import openai
 import pytest
 from pydantic import BaseModel
 
-from tests.integration.gateway.conftest import RunningGateway, StartGateway, close, spawn, unused_port, wait_ready
+from engines.launch import free_port
+from tests.integration.gateway.conftest import RunningGateway, StartGateway, close, spawn, wait_ready
 
 
 def thought(text: str, reply: str) -> str:
@@ -50,7 +51,7 @@ def gateway(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     rules = folder / "rules.json"
     rules.write_text(json.dumps(RULES))
     flags = ["--engine", f"scripted={rules}", "--model", str(tiny_model), "--data", str(folder / "ledger")]
-    process = spawn([*flags, "--port", str(unused_port())])
+    process = spawn([*flags, "--port", str(free_port())])
     try:
         yield RunningGateway(process, wait_ready(process))
     finally:
