@@ -33,6 +33,7 @@ _CREATE_FIELDS = (
 )  # fmt: skip
 _FINISH_FIELDS = ("reward", "outcome", "metadata")
 _MAX_PAGE = 10_000
+_MAX_SECONDS = 1e9
 _MIN_IDEMPOTENCY_KEY = 32
 """A session's key is made from it."""
 
@@ -197,6 +198,8 @@ def _wanted(session_id: str, fields: Mapping[str, JsonValue], *, key_hash: str) 
     sampling = typed(fields, "sampling", dict, "an object") or {}
     check_pins(sampling)  # what is wrong is told to the operator, not to every agent
     ttl_seconds = typed(fields, "ttl_seconds", (int, float), "a number of seconds")
+    if ttl_seconds is not None and not 0 <= ttl_seconds < _MAX_SECONDS:
+        raise InvalidRequest(f"ttl_seconds: expected 0 (for ever) to {_MAX_SECONDS:g} seconds")
     group_size = typed(fields, "group_size", int, "a whole number")
     if group_size is not None and group_size < 1:
         raise InvalidRequest("group_size: expected at least 1")
