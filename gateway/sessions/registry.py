@@ -199,7 +199,7 @@ def new_session(
     *,
     key_hash: str,
     origin: SessionOrigin,
-    complete: bool = True,
+    gaps: tuple[int, ...] = (),
     group: str | None = None,
     group_size: int | None = None,
     task: JsonValue = None,
@@ -220,8 +220,9 @@ def new_session(
         ttl_seconds=ttl_seconds,
         key_hash=key_hash,
         origin=origin,
-        complete=complete,
+        complete=not gaps,
         created_at=time.time(),
+        gaps=gaps,
     )
 
 
@@ -234,5 +235,5 @@ async def _settle(session: Session) -> None:
 
 def _same_wish(existing: SessionRecord, wanted: SessionRecord) -> bool:
     """Equal in what a caller chooses; key, origin and time are ours."""
-    ours = {"key_hash": "", "created_at": 0.0, "origin": SessionOrigin.CREATED, "complete": True}
+    ours = {"key_hash": "", "created_at": 0.0, "origin": SessionOrigin.CREATED, "complete": True, "gaps": ()}
     return replace(existing, **ours) == replace(wanted, **ours)  # type: ignore[arg-type]  # names checked by tests
