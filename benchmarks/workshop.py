@@ -62,9 +62,7 @@ class Bench:
 
     async def session(self, session_id: str) -> Session:
         """A new session."""
-        session, _ = await self.registry.create(
-            new_session(session_id, key_hash="", origin=SessionOrigin.CREATED, complete=True)
-        )
+        session, _ = await self.registry.create(new_session(session_id, key_hash="", origin=SessionOrigin.CREATED))
         return session
 
 

@@ -36,6 +36,7 @@ from gateway.settings import OPERATOR_KEY_VARIABLE
 
 _PAGE = 1000
 _INDEX = "index.json"
+_EXPORTED = ("session_id", "group", "task", "labels", "metadata", "origin", "complete", "gaps")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -72,6 +73,7 @@ def _leases(gateway: SyncGatewayClient, arguments: argparse.Namespace) -> list[M
             "consumer": lease.consumer,
             "ends_in_seconds": round(lease.expires_at - time.time(), 1),
             "rollouts": len(lease.rollouts),
+            "incomplete": sum(not rollout.complete for rollout in lease.rollouts),
             "sessions": [rollout.session_id for rollout in lease.rollouts],
         }
         for lease in gateway.leases(consumer=arguments.consumer)
@@ -79,7 +81,7 @@ def _leases(gateway: SyncGatewayClient, arguments: argparse.Namespace) -> list[M
 
 
 def _rollouts(gateway: SyncGatewayClient, arguments: argparse.Namespace) -> list[Mapping[str, JsonValue]]:
-    names = ("session_id", "group", "outcome", "reward", "labels")
+    names = ("session_id", "group", "outcome", "reward", "origin", "complete", "labels")
     return [{name: session[name] for name in names} for session in _finished(gateway, arguments)]
 
 
@@ -127,7 +129,7 @@ def _export_one(gateway: SyncGatewayClient, session_id: str, folder: Path, pick:
         "file": file,
         "num_bytes": len(body),
         "sha256": hashlib.sha256(body).hexdigest(),
-        **{name: session[name] for name in ("session_id", "group", "task", "labels", "metadata")},
+        **{name: session[name] for name in _EXPORTED},
         "finish": finish,
     }
 

@@ -63,8 +63,8 @@ def _report(arguments: argparse.Namespace, pick: Pick) -> int:
     retokenisation = None
     if model is not None:
         retokenisation = Retokenisation.of_model(ServedModel.load(model, history_policy=HistoryPolicy.KEEP))
-    turns = asyncio.run(_turns(arguments.data, arguments.session))
-    report = session_report(arguments.session, turns, pick, retokenisation)
+    session, turns = asyncio.run(_session(arguments.data, arguments.session))
+    report = session_report(session, turns, pick, retokenisation)
     if arguments.json:
         sys.stdout.write(json.dumps(asdict(report), ensure_ascii=False) + "\n")
     else:
@@ -72,12 +72,13 @@ def _report(arguments: argparse.Namespace, pick: Pick) -> int:
     return 0
 
 
-async def _turns(data: Path, session_id: str) -> Sequence[TurnRecord]:
+async def _session(data: Path, session_id: str) -> tuple[SessionRecord, Sequence[TurnRecord]]:
     ledger = SqliteLedger.open(data, read_only=True)
     try:
-        if await ledger.session(session_id) is None:
+        session = await ledger.session(session_id)
+        if session is None:
             raise NotFound(f"no session {session_id!r} in {data}")
-        return sealed_turns(await ledger.turns(session_id), await ledger.finish_record(session_id))
+        return session, sealed_turns(await ledger.turns(session_id), await ledger.finish_record(session_id))
     finally:
         await ledger.aclose()
 
@@ -86,7 +87,7 @@ async def _rows(
     data: Path, session_id: str | None, pick: Pick, *, labels: Mapping[str, str], limit: int
 ) -> Sequence[dict[str, JsonValue]]:
     if session_id is not None:
-        turns = await _turns(data, session_id)
+        _, turns = await _session(data, session_id)
         left_out = pick.leaves_out(turns)
         return [_turn_row(turn, left_out.get(turn.turn_id)) for turn in turns]
     ledger = SqliteLedger.open(data, read_only=True)
@@ -104,6 +105,7 @@ async def _session_row(ledger: SqliteLedger, session: SessionRecord, pick: Pick)
     return {
         "session": session.session_id,
         "group": session.group,
+        "complete": session.complete,
         "turns": len(turns),
         "segments": sum(turn.attachment.parent_id is None for turn in turns),
         "sampled_tokens": account.num_sampled_tokens,
@@ -171,6 +173,7 @@ def print_report(report: SessionReport, console: Console) -> None:
     table = Table(title=f"session {report.session_id}", show_header=False, title_justify="left")
     account = report.pick
     for name, value in (
+        ("complete", _complete(report)),
         ("turns", f"{report.num_turns} in {report.num_roots} trees of tokens"),
         ("forks", f"at {report.num_forks} turns that several others extend"),
         ("new tokens because", _named(report.segment_reasons)),
@@ -186,6 +189,15 @@ def print_report(report: SessionReport, console: Console) -> None:
     ):  # fmt: skip
         table.add_row(name, value)
     console.print(table, soft_wrap=True)
+
+
+def _complete(report: SessionReport) -> str:
+    if report.complete:
+        return "yes"
+    gaps = (
+        f"; not sampled here: messages {', '.join(map(str, report.gaps))} of the first request" if report.gaps else ""
+    )
+    return f"no ({report.origin.value}{gaps})"
 
 
 def _drift_rows(drift: DriftReport | None) -> Sequence[tuple[str, str]]:

@@ -76,6 +76,7 @@ from gateway.routes.storage import storage_router
 from gateway.routes.tokenize import tokenize_router
 from gateway.routes.turns import Calls
 from gateway.sessions.admission import Admission
+from gateway.sessions.expiry import SessionExpiry
 from gateway.sessions.model import ServedModel
 from gateway.sessions.picks import PickChoice
 from gateway.sessions.registry import SessionRegistry
@@ -390,15 +391,15 @@ async def open_gateway(
         runner = TurnRunner(parts)
         stack.push_async_callback(runner.aclose)
         runner.prepare()
+        registry = SessionRegistry(ledger, capacity=settings.sessions_in_memory, on_finish=queue.rollout_finished)
+        expiry = SessionExpiry(registry, ledger, settings.turns, settings.expiry_sweep_seconds)
         async with _background(watch_health(pool)), _background(keeper.watch()):
             yield Gateway(
                 settings=settings,
                 model=model,
                 ledger=ledger,
                 pool=pool,
-                registry=SessionRegistry(
-                    ledger, capacity=settings.sessions_in_memory, on_finish=queue.rollout_finished
-                ),
+                registry=registry,
                 runner=runner,
                 metrics=metrics,
                 picks=picks,
@@ -408,7 +409,7 @@ async def open_gateway(
                 policies=policies,
                 engines=engines,
                 operations=Operations(pool, engines, learn_policy),
-                chores=Chores([queue.serve, keeper.sweep_regularly]),
+                chores=Chores([queue.serve, keeper.sweep_regularly, expiry.watch]),
             )
 
 

@@ -94,6 +94,7 @@ class GatewaySettings:
     forward: Forward = Forward.KNOWN
     forward_paths: tuple[str, ...] = ()
     sessions_in_memory: int = 10_000
+    expiry_sweep_seconds: float = 10.0
     max_body_bytes: int = 64 * 2**20
     bodies_in_flight_bytes: int = 2 * 2**30
     read_timeout_seconds: float = 120.0
@@ -125,6 +126,8 @@ class GatewaySettings:
             raise ConfigurationError("ledger and objects belong together: give both, or none for the ledger in `data`")
         if self.read_timeout_seconds <= 0 or self.write_timeout_seconds <= 0:
             raise ConfigurationError("read_timeout_seconds and write_timeout_seconds must be above 0")
+        if self.expiry_sweep_seconds <= 0:
+            raise ConfigurationError("expiry_sweep_seconds must be above 0")
         if self.forward is Forward.NONE and self.forward_paths:
             raise ConfigurationError("forward is none, which forwards nothing, and forward_paths lists paths")
         if self.replaced_drain_seconds < 0:

@@ -159,9 +159,11 @@ def _check(settings: TrainSettings, parts: LoopParts, state: RunState, taken: Ta
         policy_version=state.policy_version,
         max_staleness=settings.batch.max_staleness,
         normalize=settings.loss.normalize,
+        train_incomplete=settings.batch.train_incomplete,
     )
     if batch.dropped_rollouts:
-        _log.warning("step %d leaves out %d rollouts", state.step + 1, batch.dropped_rollouts)
+        reasons = ", ".join(f"{reason} {count}" for reason, count in batch.dropped_by.items())
+        _log.warning("step %d leaves out %d rollouts (%s)", state.step + 1, batch.dropped_rollouts, reasons)
     return batch
 
 
@@ -215,6 +217,7 @@ def _step_metrics(state: RunState, batch: StepBatch, trained: _Trained, *, secon
         groups=batch.groups,
         zero_variance_groups=batch.zero_variance_groups,
         dropped_rollouts=batch.dropped_rollouts,
+        dropped_by=batch.dropped_by,
         rows_total=routing.total,
         rows_replayed=routing.replayed,
         rows_verified=routing.verified,

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ class StepMetrics:
 
     policy_version: after the step. tokens_sampled: sampled tokens of the rollouts that entered the step, by the
     gateway's account; tokens_trained: labels that the loss was computed on; tokens_left_out: by the gateway's pick (the
-    two add up to the first, I3); tokens_dropped: sampled in dropped rollouts. rows_*: routing rows, one a position
+    two add up to the first, I3); tokens_dropped: sampled in dropped rollouts; dropped_by: how many
+    of these for which `DropReason`. rows_*: routing rows, one a position
     (I10). kl_*: k3 of rollout‖train in nats per sampled token before the update; extreme_share_*: F(2) of the same
     tokens; `without_replay` is the same batch through the live router.
     """
@@ -52,6 +54,7 @@ class StepMetrics:
     seconds_train: float
     seconds_publish: float
     peak_rss_bytes: int
+    dropped_by: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -139,11 +139,14 @@ class BatchSettings:
     """`tokens_per_microbatch`: input tokens packed into one forward; attention costs their square on CPU, where about
     the length of the longest sample is best. `max_staleness`: policy versions a trained token may be behind the
     trainer; older rollouts are dropped and counted. `pick`: which sampled turns of a rollout train (all, delivered,
-    final-path, or the gateway operator's own); without it the gateway's default."""
+    final-path, or the gateway operator's own); without it the gateway's default. `train_incomplete`: also rollouts
+    whose conversation was sampled in part elsewhere, or whose record lost a turn (`complete: false`); else they are
+    dropped and counted."""
 
     tokens_per_microbatch: int = 2048
     max_staleness: int = 1
     pick: str | None = None
+    train_incomplete: bool = False
 
     def __post_init__(self) -> None:
         _require(self.tokens_per_microbatch >= 1, "batch.tokens_per_microbatch must be at least 1")

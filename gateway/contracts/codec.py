@@ -72,7 +72,8 @@ def _rollout(header: dict[str, Any], data: memoryview) -> FinishedRollout:
         raise SchemaMismatch(f"rollout body has schema version {version}, this program reads {BODY_VERSION}")
     arrays = {name: _array(name, entry, data) for name, entry in header.items()}
     facts = json.loads(metadata["rollout"])
-    session = facts["session"] | {"origin": SessionOrigin(facts["session"]["origin"])}
+    session = facts["session"]
+    session |= {"origin": SessionOrigin(session["origin"]), "gaps": tuple(session.get("gaps", ()))}
     return FinishedRollout(
         session=SessionRecord(**session),
         finish=FinishRecord(**facts["finish"]),

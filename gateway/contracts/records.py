@@ -37,6 +37,9 @@ class SessionRecord:
     `group`: name of the set of attempts at one task; `group_size`: how many sessions it will have in all
     (None: as many as exist when all of them have ended). `sampling`: the operator's overrides for each of its turns.
     `key_hash`: sha256 hex of the session's key, "" where keys are off. Times are seconds since the epoch.
+    `complete`: False where sampled tokens of the conversation are not in the record: a RECREATED session's, or one that
+    a repair could not make whole. `gaps`: positions in a RECREATED session's first request of the assistant messages
+    that no turn of ours made; 0 is its first message.
     """
 
     session_id: str
@@ -51,6 +54,7 @@ class SessionRecord:
     origin: SessionOrigin
     complete: bool
     created_at: float
+    gaps: tuple[int, ...] = ()
 
 
 class MatchTier(StrEnum):

@@ -16,7 +16,7 @@ from gateway.contracts.samples import Segment
 class LeasedRollout:
     """One rollout in a lease: enough to fetch it and to plan with.
 
-    num_sampled_tokens: sampled tokens that may be trained, before any pick.
+    num_sampled_tokens: sampled tokens that may be trained, before any pick. complete: as in its SessionRecord.
     """
 
     session_id: str
@@ -26,6 +26,7 @@ class LeasedRollout:
     outcome: str
     num_tokens: int
     num_sampled_tokens: int
+    complete: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,10 +11,10 @@ from gateway.ledger.rows import TURN_BYTES
 
 
 def sessions_past_ttl(connection: Connection, now: float, limit: int) -> list[str]:
-    """Open sessions without a turn for as long as they may live, oldest first."""
+    """Open sessions without a turn for as long as they may live, oldest first; 0 is for ever."""
     rows = connection.execute(
         """SELECT s.session_id FROM sessions s
-           WHERE s.ttl_seconds IS NOT NULL AND s.created_at + s.ttl_seconds <= ?
+           WHERE s.ttl_seconds IS NOT NULL AND s.ttl_seconds > 0 AND s.created_at + s.ttl_seconds <= ?
            AND NOT EXISTS (SELECT 1 FROM turns t
                            WHERE t.session_id = s.session_id AND t.recorded_at + s.ttl_seconds > ?)
            ORDER BY s.created_at, s.session_id LIMIT ?""",

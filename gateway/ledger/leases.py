@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from gateway.contracts.errors import Conflict, NotFound
 from gateway.contracts.rollouts import FeedCounts, IncompleteGroup, Lease, LeasedRollout
 from gateway.ledger.backend import Connection, Value
-from gateway.ledger.rows import decode_json, encode_json, finish_is_whole, label_bytes, read_finish
+from gateway.ledger.rows import decode_json, encode_json, finish_is_whole, label_bytes, read_finish, says_complete
 
 
 @dataclass(frozen=True, slots=True)
@@ -390,7 +390,8 @@ def _items(connection: Connection, lease_id: str) -> list[tuple[str, str]]:
 def _rollout(connection: Connection, session_id: str, snapshot: str | None = None) -> LeasedRollout:
     """A rollout as a lease names it: by its latest snapshot, or by an earlier one."""
     row = connection.execute(
-        """SELECT f.facts, f.checksum, n.snapshot, n.num_tokens, n.num_sampled_tokens, s.group_name
+        """SELECT f.facts, f.checksum, n.snapshot, n.num_tokens, n.num_sampled_tokens, s.group_name, s.facts,
+                  s.checksum
            FROM finishes f JOIN sessions s ON s.session_id = f.session_id
            JOIN snapshots n ON n.session_id = f.session_id AND n.snapshot = coalesce(CAST(? AS TEXT), f.snapshot)
            WHERE f.session_id = ?""",
@@ -398,7 +399,7 @@ def _rollout(connection: Connection, session_id: str, snapshot: str | None = Non
     ).fetchone()
     if row is None:
         raise Conflict(f"rollout {session_id} was deleted since it was lent")
-    facts, checksum, named, num_tokens, num_sampled, group = row
+    facts, checksum, named, num_tokens, num_sampled, group, *session_facts = row
     finish = read_finish(session_id, facts, checksum, None)
     return LeasedRollout(
         session_id=session_id,
@@ -408,4 +409,5 @@ def _rollout(connection: Connection, session_id: str, snapshot: str | None = Non
         outcome=finish.outcome,
         num_tokens=num_tokens,
         num_sampled_tokens=num_sampled,
+        complete=says_complete(*session_facts),
     )

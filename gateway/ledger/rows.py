@@ -106,7 +106,13 @@ def read_session(session_id: str, facts: bytes, checksum: int) -> SessionRecord:
     """Raises LedgerCorrupt naming the session."""
     _check(zlib.crc32(facts), checksum, f"session {session_id}")
     values = decode_json(facts)
-    return SessionRecord(**(values | {"origin": SessionOrigin(values["origin"])}))
+    typed = {"origin": SessionOrigin(values["origin"]), "gaps": tuple(values.get("gaps", ()))}
+    return SessionRecord(**(values | typed))
+
+
+def says_complete(facts: bytes, checksum: int) -> bool:
+    """`complete` of a session's stored facts; False where they are damaged: who reads the session is told."""
+    return zlib.crc32(facts) == checksum and bool(decode_json(facts)["complete"])
 
 
 def same_session(one: SessionRecord, other: SessionRecord) -> bool:

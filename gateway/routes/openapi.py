@@ -431,6 +431,7 @@ _SESSION_FIELDS: dict[str, Schema] = {
     "origin": _TEXT,
     "complete": _FLAG,
     "created_at": _NUMBER,
+    "gaps": _list(_COUNT),
 }
 _FINISH = _object(
     {
@@ -553,7 +554,17 @@ SESSION_SEGMENTS = _operation(
 )
 SESSION_REPORT = _operation(
     "What happened to a session's tokens",
-    _object({"session_id": _ID, "num_turns": _COUNT, "num_segments": _COUNT, "pick": _PICK_REPORT}),
+    _object(
+        {
+            "session_id": _ID,
+            "origin": _TEXT,
+            "complete": _FLAG,
+            "gaps": _list(_COUNT),
+            "num_turns": _COUNT,
+            "num_segments": _COUNT,
+            "pick": _PICK_REPORT,
+        }
+    ),
     query=_PICKED,
 )
 
@@ -562,7 +573,7 @@ _LEASE = _object(
         "lease_id": _TEXT,
         "consumer": _TEXT,
         "expires_at": _NUMBER,
-        "rollouts": _list(_object({"session_id": _ID, "snapshot": _TEXT})),
+        "rollouts": _list(_object({"session_id": _ID, "snapshot": _TEXT, "complete": _FLAG})),
         "incomplete": _list(
             _object(
                 {

@@ -23,7 +23,7 @@ from gateway.routes.access import Access
 from gateway.routes.audit import note_change
 from gateway.routes.bodies import checked_id, json_reply, path_id, read_fields, typed
 from gateway.sessions.picks import PickChoice
-from gateway.sessions.registry import SessionRegistry, new_session
+from gateway.sessions.registry import Session, SessionRegistry, new_session
 from gateway.sessions.report import Retokenisation, session_report
 from gateway.sessions.segments import load_segments, sealed_turns, tree_reports
 from gateway.wire.protection import check_pins
@@ -33,6 +33,7 @@ _CREATE_FIELDS = (
 )  # fmt: skip
 _FINISH_FIELDS = ("reward", "outcome", "metadata")
 _MAX_PAGE = 10_000
+_MAX_SECONDS = 1e9
 _MIN_IDEMPOTENCY_KEY = 32
 """A session's key is made from it."""
 
@@ -179,15 +180,16 @@ class _SessionRoutes:
         """What happened to a session's tokens, and what re-tokenising would have made of them; made on demand."""
         session_id = _required_id(request)
         pick = self._picks.named(request.query_params.get("pick"))
-        await self._noted(session_id)
+        session = await self._noted(session_id)
         turns = sealed_turns(await self._ledger.turns(session_id), await self._ledger.finish_record(session_id))
-        report = await asyncio.to_thread(session_report, session_id, turns, pick, self._retokenisation)
+        report = await asyncio.to_thread(session_report, session.record, turns, pick, self._retokenisation)
         return json_reply(asdict(report))
 
-    async def _noted(self, session_id: str) -> None:
+    async def _noted(self, session_id: str) -> Session:
         """Whoever has read a reply finds it delivered; raises NotFound for a session that nobody made."""
         session = await self._registry.get(session_id)
         await session.deliveries_noted()
+        return session
 
 
 def _wanted(session_id: str, fields: Mapping[str, JsonValue], *, key_hash: str) -> SessionRecord:
@@ -197,6 +199,8 @@ def _wanted(session_id: str, fields: Mapping[str, JsonValue], *, key_hash: str) 
     sampling = typed(fields, "sampling", dict, "an object") or {}
     check_pins(sampling)  # what is wrong is told to the operator, not to every agent
     ttl_seconds = typed(fields, "ttl_seconds", (int, float), "a number of seconds")
+    if ttl_seconds is not None and not 0 <= ttl_seconds < _MAX_SECONDS:
+        raise InvalidRequest(f"ttl_seconds: expected 0 (for ever) to {_MAX_SECONDS:g} seconds")
     group_size = typed(fields, "group_size", int, "a whole number")
     if group_size is not None and group_size < 1:
         raise InvalidRequest("group_size: expected at least 1")

@@ -307,13 +307,13 @@ class Calls:
         """Of a session that nobody made, if this caller may have one."""
         self._check_new(request, session_id)
         # A first request with replies that nobody here sampled belongs to a session whose record is gone.
-        has_past = any(message["role"] == "assistant" for message in wanted.messages)
+        gaps = tuple(i for i, message in enumerate(wanted.messages) if message["role"] == "assistant")
         session_id = session_id or f"session-{uuid.uuid4().hex}"
         return new_session(
             session_id,
             key_hash="",  # nobody gets a key: its caller has the operator's, or keys are off
-            origin=SessionOrigin.RECREATED if has_past else SessionOrigin.ON_THE_SPOT,
-            complete=not has_past,
+            origin=SessionOrigin.RECREATED if gaps else SessionOrigin.ON_THE_SPOT,
+            gaps=gaps,
         )
 
 

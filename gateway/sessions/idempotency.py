@@ -91,6 +91,11 @@ class SessionCalls(Generic[T]):
         """A turn does not run any more; who waits for its reply still does."""
         self._running.pop(turn_id, None)
 
+    @property
+    def is_anyone_waiting(self) -> bool:
+        """Whether somebody waits for a reply, be it recorded already."""
+        return bool(self._waited_for)
+
     def is_own(self, turn_id: str) -> bool:
         """Whether a turn was answered by this process, which then knows of its client."""
         return turn_id in self._own

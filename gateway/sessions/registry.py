@@ -38,6 +38,7 @@ class Session:
     tree: TurnTree
     finish: FinishRecord | None
     closing: bool = False
+    held_until: float = 0.0
     running: set[RunningTurn] = field(default_factory=set)
     deliveries: set[asyncio.Task[None]] = field(default_factory=set)
     token_paths: TokenPaths = field(init=False)
@@ -46,6 +47,16 @@ class Session:
     def __post_init__(self) -> None:
         self.token_paths = TokenPaths(self.tree)
         self.calls = SessionCalls(self.tree)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it may end by itself now: no turn, no client that waits or may come back, and nobody who ends it."""
+        is_used = self.running or self.deliveries or self.calls.is_anyone_waiting
+        return not (is_used or self.closing or self.finish is not None) and time.monotonic() >= self.held_until
+
+    def hold(self, seconds: float) -> None:
+        """Have it not end by itself for so long."""
+        self.held_until = max(self.held_until, time.monotonic() + seconds)
 
     async def deliveries_noted(self) -> None:
         """Wait until the ledger knows of every reply whose last byte has left: its agent may ask at once."""
@@ -126,13 +137,18 @@ class SessionRegistry:
         self, session_id: str, *, reward: float | None, outcome: str, metadata: Mapping[str, JsonValue]
     ) -> FinishRecord:
         """Seal a session: running turns are cut and recorded first, then its rollout enters the feed."""
-        session = await self.get(session_id)
+        return await self.close(await self.get(session_id), reward=reward, outcome=outcome, metadata=metadata)
+
+    async def close(
+        self, session: Session, *, reward: float | None, outcome: str, metadata: Mapping[str, JsonValue]
+    ) -> FinishRecord:
+        """As `finish`, of a session in memory: it takes no turn from the moment of the call."""
         session.closing = True
         try:
             await _settle(session)
             await session.deliveries_noted()
             session.finish = await self._ledger.finish(
-                session_id, reward=reward, outcome=outcome, metadata=metadata, finished_at=time.time()
+                session.record.session_id, reward=reward, outcome=outcome, metadata=metadata, finished_at=time.time()
             )
         finally:
             session.closing = False
@@ -183,7 +199,7 @@ def new_session(
     *,
     key_hash: str,
     origin: SessionOrigin,
-    complete: bool = True,
+    gaps: tuple[int, ...] = (),
     group: str | None = None,
     group_size: int | None = None,
     task: JsonValue = None,
@@ -204,8 +220,9 @@ def new_session(
         ttl_seconds=ttl_seconds,
         key_hash=key_hash,
         origin=origin,
-        complete=complete,
+        complete=not gaps,
         created_at=time.time(),
+        gaps=gaps,
     )
 
 
@@ -218,5 +235,5 @@ async def _settle(session: Session) -> None:
 
 def _same_wish(existing: SessionRecord, wanted: SessionRecord) -> bool:
     """Equal in what a caller chooses; key, origin and time are ours."""
-    ours = {"key_hash": "", "created_at": 0.0, "origin": SessionOrigin.CREATED, "complete": True}
+    ours = {"key_hash": "", "created_at": 0.0, "origin": SessionOrigin.CREATED, "complete": True, "gaps": ()}
     return replace(existing, **ours) == replace(wanted, **ours)  # type: ignore[arg-type]  # names checked by tests

@@ -23,7 +23,7 @@ import numpy as np
 
 from gateway.contracts.errors import LedgerCorrupt, TemplateRaised
 from gateway.contracts.generation import TokenIds
-from gateway.contracts.records import TurnRecord, conversation
+from gateway.contracts.records import SessionOrigin, SessionRecord, TurnRecord, conversation
 from gateway.contracts.rollouts import PickReport
 from gateway.sessions.attach import RAW
 from gateway.sessions.model import ServedModel
@@ -58,6 +58,9 @@ class SessionReport:
     """
 
     session_id: str
+    origin: SessionOrigin
+    complete: bool
+    gaps: tuple[int, ...]
     num_turns: int
     num_roots: int
     num_forks: int
@@ -94,7 +97,7 @@ class Change(NamedTuple):
 
 
 def session_report(
-    session_id: str, turns: Sequence[TurnRecord], pick: Pick, retokenisation: Retokenisation | None
+    session: SessionRecord, turns: Sequence[TurnRecord], pick: Pick, retokenisation: Retokenisation | None
 ) -> SessionReport:
     """The report on all turns of a session; renders and tokenises, so not for the event loop.
 
@@ -104,7 +107,10 @@ def session_report(
     children = Counter(turn.attachment.parent_id for turn in turns)
     reasons = [turn.attachment.segment_reason for turn in turns]
     return SessionReport(
-        session_id=session_id,
+        session_id=session.session_id,
+        origin=session.origin,
+        complete=session.complete,
+        gaps=session.gaps,
         num_turns=len(turns),
         num_roots=children.pop(None, 0),
         num_forks=sum(count > 1 for count in children.values()),

@@ -257,11 +257,11 @@ class TurnRunner:
         begun = found if isinstance(found, Node) and can_go_on(found.record) else None
         try:
             admit()
+            return self.start(session, request, call, retry, begun=begun)
         except VerbatimError:
             if begun is not None:  # the next retry goes on from there
                 session.calls.leave(begun.record.turn_id)
             raise
-        return self.start(session, request, call, retry, begun=begun)
 
     async def _is_delivered_elsewhere(self, session: Session, node: Node) -> bool:
         """Whether another gateway, which recorded a turn, delivers its reply just now."""
@@ -305,12 +305,14 @@ class TurnRunner:
     def abandon(self, session: Session, turn: Turn) -> None:
         """The client of a turn has gone."""
         session.calls.leave(turn.turn_id)
+        session.hold(self.parts.settings.disconnect_grace_seconds)
         turn.abandon(grace_seconds=self.parts.settings.disconnect_grace_seconds)
 
     def delivered(self, session: Session, finished: TurnFinished) -> None:
         """The last byte of a reply has left; the session waits for the note where that matters."""
         delivered_at = time.time()
         session.calls.leave(finished.record.turn_id)
+        session.hold(session.record.ttl_seconds or 0.0)  # since the client has the reply, which may have taken long
         session.tree.mark_delivered(finished.record.turn_id, delivered_at)
         task = asyncio.create_task(self._note_delivery(finished.record, delivered_at))
         session.deliveries.add(task)
@@ -349,6 +351,7 @@ class TurnRunner:
 
     def _forget(self, session: Session, turn: Turn) -> None:
         session.running.discard(turn)
+        session.hold(session.record.ttl_seconds or 0.0)
         session.calls.end(turn.turn_id)
         self._upkeep.poke()
         task = self._turns.pop(turn)

@@ -148,7 +148,12 @@ class Client:
             tokenizer = self.model.tokenizer
             found = attach_raw(again.tree, again.token_paths, raw, tokenizer).place.parent
             assert (None if found is None else found.record.turn_id) == self.deepest(prompt)
-        report = session_report("s", turns, AllTurns(), Retokenisation.of_model(self.model))
+        report = session_report(
+            new_session("s", key_hash="", origin=SessionOrigin.CREATED),
+            turns,
+            AllTurns(),
+            Retokenisation.of_model(self.model),
+        )
         assert report.num_turns == len(turns)
 
 

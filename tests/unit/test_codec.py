@@ -52,6 +52,7 @@ def a_rollout(*segments: Segment) -> FinishedRollout:
         key_hash="",
         origin=SessionOrigin.ON_THE_SPOT,
         complete=False,
+        gaps=(1, 3),
         created_at=1.5,
     )
     finish = FinishRecord("a/b é", "snap", None, "truncated", {"x": [None, 0.1]}, 2.5)

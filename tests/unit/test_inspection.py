@@ -54,6 +54,7 @@ async def test_sessions_are_listed_with_their_totals(data: Path, capsys: pytest.
     assert row == {
         "session": "s/1",
         "group": None,
+        "complete": True,
         "turns": 1,
         "segments": 1,
         "sampled_tokens": 2,

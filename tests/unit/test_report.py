@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from gateway.contracts.errors import TemplateRaised
 from gateway.contracts.examples import example_turn
 from gateway.contracts.generation import JsonValue, TokenIds
-from gateway.contracts.records import Attachment, MatchTier, RootContext, SegmentReason, TurnRecord
+from gateway.contracts.records import Attachment, MatchTier, RootContext, SegmentReason, SessionOrigin, TurnRecord
 from gateway.contracts.versions import VersionSpan
 from gateway.sessions.model import ServedModel
 from gateway.sessions.picks import AllTurns, FinalPath
+from gateway.sessions.registry import new_session
 from gateway.sessions.report import Change, DriftReport, Retokenisation, changed_spans, measure_drift, session_report
 from gateway.tito.conversation import Conversation, HistoryPolicy
 
@@ -195,9 +196,14 @@ def test_the_report_counts_forks_reasons_flags_and_messages_that_were_hidden() -
         replace(TWO_LEAVES[3], delivered_at=None),
         replace(TWO_LEAVES[4], delivered_at=0.5),
     ]
-    report = session_report("s", turns, FinalPath(), respelling({}))
+    report = session_report(
+        new_session("s", key_hash="", origin=SessionOrigin.CREATED), turns, FinalPath(), respelling({})
+    )
     assert asdict(report) == {
         "session_id": "s",
+        "origin": "created",
+        "complete": True,
+        "gaps": (),
         "num_turns": 5,
         "num_roots": 2,
         "num_forks": 1,
@@ -218,7 +224,9 @@ def test_the_report_counts_forks_reasons_flags_and_messages_that_were_hidden() -
         },
         "drift": asdict(DriftReport(3, 0, 0, 7, 0)),
     }
-    assert session_report("s", [], AllTurns(), None).drift is None
+    assert (
+        session_report(new_session("s", key_hash="", origin=SessionOrigin.CREATED), [], AllTurns(), None).drift is None
+    )
     assert json.dumps(asdict(report))
 
 

@@ -207,6 +207,23 @@ def test_rollouts_without_a_lesson_are_left_out_and_counted(
     assert {sample.session_id for sample in batch.samples} == {"s1", "s2", "s3"}
 
 
+def test_rollouts_of_incomplete_records_are_left_out_by_reason_unless_they_are_wanted(
+    tiny_model: Path, rollouts: tuple[FinishedRollout, ...]
+) -> None:
+    """A session that was recreated, or that a repair could not make whole: what its agent saw is not all on record."""
+    backend = make_backend(tiny_model)
+    recreated = replace(rollouts[0], session=replace(rollouts[0].session, complete=False, gaps=(1, 3)))
+    failed = replace(rollouts[1], finish=replace(rollouts[1].finish, outcome="failed", reward=None))
+    batch = batch_of([recreated, failed, *rollouts[2:]], backend)
+    assert batch.dropped_by == {"incomplete": 1, "outcome": 1}
+    assert batch.dropped_rollouts == 2
+    assert batch.tokens_dropped == sum(rollout.num_sampled_tokens for rollout in rollouts[:2])
+    wanted = step_batch(
+        [recreated], routed=backend.routed, policy_version=0, max_staleness=9, normalize=True, train_incomplete=True
+    )
+    assert (wanted.rollouts, wanted.dropped_by) == (1, {})
+
+
 def test_truncated_rollouts_with_reward_are_trained(tiny_model: Path, rollouts: tuple[FinishedRollout, ...]) -> None:
     first = replace(rollouts[0], finish=replace(rollouts[0].finish, outcome="truncated"))
     assert batch_of([first, *rollouts[1:]], make_backend(tiny_model)).dropped_rollouts == 0

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
 import numpy as np
 import torch
@@ -19,12 +20,22 @@ from trainer.replay.validate import RoutedLayers
 _WITHOUT_LESSON = frozenset({Outcome.FAILED, Outcome.ABANDONED})
 
 
+class DropReason(StrEnum):
+    """Why a rollout does not train; the first that holds is counted."""
+
+    NO_REWARD = "no_reward"
+    OUTCOME = "outcome"
+    INCOMPLETE = "incomplete"
+    STALE = "stale"
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class StepBatch:
     """One step's samples, one advantage a sample; a rollout's segments share its advantage.
 
     tokens_sampled = tokens picked for training + tokens_left_out, of the rollouts that are in; tokens_dropped are those
-    sampled in rollouts that are not. staleness_mean is over the picked tokens, in policy versions.
+    sampled in rollouts that are not, dropped_by counts these by reason. staleness_mean is over the picked tokens, in
+    policy versions.
     Groups whose rewards are all equal stay in with advantage 0: their tokens count as trained, and teach nothing.
     """
 
@@ -33,12 +44,17 @@ class StepBatch:
     rollouts: int
     groups: int
     zero_variance_groups: int
-    dropped_rollouts: int
+    dropped_by: Mapping[str, int]
     reward_mean: float | None
     tokens_sampled: int
     tokens_left_out: int
     tokens_dropped: int
     staleness_mean: float | None
+
+    @property
+    def dropped_rollouts(self) -> int:
+        """For whatever reason."""
+        return sum(self.dropped_by.values())
 
 
 def step_batch(
@@ -48,13 +64,18 @@ def step_batch(
     policy_version: int,
     max_staleness: int,
     normalize: bool,
+    train_incomplete: bool = False,
 ) -> StepBatch:
     """Choose, score and assemble; the order of rollouts is kept.
 
-    Left out by policy: a rollout without reward (which is not a reward of zero), one that failed or was abandoned, and
-    one with a token older than `max_staleness` versions (or newer than the trainer: sampled from another history).
+    Left out by policy: a rollout without reward (which is not a reward of zero), one that failed or was abandoned, one
+    whose record is not complete (unless `train_incomplete`), and one with a token older than `max_staleness` versions
+    (or newer than the trainer: sampled from another history).
     """
-    kept = [rollout for rollout in rollouts if _is_kept(rollout, policy_version, max_staleness)]
+    reasons = [
+        _drop_reason(rollout, policy_version, max_staleness, train_incomplete=train_incomplete) for rollout in rollouts
+    ]
+    kept = [rollout for rollout, reason in zip(rollouts, reasons, strict=True) if reason is None]
     advantage_of, zero_variance_groups, groups = _advantages(kept, normalize=normalize)
     samples = [(sample, advantage_of[i]) for i, rollout in enumerate(kept) for sample in assemble(rollout, routed)]
     rewards = [rollout.finish.reward for rollout in kept if rollout.finish.reward is not None]
@@ -66,7 +87,7 @@ def step_batch(
         rollouts=len(kept),
         groups=groups,
         zero_variance_groups=zero_variance_groups,
-        dropped_rollouts=len(rollouts) - len(kept),
+        dropped_by=dict(sorted(Counter(reason.value for reason in reasons if reason is not None).items())),
         reward_mean=sum(rewards) / len(rewards) if rewards else None,
         tokens_sampled=tokens_sampled,
         tokens_left_out=sum(rollout.pick.num_left_out_tokens for rollout in kept),
@@ -75,11 +96,18 @@ def step_batch(
     )
 
 
-def _is_kept(rollout: FinishedRollout, policy_version: int, max_staleness: int) -> bool:
-    if rollout.finish.reward is None or rollout.finish.outcome in _WITHOUT_LESSON:
-        return False
+def _drop_reason(
+    rollout: FinishedRollout, policy_version: int, max_staleness: int, *, train_incomplete: bool
+) -> DropReason | None:
+    if rollout.finish.outcome in _WITHOUT_LESSON:
+        return DropReason.OUTCOME
+    if rollout.finish.reward is None:
+        return DropReason.NO_REWARD
+    if not (rollout.session.complete or train_incomplete):
+        return DropReason.INCOMPLETE
     staleness = policy_version - _trained_versions(rollout)
-    return bool(((staleness >= 0) & (staleness <= max_staleness)).all())
+    is_fresh = ((staleness >= 0) & (staleness <= max_staleness)).all()
+    return None if is_fresh else DropReason.STALE
 
 
 def _trained_versions(rollout: FinishedRollout) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
