@@ -41,6 +41,7 @@ class PostgresServer:
     folder: Path
     programs: Path
     port: int = field(default_factory=free_port)
+    enter: tuple[str, ...] = ()
     process: subprocess.Popen[bytes] | None = None
 
     def dsn(self, database: str) -> str:
@@ -57,6 +58,28 @@ class PostgresServer:
         """Forget such a place."""
         name = dsn.rsplit("%3D", 1)[1]
         self._administer(f'DROP SCHEMA "{name}" CASCADE')
+
+    def create_user(self, name: str, *, password: str) -> str:
+        """The URL, without it, of a user who needs a password and may make nothing; again is fine."""
+        rules = self.folder / "data" / "pg_hba.conf"
+        rule = f"host all {name} 127.0.0.1/32 scram-sha-256\n"
+        if rule not in (written := rules.read_text()):
+            rules.write_text(rule + written)  # the first one that fits decides
+            self._administer(f"CREATE USER \"{name}\" PASSWORD '{password}'")
+            self._administer("SELECT pg_reload_conf()")
+            self._wait_for_rule(name)
+        return f"postgresql://{name}@127.0.0.1:{self.port}/postgres"
+
+    def _wait_for_rule(self, name: str) -> None:
+        """The server reads its rules a moment later."""
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            try:
+                psycopg.connect(f"postgresql://{name}@127.0.0.1:{self.port}/postgres", passfile="/dev/null").close()
+            except psycopg.OperationalError:
+                return
+            time.sleep(0.02)
+        raise AssertionError("the server did not read its rules")
 
     def _administer(self, statement: str) -> None:
         with psycopg.connect(self.dsn("postgres"), autocommit=True) as connection:
@@ -100,7 +123,7 @@ class PostgresServer:
     def _comes_up(self, command: Sequence[str], deadline: float) -> bool:
         """False where it ended by itself: after SIGKILL the old shared memory may still be held for a moment."""
         self.process = subprocess.Popen(
-            _as_server_user([str(self.programs / command[0]), *command[1:]]),
+            [*self.enter, *_as_server_user([str(self.programs / command[0]), *command[1:]])],
             cwd=self.folder,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -127,14 +150,17 @@ class PostgresServer:
 
 
 @contextmanager
-def running_postgres() -> Iterator[PostgresServer]:
-    """A server with an empty cluster, ready for connections; gone, folder and all, on leaving."""
+def running_postgres(enter: tuple[str, ...] = ()) -> Iterator[PostgresServer]:
+    """A server with an empty cluster, ready for connections; gone, folder and all, on leaving.
+
+    enter: of a small disk (`tests/small_disk.py`) that the server is to see.
+    """
     programs = _programs()
     folder = Path(tempfile.mkdtemp(prefix="verbatim-postgres-"))
     try:
         if os.geteuid() == 0:
             shutil.chown(folder, _SYSTEM_USER, _SYSTEM_USER)
-        server = PostgresServer(folder, programs)
+        server = PostgresServer(folder, programs, enter=enter)
         server.initialise()
         try:
             server.start()

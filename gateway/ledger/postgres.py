@@ -28,14 +28,17 @@ from gateway.contracts.errors import (
     ConfigurationError,
     LedgerCorrupt,
     LedgerError,
+    LedgerFull,
     SchemaMismatch,
     VerbatimError,
 )
 from gateway.contracts.records import SCHEMA_VERSION
+from gateway.contracts.rollouts import Reclaimed, StoreUsage
 from gateway.ledger import register, schema
 from gateway.ledger.backend import Connection, Rows, Value
 from gateway.ledger.objects import OBJECT_FAILURES, ObjectArrays, ObjectBlobs, Objects, open_objects
 from gateway.ledger.register import GRACE_SECONDS, ObjectRegister, SweepReport
+from gateway.ledger.reserve import Room, is_disk_full
 from gateway.ledger.store import SqlLedger
 
 _log = logging.getLogger(__name__)
@@ -70,16 +73,17 @@ class PostgresLedger(SqlLedger):
     _store: PostgresBackend
 
     @classmethod
-    def open(cls, dsn: str, objects: str, *, read_only: bool = False) -> Self:
+    def open(cls, dsn: str, objects: str, *, read_only: bool = False, full_wait_seconds: float = 0.0) -> Self:
         """Open or make the ledger in a database; blocks for a moment.
 
         dsn: `postgresql://user@host:port/database`, without the password: libpq takes it from PGPASSWORD or PGPASSFILE.
-        objects: `s3://bucket/prefix` or `file:///folder`. Raises ConfigurationError if one of them cannot be used,
-        SchemaMismatch for a store of another version.
+        objects: `s3://bucket/prefix` or `file:///folder`. full_wait_seconds: how long a turn that was sampled waits for
+        room on a full disk. Raises ConfigurationError if the database or the objects cannot be used, SchemaMismatch for
+        a store of another version.
         """
         ledger_objects = open_objects(objects, read_only=read_only)
         backend = PostgresBackend(dsn, ledger_objects, read_only=read_only)
-        ledger = cls(backend)
+        ledger = cls(backend, Room(wait_seconds=full_wait_seconds))
         ledger._store = backend
         return ledger
 
@@ -87,6 +91,17 @@ class PostgresLedger(SqlLedger):
         """Remove objects that nothing refers to and nobody stored within `grace_seconds`; blocks. It is done from time
         to time without being asked."""
         return self._store.register.sweep(grace_seconds=grace_seconds)
+
+    async def usage(self) -> StoreUsage:
+        """What the tables and the objects take; the server's log, which all of its databases share, is not counted."""
+        return await self._read(_usage)
+
+    async def reclaim(self) -> Reclaimed:
+        """Remove objects that nothing refers to any more and nobody has just stored; the server itself looks after the
+        space in its tables."""
+        if self._store.read_only:
+            return Reclaimed()
+        return Reclaimed(*await self._in_thread(self.sweep_objects))
 
 
 class PostgresBackend:
@@ -116,6 +131,8 @@ class PostgresBackend:
         if isinstance(error, VerbatimError):
             return error
         _log.warning("ledger: %s: %s", type(error).__name__, str(error).strip())
+        if is_disk_full(error) or isinstance(error, errors.DiskFull):
+            return LedgerFull("the ledger's disk is full; what adds to it is taken again when there is room")
         if isinstance(error, _DAMAGED):
             return LedgerCorrupt(f"the ledger's database is damaged: {error.diag.message_primary}")
         if isinstance(error, errors.ForeignKeyViolation):
@@ -331,6 +348,28 @@ def _checked_conninfo(dsn: str) -> str:
         "tcp_user_timeout": 20_000,
     }
     return make_conninfo("", **(defaults | given))
+
+
+def _usage(connection: Connection) -> StoreUsage:
+    tables, objects, routing, blobs = map(
+        int,
+        connection.execute(
+            """SELECT (SELECT coalesce(sum(pg_total_relation_size(c.oid)), 0) FROM pg_class c
+                       WHERE c.relkind = 'r' AND c.relnamespace = current_schema()::regnamespace),
+                      (SELECT coalesce(sum(num_bytes), 0) FROM objects),
+                      (SELECT coalesce(sum(experts_bytes), 0) FROM turns),
+                      (SELECT coalesce(sum(once.num_bytes), 0)
+                       FROM (SELECT max(num_bytes) AS num_bytes FROM blobs GROUP BY sha256) AS once)"""
+        ).fetchone(),
+    )
+    return StoreUsage(
+        rows_bytes=tables,
+        reusable_bytes=0,
+        log_bytes=0,
+        routing_bytes=objects - blobs,
+        dead_routing_bytes=objects - blobs - routing,
+        blob_bytes=blobs,
+    )
 
 
 def _prepare(conninfo: str, name: str, *, read_only: bool) -> None:
