@@ -92,7 +92,7 @@ class PostgresServer:
     def start(self) -> None:
         """Start the server and wait until it answers; after a crash it recovers first."""
         settings = [f"--{name}={value}" for name, value in _SETTINGS.items()]
-        command = ("postgres", "-D", "data", "-p", str(self.port), "-k", str(self.folder), *settings)
+        command = ("postgres", "-D", str(self.folder / "data"), "-p", str(self.port), "-k", str(self.folder), *settings)
         deadline = time.monotonic() + 30
         while not self._comes_up(command, deadline):
             assert time.monotonic() < deadline, "PostgreSQL did not come up"
@@ -104,7 +104,7 @@ class PostgresServer:
 
     def kill(self) -> None:
         """SIGKILL to the server and all of its backends: nothing is flushed, locks are left behind."""
-        if self.process is None:
+        if self.process is None or self.process.poll() is not None:
             return
         family = [*psutil.Process(self.process.pid).children(recursive=True), psutil.Process(self.process.pid)]
         for member in reversed(family):  # the parent first, so that it cannot tidy up

@@ -53,11 +53,11 @@ _DAMAGED = (errors.DataCorrupted, errors.IndexCorrupted)
 _SESSION_SETTINGS = """
     SET client_encoding = 'UTF8';
     SET lock_timeout = '1s';
-    SET idle_in_transaction_session_timeout = '10s';
+    SET idle_in_transaction_session_timeout = '4s';
     SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'
 """
-"""Of every connection: a gateway that hangs inside a transaction loses it, so that it holds nobody for long; and a
-commit is on disk when it returns (I4), whatever the server's default."""
+"""Of every connection: a gateway that hangs inside a transaction loses it, before those that wait for its locks have
+tried for the last time; and a commit is on disk when it returns (I4), whatever the server's default."""
 
 _MIGRATIONS: Mapping[int, Sequence[str]] = {}
 """Version → the statements that make the next one of it. 3 is the first that this store has had."""
@@ -117,8 +117,8 @@ class PostgresBackend:
         self.read_only = read_only
         _prepare(self._conninfo, dsn, read_only=read_only)
         self.register = ObjectRegister(lambda: self.connect(read_only=False), objects, self.failures)
-        self.arrays = ObjectArrays(objects, self.register.note)
-        self.blobs = ObjectBlobs(objects, self.register.note, is_kept=self.register.is_kept)
+        self.arrays = ObjectArrays(objects, self.register)
+        self.blobs = ObjectBlobs(objects, self.register)
         if not read_only:
             self.register.start_sweeping()
 
@@ -130,7 +130,7 @@ class PostgresBackend:
         """What happened is logged; what an agent reads names no host, no user and no bucket."""
         if isinstance(error, VerbatimError):
             return error
-        _log.warning("ledger: %s: %s", type(error).__name__, str(error).strip())
+        _log.warning("ledger: %s: %s", type(error).__name__, _first_line(error))
         if is_disk_full(error) or isinstance(error, errors.DiskFull):
             return LedgerFull("the ledger's disk is full; what adds to it is taken again when there is room")
         if isinstance(error, _DAMAGED):
@@ -190,7 +190,9 @@ class PostgresConnection:
         """Returns when it is on disk; raises LedgerError where the answer was lost."""
         try:
             ended = self._connection.execute("COMMIT").statusmessage
-        except psycopg.OperationalError as error:
+        except errors.IdleInTransactionSessionTimeout as error:  # this process hung, and the server rolled back
+            raise ConnectionLost(str(error)) from error
+        except psycopg.Error as error:
             if not self._is_broken():
                 raise
             raise LedgerError("the ledger's database went away during a commit; try again") from error
@@ -202,7 +204,7 @@ class PostgresConnection:
         if self.in_transaction:
             try:
                 self._connection.execute("ROLLBACK")
-            except psycopg.OperationalError:
+            except psycopg.Error:
                 self._connection.close()  # the server forgets it too
 
     def execute(self, sql: str, parameters: Sequence[Value] = ()) -> Rows:
@@ -210,7 +212,7 @@ class PostgresConnection:
         if self.in_transaction:
             try:
                 return self._run(sql, parameters)
-            except psycopg.OperationalError as error:
+            except psycopg.Error as error:
                 if self._is_broken():
                     raise ConnectionLost(str(error)) from error
                 raise
@@ -221,7 +223,7 @@ class PostgresConnection:
         try:
             with self._connection.cursor() as cursor:
                 cursor.executemany(_translated(sql), parameters)
-        except psycopg.OperationalError as error:
+        except psycopg.Error as error:
             if self._is_broken():
                 raise ConnectionLost(str(error)) from error
             raise
@@ -244,7 +246,7 @@ class PostgresConnection:
                 if self._is_broken():
                     self._connection = _connect(self._conninfo, read_only=self._read_only)
                 result = self._run(sql, parameters)
-            except psycopg.OperationalError:
+            except psycopg.Error:
                 if not self._is_broken():
                     raise
                 now = time.monotonic()
@@ -334,7 +336,7 @@ def _checked_conninfo(dsn: str) -> str:
     try:
         given = conninfo_to_dict(dsn)
     except psycopg.ProgrammingError as error:
-        raise ConfigurationError(f"ledger: no PostgreSQL URL ({str(error).strip()})") from error
+        raise ConfigurationError(f"ledger: no PostgreSQL URL ({_first_line(error)})") from error
     if "password" in given:
         raise ConfigurationError(
             "ledger: leave the password out of the URL, which is shown and logged; set PGPASSWORD or PGPASSFILE"
@@ -377,7 +379,7 @@ def _prepare(conninfo: str, name: str, *, read_only: bool) -> None:
     try:
         connection = PostgresConnection(conninfo, read_only=read_only)
     except psycopg.OperationalError as error:
-        raise ConfigurationError(f"ledger {name}: {str(error).strip()}") from error
+        raise ConfigurationError(f"ledger {name}: {_first_line(error)}") from error
     try:
         _check_server(connection, name)
         connection.begin()
@@ -385,9 +387,14 @@ def _prepare(conninfo: str, name: str, *, read_only: bool) -> None:
         _prepare_tables(connection, name, read_only=read_only)
         connection.commit()
     except psycopg.Error as error:
-        raise ConfigurationError(f"ledger {name}: cannot be used ({str(error).strip()})") from error
+        raise ConfigurationError(f"ledger {name}: cannot be used ({_first_line(error)})") from error
     finally:
         connection.close()
+
+
+def _first_line(error: Exception) -> str:
+    """What happened; the server's and libpq's hints and positions stand on lines of their own."""
+    return str(error).strip().split("\n", 1)[0]
 
 
 def _check_server(connection: PostgresConnection, name: str) -> None:
