@@ -440,6 +440,18 @@ def test_more_than_one_batch_is_swept(backend: PostgresBackend, objects: str) ->
     assert backend.register.sweep(grace_seconds=0.0) == (450, 450)
 
 
+async def test_a_blob_that_a_crash_left_noted_and_not_stored_is_stored_in_that_place(
+    ledger: PostgresLedger, backend: PostgresBackend, objects: str
+) -> None:
+    picture = a_blob(0)
+    place = f"{picture.sha256}-{'0' * 16}"
+    backend.register.note(picture.sha256, place, len(picture.content))
+    await ledger.create_session(a_session())
+    await ledger.put_blob("s", picture)
+    assert stored(objects) == {place}
+    assert await ledger.blob("s", picture.sha256) == picture
+
+
 def test_what_a_sweep_that_died_had_struck_goes_with_the_next(
     backend: PostgresBackend, postgres_dsn: str, objects: str
 ) -> None:
