@@ -116,7 +116,7 @@ class PostgresBackend:
         self.name = dsn
         self.read_only = read_only
         _prepare(self._conninfo, dsn, read_only=read_only)
-        self.register = ObjectRegister(lambda: self.connect(read_only=False), objects, self.failures)
+        self.register = ObjectRegister(lambda: self.connect(read_only=read_only), objects, self.failures)
         self.arrays = ObjectArrays(objects, self.register)
         self.blobs = ObjectBlobs(objects, self.register)
         if not read_only:

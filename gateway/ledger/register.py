@@ -105,6 +105,24 @@ class ObjectRegister:
             connection.close()
         return SweepReport(len(removed), sum(num_bytes for _, num_bytes in removed))
 
+    def leftovers(self) -> Sequence[str]:
+        """A line for each kind of object that nothing refers to: those that a sweep will take, and those that are not
+        noted, which no sweep will."""
+        lines = []
+        with self._connection() as connection:
+            unused = connection.execute(
+                f"SELECT count(*), coalesce(sum(o.num_bytes), 0) FROM objects o WHERE {_UNUSED}"
+            ).fetchone()
+            stored = dict(self._objects.stored())
+            for (place,) in connection.execute("SELECT place FROM objects UNION ALL SELECT place FROM removals"):
+                stored.pop(place, None)
+        if unused[0]:
+            lines.append(f"{unused[0]} objects ({int(unused[1])} bytes) that nothing refers to await a sweep")
+        if stored:
+            what = f"{len(stored)} objects ({sum(stored.values())} bytes)"
+            lines.append(f"{self._objects.url}: {what} are not known to this ledger, and no sweep will remove them")
+        return lines
+
     def start_sweeping(self) -> None:
         """Sweep now and then, in a thread, until `close`."""
         self._sweeper = threading.Thread(target=self._keep_sweeping, name="ledger-sweeper", daemon=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
+import re
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import psycopg
 import pytest
 
 from engines.launch import free_port
+from gateway.cli import main
 from gateway.contracts.errors import (
     ConfigurationError,
     LedgerError,
@@ -407,9 +410,11 @@ async def test_what_is_only_read_is_neither_made_nor_changed(
     assert not (tmp_path / "objects").exists()
     ledger = reopen()
     await ledger.create_session(a_session())
+    await ledger.put_blob("s", a_blob(0))
     await ledger.append_turn(a_turn(0), rows(0))
     reader = PostgresLedger.open(postgres_dsn, objects, read_only=True)
     await check_whole(reader, "s", {"t0"})
+    assert await reader.blob("s", a_blob(0).sha256) == a_blob(0)
     with pytest.raises(LedgerError, match="reading only"):
         await reader.create_session(a_session("other"))
     assert await reader.reclaim() == (await ledger.reclaim())
@@ -537,6 +542,71 @@ async def test_sweeps_beside_two_writers_never_take_what_they_store(
         picture = Blob.of(f"picture {number % 3}".encode(), "image/png")
         assert await ledger.blob(session.session_id, picture.sha256) == picture
     assert len(stored(objects)) >= len(sessions)
+
+
+# ---- commands ----
+
+
+async def test_doctor_finds_every_damage_also_while_a_gateway_serves(
+    ledger: PostgresLedger, postgres_dsn: str, objects: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def doctor(*flags: str) -> tuple[int, list[str]]:
+        code = main(["doctor", "--ledger", postgres_dsn, "--objects", objects, *flags])
+        return code, capsys.readouterr().out.splitlines()
+
+    await ledger.create_session(a_session())
+    for index in range(3):
+        await ledger.append_turn(a_turn(index), rows(index))
+    await ledger.put_blob("s", a_blob(0))
+    code, lines = await asyncio.to_thread(doctor)
+    assert (code, lines) == (0, ["whole: 1 sessions, 0 rollouts, 3 turns, 153 tokens, 3 routing records, 1 blobs"])
+
+    administer(postgres_dsn, "UPDATE turns SET facts = facts || 'x'::bytea WHERE turn_id = 't2'")
+    [(place,)] = administer(postgres_dsn, "SELECT experts_file FROM turns WHERE turn_id = 't1'")
+    folder = FileObjects(Path(objects.removeprefix("file://")))
+    folder.put(place, b"?")
+    folder.remove([name for name in stored(objects) if "-" in name])
+    folder.put("0" * 64, b"stray")
+    code, lines = await asyncio.to_thread(doctor)
+    assert code == 1
+    for expected in (
+        "session s turn t2: checksum",
+        f"the object {place}",
+        a_blob(0).sha256,
+        "not known to this ledger",
+    ):
+        assert sum(expected in line for line in lines) == 1, (expected, lines)
+    code, lines = await asyncio.to_thread(doctor, "--json")
+    assert (code, len(json.loads(lines[0])["damages"])) == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("doctor", "--ledger", "postgresql://u@h/d"), "--ledger needs --objects URL"),
+        (("doctor", "--objects", "file:///x"), "--objects belongs to a database"),
+        (("doctor", "--ledger", "postgresql://u@h/d", "--objects", "file:///x", "--repair"), "--repair mends"),
+        (("sessions", "--ledger", "postgresql://u@h/d"), "give --data DIR .*, or --ledger URL with --objects URL"),
+        (("sessions",), "give --data DIR .*, or --ledger URL with --objects URL"),
+    ],
+)
+def test_flags_that_do_not_belong_together_are_refused(
+    flags: Sequence[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(list(flags)) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+async def test_sessions_are_looked_into_while_a_gateway_writes_them(
+    ledger: PostgresLedger, postgres_dsn: str, objects: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    await ledger.create_session(a_session())
+    await ledger.append_turn(a_turn(0), rows(0))
+    place = ("--ledger", postgres_dsn, "--objects", objects, "--json")
+    assert await asyncio.to_thread(main, ["sessions", *place]) == 0
+    assert json.loads(capsys.readouterr().out)["session"] == "s"
+    assert await asyncio.to_thread(main, ["sessions", "s", *place]) == 0
+    assert json.loads(capsys.readouterr().out)["routing_rows"] == NUM_ROWS
 
 
 # ---- how much there is ----
