@@ -2,7 +2,8 @@
 
 `--model PATH` reads a model folder as the gateway would and shows which turns its chat template only appends to, which
 it rewrites and why, where a turn ends, and which of the template's own switches would make more turns append-only.
-`--data DIR` verifies the ledger in a data folder, and with `--repair` mends what can be mended (ledger_check.py).
+`--data DIR` verifies the ledger in a data folder, and with `--repair` mends what can be mended (ledger_check.py);
+`--ledger URL --objects URL` verifies the one that several gateways share.
 `--engine KIND=URL` with `--model` asks engines who they are and shows them beside the folder, as `/admin/identity` does
 for a gateway that runs: what each says, how it was verified, what it can do, and why the gateway would refuse it.
 """
@@ -23,7 +24,7 @@ from rich.text import Text
 from gateway.contracts.errors import ConfigurationError
 from gateway.contracts.generation import Capability, JsonValue
 from gateway.engine_check import show_engines
-from gateway.ledger_check import show_ledger
+from gateway.ledger_check import show_ledger, show_shared_ledger
 from gateway.sessions.model import ServedModel
 from gateway.tito.certificate import ShapeCertificate, Verdict
 from gateway.tito.conversation import HistoryPolicy
@@ -37,6 +38,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Flags of `verbatim doctor`."""
     parser.add_argument("--model", type=Path, metavar="PATH", help="model folder to look at")
     parser.add_argument("--data", type=Path, metavar="DIR", help="verify the ledger in this data folder instead")
+    parser.add_argument("--ledger", metavar="URL", help="verify the ledger in this database instead, with --objects")
+    parser.add_argument("--objects", metavar="URL", help="where its arrays are: s3://BUCKET/PREFIX or file:///FOLDER")
     parser.add_argument(
         "--repair", action="store_true", help="with --data: mend what can be proved; no gateway may use the folder"
     )
@@ -60,12 +63,14 @@ def run(arguments: argparse.Namespace) -> int:
 
     With engines: 0 if the gateway would take all of them, else 1. With a ledger: 0 if it is whole, else 1.
     """
-    if arguments.data is not None:
+    if arguments.data is not None or arguments.ledger is not None:
         return _ledger(arguments)
     if arguments.repair:
         raise ConfigurationError("--repair mends a ledger: give --data DIR with it")
+    if arguments.objects is not None:
+        raise ConfigurationError("--objects belongs to a database: give --ledger URL with it")
     if arguments.model is None:
-        raise ConfigurationError("give --model PATH (a model folder), or --data DIR (a ledger)")
+        raise ConfigurationError("give --model PATH (a model folder), --data DIR (a ledger), or --ledger URL")
     if arguments.require and not arguments.engine:
         raise ConfigurationError("--require is asked of engines: give --engine KIND=URL with it")
     if arguments.template_arguments is not None and arguments.engine:
@@ -88,6 +93,12 @@ def run(arguments: argparse.Namespace) -> int:
 def _ledger(arguments: argparse.Namespace) -> int:
     if arguments.model is not None or arguments.engine:
         raise ConfigurationError("--data looks at a ledger, --model and --engine at what serves: give one of them")
+    if arguments.ledger is not None:
+        if arguments.data is not None or arguments.objects is None:
+            raise ConfigurationError("--ledger needs --objects URL, where the ledger's arrays are, and no --data")
+        if arguments.repair:
+            raise ConfigurationError("--repair mends a ledger in a folder; a database's is restored from its backup")
+        return show_shared_ledger(arguments.ledger, arguments.objects, as_json=arguments.json)
     return show_ledger(arguments.data, repair=arguments.repair, as_json=arguments.json)
 
 

@@ -13,14 +13,16 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
 from gateway.contracts.errors import ConfigurationError, NotFound
 from gateway.contracts.generation import JsonValue
+from gateway.contracts.ports import Ledger
 from gateway.contracts.records import SessionRecord, TurnRecord
+from gateway.ledger.postgres import PostgresLedger
 from gateway.ledger.sqlite import SqliteLedger
 from gateway.sessions.model import ServedModel
 from gateway.sessions.picks import DEFAULT_PICK, LeftOutReason, Pick, PickChoice, pick_turns
@@ -32,7 +34,9 @@ from gateway.tito.conversation import HistoryPolicy
 def configure(parser: argparse.ArgumentParser) -> None:
     """Flags of `verbatim sessions`."""
     parser.add_argument("session", nargs="?", help="show the turns of this session")
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="the gateway's data folder")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="the gateway's data folder")
+    parser.add_argument("--ledger", metavar="URL", help="the database of gateways that share one, with --objects")
+    parser.add_argument("--objects", metavar="URL", help="where its arrays are: s3://BUCKET/PREFIX or file:///FOLDER")
     parser.add_argument("--label", action="append", default=[], metavar="KEY=VALUE", help="only sessions so labelled")
     parser.add_argument("--limit", type=int, default=50, help="list at most so many sessions (default 50)")
     parser.add_argument("--report", action="store_true", help="what happened to this session's tokens")
@@ -45,25 +49,24 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print what is asked for; NotFound for an unknown session."""
-    if not arguments.data.is_dir():
-        raise ConfigurationError(f"{arguments.data}: no such data folder")
+    place = _place(arguments)
     pick = PickChoice.load(arguments.pick).default
     if arguments.report:
-        return _report(arguments, pick)
+        return _report(arguments, place, pick)
     labels = dict(label_of(text) for text in arguments.label)
-    rows = asyncio.run(_rows(arguments.data, arguments.session, pick, labels=labels, limit=arguments.limit))
+    rows = asyncio.run(_rows(place, arguments.session, pick, labels=labels, limit=arguments.limit))
     print_rows(rows, as_json=arguments.json, nothing="nothing recorded")
     return 0
 
 
-def _report(arguments: argparse.Namespace, pick: Pick) -> int:
+def _report(arguments: argparse.Namespace, place: LedgerPlace, pick: Pick) -> int:
     if arguments.session is None:
         raise ConfigurationError("--report needs a session: verbatim sessions ID --data DIR --report")
     model = arguments.model
     retokenisation = None
     if model is not None:
         retokenisation = Retokenisation.of_model(ServedModel.load(model, history_policy=HistoryPolicy.KEEP))
-    session, turns = asyncio.run(_session(arguments.data, arguments.session))
+    session, turns = asyncio.run(_session(place, arguments.session))
     report = session_report(session, turns, pick, retokenisation)
     if arguments.json:
         sys.stdout.write(json.dumps(asdict(report), ensure_ascii=False) + "\n")
@@ -72,25 +75,47 @@ def _report(arguments: argparse.Namespace, pick: Pick) -> int:
     return 0
 
 
-async def _session(data: Path, session_id: str) -> tuple[SessionRecord, Sequence[TurnRecord]]:
-    ledger = SqliteLedger.open(data, read_only=True)
+class LedgerPlace(NamedTuple):
+    """Where a ledger is: a folder, or a database with the URL of its objects."""
+
+    name: str
+    objects: str | None
+
+    def open(self) -> Ledger:
+        """For reading only; raises ConfigurationError, SchemaMismatch."""
+        if self.objects is None:
+            return SqliteLedger.open(Path(self.name), read_only=True)
+        return PostgresLedger.open(self.name, self.objects, read_only=True)
+
+
+def _place(arguments: argparse.Namespace) -> LedgerPlace:
+    data, dsn, objects = arguments.data, arguments.ledger, arguments.objects
+    if (data is None) == (dsn is None) or (dsn is None) != (objects is None):
+        raise ConfigurationError("give --data DIR (a gateway's data folder), or --ledger URL with --objects URL")
+    if data is not None and not data.is_dir():
+        raise ConfigurationError(f"{data}: no such data folder")
+    return LedgerPlace(str(data or dsn), objects)
+
+
+async def _session(place: LedgerPlace, session_id: str) -> tuple[SessionRecord, Sequence[TurnRecord]]:
+    ledger = place.open()
     try:
         session = await ledger.session(session_id)
         if session is None:
-            raise NotFound(f"no session {session_id!r} in {data}")
+            raise NotFound(f"no session {session_id!r} in {place.name}")
         return session, sealed_turns(await ledger.turns(session_id), await ledger.finish_record(session_id))
     finally:
         await ledger.aclose()
 
 
 async def _rows(
-    data: Path, session_id: str | None, pick: Pick, *, labels: Mapping[str, str], limit: int
+    place: LedgerPlace, session_id: str | None, pick: Pick, *, labels: Mapping[str, str], limit: int
 ) -> Sequence[dict[str, JsonValue]]:
     if session_id is not None:
-        _, turns = await _session(data, session_id)
+        _, turns = await _session(place, session_id)
         left_out = pick.leaves_out(turns)
         return [_turn_row(turn, left_out.get(turn.turn_id)) for turn in turns]
-    ledger = SqliteLedger.open(data, read_only=True)
+    ledger = place.open()
     try:
         sessions = await ledger.sessions(labels=labels or None, limit=limit)
         return [await _session_row(ledger, session, pick) for session in sessions]
@@ -98,7 +123,7 @@ async def _rows(
         await ledger.aclose()
 
 
-async def _session_row(ledger: SqliteLedger, session: SessionRecord, pick: Pick) -> dict[str, JsonValue]:
+async def _session_row(ledger: Ledger, session: SessionRecord, pick: Pick) -> dict[str, JsonValue]:
     finish = await ledger.finish_record(session.session_id)
     turns = sealed_turns(await ledger.turns(session.session_id), finish)
     account = pick_turns(turns, pick).report

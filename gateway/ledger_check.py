@@ -1,4 +1,5 @@
-"""`verbatim doctor --data DIR`: is a ledger whole, and with `--repair`, what of it can be mended.
+"""`verbatim doctor --data DIR` or `--ledger URL --objects URL`: is a ledger whole, and with `--repair`, what of one in
+a folder can be mended.
 
 Verification changes nothing and works beside a gateway that serves. Every damage is one line that names session, turn,
 file and byte as far as they are known; exit code 1 if there is any. A repair needs the folder for itself, writes what
@@ -26,6 +27,8 @@ from gateway.contracts.records import TurnRecord
 from gateway.ledger import migration, wal
 from gateway.ledger.backend import Location
 from gateway.ledger.blobs import BlobFiles
+from gateway.ledger.objects import open_objects
+from gateway.ledger.postgres import PostgresBackend
 from gateway.ledger.repair import Quarantine, RowsRepair
 from gateway.ledger.rows import decode_json
 from gateway.ledger.segments_file import file_sizes, scan_records
@@ -59,6 +62,15 @@ def show_ledger(data: Path, *, repair: bool, as_json: bool) -> int:
     """Print what is wrong with the ledger in a folder, after mending it if asked; 0 if nothing is, else 1."""
     repaired = repair_ledger(data) if repair else None
     found = verify_ledger(data) if repaired is None else repaired.left
+    return _show(found, repaired, as_json=as_json)
+
+
+def show_shared_ledger(dsn: str, objects: str, *, as_json: bool) -> int:
+    """Verify and print the ledger that several gateways share; 0 if it is whole, else 1."""
+    return _show(verify_shared_ledger(dsn, objects), None, as_json=as_json)
+
+
+def _show(found: Found, repaired: Repair | None, *, as_json: bool) -> int:
     if as_json:
         sys.stdout.write(json.dumps(_json(found, repaired), ensure_ascii=False) + "\n")
     else:
@@ -80,6 +92,24 @@ def verify_ledger(data: Path) -> Found:
             _note_log(path, found)
     with closing(_open(path, read_only=True)) as raw:
         _verify(data, raw, found)
+    return found
+
+
+def verify_shared_ledger(dsn: str, objects: str) -> Found:
+    """Everything that is wrong with the ledger in a database and its objects, also while gateways write; raises
+    ConfigurationError where there is none, SchemaMismatch for one of another version."""
+    found = Found()
+    contents = open_objects(objects, read_only=True)
+    with (
+        closing(PostgresBackend(dsn, contents, read_only=True)) as backend,
+        closing(backend.connect(read_only=True)) as connection,
+    ):
+        try:
+            verify_rows(Parts(connection, backend.arrays, backend.blobs), found, assemble=_assemble)
+            found.notes += backend.register.leftovers()
+        except backend.failures as error:
+            message = f"the ledger cannot be read further: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            found.damages.append(Damage(DamageKind.STORE, message))
     return found
 
 

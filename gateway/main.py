@@ -418,9 +418,10 @@ def open_ledger(settings: GatewaySettings, *, lock: int | None = None) -> tuple[
 
     lock: the descriptor that holds an embedded ledger's folder, where a predecessor passed it on.
     """
-    if settings.ledger:
-        return PostgresLedger.open(settings.ledger, settings.objects), None
     storage = settings.storage
+    if settings.ledger:
+        full_wait = storage.full_wait_seconds
+        return PostgresLedger.open(settings.ledger, settings.objects, full_wait_seconds=full_wait), None
     reserve = SpaceReserve(settings.data, min_free_bytes=storage.min_free_bytes, reserve_bytes=storage.reserve_bytes)
     ledger = SqliteLedger.open(settings.data, lock=lock, reserve=reserve, full_wait_seconds=storage.full_wait_seconds)
     return ledger, reserve

@@ -30,6 +30,7 @@ _SETTINGS = {
     "shared_buffers": "32MB",
     "autovacuum": "off",  # the suites are over before it would help; it takes from the same two cores
     "log_min_messages": "fatal",
+    "deadlock_timeout": "200ms",  # below the ledger's own patience with a lock, so that deadlocks are told as such
     "listen_addresses": "127.0.0.1",
 }
 
@@ -41,6 +42,7 @@ class PostgresServer:
     folder: Path
     programs: Path
     port: int = field(default_factory=free_port)
+    enter: tuple[str, ...] = ()
     process: subprocess.Popen[bytes] | None = None
 
     def dsn(self, database: str) -> str:
@@ -58,6 +60,28 @@ class PostgresServer:
         name = dsn.rsplit("%3D", 1)[1]
         self._administer(f'DROP SCHEMA "{name}" CASCADE')
 
+    def create_user(self, name: str, *, password: str) -> str:
+        """The URL, without it, of a user who needs a password and may make nothing; again is fine."""
+        rules = self.folder / "data" / "pg_hba.conf"
+        rule = f"host all {name} 127.0.0.1/32 scram-sha-256\n"
+        if rule not in (written := rules.read_text()):
+            rules.write_text(rule + written)  # the first one that fits decides
+            self._administer(f"CREATE USER \"{name}\" PASSWORD '{password}'")
+            self._administer("SELECT pg_reload_conf()")
+            self._wait_for_rule(name)
+        return f"postgresql://{name}@127.0.0.1:{self.port}/postgres"
+
+    def _wait_for_rule(self, name: str) -> None:
+        """The server reads its rules a moment later."""
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            try:
+                psycopg.connect(f"postgresql://{name}@127.0.0.1:{self.port}/postgres", passfile="/dev/null").close()
+            except psycopg.OperationalError:
+                return
+            time.sleep(0.02)
+        raise AssertionError("the server did not read its rules")
+
     def _administer(self, statement: str) -> None:
         with psycopg.connect(self.dsn("postgres"), autocommit=True) as connection:
             connection.execute(statement.encode())
@@ -69,7 +93,7 @@ class PostgresServer:
     def start(self) -> None:
         """Start the server and wait until it answers; after a crash it recovers first."""
         settings = [f"--{name}={value}" for name, value in _SETTINGS.items()]
-        command = ("postgres", "-D", "data", "-p", str(self.port), "-k", str(self.folder), *settings)
+        command = ("postgres", "-D", str(self.folder / "data"), "-p", str(self.port), "-k", str(self.folder), *settings)
         deadline = time.monotonic() + 30
         while not self._comes_up(command, deadline):
             assert time.monotonic() < deadline, "PostgreSQL did not come up"
@@ -81,7 +105,7 @@ class PostgresServer:
 
     def kill(self) -> None:
         """SIGKILL to the server and all of its backends: nothing is flushed, locks are left behind."""
-        if self.process is None:
+        if self.process is None or self.process.poll() is not None:
             return
         family = [*psutil.Process(self.process.pid).children(recursive=True), psutil.Process(self.process.pid)]
         for member in reversed(family):  # the parent first, so that it cannot tidy up
@@ -100,7 +124,7 @@ class PostgresServer:
     def _comes_up(self, command: Sequence[str], deadline: float) -> bool:
         """False where it ended by itself: after SIGKILL the old shared memory may still be held for a moment."""
         self.process = subprocess.Popen(
-            _as_server_user([str(self.programs / command[0]), *command[1:]]),
+            [*self.enter, *_as_server_user([str(self.programs / command[0]), *command[1:]])],
             cwd=self.folder,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -127,14 +151,17 @@ class PostgresServer:
 
 
 @contextmanager
-def running_postgres() -> Iterator[PostgresServer]:
-    """A server with an empty cluster, ready for connections; gone, folder and all, on leaving."""
+def running_postgres(enter: tuple[str, ...] = ()) -> Iterator[PostgresServer]:
+    """A server with an empty cluster, ready for connections; gone, folder and all, on leaving.
+
+    enter: of a small disk (`tests/small_disk.py`) that the server is to see.
+    """
     programs = _programs()
     folder = Path(tempfile.mkdtemp(prefix="verbatim-postgres-"))
     try:
         if os.geteuid() == 0:
             shutil.chown(folder, _SYSTEM_USER, _SYSTEM_USER)
-        server = PostgresServer(folder, programs)
+        server = PostgresServer(folder, programs, enter=enter)
         server.initialise()
         try:
             server.start()

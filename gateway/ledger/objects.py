@@ -1,11 +1,14 @@
 """Arrays and blobs as objects named by the sha256 of their content, in a bucket (S3's protocol) or a folder.
 
-    register(name) ─▶ put(name, content) ─▶ the row that refers to it: COMMIT            what a crash leaves: a name in
+    note(name, place) ─▶ put(place, content) ─▶ the row that refers to it: COMMIT        what a crash leaves: a name in
                                                                                          the register that no row uses
 
-A content has one name, so storing it again changes nothing, and whoever reads it checks it by its name. An object is
-durable when `put` returns, and it is put before the row that speaks of it commits (I4). Which objects exist and who
-refers to them stands in the ledger's tables; the sweep there removes what nobody refers to (postgres.py).
+Whoever reads a content checks it by its name. An object is durable when `put` returns, and it is put before the row
+that speaks of it commits (I4). Which objects exist and who refers to them stands in the ledger's tables; the sweep
+there removes what nobody refers to (register.py).
+
+A record of routing rows is of one turn, so its place is its name. A blob's place has a suffix: a picture that comes
+again after it was swept gets another place, and whoever is still about to remove the old one cannot take the new one.
 """
 
 from __future__ import annotations
@@ -13,10 +16,11 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import secrets
 import struct
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -35,7 +39,7 @@ from gateway.ledger.segments_file import sync_folder
 ENDPOINT_VARIABLE = "AWS_ENDPOINT_URL"
 """Environment variable with the address of an S3 server that is not Amazon's."""
 
-_NAME = re.compile(r"[0-9a-f]{64}")
+_PLACE = re.compile(r"[0-9a-f]{64}(-[0-9a-f]{16})?")
 _UNFINISHED = ".tmp"
 _UNFINISHED_SECONDS = 24 * 3600.0  # nobody writes one object for a day
 _MAGIC = b"VRO1"
@@ -90,8 +94,22 @@ class Objects(Protocol):
 OBJECT_FAILURES: tuple[type[Exception], ...] = (OSError, BaseError)
 """What a store of objects raises."""
 
-Register = Callable[[str, int], None]
-"""Note a content's name and number of bytes durably, ahead of putting it, so that the sweep knows of it."""
+
+class Register(Protocol):
+    """Which contents there are, and where (register.py)."""
+
+    def note(self, name: str, place: str, num_bytes: int) -> str:
+        """Note a content durably, ahead of putting it, so that the sweep knows of it; its place, which is another one
+        where it has one already."""
+        ...
+
+    def place_of(self, name: str) -> str | None:
+        """Where a content lies, None if nobody noted it."""
+        ...
+
+    def is_kept(self, name: str) -> bool:
+        """Whether a session refers to a blob of this name; ask after `note`, so that it stays."""
+        ...
 
 
 def open_objects(url: str, *, read_only: bool = False) -> Objects:
@@ -161,7 +179,7 @@ class BucketObjects:
         for chunk in obstore.list(self._store):
             for entry in chunk:
                 name = entry["path"].rsplit("/", 1)[-1]
-                if _NAME.fullmatch(name):
+                if _PLACE.fullmatch(name):
                     yield StoredObject(name, entry["size"])
 
 
@@ -221,7 +239,7 @@ class FileObjects:
     def stored(self) -> Iterator[StoredObject]:
         """All files that are whole."""
         for path in self._folder.glob("*/*"):
-            if _NAME.fullmatch(path.name):
+            if _PLACE.fullmatch(path.name):
                 yield StoredObject(path.name, path.stat().st_size)
 
     def _path(self, name: str) -> Path:
@@ -246,7 +264,7 @@ class ObjectArrays:
         """Store one record; durable when it returns."""
         content = b"".join((_HEADER.pack(_MAGIC, len(key)), key, payload))
         name = hashlib.sha256(content).hexdigest()
-        self._register(name, len(content))
+        self._register.note(name, name, len(content))
         self._objects.put(name, content)
         return Location(name, 0, len(content))
 
@@ -266,17 +284,17 @@ class ObjectArrays:
 class ObjectBlobs:
     """`gateway.ledger.backend.BlobStore` on objects: the content and nothing else."""
 
-    def __init__(self, objects: Objects, register: Register, *, is_kept: Callable[[str], bool]) -> None:
-        """is_kept: whether a row refers to a content, which then is there and need not be sent again."""
+    def __init__(self, objects: Objects, register: Register) -> None:
         self._objects = objects
         self._register = register
-        self._is_kept = is_kept
 
     def write(self, blob: Blob) -> None:
         """Store a content unless it is there; durable when it returns."""
-        self._register(blob.sha256, len(blob.content))  # before looking: from here on the sweep spares it
-        if not self._is_kept(blob.sha256):
-            self._objects.put(blob.sha256, blob.content)
+        new_place = f"{blob.sha256}-{secrets.token_hex(8)}"
+        # Before looking: from here on the sweep spares it.
+        place = self._register.note(blob.sha256, new_place, len(blob.content))
+        if not self._register.is_kept(blob.sha256):
+            self._objects.put(place, blob.content)
 
     def has(self, sha256: str) -> bool:
         """True: the ledger writes before it refers, and a reference to what was swept meanwhile is refused."""
@@ -284,15 +302,18 @@ class ObjectBlobs:
 
     def read(self, sha256: str, *, name: str) -> bytes:
         """A content; raises LedgerCorrupt."""
-        return _read(self._objects, sha256, name=name)
+        place = self._register.place_of(sha256)
+        if place is None:
+            raise LedgerCorrupt(f"{name}: the object {sha256} is in no register")
+        return _read(self._objects, place, name=name)
 
 
-def _read(objects: Objects, sha256: str, *, name: str) -> bytes:
-    content = objects.get(sha256)
+def _read(objects: Objects, place: str, *, name: str) -> bytes:
+    content = objects.get(place)
     if content is None:
-        raise LedgerCorrupt(f"{name}: the object {sha256} is missing in {objects.url}")
-    if hashlib.sha256(content).hexdigest() != sha256:
-        raise LedgerCorrupt(f"{name}: the object {sha256} in {objects.url} holds another content; it is damaged")
+        raise LedgerCorrupt(f"{name}: the object {place} is missing in {objects.url}")
+    if hashlib.sha256(content).hexdigest() != place.partition("-")[0]:
+        raise LedgerCorrupt(f"{name}: the object {place} in {objects.url} holds another content; it is damaged")
     return content
 
 

@@ -28,14 +28,17 @@ from gateway.contracts.errors import (
     ConfigurationError,
     LedgerCorrupt,
     LedgerError,
+    LedgerFull,
     SchemaMismatch,
     VerbatimError,
 )
 from gateway.contracts.records import SCHEMA_VERSION
+from gateway.contracts.rollouts import Reclaimed, StoreUsage
 from gateway.ledger import register, schema
 from gateway.ledger.backend import Connection, Rows, Value
 from gateway.ledger.objects import OBJECT_FAILURES, ObjectArrays, ObjectBlobs, Objects, open_objects
 from gateway.ledger.register import GRACE_SECONDS, ObjectRegister, SweepReport
+from gateway.ledger.reserve import Room, is_disk_full
 from gateway.ledger.store import SqlLedger
 
 _log = logging.getLogger(__name__)
@@ -50,11 +53,11 @@ _DAMAGED = (errors.DataCorrupted, errors.IndexCorrupted)
 _SESSION_SETTINGS = """
     SET client_encoding = 'UTF8';
     SET lock_timeout = '1s';
-    SET idle_in_transaction_session_timeout = '10s';
+    SET idle_in_transaction_session_timeout = '4s';
     SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'
 """
-"""Of every connection: a gateway that hangs inside a transaction loses it, so that it holds nobody for long; and a
-commit is on disk when it returns (I4), whatever the server's default."""
+"""Of every connection: a gateway that hangs inside a transaction loses it, before those that wait for its locks have
+tried for the last time; and a commit is on disk when it returns (I4), whatever the server's default."""
 
 _MIGRATIONS: Mapping[int, Sequence[str]] = {}
 """Version → the statements that make the next one of it. 3 is the first that this store has had."""
@@ -70,16 +73,17 @@ class PostgresLedger(SqlLedger):
     _store: PostgresBackend
 
     @classmethod
-    def open(cls, dsn: str, objects: str, *, read_only: bool = False) -> Self:
+    def open(cls, dsn: str, objects: str, *, read_only: bool = False, full_wait_seconds: float = 0.0) -> Self:
         """Open or make the ledger in a database; blocks for a moment.
 
         dsn: `postgresql://user@host:port/database`, without the password: libpq takes it from PGPASSWORD or PGPASSFILE.
-        objects: `s3://bucket/prefix` or `file:///folder`. Raises ConfigurationError if one of them cannot be used,
-        SchemaMismatch for a store of another version.
+        objects: `s3://bucket/prefix` or `file:///folder`. full_wait_seconds: how long a turn that was sampled waits for
+        room on a full disk. Raises ConfigurationError if the database or the objects cannot be used, SchemaMismatch for
+        a store of another version.
         """
         ledger_objects = open_objects(objects, read_only=read_only)
         backend = PostgresBackend(dsn, ledger_objects, read_only=read_only)
-        ledger = cls(backend)
+        ledger = cls(backend, Room(wait_seconds=full_wait_seconds))
         ledger._store = backend
         return ledger
 
@@ -87,6 +91,17 @@ class PostgresLedger(SqlLedger):
         """Remove objects that nothing refers to and nobody stored within `grace_seconds`; blocks. It is done from time
         to time without being asked."""
         return self._store.register.sweep(grace_seconds=grace_seconds)
+
+    async def usage(self) -> StoreUsage:
+        """What the tables and the objects take; the server's log, which all of its databases share, is not counted."""
+        return await self._read(_usage)
+
+    async def reclaim(self) -> Reclaimed:
+        """Remove objects that nothing refers to any more and nobody has just stored; the server itself looks after the
+        space in its tables."""
+        if self._store.read_only:
+            return Reclaimed()
+        return Reclaimed(*await self._in_thread(self.sweep_objects))
 
 
 class PostgresBackend:
@@ -101,9 +116,9 @@ class PostgresBackend:
         self.name = dsn
         self.read_only = read_only
         _prepare(self._conninfo, dsn, read_only=read_only)
-        self.register = ObjectRegister(lambda: self.connect(read_only=False), objects, self.failures)
-        self.arrays = ObjectArrays(objects, self.register.note)
-        self.blobs = ObjectBlobs(objects, self.register.note, is_kept=self.register.is_kept)
+        self.register = ObjectRegister(lambda: self.connect(read_only=read_only), objects, self.failures)
+        self.arrays = ObjectArrays(objects, self.register)
+        self.blobs = ObjectBlobs(objects, self.register)
         if not read_only:
             self.register.start_sweeping()
 
@@ -115,7 +130,9 @@ class PostgresBackend:
         """What happened is logged; what an agent reads names no host, no user and no bucket."""
         if isinstance(error, VerbatimError):
             return error
-        _log.warning("ledger: %s: %s", type(error).__name__, str(error).strip())
+        _log.warning("ledger: %s: %s", type(error).__name__, _first_line(error))
+        if is_disk_full(error) or isinstance(error, errors.DiskFull):
+            return LedgerFull("the ledger's disk is full; what adds to it is taken again when there is room")
         if isinstance(error, _DAMAGED):
             return LedgerCorrupt(f"the ledger's database is damaged: {error.diag.message_primary}")
         if isinstance(error, errors.ForeignKeyViolation):
@@ -173,7 +190,9 @@ class PostgresConnection:
         """Returns when it is on disk; raises LedgerError where the answer was lost."""
         try:
             ended = self._connection.execute("COMMIT").statusmessage
-        except psycopg.OperationalError as error:
+        except errors.IdleInTransactionSessionTimeout as error:  # this process hung, and the server rolled back
+            raise ConnectionLost(str(error)) from error
+        except psycopg.Error as error:
             if not self._is_broken():
                 raise
             raise LedgerError("the ledger's database went away during a commit; try again") from error
@@ -185,7 +204,7 @@ class PostgresConnection:
         if self.in_transaction:
             try:
                 self._connection.execute("ROLLBACK")
-            except psycopg.OperationalError:
+            except psycopg.Error:
                 self._connection.close()  # the server forgets it too
 
     def execute(self, sql: str, parameters: Sequence[Value] = ()) -> Rows:
@@ -193,7 +212,7 @@ class PostgresConnection:
         if self.in_transaction:
             try:
                 return self._run(sql, parameters)
-            except psycopg.OperationalError as error:
+            except psycopg.Error as error:
                 if self._is_broken():
                     raise ConnectionLost(str(error)) from error
                 raise
@@ -204,7 +223,7 @@ class PostgresConnection:
         try:
             with self._connection.cursor() as cursor:
                 cursor.executemany(_translated(sql), parameters)
-        except psycopg.OperationalError as error:
+        except psycopg.Error as error:
             if self._is_broken():
                 raise ConnectionLost(str(error)) from error
             raise
@@ -227,7 +246,7 @@ class PostgresConnection:
                 if self._is_broken():
                     self._connection = _connect(self._conninfo, read_only=self._read_only)
                 result = self._run(sql, parameters)
-            except psycopg.OperationalError:
+            except psycopg.Error:
                 if not self._is_broken():
                     raise
                 now = time.monotonic()
@@ -317,7 +336,7 @@ def _checked_conninfo(dsn: str) -> str:
     try:
         given = conninfo_to_dict(dsn)
     except psycopg.ProgrammingError as error:
-        raise ConfigurationError(f"ledger: no PostgreSQL URL ({str(error).strip()})") from error
+        raise ConfigurationError(f"ledger: no PostgreSQL URL ({_first_line(error)})") from error
     if "password" in given:
         raise ConfigurationError(
             "ledger: leave the password out of the URL, which is shown and logged; set PGPASSWORD or PGPASSFILE"
@@ -333,12 +352,34 @@ def _checked_conninfo(dsn: str) -> str:
     return make_conninfo("", **(defaults | given))
 
 
+def _usage(connection: Connection) -> StoreUsage:
+    tables, objects, routing, blobs = map(
+        int,
+        connection.execute(
+            """SELECT (SELECT coalesce(sum(pg_total_relation_size(c.oid)), 0) FROM pg_class c
+                       WHERE c.relkind = 'r' AND c.relnamespace = current_schema()::regnamespace),
+                      (SELECT coalesce(sum(num_bytes), 0) FROM objects),
+                      (SELECT coalesce(sum(experts_bytes), 0) FROM turns),
+                      (SELECT coalesce(sum(once.num_bytes), 0)
+                       FROM (SELECT max(num_bytes) AS num_bytes FROM blobs GROUP BY sha256) AS once)"""
+        ).fetchone(),
+    )
+    return StoreUsage(
+        rows_bytes=tables,
+        reusable_bytes=0,
+        log_bytes=0,
+        routing_bytes=objects - blobs,
+        dead_routing_bytes=objects - blobs - routing,
+        blob_bytes=blobs,
+    )
+
+
 def _prepare(conninfo: str, name: str, *, read_only: bool) -> None:
     """Make the tables of an empty database or check those that are there; two gateways may start at once."""
     try:
         connection = PostgresConnection(conninfo, read_only=read_only)
     except psycopg.OperationalError as error:
-        raise ConfigurationError(f"ledger {name}: {str(error).strip()}") from error
+        raise ConfigurationError(f"ledger {name}: {_first_line(error)}") from error
     try:
         _check_server(connection, name)
         connection.begin()
@@ -346,9 +387,14 @@ def _prepare(conninfo: str, name: str, *, read_only: bool) -> None:
         _prepare_tables(connection, name, read_only=read_only)
         connection.commit()
     except psycopg.Error as error:
-        raise ConfigurationError(f"ledger {name}: cannot be used ({str(error).strip()})") from error
+        raise ConfigurationError(f"ledger {name}: cannot be used ({_first_line(error)})") from error
     finally:
         connection.close()
+
+
+def _first_line(error: Exception) -> str:
+    """What happened; the server's and libpq's hints and positions stand on lines of their own."""
+    return str(error).strip().split("\n", 1)[0]
 
 
 def _check_server(connection: PostgresConnection, name: str) -> None:

@@ -1,11 +1,13 @@
 """Which objects exist and whether anybody refers to them; the sweep that removes those that nobody does.
 
     note ─▶ upload ─▶ row that refers to it (a foreign key: what is not noted cannot be referred to)
-    sweep: noted longer ago than the grace, and no row refers to it ─▶ row and object go, under the row's lock
+    sweep: noted longer ago than the grace, and no row refers to it ─▶ struck from `objects`, its place into `removals`:
+           COMMIT ─▶ object goes ─▶ `removals` forgets the place
 
 A name is noted before its upload starts and counts as fresh from then on, so that the sweep of another gateway never
-takes what is just being stored. A writer that stalls for longer than the grace is refused by the foreign key. Times are
-the server's alone.
+takes what is just being stored. A writer that stalls for longer than the grace is refused by the foreign key. What was
+struck and comes again has another place, so a sweep that hangs before it removes takes nothing that is new; what a
+sweep that died had struck is removed by the next one. Times are the server's alone.
 """
 
 from __future__ import annotations
@@ -25,7 +27,6 @@ GRACE_SECONDS = 3600.0
 
 _SWEEP_SECONDS = 600.0
 _SWEEP_BATCH = 200
-_SWEEP_LOCK = "sweep of objects"
 _NUM_CONNECTIONS = 4
 
 _log = logging.getLogger(__name__)
@@ -33,9 +34,11 @@ _log = logging.getLogger(__name__)
 TABLES = (
     """CREATE TABLE objects (
         name TEXT COLLATE "C" PRIMARY KEY,
+        place TEXT COLLATE "C" NOT NULL,
         num_bytes BIGINT NOT NULL,
         noted_at TIMESTAMP WITH TIME ZONE NOT NULL
     )""",
+    'CREATE TABLE removals (place TEXT COLLATE "C" PRIMARY KEY, num_bytes BIGINT NOT NULL)',
     "CREATE INDEX objects_by_age ON objects (noted_at)",
     "ALTER TABLE turns ADD CONSTRAINT turns_object FOREIGN KEY (experts_file) REFERENCES objects (name)",
     "ALTER TABLE blobs ADD CONSTRAINT blobs_object FOREIGN KEY (sha256) REFERENCES objects (name)",
@@ -68,14 +71,21 @@ class ObjectRegister:
         self._closing = threading.Event()
         self._sweeper: threading.Thread | None = None
 
-    def note(self, name: str, num_bytes: int) -> None:
-        """Remember a name before its content is uploaded; on disk when it returns."""
+    def note(self, name: str, place: str, num_bytes: int) -> str:
+        """Remember a content before it is uploaded, on disk when it returns: to `place`, unless it has one already."""
         with self._connection() as connection:
-            connection.execute(
-                "INSERT INTO objects (name, num_bytes, noted_at) VALUES (?, ?, now()) "
-                "ON CONFLICT (name) DO UPDATE SET noted_at = excluded.noted_at",
-                (name, num_bytes),
-            )
+            (noted,) = connection.execute(
+                "INSERT INTO objects (name, place, num_bytes, noted_at) VALUES (?, ?, ?, now()) "
+                "ON CONFLICT (name) DO UPDATE SET noted_at = excluded.noted_at RETURNING place",
+                (name, place, num_bytes),
+            ).fetchone()
+            return str(noted)
+
+    def place_of(self, name: str) -> str | None:
+        """Where a content lies, None if nobody noted it."""
+        with self._connection() as connection:
+            row = connection.execute("SELECT place FROM objects WHERE name = ?", (name,)).fetchone()
+            return None if row is None else str(row[0])
 
     def is_kept(self, name: str) -> bool:
         """Whether a session refers to a blob of this name; ask after `note`, so that it stays."""
@@ -83,20 +93,35 @@ class ObjectRegister:
             return connection.execute("SELECT 1 FROM blobs WHERE sha256 = ? LIMIT 1", (name,)).fetchone() is not None
 
     def sweep(self, *, grace_seconds: float = GRACE_SECONDS) -> SweepReport:
-        """Remove what nobody refers to and nobody has noted for `grace_seconds`; nothing while another sweep runs."""
-        num_objects = num_bytes = 0
+        """Remove what nobody refers to and nobody has noted for `grace_seconds`, and what a sweep that died left."""
+        removed: list[tuple[str, int]] = []
         connection = self._connect()
         try:
-            connection.execute("SET idle_in_transaction_session_timeout = 0")  # deleting objects takes its time
-            while not self._closing.is_set():
-                removed = self._sweep_some(connection, grace_seconds)
-                num_objects += len(removed)
-                num_bytes += sum(size for _, size in removed)
-                if len(removed) < _SWEEP_BATCH:
-                    break
+            num_struck = _SWEEP_BATCH
+            while num_struck == _SWEEP_BATCH and not self._closing.is_set():
+                num_struck = _strike(connection, grace_seconds)
+                removed += self._remove_struck(connection)
         finally:
             connection.close()
-        return SweepReport(num_objects, num_bytes)
+        return SweepReport(len(removed), sum(num_bytes for _, num_bytes in removed))
+
+    def leftovers(self) -> Sequence[str]:
+        """A line for each kind of object that nothing refers to: those that a sweep will take, and those that are not
+        noted, which no sweep will."""
+        lines = []
+        with self._connection() as connection:
+            unused = connection.execute(
+                f"SELECT count(*), coalesce(sum(o.num_bytes), 0) FROM objects o WHERE {_UNUSED}"
+            ).fetchone()
+            stored = dict(self._objects.stored())
+            for (place,) in connection.execute("SELECT place FROM objects UNION ALL SELECT place FROM removals"):
+                stored.pop(place, None)
+        if unused[0]:
+            lines.append(f"{unused[0]} objects ({int(unused[1])} bytes) that nothing refers to await a sweep")
+        if stored:
+            what = f"{len(stored)} objects ({sum(stored.values())} bytes)"
+            lines.append(f"{self._objects.url}: {what} are not known to this ledger, and no sweep will remove them")
+        return lines
 
     def start_sweeping(self) -> None:
         """Sweep now and then, in a thread, until `close`."""
@@ -123,15 +148,15 @@ class ObjectRegister:
                 if report.num_objects:
                     _log.info("removed %d objects (%d bytes) that nothing refers to", *report)
 
-    def _sweep_some(self, connection: Connection, grace_seconds: float) -> Sequence[tuple[str, int]]:
-        connection.begin()
-        try:
-            removed = _remove_rows(connection, grace_seconds)
-            self._objects.remove([name for name, _ in removed])  # while the rows are locked: who notes them now waits
-            connection.commit()
-        except BaseException:
-            connection.rollback()
-            raise
+    def _remove_struck(self, connection: Connection) -> Sequence[tuple[str, int]]:
+        """Places and sizes of what went; two sweeps at once remove the same, and one of them counts it."""
+        removed: list[tuple[str, int]] = []
+        while struck := connection.execute(f"SELECT place FROM removals LIMIT {_SWEEP_BATCH}").fetchall():
+            self._objects.remove([place for (place,) in struck])
+            for place in struck:
+                removed += connection.execute(
+                    "DELETE FROM removals WHERE place = ? RETURNING place, num_bytes", place
+                ).fetchall()
         return removed
 
     @contextmanager
@@ -145,20 +170,26 @@ class ObjectRegister:
             self._idle.put(connection)
 
 
-def _remove_rows(connection: Connection, grace_seconds: float) -> Sequence[tuple[str, int]]:
-    """Lock candidates first and look again then: what committed before the lock is seen by the second statement."""
-    (alone,) = connection.execute("SELECT pg_try_advisory_xact_lock(hashtextextended(?, 0))", (_SWEEP_LOCK,)).fetchone()
-    if not alone:
-        return ()
-    candidates = connection.execute(
-        f"""SELECT o.name FROM objects o
-            WHERE o.noted_at < now() - make_interval(secs => ?) AND {_UNUSED}
-            ORDER BY o.noted_at LIMIT {_SWEEP_BATCH} FOR UPDATE SKIP LOCKED""",
-        (grace_seconds,),
-    ).fetchall()
-    removed = []
-    for (name,) in candidates:
-        removed += connection.execute(
-            f"DELETE FROM objects o WHERE o.name = ? AND {_UNUSED} RETURNING o.name, o.num_bytes", (name,)
+def _strike(connection: Connection, grace_seconds: float) -> int:
+    """How many rows went from `objects`, their places to `removals`; each that is noted or used meanwhile stays.
+
+    Candidates are locked first and looked at again then: what committed before is seen by the second statement.
+    """
+    connection.begin()
+    try:
+        candidates = connection.execute(
+            f"""SELECT o.name FROM objects o
+                WHERE o.noted_at < now() - make_interval(secs => ?) AND {_UNUSED}
+                ORDER BY o.noted_at LIMIT {_SWEEP_BATCH} FOR UPDATE SKIP LOCKED""",
+            (grace_seconds,),
         ).fetchall()
-    return removed
+        connection.executemany(
+            f"""WITH struck AS (DELETE FROM objects o WHERE o.name = ? AND {_UNUSED} RETURNING o.place, o.num_bytes)
+                INSERT INTO removals (place, num_bytes) SELECT place, num_bytes FROM struck ON CONFLICT DO NOTHING""",
+            candidates,
+        )
+        connection.commit()
+    except BaseException:
+        connection.rollback()
+        raise
+    return len(candidates)

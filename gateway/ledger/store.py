@@ -13,7 +13,7 @@ import logging
 import math
 import queue
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -435,10 +435,13 @@ class SqlLedger:
 
     async def _patiently(self, operation: Operation[Result]) -> Result:
         """Write what was sampled already, and on a full disk wait for room before it is given up."""
+        return await self._with_room(lambda: self._write(operation, grows=True))
+
+    async def _with_room(self, work: Callable[[], Awaitable[Result]]) -> Result:
         deadline = time.monotonic() + self._room.wait_seconds
         while True:
             try:
-                return await self._write(operation, grows=True)
+                return await work()
             except LedgerFull:
                 if time.monotonic() >= deadline:
                     raise
@@ -489,7 +492,8 @@ class SqlLedger:
         arrays = self._backend.arrays
         if arrival.record is None or not arrays.before_transaction or self._backend.read_only:
             return arrival
-        location = await self._in_thread(partial(arrays.append, *arrival.record))
+        upload = partial(arrays.append, *arrival.record)
+        location = await self._with_room(lambda: self._in_thread(upload))
         return replace(arrival, location=location)
 
     # ---- in the writer's thread ----

@@ -31,8 +31,23 @@ def named(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def arrays_in(objects: Objects, noted: list[tuple[str, int]]) -> ObjectArrays:
-    return ObjectArrays(objects, lambda name, num_bytes: noted.append((name, num_bytes)))
+class NotedInMemory:
+    """`gateway.ledger.objects.Register` of one process; sessions refer to `kept`."""
+
+    def __init__(self) -> None:
+        self.places: dict[str, str] = {}
+        self.noted: list[tuple[str, int]] = []
+        self.kept: set[str] = set()
+
+    def note(self, name: str, place: str, num_bytes: int) -> str:
+        self.noted.append((name, num_bytes))
+        return self.places.setdefault(name, place)
+
+    def place_of(self, name: str) -> str | None:
+        return self.places.get(name)
+
+    def is_kept(self, name: str) -> bool:
+        return name in self.kept
 
 
 def test_what_was_put_is_there_for_the_next_process(reopen: Callable[[], Objects]) -> None:
@@ -63,17 +78,16 @@ def test_what_is_removed_is_gone_and_what_is_not_there_is_no_error(reopen: Calla
 
 def test_a_record_is_noted_before_it_is_put_and_read_back_by_its_place(reopen: Callable[[], Objects]) -> None:
     """I4: what a crash leaves behind is in the register already."""
-    noted: list[tuple[str, int]] = []
-    arrays = arrays_in(reopen(), noted)
-    location = arrays.append(b'{"turn": 1}', b"\x00\xff" * 500)
-    assert noted == [(location.file, location.num_bytes)]
-    key, payload = arrays_in(reopen(), []).read(location, name="session s turn t")
+    register = NotedInMemory()
+    location = ObjectArrays(reopen(), register).append(b'{"turn": 1}', b"\x00\xff" * 500)
+    assert register.noted == [(location.file, location.num_bytes)]
+    key, payload = ObjectArrays(reopen(), register).read(location, name="session s turn t")
     assert (key, bytes(payload)) == (b'{"turn": 1}', b"\x00\xff" * 500)
 
 
 def test_a_changed_a_cut_and_a_missing_object_are_named(reopen: Callable[[], Objects]) -> None:
     objects = reopen()
-    arrays = arrays_in(objects, [])
+    arrays = ObjectArrays(objects, NotedInMemory())
     location = arrays.append(b"key", b"payload")
     whole = objects.get(str(location.file))
     assert whole is not None
@@ -88,25 +102,38 @@ def test_a_changed_a_cut_and_a_missing_object_are_named(reopen: Callable[[], Obj
 
 def test_an_object_that_is_no_record_is_not_read_as_one(reopen: Callable[[], Objects]) -> None:
     objects = reopen()
+    arrays = ObjectArrays(objects, NotedInMemory())
     for content in (b"", b"a picture, not rows", b"VRO1\xff\xff\xff\xff"):
         objects.put(named(content), content)
         with pytest.raises(LedgerCorrupt, match="holds no routing rows"):
-            arrays_in(objects, []).read(Location(named(content), 0, len(content)), name="session s turn t")
+            arrays.read(Location(named(content), 0, len(content)), name="session s turn t")
 
 
 def test_a_blob_that_a_session_refers_to_is_not_sent_again(reopen: Callable[[], Objects]) -> None:
     objects = reopen()
-    noted: list[str] = []
-    kept: set[str] = set()
-    blobs = ObjectBlobs(objects, lambda name, num_bytes: noted.append(name), is_kept=kept.__contains__)
+    register = NotedInMemory()
+    blobs = ObjectBlobs(objects, register)
     blob = Blob.of(b"picture", "image/png")
     blobs.write(blob)
     assert blobs.read(blob.sha256, name="session s") == b"picture"
-    objects.remove([blob.sha256])
-    kept.add(blob.sha256)
+    [place] = [each.name for each in objects.stored()]
+    objects.remove([place])
+    register.kept.add(blob.sha256)
     blobs.write(blob)
-    assert objects.get(blob.sha256) is None
-    assert noted == [blob.sha256] * 2  # noted all the same: the sweep has to spare it
+    assert objects.get(place) is None
+    assert [name for name, _ in register.noted] == [blob.sha256] * 2  # noted all the same: the sweep has to spare it
+
+
+def test_a_blob_that_comes_again_after_it_was_swept_has_another_place(reopen: Callable[[], Objects]) -> None:
+    """Whoever swept it and hangs before removing it takes the old one only."""
+    objects, register = reopen(), NotedInMemory()
+    blobs = ObjectBlobs(objects, register)
+    blob = Blob.of(b"picture", "image/png")
+    blobs.write(blob)
+    old = register.places.pop(blob.sha256)
+    blobs.write(blob)
+    objects.remove([old])
+    assert blobs.read(blob.sha256, name="session s") == b"picture"
 
 
 def test_what_a_crash_left_half_written_is_neither_read_nor_kept_for_ever(tmp_path: Path) -> None:
