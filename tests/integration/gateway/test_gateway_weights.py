@@ -27,7 +27,7 @@ from engines.launch import running_engine
 from engines.weights.disk import DiskTransport
 
 NUM_UPDATES = 10
-FEW = Load(agents=4, turns=3, tokens=(40, 80), seed=1)
+FEW = Load(agents=4, turns=2, tokens=(40, 80), seed=1)
 QUICK = ("replicas.health_interval_seconds=0.2", "replicas.found_pause_seconds=1.0")
 PUBLISHER = """
 import asyncio, sys
