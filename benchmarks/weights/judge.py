@@ -1,0 +1,239 @@
+"""What the gateway recorded of turns under changing weights, held against three witnesses that are not the gateway.
+
+1. The engine's own words, noted at its door: which requests there were, their tokens, the label of each token.
+2. The tokens themselves: each can be sampled by one version only (`telling.py`).
+3. Numbers: plain forwards of every version. A token whose log-prob is that of a forward of all before it under its own
+   version stands on a cache of those weights; one that is not stands on an older cache. So which turns must be flagged,
+   and which must not, is known without asking anybody; and a recorded routing row must be its forward's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from benchmarks.weights.door import Served
+from benchmarks.weights.telling import Forward, TellingWeights
+
+FRESH_WITHIN = 2e-3
+"""Log-probs of one computation in another order of summation differ by 1e-5 to 1e-4; of another cache, by about 1."""
+ROWS_MAY_DIFFER = 0.005
+"""Share of routing rows: experts of nearly equal weight change places in another order of summation."""
+_LABEL = re.compile(r"policy-(\d{6})")
+_FIRST_LABEL = "default"
+
+
+@dataclass(slots=True)
+class Verdict:
+    """What was found; `faults` is empty if every record is right. changed: turns inside which weights changed."""
+
+    turns: int = 0
+    tokens: int = 0
+    changed: int = 0
+    attempts: int = 0
+    flags: Counter[str] = field(default_factory=Counter)
+    changes: Counter[int] = field(default_factory=Counter)
+    """How many turns each version came into the middle of."""
+    rows: int = 0
+    rows_differing: int = 0
+    rows_missing: int = 0
+    largest_fresh_difference: float = 0.0
+    faults: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """One recorded turn inside its segment's arrays. named: for faults."""
+
+    named: str
+    token_ids: Sequence[int]
+    output_start: int
+    versions: npt.NDArray[np.int64]
+    logprobs: npt.NDArray[np.float64]
+    flags: frozenset[str]
+
+    @property
+    def output(self) -> Sequence[int]:
+        return self.token_ids[self.output_start :]
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """Of one run. segments: by session, as `GET /sessions/{id}/segments?arrays=1` gives them; num_replies: that agents
+    got."""
+
+    segments: Mapping[str, Sequence[Mapping[str, Any]]]
+    served: Sequence[Served]
+    weights: TellingWeights
+    num_replies: int
+
+
+def judge(evidence: Evidence) -> Verdict:
+    """Check all sessions' segments against the witnesses."""
+    weights, verdict = evidence.weights, Verdict()
+    journal = _Journal(evidence.served)
+    forward = _Remembered(Forward(weights))
+    for session_id, own in evidence.segments.items():
+        if len(own) != 1:
+            verdict.faults.append(f"{session_id}: {len(own)} segments where nothing was edited")
+        for segment in own:
+            for turn in _turns(session_id, segment):
+                _judge_turn(turn, journal, weights, forward, verdict)
+            _judge_rows(session_id, segment, forward, verdict)
+    if verdict.turns != evidence.num_replies:
+        verdict.faults.append(f"{verdict.turns} turns recorded, {evidence.num_replies} replies seen")
+    verdict.attempts = len(evidence.served)
+    verdict.faults += journal.unused()
+    if verdict.rows_differing > ROWS_MAY_DIFFER * max(verdict.rows, 1):
+        verdict.faults.append(f"{verdict.rows_differing} of {verdict.rows} routing rows are not their forward's")
+    return verdict
+
+
+def _turns(session_id: str, segment: Mapping[str, Any]) -> Iterator[_Turn]:
+    for span in segment["turns"]:
+        start, stop = span["output_start"], span["stop"]
+        yield _Turn(
+            named=f"{session_id} {span['turn_id']}",
+            token_ids=segment["token_ids"][:stop],
+            output_start=start,
+            versions=np.array(segment["policy_version"][start:stop], dtype=np.int64),
+            logprobs=np.array(segment["rollout_logprobs"][start:stop], dtype=np.float64),
+            flags=frozenset(span["cache_flags"]),
+        )
+
+
+def _judge_turn(
+    turn: _Turn, journal: _Journal, weights: TellingWeights, forward: _Remembered, verdict: Verdict
+) -> None:
+    verdict.turns += 1
+    verdict.tokens += len(turn.output)
+    verdict.flags.update(turn.flags)
+    changes = turn.versions[1:][np.diff(turn.versions) != 0]
+    verdict.changed += bool(len(changes))
+    verdict.changes.update(int(version) for version in changes)
+    engines, fault = journal.take(turn.token_ids[: turn.output_start], turn.output)
+    if fault:
+        verdict.faults.append(f"{turn.named}: {fault}")
+    elif engines != turn.versions.tolist():
+        verdict.faults.append(f"{turn.named}: versions {_runs(turn.versions)}, the engine says {_runs(engines)}")
+    told = [weights.version_of(token_id) for token_id in turn.output]
+    if told != turn.versions.tolist():
+        verdict.faults.append(f"{turn.named}: versions {_runs(turn.versions)}, its tokens are of {_runs(told)}")
+    expected, difference = _expected_flags(turn, told, forward)
+    verdict.largest_fresh_difference = max(verdict.largest_fresh_difference, difference)
+    if expected != turn.flags:
+        verdict.faults.append(
+            f"{turn.named}: flagged {sorted(turn.flags)}, by its numbers {sorted(expected)}; versions {_runs(told)}"
+        )
+
+
+def _expected_flags(turn: _Turn, told: Sequence[int], forward: _Remembered) -> tuple[frozenset[str], float]:
+    """Flags by log-probs alone, and the largest difference among tokens on a cache of their own weights."""
+    flags, largest = set(), 0.0
+    for first, stop, version in _spans(told):
+        logprobs, _ = forward.score(version, turn.token_ids)
+        begin = turn.output_start - 1
+        difference = float(np.abs(logprobs[begin + first : begin + stop] - turn.logprobs[first:stop]).max())
+        if difference > FRESH_WITHIN:
+            flags.add("older")
+        else:
+            largest = max(largest, difference)
+            if first:
+                flags.add("recomputed")
+    return frozenset(flags), largest
+
+
+def _judge_rows(session_id: str, segment: Mapping[str, Any], forward: _Remembered, verdict: Verdict) -> None:
+    """Rows that are called valid are those of the weights that sampled the token after each; older caches apart."""
+    if segment["routed_experts"] is None:
+        verdict.faults.append(f"{session_id}: no routing rows")
+        return
+    recorded = np.sort(np.array(segment["routed_experts"], dtype=np.int64), axis=-1)
+    valid = np.array(segment["routed_valid"], dtype=bool)
+    versions = np.array(segment["policy_version"])
+    for span in segment["turns"]:
+        rows = np.arange(span["output_start"] - 1, span["stop"] - 1)
+        num_missing = int((~valid[rows]).sum())
+        verdict.rows_missing += num_missing
+        if num_missing and "recomputed" not in span["cache_flags"]:
+            verdict.faults.append(f"{session_id} {span['turn_id']}: {num_missing} rows are missing, not recomputed")
+        if "older" in span["cache_flags"]:
+            continue
+        for version in set(versions[rows + 1].tolist()):
+            _, experts = forward.score(version, segment["token_ids"][: span["stop"]])
+            own = rows[(versions[rows + 1] == version) & valid[rows]]
+            verdict.rows += len(own)
+            verdict.rows_differing += int((recorded[own] != experts[own]).any(axis=(1, 2)).sum())
+
+
+class _Remembered:
+    """Forwards of the last sequence, which is asked for twice."""
+
+    def __init__(self, forward: Forward) -> None:
+        self._forward = forward
+        self._last: dict[tuple[int, int], tuple[Sequence[int], Any]] = {}
+
+    def score(self, version: int, token_ids: Sequence[int]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """As `Forward.score`."""
+        key = (version, len(token_ids))
+        if key not in self._last or self._last[key][0] != token_ids:
+            self._last[key] = (token_ids, self._forward.score(version, token_ids))
+        result: tuple[npt.NDArray[Any], npt.NDArray[Any]] = self._last[key][1]
+        return result
+
+
+class _Journal:
+    """The engine's requests, by prompt; each belongs to one turn."""
+
+    def __init__(self, served: Sequence[Served]) -> None:
+        self._by_prompt: defaultdict[tuple[int, ...], list[Served]] = defaultdict(list)
+        for one in sorted(served, key=lambda one: one.begun):
+            self._by_prompt[one.prompt].append(one)
+
+    def take(self, prompt: Sequence[int], output: Sequence[int]) -> tuple[list[int], str]:
+        """The versions of a turn's tokens by the requests that it took, and what is wrong with these."""
+        versions: list[int] = []
+        ended = 0.0
+        while True:
+            attempts = self._by_prompt.pop((*prompt, *output[: len(versions)]), [])
+            for one in attempts:
+                if one.begun < ended:
+                    return versions, "two requests of one turn ran at once"
+                ended = one.ended
+                if one.token_ids != list(output[len(versions) : len(versions) + len(one.token_ids)]):
+                    return versions, f"the engine sampled other tokens (request {one.rid})"
+                if not one.whole or len(one.labels) != len(one.token_ids):
+                    return versions, f"the engine named {len(one.labels)} labels of {len(one.token_ids)} tokens"
+                versions += [_version(label) for label in one.labels]
+            if not attempts or len(versions) == len(output):
+                break
+        return versions, "" if len(versions) == len(output) else f"the engine sampled {len(versions)} of its tokens"
+
+    def unused(self) -> list[str]:
+        """A line for each request that no turn was made of."""
+        left = [one for attempts in self._by_prompt.values() for one in attempts]
+        return [f"{len(one.token_ids)} tokens of request {one.rid} ({one.finish}) are in no turn" for one in left]
+
+
+def _version(label: str) -> int:
+    ours = _LABEL.fullmatch(label)
+    return 0 if ours is None and label == _FIRST_LABEL else int(ours[1]) if ours is not None else -1
+
+
+def _spans(versions: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """(first token, token behind the last, version)."""
+    first = 0
+    for i in range(1, len(versions) + 1):
+        if i == len(versions) or versions[i] != versions[first]:
+            yield first, i, int(versions[first])
+            first = i
+
+
+def _runs(versions: Sequence[int] | npt.NDArray[Any]) -> str:
+    return " ".join(f"{stop - first}×{version}" for first, stop, version in _spans(list(versions)))

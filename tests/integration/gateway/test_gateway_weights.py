@@ -1,0 +1,254 @@
+"""Weights change under running agents, on the embedded engine: nobody notices, and every token's version is exact.
+
+The checkpoints are made so that each token can be sampled by one version only, and every record is held against the
+engine's own words at its door and against plain forwards (`benchmarks/weights`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.updates import MODES, Run, Stage, UpdateSettings, run_updates, staged
+from benchmarks.weights.agents import Load, Seen, agents_under_way, until
+from benchmarks.weights.judge import Evidence, Verdict, judge
+from benchmarks.weights.telling import TellingWeights, make_telling
+from engines.launch import running_engine
+from engines.weights.disk import DiskTransport
+
+NUM_UPDATES = 10
+FEW = Load(agents=4, turns=2, tokens=(40, 80), seed=1)
+QUICK = ("replicas.health_interval_seconds=0.2", "replicas.found_pause_seconds=1.0")
+PUBLISHER = """
+import asyncio, sys
+from pathlib import Path
+from engines.weights.disk import DiskTransport
+from gateway.client import GatewayClient
+
+async def main(gateway, engine, checkpoint, version, mode, seconds):
+    async with GatewayClient(gateway) as client:
+        await client.pause(mode, max_seconds=float(seconds))
+        transport = DiskTransport(pause=None, flush_cache=mode != "keep")
+        await transport.publish(Path(checkpoint), policy_version=int(version), engine_urls=[engine])
+        print("now", flush=True)
+        await asyncio.sleep(600)
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+"""A trainer's publisher that never comes to resuming: it is killed."""
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> TellingWeights:
+    return make_telling(tmp_path_factory.mktemp("policies"), num_versions=NUM_UPDATES + 1, seed=1)
+
+
+@pytest.fixture(scope="module")
+def engine_url(weights: TellingWeights) -> Iterator[str]:
+    with running_engine(weights.folders[0], flags=("--dtype", "float32")) as engine:
+        yield engine.url
+
+
+@pytest.fixture(scope="module")
+def ten_updates(weights: TellingWeights, engine_url: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Ten updates, in each of the four modes in turn, under 12 agents."""
+    settings = UpdateSettings(updates=NUM_UPDATES, every_seconds=0.3, load=Load(agents=12, turns=3))
+    return asyncio.run(run_updates(tmp_path_factory.mktemp("run"), engine_url, weights, settings))
+
+
+@pytest.mark.timeout(120)
+def test_ten_updates_under_load_are_seen_by_no_agent_and_recorded_by_token(ten_updates: Run) -> None:
+    """I5, I9: no error; every token's version, flag, log-prob and row as the engine, the token and a forward say."""
+    assert [update.policy_version for update in ten_updates.made] == list(range(1, NUM_UPDATES + 1))
+    assert ten_updates.seen.errors == []
+    assert ten_updates.verdict.faults == []
+    assert ten_updates.verdict.turns == ten_updates.seen.num_replies > 12
+    assert ten_updates.verdict.rows_differing == 0
+
+
+def test_updates_came_into_running_turns_in_every_mode_but_drain(ten_updates: Run) -> None:
+    """I5: what was judged is what it is about; a drained engine gives one version a turn."""
+    turns_by_mode: Counter[str] = Counter()
+    for update in ten_updates.made:
+        turns_by_mode[update.pause] += ten_updates.verdict.changes[update.policy_version]
+    assert turns_by_mode["drain"] == 0
+    assert all(turns_by_mode[mode] for mode in MODES if mode != "drain"), turns_by_mode
+    assert ten_updates.verdict.flags["recomputed"] > 0 < ten_updates.verdict.flags["older"]
+
+
+async def test_a_publisher_killed_mid_update_leaves_a_gateway_that_goes_on(
+    weights: TellingWeights, engine_url: str, tmp_path: Path
+) -> None:
+    """I5: its pause ends by itself; tokens name the weights that it had brought, though nobody told the gateway."""
+    async with fresh_stage(tmp_path, engine_url, weights) as stage:
+        async with agents_under_way(stage.url, FEW) as seen:
+            for version, mode in enumerate(("abort", "keep", "retract"), start=1):
+                await until_busy(stage)
+                async with killed_publisher(stage, version, mode):
+                    assert (await stage.gateway.generation())["paused"] == mode
+                    await until_paused(stage, None)
+                await until_more_replies(seen, FEW.agents)
+        verdict = await checked(stage, seen)
+    assert all(verdict.changes[version] for version in (1, 2, 3))
+
+
+async def test_a_pause_with_a_longest_time_ends_by_itself_and_not_before(
+    weights: TellingWeights, engine_url: str, tmp_path: Path
+) -> None:
+    """I5: nothing is sampled meanwhile; turns go on as one reply each, and a mere pause flags none of them."""
+    async with fresh_stage(tmp_path, engine_url, weights) as stage:
+        async with agents_under_way(stage.url, FEW) as seen:
+            for mode in ("keep", "retract", "abort", "drain"):
+                await until_busy(stage)
+                began = time.monotonic()
+                await stage.gateway.pause(mode, max_seconds=0.7)
+                assert (await stage.gateway.generation())["max_seconds"] == 0.7
+                sampled = [len(one.token_ids) for one in stage.door.served]
+                await asyncio.sleep(0.2)
+                assert [len(one.token_ids) for one in stage.door.served] == sampled
+                await until_paused(stage, None)
+                assert time.monotonic() - began >= 0.7
+        verdict = await checked(stage, seen)
+    assert (verdict.changed, verdict.flags) == (0, {})
+
+
+async def test_an_engine_that_a_dead_publisher_paused_itself_is_found_and_resumed(
+    weights: TellingWeights, engine_url: str, tmp_path: Path
+) -> None:
+    """I5: the engine is shown as found paused, its turns wait, and go on under what it holds after so long."""
+    async with fresh_stage(tmp_path, engine_url, weights) as stage:
+        async with agents_under_way(stage.url, FEW) as seen:
+            await until_busy(stage)
+            async with stage.http.post(f"{engine_url}/pause_generation", json={"mode": "retract"}) as answer:
+                answer.raise_for_status()
+            await DiskTransport(pause=None).publish(weights.folders[1], policy_version=1, engine_urls=[engine_url])
+            await until_paused(stage, "found")
+            async with stage.http.get(f"{stage.url}/ready") as answer:
+                assert (await answer.json())["engines_found_paused"] == 1
+            await until_paused(stage, None)
+            await until_more_replies(seen, FEW.agents)
+        verdict = await checked(stage, seen)
+    assert verdict.changes[1] > 0
+
+
+def test_the_judge_finds_what_is_wrong(ten_updates: Run) -> None:
+    """The checks above can fail: a version, a flag or a token that is off by one is told."""
+    evidence = _few_sessions(ten_updates.evidence)
+    assert judge(evidence).faults == []
+    for harm in (_shifted_version, _dropped_flag, _added_flag, _dropped_request):
+        segments, served = harm(dict(evidence.segments), list(evidence.served))
+        assert judge(replace(evidence, segments=segments, served=served)).faults, harm.__name__
+
+
+def _few_sessions(evidence: Evidence) -> Evidence:
+    """The first sessions that have what is harmed: a flagged turn, and one that is not."""
+    chosen: dict[str, Any] = {}
+    flags: set[tuple[str, ...]] = set()
+    for session_id, [segment] in evidence.segments.items():
+        if not {("recomputed",), ()} <= flags:
+            chosen[session_id] = [segment]
+            flags |= {tuple(span["cache_flags"]) for span in segment["turns"]}
+    sequences = [segment["token_ids"] for [segment] in chosen.values()]
+    served = [one for one in evidence.served if any(ids[: len(one.prompt)] == [*one.prompt] for ids in sequences)]
+    num_turns = sum(len(segment["turns"]) for [segment] in chosen.values())
+    return Evidence(chosen, served, evidence.weights, num_turns)
+
+
+def _harmed(segments: dict[str, Any], choose: Any, change: Any) -> dict[str, Any]:
+    """A copy in which the first turn that is `choose`n is changed."""
+    for session_id, [segment] in segments.items():
+        for i, span in enumerate(segment["turns"]):
+            versions = segment["policy_version"][span["output_start"] : span["stop"]]
+            if choose(span, versions):
+                changed = {**segment, "turns": [*segment["turns"]], "policy_version": [*segment["policy_version"]]}
+                change(changed, i)
+                return {**segments, session_id: [changed]}
+    raise AssertionError("there is no such turn")
+
+
+def _shifted_version(segments: dict[str, Any], served: list[Any]) -> tuple[dict[str, Any], list[Any]]:
+    def shift(segment: dict[str, Any], i: int) -> None:
+        span = segment["turns"][i]
+        versions = segment["policy_version"]
+        at = next(t for t in range(span["output_start"] + 1, span["stop"]) if versions[t] != versions[t - 1])
+        versions[at] = versions[at - 1]
+
+    return _harmed(segments, lambda span, versions: len(set(versions)) > 1, shift), served
+
+
+def _dropped_flag(segments: dict[str, Any], served: list[Any]) -> tuple[dict[str, Any], list[Any]]:
+    def drop(segment: dict[str, Any], i: int) -> None:
+        segment["turns"][i] = {**segment["turns"][i], "cache_flags": []}
+
+    return _harmed(segments, lambda span, versions: span["cache_flags"] == ["recomputed"], drop), served
+
+
+def _added_flag(segments: dict[str, Any], served: list[Any]) -> tuple[dict[str, Any], list[Any]]:
+    def add(segment: dict[str, Any], i: int) -> None:
+        segment["turns"][i] = {**segment["turns"][i], "cache_flags": ["recomputed"]}
+
+    return _harmed(segments, lambda span, versions: not span["cache_flags"], add), served
+
+
+def _dropped_request(segments: dict[str, Any], served: list[Any]) -> tuple[dict[str, Any], list[Any]]:
+    last = max(range(len(served)), key=lambda i: len(served[i].token_ids))
+    return segments, [one if i != last else replace(one, token_ids=[], labels=[]) for i, one in enumerate(served)]
+
+
+@asynccontextmanager
+async def fresh_stage(folder: Path, engine_url: str, weights: TellingWeights) -> AsyncIterator[Stage]:
+    """A gateway that looks often, before the engine with its first weights again."""
+    await DiskTransport().publish(weights.folders[0], policy_version=0, engine_urls=[engine_url])
+    async with staged(folder, engine_url, weights, gateway_settings=QUICK) as stage:
+        yield stage
+
+
+@asynccontextmanager
+async def killed_publisher(stage: Stage, version: int, mode: str) -> AsyncIterator[None]:
+    """One that paused for at most so long, brought weights, and is killed before it tells the gateway."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", PUBLISHER, stage.url, stage.door.engine_url),
+        *(str(stage.weights.folders[version]), str(version), mode, "1.5"),
+        stdout=asyncio.subprocess.PIPE,
+    )
+    try:
+        assert process.stdout is not None
+        assert await process.stdout.readline() == b"now\n"
+        process.send_signal(signal.SIGKILL)
+        yield
+    finally:
+        if process.returncode is None:
+            await process.wait()
+
+
+async def checked(stage: Stage, seen: Seen) -> Verdict:
+    """No agent saw an error, and nothing is wrong with the records."""
+    assert seen.errors == []
+    verdict = judge(await stage.evidence(seen))
+    assert verdict.faults == []
+    return verdict
+
+
+async def until_busy(stage: Stage) -> None:
+    await until(lambda: stage.door.num_sampling >= FEW.agents // 2, seconds=20)
+
+
+async def until_more_replies(seen: Seen, number: int) -> None:
+    wanted = seen.num_replies + number
+    await until(lambda: seen.num_replies >= wanted or bool(seen.errors), seconds=20)
+
+
+async def until_paused(stage: Stage, mode: str | None) -> None:
+    async with asyncio.timeout(20):
+        while (await stage.gateway.generation())["paused"] != mode:  # noqa: ASYNC110 (of another process)
+            await asyncio.sleep(0.05)
