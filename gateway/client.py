@@ -24,6 +24,7 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 import aiohttp
 
+from gateway.background import background
 from gateway.client_calls import ConflictAfterRetry, RepeatedCalls, path_segment, query_string
 from gateway.contracts.codec import decode_rollout
 from gateway.contracts.errors import Conflict, LedgerError, RequestError, VerbatimError
@@ -269,13 +270,8 @@ class GatewayClient:
 
         A lease that was lost nevertheless (to a consumer of the same name) shows when it is acknowledged.
         """
-        task = asyncio.create_task(self._extend_for_ever(lease_id, lease_seconds))
-        try:
+        async with background(self._extend_for_ever(lease_id, lease_seconds)):
             yield
-        finally:
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
 
     async def extend(self, lease_id: str, *, lease_seconds: float) -> float:
         """Let a lease end `lease_seconds` from now; returns when that is, in seconds since the epoch.

@@ -19,7 +19,7 @@ from gateway.contracts.errors import EngineError, EngineTimeout, IdentityMismatc
 from gateway.contracts.generation import Capability, EngineIdentity, JsonValue
 from gateway.contracts.ports import Engine
 from gateway.contracts.verification import Verification
-from gateway.main import make_engine, shipped_kinds
+from gateway.engine_kinds import make_engine, shipped_kinds
 from gateway.routes.admin import identity_json
 from gateway.sessions.admission import Admission
 from gateway.sessions.model import ServedModel

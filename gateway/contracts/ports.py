@@ -1,7 +1,7 @@
 """The Protocols at which engines, ledger, sandboxes, rewards and weight transports meet the rest.
 
 Each has one contract suite under `tests/contract/` that runs against every implementation. Composition roots
-(`gateway/main.py`, `gateway/cli.py`, `trainer/main.py`, `engines/embedded/server.py`) choose the classes.
+(`gateway/parts.py`, `gateway/cli.py`, `trainer/main.py`, `engines/embedded/server.py`) choose the classes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The real SGLang 0.5.23 under running agents while its weights change: by disk and by broadcast, in each of its pauses.
+"""Real SGLang 0.5.23 under running agents while its weights change: by disk and by broadcast, in each of its pauses.
 
 Every token's version, as the gateway recorded it, is held against SGLang's own `weight_versions` at its door, against
 the token itself (each can be said by one version only) and against a transformers forward (`benchmarks/weights`).
@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
