@@ -1,4 +1,5 @@
-"""The audit: one line of JSON for every call with an operator's key and every attempt at an operators' call.
+"""The audit: one line of JSON for every call with an operator's key, and for every attempt that was refused at an
+operators' call, another's session, or a path of the engines that agents do not get.
 
 Lines hold who called (the first letters of the key's sha256, never the key), what was called, how it was answered and
 what it changed; no bodies. They are appended by a thread, so that a slow disk holds up nobody; a line that cannot be
@@ -45,6 +46,7 @@ _MAX_TEXT_CHARACTERS = 2_048
 _REFUSED_PER_SECOND = 10.0
 _CLOSE_SECONDS = 5.0
 _FIRST_REFUSAL = 400
+_REFUSALS_OF_KEYS = (401, 403)
 _CHANGES_NOTHING = frozenset(("GET", "HEAD", "OPTIONS"))
 
 
@@ -120,7 +122,9 @@ class AuditLog:
 
     def record(self, scope: Scope, request_id: str, note: AuditNote) -> None:
         """Have a call written, if it is one that has to be."""
-        is_refused = (note.is_operators or note.status == 403) and not note.has_operators_key and _failed(note)
+        is_refused = (
+            (note.is_operators or note.status in _REFUSALS_OF_KEYS) and not note.has_operators_key and _failed(note)
+        )
         if not (note.is_operators or note.has_operators_key or is_refused):
             return
         if is_refused and not self._has_room_for_refusal():

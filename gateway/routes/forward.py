@@ -30,6 +30,7 @@ from gateway.contracts.errors import ConfigurationError, EngineError, InvalidReq
 from gateway.contracts.generation import JsonValue
 from gateway.contracts.ports import ForwardingEngine, HttpHeaders, RawCall, RawReply
 from gateway.replicas.pool import ReplicaPool
+from gateway.routes.audit import audit_note
 from gateway.routes.bodies import read_body
 from gateway.routes.turns import Calls
 from gateway.wire.errors import agents_error
@@ -70,6 +71,7 @@ _OURS_OF_REQUESTS = frozenset(("content-length", "expect", "forwarded", "host"))
 _OURS_OF_REPLIES = frozenset(("date", "server", "set-cookie"))
 _ROUTERS = "x-smg-"
 """How the names begin of headers in which a router says where its workers are."""
+_MAX_LOGGED_CHARACTERS = 200
 _PASSES_UNREAD = ("multipart/", "audio/")
 _SCHEMAS = frozenset(("functions", "response_format", "tools"))
 """Fields whose lists hold an agent's own numbers (`enum`) and reach the model as text."""
@@ -146,7 +148,8 @@ class _ForwardRoutes:
         path = _path(request)
         if (why := refusal(self.mode, request.method, path, own=self.own)) is not None:
             self.observed.refused()
-            _log.warning("%s %r is refused", request.method, path)
+            audit_note(request.scope).reach_operators_call({})
+            _log.warning("%s %r is refused", request.method, path[:_MAX_LOGGED_CHARACTERS])
             raise NotFound(f"{request.method} {path} {why} (setting `forward` is {self.mode.value})")
         if "upgrade" in request.headers:
             raise InvalidRequest("Upgrade: other protocols than HTTP are not forwarded")

@@ -6,6 +6,7 @@ import json
 import re
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -62,8 +63,12 @@ class Guarded:
 
 
 @pytest.fixture(scope="module")
-def guarded(start_gateway: StartGateway, tmp_path_factory: pytest.TempPathFactory) -> Guarded:
-    folder = tmp_path_factory.mktemp("access")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("access")
+
+
+@pytest.fixture(scope="module")
+def guarded(start_gateway: StartGateway, folder: Path) -> Guarded:
     gateway = start_gateway(folder, environment={"VERBATIM_OPERATOR_KEY": f" {KEYS[0]}, {KEYS[1]} "})
     keys = [
         gateway.post("/sessions", {"session_id": name}, headers=OPERATOR)["api_key"]
@@ -290,36 +295,99 @@ def test_keys_are_told_once_and_kept_nowhere(guarded: Guarded, tmp_path: Path, s
 PROGRAM = """
 import json, sys, urllib.error, urllib.request
 url, key = sys.argv[1:]
-found = {}
-for method, path in [
-    ("POST", "/sessions/own/v1/chat/completions"), ("GET", "/sessions/own/v1/models"),
-    ("GET", "/sessions/other/v1/models"), ("GET", "/sessions/own/turns"), ("GET", "/feed/counts?consumer=c"),
-    ("GET", "/admin/engines"), ("POST", "/admin/generation/pause"), ("GET", "/metrics"),
-    ("POST", "/sessions/own/flush_cache"),
-]:
-    body = b'{"messages": [{"role": "user", "content": "quick"}]}' if method == "POST" else None
-    request = urllib.request.Request(url + path, body, {"Authorization": "Bearer " + key}, method=method)
+found = []
+for method, path, content, headers in json.load(sys.stdin):
+    body = None if content is None else json.dumps(content).encode()
+    headers = {"Authorization": "Bearer " + key, "Content-Type": "application/json"} | headers
+    request = urllib.request.Request(url + path, body, headers, method=method)
     try:
-        found[method + " " + path] = urllib.request.urlopen(request, timeout=10).status
+        found.append(urllib.request.urlopen(request, timeout=10).status)
     except urllib.error.HTTPError as error:
-        found[method + " " + path] = error.code
+        found.append(error.code)
     except OSError as error:
-        found[method + " " + path] = str(error)
+        found.append(str(error))
 print(json.dumps(found))
 """
+Attempt = tuple[str, str, Any, dict[str, str]]
+ENGINE_PATHS = [
+    "/flush_cache", "/update_weights_from_disk", "/update_weights_from_distributed", "/update_weights_from_tensor",
+    "/init_weights_update_group", "/begin_weight_update", "/end_weight_update", "/release_memory_occupation",
+    "/resume_memory_occupation", "/pause_generation", "/continue_generation", "/abort_request", "/open_session",
+    "/close_session", "/load_lora_adapter", "/unload_lora_adapter", "/v1/load_lora_adapter", "/set_internal_state",
+    "/start_profile", "/stop_profile", "/configure_logging", "/freeze_gc", "/sleep", "/wake_up",
+    "/reset_prefix_cache", "/collective_rpc", "/workers", "/add_worker", "/remove_worker", "/get_loads", "/server_info",
+    "/get_server_info", "/get_weights_by_name", "/shutdown", "/metrics",
+]  # fmt: skip
 
 
-async def test_an_agent_in_a_sandbox_that_has_the_network_reaches_its_own_session_only(guarded: Guarded) -> None:
+def attempts_on_others(guarded: Guarded) -> list[Attempt]:
+    """All that the gateway serves and an agent may not have: each operators' call, also on its own session; each call
+    on another session, by path and by header; and what engines have besides."""
+    found: list[Attempt] = []
+    for method, path, operation in [*routes(guarded, "own"), *routes(guarded, "other"), *routes(guarded, "nobodys")]:
+        endpoint = re.sub(r"^/sessions/[^/]+", "", path)
+        body = BODIES.get(endpoint, {}) if method == "POST" else None
+        if is_open(path, operation) or path.startswith("/openapi"):
+            continue
+        if not is_agents(operation) or (path != endpoint and not path.startswith("/sessions/own/")):
+            found.append((method, path, body, {}))
+        elif path == endpoint:
+            found.append((method, path, body, {"X-Session-ID": "other"}))
+    for path in ENGINE_PATHS:
+        found += [(method, "/sessions/own" + path, None, {}) for method in ("GET", "POST")]
+        if path != "/metrics":
+            found.append(("POST", path, {}, {}))
+    return [attempt for i, attempt in enumerate(found) if attempt not in found[:i]]
+
+
+def audited(guarded: Guarded, folder: Path) -> tuple[int, set[str]]:
+    """How many refusals the audit has seen, written or counted, and the paths of those that are written."""
+    time.sleep(0.2)
+    guarded.gateway.get("/sessions", headers=OPERATOR)  # its line says how many were counted before
+    time.sleep(0.2)
+    lines = [json.loads(line) for line in (folder / "audit.jsonl").read_text().splitlines()]
+    refused = [line for line in lines if line["status"] >= 400]
+    return len(refused) + sum(line.get("refused_before", 0) for line in lines), {line["path"] for line in refused}
+
+
+async def test_an_agent_in_a_sandbox_that_has_the_network_reaches_its_own_session_only(
+    guarded: Guarded, folder: Path
+) -> None:
+    """Every route of the gateway's document, so that none can be forgotten: refused, and in the audit."""
+    own: list[Attempt] = [
+        (method, path, BODIES.get(path.removeprefix("/sessions/own")) if method == "POST" else None, {})
+        for method, path, operation in routes(guarded, "own")
+        if is_agents(operation) and path.startswith("/sessions/own/") and "{" not in path
+        and "/blobs/" not in path and "/responses/" not in path
+    ]  # fmt: skip
+    others = attempts_on_others(guarded)
+    assert len(own) >= 8
+    assert len(others) > 100
+    turns, engines = guarded.num_turns(), guarded.gateway.get("/admin/engines", headers=OPERATOR)
+    before, _ = audited(guarded, folder)
     driver = PlainProcessDriver()
     try:
         sandbox = await driver.create(SandboxSpec("a", network=NetworkAccess.LOOPBACK))
         argv = [sys.executable, "-c", PROGRAM, guarded.gateway.url, guarded.own]
-        seen = json.loads((await sandbox.execute(argv, timeout_seconds=60)).stdout)
+        reached = await sandbox.execute(argv, stdin=json.dumps(own).encode(), timeout_seconds=60)
+        own_turns = guarded.num_turns()
+        refused = await sandbox.execute(argv, stdin=json.dumps(others).encode(), timeout_seconds=60)
     finally:
         await driver.aclose()
-    assert [seen.pop(path) for path in list(seen)[:2]] == [200, 200]
-    assert set(seen.values()) == {403, 404}
-    assert seen["POST /sessions/own/flush_cache"] == 404
+    assert dict(zip([each[1] for each in own], json.loads(reached.stdout), strict=True)) == {
+        each[1]: 200 for each in own
+    }
+    assert own_turns > turns
+    statuses = json.loads(refused.stdout)
+    wrong = [
+        (*each[:2], status) for each, status in zip(others, statuses, strict=True) if status not in (401, 403, 404)
+    ]
+    assert not wrong
+    assert guarded.num_turns() == own_turns
+    assert guarded.gateway.get("/admin/engines", headers=OPERATOR) == engines
+    after, paths = audited(guarded, folder)
+    assert after - before == len(others)
+    assert any("/sessions/other/" in path for path in paths)
 
 
 async def test_an_isolated_sandbox_does_not_even_reach_the_port(guarded: Guarded) -> None:
@@ -331,10 +399,12 @@ async def test_an_isolated_sandbox_does_not_even_reach_the_port(guarded: Guarded
     try:
         sandbox = await driver.create(SandboxSpec("a", network=NetworkAccess.LOOPBACK))
         argv = ["python3", "-I", "-c", PROGRAM, guarded.gateway.url, guarded.own]
-        seen = json.loads((await sandbox.execute(argv, timeout_seconds=60)).stdout)
+        wanted: list[Attempt] = [("GET", "/health", None, {}), ("GET", "/sessions/own/v1/models", None, {})]
+        seen = json.loads((await sandbox.execute(argv, stdin=json.dumps(wanted).encode(), timeout_seconds=60)).stdout)
     finally:
         await driver.aclose()
-    assert all("refused" in str(answer) for answer in seen.values()), seen
+    assert len(seen) == 2
+    assert all("refused" in str(answer) for answer in seen), seen
 
 
 @pytest.fixture(scope="module")
