@@ -29,7 +29,7 @@ from gateway.contracts.generation import Capability
 from gateway.contracts.settings import load_settings, settings_toml
 from gateway.contracts.telemetry import ready_line
 from gateway.engine_kinds import EngineMaker, shipped_kinds
-from gateway.handover.control import Place, bound_control
+from gateway.handover.control import Place, bound_control, remove_control
 from gateway.handover.predecessor import Predecessor
 from gateway.handover.server import LAST_SECONDS, GatewayServer, Stop
 from gateway.handover.succession import Estate, Succession
@@ -184,6 +184,8 @@ async def _serve_place(
 
     async with background(follow()), background(hand_on()):
         await server.serve()
+        if not succession.is_under_way:  # else the name is the successor's
+            remove_control(settings.control_path)
         await gateway.chores.stop()
         if predecessor is not None:
             await predecessor.stop(timeout_seconds=settings.drain_seconds)

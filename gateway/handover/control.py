@@ -54,6 +54,12 @@ def bound_control(path: Path) -> socket.socket:
     return control
 
 
+def remove_control(path: Path) -> None:
+    """Take the name away that `bound_control` made, while no other process can have made it anew."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        path.unlink()
+
+
 def connect(path: Path) -> Channel | None:
     """A channel to the gateway that listens at `path`, None if there is none; raises HandoverFailed if it is not ours,
     or hangs."""

@@ -128,6 +128,8 @@ class SessionRegistry:
         existing = await self.find(wanted.session_id)
         if existing is None:
             await self._ledger.create_session(wanted)
+            if (earlier := self._loading.get(wanted.session_id)) is not None:
+                await asyncio.wait([earlier])  # it may have looked before the session was there
             return await self.get(wanted.session_id), True
         if not _same_wish(existing.record, wanted):
             raise Conflict(f"session {wanted.session_id!r} exists already with other properties")

@@ -333,6 +333,7 @@ def test_reports_count_what_the_tree_is_made_of() -> None:
         "tiers": {"exact": 1, "none": 2},
         "segment_reasons": {"first": 2},
         "untrainable": {"junction": 1},
+        "cache_flags": {},
         "sampled_tokens": 3,
         "trainable_tokens": 2,
     }

@@ -60,6 +60,7 @@ def test_sigterm_drains_the_running_stream_and_exits_with_0(start_gateway: Start
     while gateway.get("/health")["turns_running"] == 0:
         time.sleep(0.01)
     assert gateway.stop(signal.SIGTERM) == 0
+    assert not (tmp_path / "control.sock").exists()  # nothing is left that a copy of the folder would stumble over
     thread.join(20)
     assert seen[-1].choices[0].finish_reason == "stop"
 
