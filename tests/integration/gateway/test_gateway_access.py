@@ -214,13 +214,36 @@ def test_no_spelling_of_a_path_takes_an_agent_further_than_its_session(guarded: 
     [
         "X-HTTP-Method-Override: GET", "X-Original-URL: /sessions/other/turns", "X-Rewrite-URL: /sessions/other/turns",
         "X-Session-ID: other", "X-Session-ID: own", f"X-Api-Key: {KEYS[0]}x", "X-Forwarded-For: 127.0.0.1",
-        "Authorization: Bearer made-up", "Cookie: key=made-up", "Upgrade: websocket\r\nConnection: Upgrade",
+        "Cookie: key=made-up", "Upgrade: websocket\r\nConnection: Upgrade",
     ],
 )  # fmt: skip
 def test_no_header_takes_an_agent_further_than_its_session(guarded: Guarded, header: str) -> None:
     for target in ("/sessions/other/turns", "/admin/engines", "/feed/counts?consumer=c"):
         reply = exchange(guarded, line("GET", target, guarded.own, header))
         assert reply.startswith(b"HTTP/1.1 403"), (target, reply)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        ["Authorization: Bearer made-up"], [f"Authorization: Bearer {KEYS[0]}"], ["authorization: Basic x"],
+        ["X-Session-ID: own", "X-Session-ID: other"], ["X-Session-ID: own", "x-session-id: own"],
+        ["X-Api-Key: a", "X-API-KEY: b"],
+    ],
+)  # fmt: skip
+def test_a_request_that_says_twice_who_calls_is_refused(guarded: Guarded, headers: list[str]) -> None:
+    """A proxy in front may go by the one and the gateway by the other."""
+    for target in ("/sessions/own/v1/models", "/v1/models", "/sessions", "/health"):
+        reply = exchange(guarded, line("GET", target, guarded.own, *headers))
+        assert reply.startswith(b"HTTP/1.1 400"), (target, reply)
+        assert headers[-1].partition(":")[0].lower().encode() + b": was sent more than once" in reply
+
+
+def test_an_agents_call_without_its_key_is_in_the_audit(guarded: Guarded, folder: Path) -> None:
+    before, _ = audited(guarded, folder)
+    assert httpx.get(f"{guarded.gateway.url}/sessions/own/v1/models").status_code == 401
+    after, _ = audited(guarded, folder)
+    assert after == before + 1
 
 
 @pytest.mark.parametrize(
