@@ -251,7 +251,7 @@ def build_app(gateway: Gateway, access: Access) -> ASGIApp:
             operations=gateway.operations,
         ),
         storage_router(gateway.keeper, access),
-        blobs_router(calls, gateway.ledger, access),
+        blobs_router(calls, gateway.ledger),
         messages_router(calls, max_body_bytes=max_bytes),
         responses_router(calls, gateway.registry, access, max_body_bytes=max_bytes),
         completions_router(calls, max_body_bytes=max_bytes),

@@ -14,7 +14,6 @@ from fastapi.responses import Response
 from gateway.contracts.errors import NotFound
 from gateway.contracts.ports import Ledger
 from gateway.routes import openapi
-from gateway.routes.access import Access
 from gateway.routes.bodies import path_id
 from gateway.routes.turns import Calls
 
@@ -27,16 +26,13 @@ _HEADERS = {
 }
 
 
-def blobs_router(calls: Calls, ledger: Ledger, access: Access) -> APIRouter:
+def blobs_router(calls: Calls, ledger: Ledger) -> APIRouter:
     """The route; to be included before routes that take any path."""
     router = APIRouter(tags=["agents"])
 
     async def blob(request: Request) -> Response:
         """One content, under the media type that its message names."""
-        session = await calls.known_session(request)
-        if session is None:
-            access.check_newcomer(request, path_id(request))
-            raise NotFound("no session has this id")
+        session = await calls.reader(request)
         sha256 = path_id(request, "sha256") or ""
         found = await ledger.blob(session.record.session_id, sha256)
         if found is None:

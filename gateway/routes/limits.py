@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gateway.contracts.errors import Forbidden, TooManyRequests
+from gateway.contracts.errors import Forbidden, InvalidRequest, TooManyRequests, VerbatimError
 from gateway.routes.access import HostCheck
 from gateway.routes.audit import AuditLog, AuditNote, with_note
 from gateway.wire.errors import error_body
@@ -19,6 +19,7 @@ _ACCOUNT = "verbatim.body_account"
 _READ_TIMEOUT = "verbatim.read_timeout_seconds"
 _REQUEST_ID = re.compile(rb"[!-~]{1,128}")
 _FREE_BYTES = 2**20
+_SAYS_WHO = (b"authorization", b"x-api-key", b"x-session-id")
 
 
 class BodyBudget:
@@ -111,6 +112,9 @@ class RequestEdge:
                 self._on_refused("host")
                 await _refuse(Forbidden(why), send_with_id)
                 return
+            if (name := _repeated(scope)) is not None:
+                await _refuse(InvalidRequest(f"{name}: was sent more than once; which one counts?"), send_with_id)
+                return
             inner = {**with_note(scope, note), _ACCOUNT: account, _READ_TIMEOUT: self._read_timeout_seconds}
             await self._app(inner, receive, send_with_id)
         finally:
@@ -131,7 +135,14 @@ def read_timeout_seconds(scope: Scope) -> float:
     return seconds
 
 
-async def _refuse(error: Forbidden, send: Send) -> None:
+def _repeated(scope: Scope) -> str | None:
+    """A header that says who calls or for which session, and was sent twice: what stands before us may read another of
+    them than we do."""
+    names = [name for name, _ in scope["headers"]]
+    return next((name.decode() for name in _SAYS_WHO if names.count(name) > 1), None)
+
+
+async def _refuse(error: VerbatimError, send: Send) -> None:
     body = dump_json(error_body(error))
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
     await send({"type": "http.response.start", "status": error.http_status, "headers": headers})

@@ -92,6 +92,7 @@ class _ResponsesRoutes:
         found = await self._find(request, turn_id_of(response_id))
         if found is None:
             raise NotFound(f"Response with id '{response_id}' not found.")
+        self._calls.admit_read(found.session)
         return found
 
     async def _find(self, request: Request, turn_id: str) -> _Found | None:

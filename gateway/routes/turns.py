@@ -159,10 +159,28 @@ class Calls:
     async def known_session(self, request: Request) -> Session | None:
         """The session that a request names, where there is one; the caller may use it."""
         session_id = named_session(request)
-        session = await self._registry.find(session_id) if session_id else None
-        if session is not None:
+        record = await self._registry.record(session_id) if session_id else None
+        if record is None or session_id is None:
+            return None
+        self._access.check_agent(request, record)
+        session = await self._registry.find(session_id)
+        if session is not None and session.record != record:  # made anew meanwhile
             self._access.check_agent(request, session.record)
         return session
+
+    async def reader(self, request: Request) -> Session:
+        """The session of a call that reads what is recorded; raises Unauthorized, Forbidden, NotFound, and as
+        `admit_read`."""
+        session = await self.known_session(request)
+        if session is None:
+            self._access.check_newcomer(request, named_session(request))
+            raise NotFound("no session has this id or key")
+        self.admit_read(session)
+        return session
+
+    def admit_read(self, session: Session) -> None:
+        """Count a call that reads what is recorded; raises TooManyRequests."""
+        self._quotas.admit_call(session.record.session_id)
 
     async def caller(self, request: Request) -> str:
         """The id of the session that a call without a turn belongs to, "" for none; none is made for it.

@@ -116,6 +116,11 @@ class SessionRegistry:
         # Shielded: a caller that goes away must not take the load from those who wait with it.
         return await asyncio.shield(self._loading[session_id])
 
+    async def record(self, session_id: str) -> SessionRecord | None:
+        """What is known of a session before its turns are read: who has no key to it must not cause that."""
+        known = None if self._ledger.shared else self._sessions.get(session_id)
+        return await self._ledger.session(session_id) if known is None else known.record
+
     async def get(self, session_id: str) -> Session:
         """The session; raises NotFound."""
         session = await self.find(session_id)
