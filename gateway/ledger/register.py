@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
+from gateway.contracts.errors import VerbatimError
 from gateway.ledger.backend import Connection
 from gateway.ledger.objects import Objects
 
@@ -123,9 +124,11 @@ class ObjectRegister:
             lines.append(f"{self._objects.url}: {what} are not known to this ledger, and no sweep will remove them")
         return lines
 
-    def start_sweeping(self) -> None:
+    def start_sweeping(self, *, every_seconds: float = _SWEEP_SECONDS) -> None:
         """Sweep now and then, in a thread, until `close`."""
-        self._sweeper = threading.Thread(target=self._keep_sweeping, name="ledger-sweeper", daemon=True)
+        self._sweeper = threading.Thread(
+            target=self._keep_sweeping, args=(every_seconds,), name="ledger-sweeper", daemon=True
+        )
         self._sweeper.start()
 
     def close(self) -> None:
@@ -138,11 +141,11 @@ class ObjectRegister:
             if connection is not None:
                 connection.close()
 
-    def _keep_sweeping(self) -> None:
-        while not self._closing.wait(_SWEEP_SECONDS):
+    def _keep_sweeping(self, every_seconds: float) -> None:
+        while not self._closing.wait(every_seconds):
             try:
                 report = self.sweep()
-            except self._failures as error:
+            except (*self._failures, VerbatimError) as error:  # the latter where the server died in a COMMIT
                 _log.warning("objects were not swept, a later sweep will: %s", error)
             else:
                 if report.num_objects:

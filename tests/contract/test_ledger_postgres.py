@@ -32,8 +32,10 @@ from gateway.contracts.errors import (
 )
 from gateway.contracts.media import Blob
 from gateway.contracts.records import TurnRecord, snapshot_of
+from gateway.ledger.backend import Connection
 from gateway.ledger.objects import FileObjects, open_objects
 from gateway.ledger.postgres import ConnectionLost, PostgresBackend, PostgresLedger
+from gateway.ledger.register import ObjectRegister
 from tests.contract.test_ledger_sqlite import NUM_ROWS, a_blob, a_session, a_turn, rows
 from tests.postgres_server import PostgresServer, running_postgres
 from tests.small_disk import fill, small_disk
@@ -465,6 +467,27 @@ def test_what_a_sweep_that_died_had_struck_goes_with_the_next(
     administer(postgres_dsn, moved)
     assert backend.register.sweep() == (1, location.num_bytes)
     assert stored(objects) == set()
+
+
+async def test_sweeps_go_on_by_themselves_after_one_that_failed(
+    backend: PostgresBackend, postgres_dsn: str, objects: str
+) -> None:
+    failures: list[Exception] = [LedgerError("the server died in a COMMIT"), psycopg.OperationalError("refused")]
+
+    def connect() -> Connection:
+        if failures:
+            raise failures.pop()
+        return backend.connect(read_only=False)
+
+    backend.arrays.append(b"{}", b"rows")
+    administer(postgres_dsn, "UPDATE objects SET noted_at = noted_at - interval '2 hours'")
+    register = ObjectRegister(connect, open_objects(objects), backend.failures)
+    register.start_sweeping(every_seconds=0.02)
+    try:
+        await until(lambda: not stored(objects))
+    finally:
+        register.close()
+    assert not failures
 
 
 async def test_what_a_row_refers_to_stays_and_goes_with_the_last_of_them(

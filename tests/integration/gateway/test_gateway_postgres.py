@@ -258,10 +258,17 @@ def run_agents(fleet: Fleet, name: str, meanwhile: Callable[[Sequence[Agent]], N
     return agents
 
 
+def is_delivered(gateway: RunningGateway, session_id: str) -> bool:
+    """Whether the last reply is known as delivered, which the gateway that gave it notes a moment later."""
+    return gateway.turns(session_id)[-1]["delivered_at"] is not None
+
+
 def check_rollouts(fleet: Fleet, name: str, agents: Sequence[Agent]) -> None:
     """I3: what agents received is what trains: nothing more, nothing less, nothing twice."""
     for number, agent in enumerate(agents):
-        fleet[number % len(fleet)].post(f"/sessions/{agent.session_id}/finish", {"reward": 1.0})
+        gateway = fleet[number % len(fleet)]
+        until(partial(is_delivered, gateway, agent.session_id))
+        gateway.post(f"/sessions/{agent.session_id}/finish", {"reward": 1.0})
     rollouts = take_all(fleet, {"suite": name})
     assert sorted(each.session.session_id for each in rollouts) == [agent.session_id for agent in agents]
     trained = {each.session.session_id: trained_tokens(each) for each in rollouts}
