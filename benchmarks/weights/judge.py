@@ -22,7 +22,7 @@ from benchmarks.weights.door import Served
 from benchmarks.weights.telling import Forward, TellingWeights
 
 FRESH_WITHIN = 0.1
-"""Median of a span's differences: 1e-5 for one computation in another order of summation, 2 and more on another cache."""
+"""Median of a span's differences: 1e-5 for one computation in another order of summation, above 1 on another cache."""
 STRAY_BEYOND = 2e-3
 STRAYS_MAY_BE = 0.02
 """Share of tokens on a fresh cache: where two experts weigh the same, the other one may be taken, and later tokens see
