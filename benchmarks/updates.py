@@ -91,6 +91,7 @@ async def staged(
     folder: Path, engine_url: str, weights: TellingWeights, *, gateway_settings: Sequence[str] = ()
 ) -> AsyncIterator[Stage]:
     """A gateway process, its ledger and log in `folder`, in front of an engine that serves `weights` of version 0."""
+    await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True)
     url = f"http://127.0.0.1:{free_port()}"
     async with aiohttp.ClientSession() as http, Door(engine_url).open() as door:
 
@@ -157,6 +158,7 @@ class Run:
                 "differing": verdict.rows_differing,
                 "marked_missing": verdict.rows_missing,
             },
+            "logprobs_straying": verdict.strays,
             "largest_logprob_difference": verdict.largest_fresh_difference,
             "faults": len(verdict.faults),
             "first_faults": verdict.faults[:_SHOWN],
@@ -234,6 +236,7 @@ def shown(outcome: Run) -> str:
         f"{verdict.tokens} tokens in {verdict.turns} turns, {verdict.changed} of them under several versions, "
         f"from {verdict.attempts} engine requests; flagged: {flags}",
         f"{verdict.rows} routing rows checked, {verdict.rows_differing} differ, {verdict.rows_missing} marked missing",
+        f"log-probs differ by {verdict.largest_fresh_difference:.1e} at most, {verdict.strays} stray",
         f"{len(verdict.faults)} faults",
         *seen.errors[:_SHOWN],
         *verdict.faults[:_SHOWN],

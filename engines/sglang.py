@@ -161,10 +161,12 @@ class SglangEngine(HttpEngine):
     async def identity(self) -> EngineIdentity:
         """Ask the engine who it is; files of its model folder are read where this machine has them."""
         model = await self._http.get_object("/model_info", timeout_seconds=_CONTROL_SECONDS)
+        weight_version = str(model.get("weight_version") or "default")
+        # Before all else is asked: one that a trainer left in the middle of a broadcast answers nothing else.
+        policy_version = self._policy_version_of(weight_version)
         server = await self._http.get_object("/server_info", timeout_seconds=_CONTROL_SECONDS)
         self._tokenizes = not server.get("skip_tokenizer_init")
         self._media = _media_of(model)
-        weight_version = str(model.get("weight_version") or "default")
         folder = await read_if_here(str(model.get("tokenizer_path") or model.get("model_path") or ""))
         own = with_told(folder, model, named=f"engine {self.engine_id}")
         raw = bool(server.get("return_original_logprob"))
@@ -175,7 +177,7 @@ class SglangEngine(HttpEngine):
             model_path=str(model.get("model_path") or ""),
             served_model_name=str(model.get("served_model_name") or ""),
             weight_version=weight_version,
-            policy_version=self._policy_version_of(weight_version),
+            policy_version=policy_version,
             logprob_kind=LogprobKind.RAW if raw else LogprobKind.TEMPERATURE_SCALED,
             captures_experts=bool(server.get("enable_return_routed_experts")),
             routing=self._routing or own.routing,

@@ -19,7 +19,7 @@ from engines.launch import free_port
 
 _NOT_PASSED = frozenset(("host", "content-length", "transfer-encoding", "connection"))
 _DATA = b"data: "
-_SOME_TOKENS = 4
+_FEWEST_TOKENS, _MOST_TOKENS = 4, 40
 _RECENT = 500
 
 
@@ -72,8 +72,9 @@ class Door:
 
     @property
     def num_sampling(self) -> int:
-        """Requests under way that have some tokens already."""
-        return sum(not one.ended and len(one.token_ids) >= _SOME_TOKENS for one in self.served[-_RECENT:])
+        """Requests under way that have some tokens already, and not many."""
+        recent = self.served[-_RECENT:]
+        return sum(not one.ended and _FEWEST_TOKENS <= len(one.token_ids) <= _MOST_TOKENS for one in recent)
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[Door]:

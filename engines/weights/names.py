@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from gateway.contracts.errors import EngineProtocolError, EngineUnavailable
+from gateway.contracts.errors import UnknownWeights
 
 _OUR_LABEL = re.compile(r"policy-(\d{6,})")
 LOADING = "-loading"
@@ -28,8 +28,8 @@ def weight_label(policy_version: int) -> str:
 def policy_version_of(label: str, known: Mapping[str, int]) -> int:
     """The version of an engine's label: as remembered in `known`, else of our form, a plain number, or "default" (0).
 
-    Raises EngineUnavailable for an engine that is in the middle of taking weights, EngineProtocolError for any other
-    label: a version is never guessed (I5, I9).
+    Raises UnknownWeights for any other label, and that of an engine in the middle of taking weights: a version is never
+    guessed (I5, I9).
     """
     if label in known:
         return known[label]
@@ -41,7 +41,7 @@ def policy_version_of(label: str, known: Mapping[str, int]) -> int:
     if label == _INITIAL_LABEL:
         return 0
     if label.endswith(LOADING):
-        raise EngineUnavailable(
+        raise UnknownWeights(
             f"the engine holds a part of the weights {label.removesuffix(LOADING)}: publish again, or restart it"
         )
-    raise EngineProtocolError(f"weight version {label!r} of the engine stands for no policy version that is known")
+    raise UnknownWeights(f"weight version {label!r} of the engine stands for no policy version that is known")

@@ -13,6 +13,7 @@
     │   │   ├── WorkerUnavailable                  of EngineUnavailable: one worker of a router; the others go on
     │   │   └── EngineBusy                         of EngineUnavailable: it lives and takes nothing for now
     │   └── EngineRejected · EngineProtocolError   it answered, and the answer is a refusal or nonsense
+    │       └── UnknownWeights                     of EngineProtocolError: its weights stand for no policy version
     ├── LedgerError                   the store cannot take or give what was asked
     │   └── LedgerFull                             no room on its disk
     ├── IntegrityError                two things that must be equal are not; never retried, never repaired silently
@@ -235,6 +236,10 @@ class EngineProtocolError(EngineError):
     """The engine's answer does not have the shape that its protocol promises."""
 
     code = "engine_protocol_error"
+
+
+class UnknownWeights(EngineProtocolError):
+    """The engine's weight label stands for no policy version, or for weights that it holds a part of."""
 
 
 class LedgerError(VerbatimError):

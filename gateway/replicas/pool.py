@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from gateway.contracts.errors import (
@@ -24,6 +24,7 @@ from gateway.contracts.errors import (
     EngineUnavailable,
     IdentityMismatch,
     NotFound,
+    UnknownWeights,
     VerbatimError,
     WorkerUnavailable,
 )
@@ -329,6 +330,8 @@ class ReplicaPool:
             proven = replica.verification if self._is_proven(replica, identity) else None
             verification = await self._check_identity(replica.engine, identity, proven)
         except (EngineError, IdentityMismatch) as error:
+            if isinstance(error, UnknownWeights):  # I9: nor is it known what samples the turns that still run there
+                replica.identity = replace(replica.identity, one_version=False)
             self.eject(replica, error)
             return
         if verification != replica.verification:
@@ -414,7 +417,7 @@ class ReplicaPool:
         self, replica: Replica, progress: Continuation
     ) -> AsyncGenerator[GenerateChunk | GenerateEnd, None]:
         """One engine request; whatever ends it, its tokens and their versions are in `progress` afterwards."""
-        before = replica.identity
+        before, certain = replica.identity, True
         request = progress.next_request(replica.identity)
         with replica.busy():
             try:
@@ -425,9 +428,12 @@ class ReplicaPool:
                         else:
                             progress.add_chunk(item)
                         yield item
+            except UnknownWeights:
+                certain = False  # I9: some of its tokens were sampled by them
+                raise
             finally:
                 # I5: without the engine's own spans the version is only certain if the engine says the same as before.
-                progress.lose(before.policy_version, certain=_same_weights(before, replica.identity))
+                progress.lose(before.policy_version, certain=certain and _same_weights(before, replica.identity))
 
     async def _select(self, session_id: str) -> Replica:
         """The session's own engine unless it is much busier than another; waits for one that takes requests."""

@@ -1,4 +1,4 @@
-"""Real SGLang 0.5.23 under running agents while its weights change: by disk and by broadcast, in each of its pauses.
+"""The real SGLang 0.5.23 under running agents while weights change: by disk and by broadcast, in each pause.
 
 Every token's version, as the gateway recorded it, is held against SGLang's own `weight_versions` at its door, against
 the token itself (each can be said by one version only) and against a transformers forward (`benchmarks/weights`).
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from benchmarks.updates import Run, UpdateSettings, run_updates
+from benchmarks.updates import Run, UpdateSettings, run_updates, shown
 from benchmarks.weights.agents import Load
 from benchmarks.weights.telling import TellingWeights, make_telling
 from tests.real_engines.servers import real_sglang
@@ -26,7 +26,7 @@ SETTINGS = UpdateSettings(
     modes=("abort", "keep", "retract"),
     transports=("disk", "gloo"),
     every_seconds=0.5,
-    load=Load(agents=8, turns=3, tokens=(80, 160)),
+    load=Load(agents=8, turns=3, tokens=(120, 240)),
 )
 
 
@@ -50,7 +50,7 @@ def test_ten_updates_under_load_are_seen_by_no_agent_and_recorded_by_token(ten_u
     """I5, I9: no error; every token's version, flag, log-prob and row as SGLang, the token and a forward say."""
     assert [update.policy_version for update in ten_updates.made] == list(range(1, NUM_UPDATES + 1))
     assert ten_updates.seen.errors == []
-    assert ten_updates.verdict.faults == []
+    assert ten_updates.verdict.faults == [], shown(ten_updates)
     assert ten_updates.verdict.turns == ten_updates.seen.num_replies > 8
 
 

@@ -25,6 +25,7 @@ from benchmarks.weights.judge import Evidence, Verdict, judge
 from benchmarks.weights.telling import TellingWeights, make_telling
 from engines.launch import running_engine
 from engines.weights.disk import DiskTransport
+from engines.weights.names import LOADING, weight_label
 
 NUM_UPDATES = 10
 FEW = Load(agents=4, turns=2, tokens=(40, 80), seed=1)
@@ -139,6 +140,32 @@ async def test_an_engine_that_a_dead_publisher_paused_itself_is_found_and_resume
             await until_more_replies(seen, FEW.agents)
         verdict = await checked(stage, seen)
     assert verdict.changes[1] > 0
+
+
+async def test_tokens_of_half_loaded_weights_are_never_trained(
+    weights: TellingWeights, engine_url: str, tmp_path: Path
+) -> None:
+    """I9: a trainer died while it loaded, and somebody resumed the engine; the next publication makes it whole."""
+    async with fresh_stage(tmp_path, engine_url, weights) as stage:
+        body = {"messages": [{"role": "user", "content": "Go on."}], "max_tokens": 200, "ignore_eos": True}
+        url = f"{stage.url}/sessions/half-loaded/v1/chat/completions"
+        asked = asyncio.create_task(stage.http.post(url, json=body))
+        await until(lambda: stage.door.num_sampling > 0, seconds=20)
+        loading = {"new_version": weight_label(1) + LOADING, "abort_all_requests": False}
+        async with stage.http.post(f"{engine_url}/update_weight_version", json=loading) as answer:
+            answer.raise_for_status()
+        async with asyncio.timeout(30):
+            while (engine := (await stage.gateway.engines())[0])["healthy"]:  # noqa: ASYNC110 (of another process)
+                await asyncio.sleep(0.05)
+        assert "holds a part of the weights policy-000001" in engine["last_error"]
+        await until(lambda: stage.door.served[0].whole, seconds=30)
+        await DiskTransport().publish(weights.folders[1], policy_version=1, engine_urls=[engine_url])
+        async with await asked as answer:
+            assert answer.status == 200
+        async with stage.http.get(f"{stage.url}/sessions/half-loaded/turns") as answer:
+            [turn] = (await answer.json())["turns"]
+        assert turn["num_output_tokens"] == 200
+        assert turn["untrainable_reason"] == "policy_version_uncertain"
 
 
 def test_the_judge_finds_what_is_wrong(ten_updates: Run) -> None:
