@@ -30,7 +30,7 @@ _SETTINGS = {
     "shared_buffers": "32MB",
     "autovacuum": "off",  # the suites are over before it would help; it takes from the same two cores
     "log_min_messages": "fatal",
-    "deadlock_timeout": "200ms",  # below the ledger's own patience with a lock, so that deadlocks are told as such
+    "deadlock_timeout": "500ms",  # below the ledger's own patience with a lock, so that deadlocks are told as such
     "listen_addresses": "127.0.0.1",
 }
 

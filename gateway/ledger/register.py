@@ -65,7 +65,8 @@ class ObjectRegister:
     ) -> None:
         self._connect = connect
         self._objects = objects
-        self._failures = failures
+        # VerbatimError: where the server died in a COMMIT.
+        self._failures: tuple[type[Exception], ...] = (*failures, VerbatimError)
         self._idle: queue.SimpleQueue[Connection | None] = queue.SimpleQueue()
         for _ in range(_NUM_CONNECTIONS):
             self._idle.put(None)  # opened when it is needed
@@ -145,7 +146,7 @@ class ObjectRegister:
         while not self._closing.wait(every_seconds):
             try:
                 report = self.sweep()
-            except (*self._failures, VerbatimError) as error:  # the latter where the server died in a COMMIT
+            except self._failures as error:
                 _log.warning("objects were not swept, a later sweep will: %s", error)
             else:
                 if report.num_objects:

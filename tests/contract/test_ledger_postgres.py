@@ -229,10 +229,12 @@ async def test_a_batch_that_waits_for_another_that_waits_for_it_is_stored_all_th
         await ledger.create_session(a_session(name))
     lock = "SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))"
     with psycopg.connect(postgres_dsn) as rival:
-        await asyncio.to_thread(rival.execute, lock, ["session b"])
+        rival.execute("SET deadlock_timeout = '60s'")  # who finds a deadlock first is its victim: not the rival
+        rival.execute(lock, ["session b"])
         # One batch or two: the first holds a until its end either way, and the last waits for b.
         appended = asyncio.gather(*(ledger.append_turn(a_turn(0, name), rows(0)) for name in ("a", "b")))
-        await asyncio.sleep(0.3)
+        waits = "SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+        await until(lambda: rival.execute(waits).fetchone() is not None)
         await asyncio.to_thread(rival.execute, lock, ["session a"])
     await appended
     for name in ("a", "b"):
