@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -225,20 +226,33 @@ async def test_a_batch_that_waits_for_another_that_waits_for_it_is_stored_all_th
     ledger: PostgresLedger, postgres_dsn: str
 ) -> None:
     """A deadlock is nobody's failure: each operation runs again, alone."""
-    for name in ("a", "b"):
+    for name in ("first", "a", "b"):
         await ledger.create_session(a_session(name))
     lock = "SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))"
-    with psycopg.connect(postgres_dsn) as rival:
+    waits = "SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND NOT granted AND objid = %s::bit(32)::bigint"
+    key = "SELECT hashtextextended(%s, 0)::bit(64) << 32"
+    with psycopg.connect(postgres_dsn) as holder, psycopg.connect(postgres_dsn) as rival:
+
+        def is_waited_for(session_id: str) -> bool:
+            (bits,) = holder.execute(key, [f"session {session_id}"]).fetchone()
+            return holder.execute(waits, [bits[:32]]).fetchone() is not None
+
         rival.execute("SET deadlock_timeout = '60s'")  # who finds a deadlock first is its victim: not the rival
         rival.execute(lock, ["session b"])
-        # One batch or two: the first holds a until its end either way, and the last waits for b.
-        appended = asyncio.gather(*(ledger.append_turn(a_turn(0, name), rows(0)) for name in ("a", "b")))
-        waits = "SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
-        await until(lambda: rival.execute(waits).fetchone() is not None)
+        holder.execute(lock, ["session first"])
+        appended = asyncio.gather(*(ledger.append_turn(a_bare_turn(name), None) for name in ("first", "a", "b")))
+        await until(partial(is_waited_for, "first"))  # so that the others are one batch behind it
+        holder.commit()
+        await until(partial(is_waited_for, "b"))
         await asyncio.to_thread(rival.execute, lock, ["session a"])
     await appended
     for name in ("a", "b"):
-        await check_whole(ledger, name, {"t0"})
+        assert [turn.turn_id for turn in await ledger.turns(name)] == ["t0"]
+
+
+def a_bare_turn(session_id: str) -> TurnRecord:
+    """Without routing rows, so that nothing has to be uploaded before it is queued."""
+    return replace(a_turn(0, session_id), experts_stop=0)
 
 
 async def test_a_gateway_that_hangs_inside_a_transaction_holds_the_others_for_seconds_only(
