@@ -17,6 +17,11 @@ from gateway.sessions.idempotency import OpenTurn, SessionCalls
 from gateway.sessions.raw import TokenPaths
 from gateway.sessions.tree import TurnTree
 
+_NOTE_SECONDS = 1.0
+"""Within which a delivery is noted by another gateway."""
+
+_LOOK_SECONDS = 0.05
+
 
 class RunningTurn(OpenTurn, Protocol):
     """A turn under way, as its session sees it."""
@@ -80,6 +85,14 @@ class Session:
             self.tree.mark_delivered(turn_id, delivered_at)
         self.finish = finish or self.finish
         return True
+
+    @property
+    def has_undelivered_of_others(self) -> bool:
+        """Whether other gateways have recorded turns that nobody is known to have got."""
+        return any(
+            self.tree.delivered_at(node.record.turn_id) is None and not self.calls.is_own(node.record.turn_id)
+            for node in self.tree
+        )
 
     def check_open(self) -> None:
         """Raise SessionSealed once the session is finished or about to be."""
@@ -154,6 +167,8 @@ class SessionRegistry:
         try:
             await _settle(session)
             await session.deliveries_noted()
+            if self._ledger.shared:
+                await self._let_others_note(session)
             session.finish = await self._ledger.finish(
                 session.record.session_id, reward=reward, outcome=outcome, metadata=metadata, finished_at=time.time()
             )
@@ -161,6 +176,13 @@ class SessionRegistry:
             session.closing = False
         self._on_finish(session.record)
         return session.finish
+
+    async def _let_others_note(self, session: Session) -> None:
+        """Another gateway may just be noting that a reply was delivered, whose agent says here that it is done."""
+        deadline = time.monotonic() + _NOTE_SECONDS
+        while session.has_undelivered_of_others and time.monotonic() < deadline:
+            await asyncio.sleep(_LOOK_SECONDS)
+            await session.catch_up(self._ledger)
 
     async def delete(self, session_id: str) -> None:
         """Forget a session here and in the ledger, which may refuse with Conflict."""

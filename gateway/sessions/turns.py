@@ -78,8 +78,11 @@ _log = logging.getLogger(__name__)
 _NOTICE_SECONDS = 0.02
 """Within which the end of a connection has been noticed."""
 
-_NOTE_SECONDS = 0.25
-"""Within which a delivery is noted by another gateway."""
+_USUAL_NOTE_SECONDS = 0.25
+"""Within which a delivery is noted by another gateway, as a rule."""
+
+_NOTE_PAUSES_SECONDS = (0.1, 0.5, 2.0, 5.0, 10.0)
+"""Between tries to note a delivery, while the ledger cannot be written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,7 +271,7 @@ class TurnRunner:
         turn_id = node.record.turn_id
         if not self.parts.ledger.shared or session.calls.is_own(turn_id):
             return False
-        await asyncio.sleep(_NOTE_SECONDS)
+        await asyncio.sleep(_USUAL_NOTE_SECONDS)
         await session.catch_up(self.parts.ledger)
         return session.tree.delivered_at(turn_id) is not None
 
@@ -321,11 +324,17 @@ class TurnRunner:
         task.add_done_callback(self._deliveries.discard)
 
     async def _note_delivery(self, record: TurnRecord, delivered_at: float) -> None:
-        """Nobody is there any more to be told of a failure."""
-        try:
-            await self.parts.ledger.mark_delivered(record.session_id, record.turn_id, delivered_at)
-        except (LedgerError, NotFound) as error:
-            _log.warning("the delivery of %s is not noted: %s", record.turn_id, error)
+        """Nobody is there any more to be told of a failure, and what is not noted may not train; so it is insisted on."""
+        for pause in (*_NOTE_PAUSES_SECONDS, None):
+            try:
+                await self.parts.ledger.mark_delivered(record.session_id, record.turn_id, delivered_at)
+            except (LedgerError, NotFound) as error:
+                if pause is None or isinstance(error, NotFound):
+                    _log.warning("the delivery of %s is not noted: %s", record.turn_id, error)
+                    return
+                await asyncio.sleep(pause)
+            else:
+                return
 
     async def prepared(self) -> None:
         """Wait until `prepare` has been done."""
