@@ -324,7 +324,7 @@ class TurnRunner:
         task.add_done_callback(self._deliveries.discard)
 
     async def _note_delivery(self, record: TurnRecord, delivered_at: float) -> None:
-        """Nobody is there any more to be told of a failure, and what is not noted may not train; so it is insisted on."""
+        """Nobody is there any more to be told of a failure, and what is not noted may not train: it is insisted on."""
         for pause in (*_NOTE_PAUSES_SECONDS, None):
             try:
                 await self.parts.ledger.mark_delivered(record.session_id, record.turn_id, delivered_at)
