@@ -38,6 +38,18 @@ def running(gateway: RunningGateway, num: int) -> None:
         time.sleep(0.02)
 
 
+def test_reading_what_is_recorded_counts_towards_the_rate(start_gateway: StartGateway, tmp_path: Path) -> None:
+    """A reply or an image may be large: reading one without pause would hold the others up."""
+    gateway = start_gateway(tmp_path, "--set", "limits.requests_per_second_per_session=0.1")
+    response_id = gateway.post("/sessions/s/v1/responses", {"input": "quick"})["id"]
+    for path in (f"v1/responses/{response_id}", "blobs/" + "0" * 64):
+        read = httpx.get(f"{gateway.url}/sessions/s/{path}")
+        assert (read.status_code, read.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+        assert int(read.headers["retry-after"]) >= 1
+    gateway.post("/sessions", {"session_id": "other"})
+    assert httpx.get(f"{gateway.url}/sessions/other/blobs/{'0' * 64}").status_code == 404
+
+
 def test_more_turns_than_may_run_are_429_with_a_time_in_each_dialects_words(
     narrow: RunningGateway, session_id: str
 ) -> None:
