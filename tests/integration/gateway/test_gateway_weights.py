@@ -248,7 +248,7 @@ async def killed_publisher(stage: Stage, version: int, mode: str) -> AsyncIterat
     """One that paused for at most so long, brought weights, and is killed before it tells the gateway."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-c", PUBLISHER, stage.url, stage.door.engine_url),
-        *(str(stage.weights.folders[version]), str(version), mode, str(LONGEST_PAUSE)),
+        *(str(stage.weights.folders[version]), str(version), mode, "3.0"),
         stdout=asyncio.subprocess.PIPE,
     )
     try:
