@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.weights.door import Served
-from benchmarks.weights.telling import Forward, TellingWeights
+from benchmarks.weights.telling import Forward, TellingWeights, forward_of
 
 FRESH_WITHIN = 0.1
 """Median of a span's differences: 1e-5 for one computation in another order of summation, above 1 on another cache."""
@@ -83,7 +83,7 @@ def judge(evidence: Evidence) -> Verdict:
     """Check all sessions' segments against the witnesses."""
     weights, verdict = evidence.weights, Verdict()
     journal = _Journal(evidence.served)
-    forward = _Remembered(Forward(weights))
+    forward = _Remembered(forward_of(weights))
     for session_id, own in evidence.segments.items():
         if len(own) != 1:
             verdict.faults.append(f"{session_id}: {len(own)} segments where nothing was edited")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -115,3 +116,9 @@ class Forward:
             top_k = model.config.num_experts_per_tok
             layers = [logits.reshape(ids.shape[1], -1).topk(top_k).indices for logits in output.router_logits]
         return chosen.float().numpy(), np.sort(torch.stack(layers, dim=1)[:-1].numpy(), axis=-1)
+
+
+@lru_cache(maxsize=2)
+def forward_of(weights: TellingWeights) -> Forward:
+    """Loaded once for as many judgements as there are."""
+    return Forward(weights)

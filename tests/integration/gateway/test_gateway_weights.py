@@ -27,7 +27,10 @@ from engines.launch import running_engine
 from engines.weights.disk import DiskTransport
 from engines.weights.names import LOADING, weight_label
 
+pytestmark = pytest.mark.timeout(180)
+
 NUM_UPDATES = 10
+LONGEST_PAUSE = 1.5
 FEW = Load(agents=4, turns=2, tokens=(40, 80), seed=1)
 QUICK = ("replicas.health_interval_seconds=0.2", "replicas.found_pause_seconds=1.0")
 PUBLISHER = """
@@ -62,18 +65,17 @@ def engine_url(weights: TellingWeights) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def ten_updates(weights: TellingWeights, engine_url: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Ten updates, in each of the four modes in turn, under 12 agents."""
-    settings = UpdateSettings(updates=NUM_UPDATES, every_seconds=0.3, load=Load(agents=12, turns=3))
+    """Ten updates, in each of the four modes in turn, under 10 agents."""
+    settings = UpdateSettings(updates=NUM_UPDATES, every_seconds=0.2, load=Load(agents=10, turns=3, tokens=(30, 70)))
     return asyncio.run(run_updates(tmp_path_factory.mktemp("run"), engine_url, weights, settings))
 
 
-@pytest.mark.timeout(120)
 def test_ten_updates_under_load_are_seen_by_no_agent_and_recorded_by_token(ten_updates: Run) -> None:
     """I5, I9: no error; every token's version, flag, log-prob and row as the engine, the token and a forward say."""
     assert [update.policy_version for update in ten_updates.made] == list(range(1, NUM_UPDATES + 1))
     assert ten_updates.seen.errors == []
     assert ten_updates.verdict.faults == []
-    assert ten_updates.verdict.turns == ten_updates.seen.num_replies > 12
+    assert ten_updates.verdict.turns == ten_updates.seen.num_replies > 10
     assert ten_updates.verdict.rows_differing == 0
 
 
@@ -109,16 +111,17 @@ async def test_a_pause_with_a_longest_time_ends_by_itself_and_not_before(
     """I5: nothing is sampled meanwhile; turns go on as one reply each, and a mere pause flags none of them."""
     async with fresh_stage(tmp_path, engine_url, weights) as stage:
         async with agents_under_way(stage.url, FEW) as seen:
-            for mode in ("keep", "retract", "abort", "drain"):
+            for mode in ("keep", "retract", "abort"):
                 await until_busy(stage)
                 began = time.monotonic()
-                await stage.gateway.pause(mode, max_seconds=0.7)
-                assert (await stage.gateway.generation())["max_seconds"] == 0.7
+                await stage.gateway.pause(mode, max_seconds=LONGEST_PAUSE)
+                await asyncio.sleep(0.2)  # what was on its way has arrived
                 sampled = [len(one.token_ids) for one in stage.door.served]
                 await asyncio.sleep(0.2)
                 assert [len(one.token_ids) for one in stage.door.served] == sampled
+                assert (await stage.gateway.generation())["max_seconds"] == LONGEST_PAUSE
                 await until_paused(stage, None)
-                assert time.monotonic() - began >= 0.7
+                assert time.monotonic() - began >= LONGEST_PAUSE
         verdict = await checked(stage, seen)
     assert (verdict.changed, verdict.flags) == (0, {})
 
@@ -245,7 +248,7 @@ async def killed_publisher(stage: Stage, version: int, mode: str) -> AsyncIterat
     """One that paused for at most so long, brought weights, and is killed before it tells the gateway."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-c", PUBLISHER, stage.url, stage.door.engine_url),
-        *(str(stage.weights.folders[version]), str(version), mode, "1.5"),
+        *(str(stage.weights.folders[version]), str(version), mode, "3.0"),
         stdout=asyncio.subprocess.PIPE,
     )
     try:
