@@ -241,6 +241,7 @@ def build_app(gateway: Gateway, access: Access) -> ASGIApp:
             picks=gateway.picks,
             retokenisation=Retokenisation.of_model(gateway.model),
             max_body_bytes=max_bytes,
+            public_url=settings.public_url,
         ),
         feed_router(gateway.ledger, gateway.lease_queue, authorize=access.check_operator, picks=gateway.picks),
         admin_router(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from gateway.contracts.errors import ConfigurationError
 from gateway.contracts.generation import Capability
@@ -77,6 +78,8 @@ class GatewaySettings:
     `file:///folder`) that several gateways share; empty: the embedded ledger in `data`. storage: room on the data
     folder's disk, and what is dropped by itself. audit: the file with operators' calls (empty: audit.jsonl beside the
     ledger; none: off). allowed_hosts: names besides loopback's own by which a gateway without keys may be called.
+    public_url: how agents reach the gateway, for the `base_url` of sessions (empty: as the caller did; behind a proxy
+    that ends TLS it has to be said, because forwarded headers are not believed).
     """
 
     model: Path | None = None
@@ -107,6 +110,7 @@ class GatewaySettings:
     require: tuple[Capability, ...] = ()
     audit: str = ""
     allowed_hosts: tuple[str, ...] = ()
+    public_url: str = ""
     limits: LimitSettings = field(default_factory=LimitSettings)
     turns: TurnSettings = field(default_factory=TurnSettings)
     replicas: ReplicaSettings = field(default_factory=ReplicaSettings)
@@ -132,6 +136,8 @@ class GatewaySettings:
             raise ConfigurationError("forward is none, which forwards nothing, and forward_paths lists paths")
         if self.replaced_drain_seconds < 0:
             raise ConfigurationError("replaced_drain_seconds must be 0 or more")
+        if self.public_url and urlsplit(self.public_url).scheme not in ("http", "https"):
+            raise ConfigurationError(f"public_url is {self.public_url!r}; expected http://… or https://…")
         for path in self.forward_paths:
             own_path(path)
         check_names(calls=self.tool_call_parser, reasoning=self.reasoning_parser)

@@ -46,9 +46,12 @@ def session_router(
     picks: PickChoice,
     retokenisation: Retokenisation,
     max_body_bytes: int,
+    public_url: str,
 ) -> APIRouter:
-    """The operators' routes about sessions."""
-    routes = _SessionRoutes(registry, ledger, access, picks, retokenisation, max_body_bytes=max_body_bytes)
+    """The operators' routes about sessions. public_url: how agents reach the gateway; empty: as the caller did."""
+    routes = _SessionRoutes(
+        registry, ledger, access, picks, retokenisation, max_body_bytes=max_body_bytes, public_url=public_url
+    )
     router = APIRouter(tags=["sessions"], dependencies=[Depends(access.check_operator)])
     router.add_api_route("/sessions", routes.create, methods=["POST"], openapi_extra=openapi.CREATE_SESSION)
     router.add_api_route("/sessions", routes.list, methods=["GET"], openapi_extra=openapi.LIST_SESSIONS)
@@ -83,6 +86,7 @@ class _SessionRoutes:
         retokenisation: Retokenisation,
         *,
         max_body_bytes: int,
+        public_url: str,
     ) -> None:
         self._registry = registry
         self._ledger = ledger
@@ -90,6 +94,7 @@ class _SessionRoutes:
         self._picks = picks
         self._retokenisation = retokenisation
         self._max_body_bytes = max_body_bytes
+        self._public_url = public_url
 
     async def create(self, request: Request) -> Response:
         """201 with a new session; 200 with one of equal properties that exists.
@@ -103,7 +108,7 @@ class _SessionRoutes:
         note_change(request.scope, session_id=session_id, is_new=is_new)
         is_same_call = key.stored == session.record.key_hash
         api_key = key.text if is_new or not self._access.keys_are_on or is_same_call else None
-        reply = {"base_url": _base_url(request, session_id), "api_key": api_key, **_session_json(session.record)}
+        reply = {"base_url": self._base_url(request, session_id), "api_key": api_key, **_session_json(session.record)}
         return json_reply(reply, status=201 if is_new else 200)
 
     async def list(self, request: Request) -> Response:
@@ -127,7 +132,7 @@ class _SessionRoutes:
         session = await self._registry.get(_required_id(request))
         return json_reply(
             {
-                "base_url": _base_url(request, session.record.session_id),
+                "base_url": self._base_url(request, session.record.session_id),
                 **_session_json(session.record),
                 "finish": None if session.finish is None else asdict(session.finish),
                 "num_running_turns": len(session.running),
@@ -191,6 +196,10 @@ class _SessionRoutes:
         await session.deliveries_noted()
         return session
 
+    def _base_url(self, request: Request, session_id: str) -> str:
+        root = self._public_url or str(request.base_url)
+        return f"{root.rstrip('/')}/sessions/{quote(session_id, safe='')}/v1"
+
 
 def _wanted(session_id: str, fields: Mapping[str, JsonValue], *, key_hash: str) -> SessionRecord:
     labels = typed(fields, "labels", dict, "an object of strings") or {}
@@ -250,10 +259,6 @@ def _label(text: str) -> tuple[str, str]:
 
 def _wants_arrays(request: Request) -> bool:
     return request.query_params.get("arrays", "0") in ("1", "true")
-
-
-def _base_url(request: Request, session_id: str) -> str:
-    return f"{str(request.base_url).rstrip('/')}/sessions/{quote(session_id, safe='')}/v1"
 
 
 def _session_json(record: SessionRecord) -> dict[str, JsonValue]:

@@ -566,3 +566,12 @@ def test_unknown_sessions_are_refused_by_a_flag(start_gateway: StartGateway, tmp
         reply = httpx.post(gateway.url + path, json={"messages": [QUESTION]}, timeout=30)
         assert (reply.status_code, reply.json()["error"]["code"]) == (404, "not_found")
     assert gateway.get("/sessions") == {"sessions": []}
+
+
+def test_the_url_of_a_session_is_the_one_by_which_agents_reach_the_gateway(
+    start_gateway: StartGateway, tmp_path: Path
+) -> None:
+    """Also behind a proxy that ends TLS, whose headers anybody could send."""
+    gateway = start_gateway(tmp_path, "--set", "public_url=https://models.example/rl/")
+    told = httpx.post(f"{gateway.url}/sessions", json={"session_id": "a b"}, headers={"X-Forwarded-Proto": "ftp"})
+    assert told.json()["base_url"] == "https://models.example/rl/sessions/a%20b/v1"
