@@ -170,7 +170,7 @@ class JournallingEngine:
                 await self._wait_resumed(running)
                 if request.transport is None or request.transport.is_closing():
                     raise ConnectionResetError
-                finish = {"type": "abort"} if running.aborted else self._step(running)
+                finish = {"type": "abort"} if running.aborted else self.sample(running)
                 await response.write(b"data: " + json.dumps(self._event(running, finish)).encode() + b"\n\n")
             await response.write(b"data: [DONE]\n\n")
         except (ConnectionError, asyncio.CancelledError):
@@ -183,7 +183,7 @@ class JournallingEngine:
         while not self._going.is_set() and not running.aborted:  # noqa: ASYNC110 (an abort ends it too)
             await asyncio.sleep(self._step_seconds)
 
-    def _step(self, running: Request) -> dict[str, Any] | None:
+    def sample(self, running: Request) -> dict[str, Any] | None:
         """Sample a few tokens; how the request ended, None if it goes on."""
         asked, fresh = running.asked, []
         prompt, begun = self._script.split([*asked, *running.token_ids])

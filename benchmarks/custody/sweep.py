@@ -57,6 +57,10 @@ _STEP_TOKENS = 4
 _FUSE_SECONDS = 0.06
 """The longest time between what is let go and the kill."""
 
+_SOON_SECONDS = 0.02
+"""The longest time between what is seen and the kill that follows it."""
+
+_TRIGGERS = ("time", "asked", "piece", "read", "sampled", "sampled", "feed", "feed")
 _READY_SECONDS = 60.0
 _RETRY_SECONDS = 120.0
 _RETRY_PAUSE_SECONDS = 0.05
@@ -115,7 +119,8 @@ class HeldEngine(JournallingEngine):
         self._tokenizer = Tokenizer.from_file(str(place.model / "tokenizer.json"))
         self.holds: dict[str, Hold] = {}
         self.latest: dict[str, Request] = {}
-        self.on_asked: Callable[[str], None] = lambda session_id: None
+        self.on_asked: Callable[[], None] = lambda: None
+        self.on_sampled: Callable[[], None] = lambda: None
 
     def session_of(self, request: web.Request, token_ids: Sequence[int]) -> str:
         """Conversations of a sweep name their session."""
@@ -126,12 +131,19 @@ class HeldEngine(JournallingEngine):
         """Wait where the session is to be held."""
         if self.latest.get(running.key) is not running:
             self.latest[running.key] = running
-            self.on_asked(running.key)
+            self.on_asked()
         hold = self.holds.get(running.key)
         if hold is not None and not hold.released.is_set() and self.stage(running) >= _STAGES.index(hold.at):
             hold.reached.set()
             await hold.released.wait()
         await asyncio.sleep(0.001)
+
+    def sample(self, running: Request) -> dict[str, Any] | None:
+        """As any engine; the end is told."""
+        finish = super().sample(running)
+        if finish is not None:
+            self.on_sampled()
+        return finish
 
     def stage(self, running: Request) -> int:
         """How far a reply is, as an index of `_STAGES`."""
@@ -324,12 +336,14 @@ class FeedLane(ChaosTrainer):
     def __init__(self, gateway: GatewayClient, journal: Journal) -> None:
         super().__init__(gateway, journal, group_size=1)
         self.sight = Sight("lease")
+        self.on_begin: Callable[[], None] = lambda: None
         self._lease: Any = None
 
     async def step(self) -> None:
         """Lease, read, or acknowledge, whichever comes next."""
         kind = self.sight.kind
         self.sight = Sight(kind, "" if self._lease is None else self._lease.lease_id, asked=True)
+        self.on_begin()
         if kind == "lease":
             self._lease = await self._gateway.lease(consumer=CONSUMER, limit=32, wait_seconds=0.0, lease_seconds=600.0)
             following = "lease" if self._lease is None else "fetch"
@@ -463,10 +477,12 @@ class Sweep:
         self._rng = random.Random(seed)
 
     async def run(self, num_kills: int, *, tell: Tell) -> None:
-        """So many rounds; then everything ends as it would without a kill."""
+        """So many rounds, fewer after a SIGTERM; then everything ends as it would without a kill."""
+        enough = asyncio.Event()
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, enough.set)
         await self._gateway.start()
         await self._served()
-        while self.report.kills < num_kills:
+        while self.report.kills < num_kills and not enough.is_set():
             await self._round()
             if self.report.kills % 20 == 0:
                 tell(f"{self.report.kills} kills, {self.report.num_struck} steps struck\n")
@@ -531,11 +547,16 @@ class Sweep:
         return tasks, fuses
 
     def _set_trigger(self, strike: Callable[[], None]) -> float:
-        """How long until the kill in seconds; in two rounds of three it comes before, with something that is seen."""
-        kind = self._rng.choice(("time", "time", "asked", "piece", "read", "read"))
+        """How long until the kill in seconds; in most rounds it comes before, with or soon after something seen."""
+        kind = self._rng.choice(_TRIGGERS)
+        soon = self._rng.uniform(0, _SOON_SECONDS)
         if kind == "asked":
-            self._engine.on_asked = lambda session_id: strike()
-        elif kind != "time":
+            self._engine.on_asked = strike
+        elif kind == "sampled":
+            self._engine.on_sampled = partial(_later, soon, strike)
+        elif kind == "feed":
+            self._feed.on_begin = partial(_later, soon, strike)
+        elif kind in ("piece", "read"):
             for lane in self._lanes:
                 lane.on_sight = lambda event: strike() if event == kind else None
         return self._rng.uniform(0, _FUSE_SECONDS) if kind == "time" else 4 * _FUSE_SECONDS
@@ -545,7 +566,7 @@ class Sweep:
         for hold in self._engine.holds.values():
             hold.released.set()
         self._engine.holds.clear()
-        self._engine.on_asked = lambda session_id: None
+        self._engine.on_asked = self._engine.on_sampled = self._feed.on_begin = _nothing
         for lane in self._lanes:
             lane.on_sight = lambda event: None
 
@@ -566,7 +587,7 @@ class Sweep:
 
     def _judge(self, strikes: Sequence[_Struck], before: Look) -> None:
         """Name where each step was struck, and what its client has a right to."""
-        self.report.kills += 1
+        self.report.kills += bool(strikes)
         found = look(self._place.data, [one.sight.session_id for one in strikes])
         for one in strikes:
             if one.sight.kind in ("lease", "fetch", "ack"):
@@ -623,6 +644,14 @@ def _instant(one: _Struck, found: Look, turns: Sequence[StoredTurn]) -> str:
     if turns:
         return Instants.READING if sight.pieces else Instants.COMMITTED
     return Instants.ADMISSION if one.stage is None else _STAGES[one.stage]
+
+
+def _later(seconds: float, work: Callable[[], None]) -> None:
+    asyncio.get_running_loop().call_later(seconds, work)
+
+
+def _nothing() -> None:
+    """What is not watched for."""
 
 
 async def _to_its_end(lane: Lane) -> None:
