@@ -215,7 +215,8 @@ def _folder(kept: Path | None) -> Iterator[Path]:
 def is_clean(report: Mapping[str, Any]) -> bool:
     """Whether nothing was lost, doubled, or seen to fail."""
     is_whole = report["doctor"]["exit_code"] == 0 and not report["reader"]["findings"]
-    return is_whole and not report["agents"]["failures"] and report.get("feed_empty", True)
+    is_quiet = not any(deed["trouble"] for deed in report.get("deeds", ()))
+    return is_whole and is_quiet and not report["agents"]["failures"] and report.get("feed_empty", True)
 
 
 def shown(report: Mapping[str, Any]) -> str:
@@ -252,7 +253,8 @@ def _accounts(report: Mapping[str, Any]) -> list[str]:
 
 def _deed_line(deed: Mapping[str, Any]) -> str:
     recovery = "never" if deed["recovery_seconds"] is None else f"{deed['recovery_seconds']:.2f} s"
-    return f"{deed['at']:8.2f} s  {deed['harm']:14} {deed['target']:12} {deed['mode']:6} recovered in {recovery}"
+    done = f"{deed['harm']:16} {deed['target']:12} {deed['mode']:6}"
+    return f"{deed['at']:8.2f} s  {done} recovered in {recovery} {deed['trouble']}".rstrip()
 
 
 def _deeds(
@@ -276,6 +278,7 @@ def _deeds(
                 "mode": deed.mode,
                 "lasted_seconds": round(deed.ended - deed.began, 2),
                 "recovery_seconds": recovery,
+                "trouble": deed.trouble,
             }
         )
     return found

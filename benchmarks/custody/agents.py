@@ -137,8 +137,16 @@ class Witness:
             self._account.fail(session_id, "finish", f"turn {step}: {reply.finish_reason!r}, expected {wanted!r}")
         self._account.counts["turns"] += 1
         self._account.counts["tokens"] += len(token_ids)
-        line = {"at": time.time(), "session": session_id, "step": step, "prompt": prompt, "ids": token_ids}
+        self.write(session_id, reply)
+
+    def write(self, session_id: str, reply: Reply) -> None:
+        """A reply that was read, whether or not it was made use of."""
+        line = {"at": time.time(), "session": session_id, "prompt": reply.prompt_ids, "ids": reply.token_ids}
         self._seen.write(json.dumps(line, separators=(",", ":")) + "\n")
+
+    def write_left(self, session_id: str) -> None:
+        """An agent left a request of a session: nobody knows what of it arrived."""
+        self._seen.write(json.dumps({"left": session_id}) + "\n")
 
 
 class Agents:
@@ -209,7 +217,7 @@ class Agents:
             body |= {"stream": True}
         url = f"{self._url}/sessions/{session_id}/v1/chat/completions"
         if rng.random() < self._habits.leaves:
-            await self._leave(url, body, rng)
+            await self._leave(session_id, url, body, rng)
         for attempt in range(self._habits.max_retries + 1):
             began = time.time()
             try:
@@ -221,15 +229,16 @@ class Agents:
                 return reply
         raise AssertionError("unreachable")  # `_pause` raises on the last attempt
 
-    async def _leave(self, url: str, body: Mapping[str, Any], rng: random.Random) -> None:
+    async def _leave(self, session_id: str, url: str, body: Mapping[str, Any], rng: random.Random) -> None:
         """Ask, go away in the middle, and come back a little later."""
         self.account.counts["left"] += 1
         try:
             async with asyncio.timeout(0.02 + rng.random()):
-                await self._ask(url, body)
+                self._witness.write(session_id, await self._ask(url, body))
                 # The reply came before the agent left: for the gateway it is delivered, and the next one is a new one.
                 self.account.counts["left_too_late"] += 1
         except (TimeoutError, Lost):
+            self._witness.write_left(session_id)
             await asyncio.sleep(rng.random() * 2)
 
     async def _ask(self, url: str, body: Mapping[str, Any]) -> Reply:
