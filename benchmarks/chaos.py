@@ -16,7 +16,7 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -28,7 +28,7 @@ import aiohttp
 from benchmarks.custody.agents import Agents, Habits
 from benchmarks.custody.place import Place, prepare
 from benchmarks.custody.processes import Fleet
-from benchmarks.custody.schedule import Deed, Harmer, plan
+from benchmarks.custody.schedule import Deed, Harmer, Planned, plan
 from benchmarks.custody.sweep import run_sweep
 from benchmarks.custody.trainer import CONSUMER
 from gateway.client import GatewayClient
@@ -107,8 +107,12 @@ async def sweep_and_count(
     return {**report, "reader": await count(folder), "doctor": await examine(folder), **environment()}
 
 
-async def run_chaos(folder: Path, settings: ChaosSettings, *, tell: Callable[[str], None]) -> dict[str, Any]:
-    """One run in `folder`, from the first process to the reader's account."""
+async def run_chaos(
+    folder: Path, settings: ChaosSettings, *, tell: Callable[[str], None], planned: Iterable[Planned] | None = None
+) -> dict[str, Any]:
+    """One run in `folder`, from the first process to the reader's account. planned: deeds instead of a seed's."""
+    if planned is None:
+        planned = plan(settings.seed, seconds=settings.seconds, every_seconds=settings.every_seconds)
     place = await asyncio.to_thread(prepare, folder)
     began = time.time()
     connector = aiohttp.TCPConnector(limit=0)
@@ -125,7 +129,7 @@ async def run_chaos(folder: Path, settings: ChaosSettings, *, tell: Callable[[st
         try:
             await fleet.start()
             harmer = Harmer(fleet, place, http)
-            await _play(agents, harmer, settings, tell)
+            await _play(agents, harmer, settings, planned, tell)
             settled = await _settle(fleet, harmer, tell)
             await fleet.trainer.stop()
             exit_code = await fleet.gateway.stop()
@@ -152,10 +156,11 @@ async def run_chaos(folder: Path, settings: ChaosSettings, *, tell: Callable[[st
     }
 
 
-async def _play(agents: Agents, harmer: Harmer, settings: ChaosSettings, tell: Callable[[str], None]) -> None:
+async def _play(
+    agents: Agents, harmer: Harmer, settings: ChaosSettings, planned: Iterable[Planned], tell: Callable[[str], None]
+) -> None:
     """Agents and harm at once; the agents end what they have begun."""
     until = time.time() + settings.seconds
-    planned = plan(settings.seed, seconds=settings.seconds, every_seconds=settings.every_seconds)
     rng = random.Random(settings.seed)
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(harmer.follow(planned, tell=tell))

@@ -309,7 +309,10 @@ def whole_reply(body: Mapping[str, Any]) -> Reply:
 
 async def gathered_reply(answer: aiohttp.ClientResponse, *, on_piece: Callable[[], None] = lambda: None) -> Reply:
     """A streamed reply as one; raises Lost for one without an end. What comes behind the end nobody waits for."""
-    content, calls, token_ids, prompt_ids, finish_reason, ended = "", [], [], [], None, False
+    content, finish_reason, ended = "", None, False
+    calls: list[Any] = []
+    token_ids: list[int] = []
+    prompt_ids: Sequence[int] = []
     async for line in answer.content:
         if not line.startswith(b"data: "):
             continue

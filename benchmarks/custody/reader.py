@@ -351,8 +351,10 @@ def _why_unrecorded(attempt: Attempt, others: Sequence[Attempt], deeds: Sequence
         if attempt.began - 0.05 <= ended and last.ended >= began - 0.05:
             if deed["target"] == "gateway" and deed["harm"] in _KILLS:
                 return "died with the gateway before it was recorded"
-            if deed["target"] not in ("trainer", "gateway") and deed["harm"] in _CUTS and attempt.how != "stop":
-                return "never arrived: a router or an engine was harmed"
+            if deed["target"] == "router" and deed["harm"] in _CUTS:  # what it had read is gone with it
+                return "never arrived: the router was harmed"
+            if deed["target"] == attempt.engine and deed["harm"] in _CUTS and attempt.how != "stop":
+                return "never arrived: its engine was harmed"
     if len(attempt.pieces) <= 2 and attempt.how in ("left", "abort"):
         return "never arrived: the agent left at once"
     return None

@@ -7,10 +7,11 @@ import json
 import random
 import signal
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
+from functools import partial
 
 import aiohttp
 
@@ -98,7 +99,7 @@ class Harmer:
     deeds: list[Deed] = field(default_factory=list)
     _locks: dict[str, asyncio.Lock] = field(default_factory=dict)
 
-    async def follow(self, planned: Iterator[Planned], *, tell: Callable[[str], None]) -> None:
+    async def follow(self, planned: Iterable[Planned], *, tell: Callable[[str], None]) -> None:
         """Until the last deed is done and repaired."""
         began = time.monotonic()
         async with asyncio.TaskGroup() as tasks:
@@ -151,7 +152,7 @@ class Harmer:
         async with GatewayClient(self.fleet.gateway_url, timeout_seconds=20.0) as gateway:
             await _persistently(lambda: gateway.pause(mode))
             for url in self.fleet.engine_urls:
-                await _persistently(lambda url=url: self._load(url, version))
+                await _persistently(partial(self._load, url, version))
             await _persistently(lambda: gateway.set_policy(version, weight_label(version)))
             await _persistently(gateway.resume)
 

@@ -424,9 +424,7 @@ class Forked:
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._handle, signal.SIGKILL)
             os.close(self._handle)
-        if self._forks.stdin is not None:
-            self._forks.stdin.close()
-        self._forks.wait()
+        self._forks.communicate()  # the end of its input is its end
         self._log.close()
 
 
