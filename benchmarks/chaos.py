@@ -159,13 +159,20 @@ async def run_chaos(
 async def _play(
     agents: Agents, harmer: Harmer, settings: ChaosSettings, planned: Iterable[Planned], tell: Callable[[str], None]
 ) -> None:
-    """Agents and harm at once; the agents end what they have begun."""
-    until = time.time() + settings.seconds
+    """Agents and harm at once; when the last deed is done and repaired, the agents end what they have begun."""
+    enough = asyncio.Event()
     rng = random.Random(settings.seed)
+
+    async def harm() -> None:
+        async with asyncio.TaskGroup() as both:
+            both.create_task(harmer.follow(planned, tell=tell))
+            both.create_task(asyncio.sleep(settings.seconds))
+        enough.set()
+
     async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(harmer.follow(planned, tell=tell))
+        tasks.create_task(harm())
         for _ in range(settings.agents):
-            tasks.create_task(agents.run(rng.randrange(1 << 40), until=until))
+            tasks.create_task(agents.run(rng.randrange(1 << 40), enough=enough))
 
 
 async def _settle(fleet: Fleet, harmer: Harmer, tell: Callable[[str], None]) -> bool:

@@ -175,10 +175,10 @@ class Agents:
         """Close the journal."""
         self._witness.close()
 
-    async def run(self, seed: int, *, until: float) -> None:
-        """One agent: session after session until `time.time()` is `until`, and then as many as its group lacks."""
+    async def run(self, seed: int, *, enough: asyncio.Event) -> None:
+        """One agent: session after session until it is `enough`, and then as many as its group lacks."""
         rng = random.Random(seed)
-        while time.time() < until or self._sessions % self._group_size:
+        while not enough.is_set() or self._sessions % self._group_size:
             number = self._sessions
             self._sessions += 1
             try:

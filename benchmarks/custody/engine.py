@@ -66,6 +66,10 @@ class JournallingEngine:
         self._random = random.SystemRandom()
         self._told = told_information(read_folder(model))
 
+    def close(self) -> None:
+        """Close the journal."""
+        self._journal.close()
+
     def app(self) -> web.Application:
         """The application to serve."""
         app = web.Application(client_max_size=2**26)

@@ -36,6 +36,9 @@ _SCHEMA = 3
 _SHOWN = 5
 _NOTICE_SECONDS = 8.0
 """How long after a deed a request may still end because of it."""
+_ON_ITS_WAY_SECONDS = 2.0
+"""How long an engine's last token may take to the ledger's disk on a busy machine."""
+
 _TELLS_LATE_SECONDS = 0.5
 """Within which an engine that was not stopped learns that its client has gone."""
 
@@ -348,7 +351,7 @@ def _why_unrecorded(attempt: Attempt, others: Sequence[Attempt], deeds: Sequence
             last = other if other.ended > last.ended else last
     for deed in deeds:
         began, ended = deed["began"], deed["ended"] + _NOTICE_SECONDS
-        if attempt.began - 0.05 <= ended and last.ended >= began - 0.05:
+        if attempt.began - 0.05 <= ended and last.ended >= began - _ON_ITS_WAY_SECONDS:
             if deed["target"] == "gateway" and deed["harm"] in _KILLS:
                 return "died with the gateway before it was recorded"
             if deed["target"] == "router" and deed["harm"] in _CUTS:  # what it had read is gone with it

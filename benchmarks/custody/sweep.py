@@ -687,6 +687,7 @@ async def run_sweep(folder: Path, num_kills: int, *, num_lanes: int, seed: int, 
         gateway.close()
         witness.close()
         await runner.cleanup()
+        engine.close()
     return _told(sweep.report, account, num_lanes=num_lanes, seed=seed, seconds=time.time() - began)
 
 

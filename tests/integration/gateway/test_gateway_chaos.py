@@ -22,14 +22,14 @@ from benchmarks.custody.reader import read
 from benchmarks.custody.schedule import ALL, Harm, Planned
 
 DEEDS = (
-    Planned(2.0, "gateway", Harm.KILL, lasts=0.1),
+    Planned(1.0, "engine-0", Harm.KILL, lasts=0.5),
+    Planned(1.5, ALL, Harm.UPDATE, mode="abort"),
     Planned(2.5, "trainer", Harm.KILL, lasts=0.1),
-    Planned(5.0, "engine-0", Harm.KILL, lasts=0.5),
-    Planned(5.5, ALL, Harm.UPDATE, mode="abort"),
+    Planned(3.0, "engine-1", Harm.HANG, lasts=0.5),
+    Planned(4.0, "router", Harm.KILL, lasts=0.2),
+    Planned(5.5, "gateway", Harm.KILL, lasts=0.1),
     Planned(7.0, "gateway", Harm.REPLACE),
-    Planned(8.0, "engine-1", Harm.HANG, lasts=1.0),
-    Planned(9.0, "router", Harm.KILL, lasts=0.2),
-    Planned(10.0, "gateway", Harm.RESTART),
+    Planned(8.0, "gateway", Harm.RESTART),
 )
 NUM_KILLS, NUM_SESSIONS = 6, 12
 
@@ -85,7 +85,8 @@ def double_a_turn(folder: Path, store: sqlite3.Connection) -> None:
 
 
 def change_a_token(folder: Path, store: sqlite3.Connection) -> None:
-    store.execute("UPDATE turns SET output_token_ids = x'01000000' || substr(output_token_ids, 5) WHERE turn_index = 0")
+    row, ids = store.execute("SELECT rowid, output_token_ids FROM turns LIMIT 1").fetchone()
+    store.execute("UPDATE turns SET output_token_ids = ? WHERE rowid = ?", (bytes([ids[0] ^ 1]) + ids[1:], row))
 
 
 def forget_an_acknowledgement(folder: Path, store: sqlite3.Connection) -> None:
