@@ -177,9 +177,11 @@ class JournallingEngine:
                 finish = {"type": "abort"} if running.aborted else self.sample(running)
                 await response.write(b"data: " + json.dumps(self._event(running, finish)).encode() + b"\n\n")
             await response.write(b"data: [DONE]\n\n")
-        except (ConnectionError, asyncio.CancelledError):
+        except (ConnectionError, asyncio.CancelledError) as error:
             self._note({"end": running.rid, "how": "left", "n": len(running.token_ids)})
-            raise
+            if isinstance(error, asyncio.CancelledError):
+                raise
+            return response
         self._note({"end": running.rid, "how": finish["type"], "n": len(running.token_ids)})
         return response
 
