@@ -500,7 +500,7 @@ class Sweep:
 
         for lane in self._lanes:
             lane.prepare()
-        before = self._look(self._lanes)
+        before = look(self._place.data, [lane.session_id for lane in self._lanes])
         tasks, fuses = await self._take_places(struck)
         loop = asyncio.get_running_loop()
         loop.call_later(self._set_trigger(strike), strike)
@@ -579,9 +579,6 @@ class Sweep:
         if found_feed.asked:
             found.append(_Struck(self._lanes[0], replace(found_feed), None))
         return found
-
-    def _look(self, lanes: Sequence[Lane]) -> Look:
-        return look(self._place.data, [lane.sight.session_id or lane.session_id for lane in lanes])
 
     def _judge(self, strikes: Sequence[_Struck], before: Look) -> None:
         """Name where each step was struck, and what its client has a right to."""
