@@ -13,11 +13,11 @@ import json
 import os
 import platform
 import random
-import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -28,7 +28,8 @@ import aiohttp
 from benchmarks.custody.agents import Agents, Habits
 from benchmarks.custody.place import Place, prepare
 from benchmarks.custody.processes import Fleet
-from benchmarks.custody.schedule import Deed, Harmer, plan
+from benchmarks.custody.schedule import Deed, Harmer, Planned, plan
+from benchmarks.custody.sweep import run_sweep
 from benchmarks.custody.trainer import CONSUMER
 from gateway.client import GatewayClient
 from gateway.contracts.errors import VerbatimError
@@ -37,6 +38,9 @@ _CHECKOUT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results" / "chaos.json"
 _PACKAGES = ("verbatim-rl", "smg", "aiohttp", "uvicorn", "uvloop")
 _SHOWN = 3
+SWEEP_LANES = 24
+"""Sessions at once in a sweep."""
+
 _SETTLE_SECONDS = 90.0
 GATEWAY_SETTINGS = ("replicas.health_interval_seconds=1.0", "timeouts.stall_seconds=3.0", "timeouts.probe_seconds=2.0")
 
@@ -62,6 +66,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=180.0, help="for how long (180)")
     parser.add_argument("--every", type=float, default=4.0, help="seconds between two deeds, on average (4)")
     parser.add_argument("--seed", type=int, help="of the schedule and of the agents (random)")
+    parser.add_argument(
+        "--kill-points",
+        type=int,
+        metavar="N",
+        help="instead: SIGKILL the gateway N times, each time at other instants of 25 clients' steps",
+    )
     parser.add_argument("--keep", type=Path, metavar="DIR", help="leave all files of the run there")
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="FILE", help="where the figures go")
 
@@ -69,21 +79,40 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run and report; 0 if nothing was lost, doubled or seen to fail."""
     seed = random.SystemRandom().randrange(1 << 31) if arguments.seed is None else arguments.seed
+    if arguments.kill_points is not None:
+        return _run_sweep(arguments, seed)
     settings = ChaosSettings(arguments.agents, arguments.seconds, arguments.every, seed)
-    folder = arguments.keep or Path(tempfile.mkdtemp(prefix="verbatim-chaos-"))
-    sys.stdout.write(f"seed {seed}: {settings.agents} agents, {settings.seconds:g} s, files in {folder}\n")
-    try:
+    with _folder(arguments.keep) as folder:
+        _tell(f"seed {seed}: {settings.agents} agents, {settings.seconds:g} s, files in {folder}\n")
         report = asyncio.run(run_chaos(folder, settings, tell=_tell))
-    finally:
-        if arguments.keep is None:
-            shutil.rmtree(folder, ignore_errors=True)
     sys.stdout.write(shown(report))
     write_results(arguments.output, "chaos", report)
     return 0 if is_clean(report) else 1
 
 
-async def run_chaos(folder: Path, settings: ChaosSettings, *, tell: Callable[[str], None]) -> dict[str, Any]:
-    """One run in `folder`, from the first process to the reader's account."""
+def _run_sweep(arguments: argparse.Namespace, seed: int) -> int:
+    with _folder(arguments.keep) as folder:
+        _tell(f"seed {seed}: {arguments.kill_points} kill points, files in {folder}\n")
+        report = asyncio.run(sweep_and_count(folder, arguments.kill_points, seed=seed, tell=_tell))
+    sys.stdout.write(shown_sweep(report))
+    write_results(arguments.output, "kill_points", report)
+    return 0 if is_clean(report) else 1
+
+
+async def sweep_and_count(
+    folder: Path, num_kills: int, *, num_lanes: int = SWEEP_LANES, seed: int, tell: Callable[[str], None]
+) -> dict[str, Any]:
+    """A sweep in `folder`, and what the reader and the doctor find there."""
+    report = await run_sweep(folder, num_kills, num_lanes=num_lanes, seed=seed, tell=tell)
+    return {**report, "reader": await count(folder), "doctor": await examine(folder), **environment()}
+
+
+async def run_chaos(
+    folder: Path, settings: ChaosSettings, *, tell: Callable[[str], None], planned: Iterable[Planned] | None = None
+) -> dict[str, Any]:
+    """One run in `folder`, from the first process to the reader's account. planned: deeds instead of a seed's."""
+    if planned is None:
+        planned = plan(settings.seed, seconds=settings.seconds, every_seconds=settings.every_seconds)
     place = await asyncio.to_thread(prepare, folder)
     began = time.time()
     connector = aiohttp.TCPConnector(limit=0)
@@ -100,7 +129,7 @@ async def run_chaos(folder: Path, settings: ChaosSettings, *, tell: Callable[[st
         try:
             await fleet.start()
             harmer = Harmer(fleet, place, http)
-            await _play(agents, harmer, settings, tell)
+            await _play(agents, harmer, settings, planned, tell)
             settled = await _settle(fleet, harmer, tell)
             await fleet.trainer.stop()
             exit_code = await fleet.gateway.stop()
@@ -122,19 +151,28 @@ async def run_chaos(folder: Path, settings: ChaosSettings, *, tell: Callable[[st
         "feed_empty": settled,
         "gateway_exit_code": exit_code,
         "reader": account,
+        "doctor": await examine(folder),
         **environment(),
     }
 
 
-async def _play(agents: Agents, harmer: Harmer, settings: ChaosSettings, tell: Callable[[str], None]) -> None:
-    """Agents and harm at once; the agents end what they have begun."""
-    until = time.time() + settings.seconds
-    planned = plan(settings.seed, seconds=settings.seconds, every_seconds=settings.every_seconds)
+async def _play(
+    agents: Agents, harmer: Harmer, settings: ChaosSettings, planned: Iterable[Planned], tell: Callable[[str], None]
+) -> None:
+    """Agents and harm at once; when the last deed is done and repaired, the agents end what they have begun."""
+    enough = asyncio.Event()
     rng = random.Random(settings.seed)
+
+    async def harm() -> None:
+        async with asyncio.TaskGroup() as both:
+            both.create_task(harmer.follow(planned, tell=tell))
+            both.create_task(asyncio.sleep(settings.seconds))
+        enough.set()
+
     async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(harmer.follow(planned, tell=tell))
+        tasks.create_task(harm())
         for _ in range(settings.agents):
-            tasks.create_task(agents.run(rng.randrange(1 << 40), until=until))
+            tasks.create_task(agents.run(rng.randrange(1 << 40), enough=enough))
 
 
 async def _settle(fleet: Fleet, harmer: Harmer, tell: Callable[[str], None]) -> bool:
@@ -164,32 +202,71 @@ async def count(folder: Path) -> dict[str, Any]:
     return dict(json.loads(output))
 
 
+async def examine(folder: Path) -> dict[str, Any]:
+    """What `verbatim doctor --data` says of the ledger."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", "from gateway.cli import main; raise SystemExit(main())"),
+        *("doctor", "--data", str(folder / "data"), "--json"),
+        stdout=asyncio.subprocess.PIPE,
+        cwd=_CHECKOUT,
+    )
+    output, _ = await process.communicate()
+    return {"exit_code": process.returncode, "said": json.loads(output)}
+
+
+@contextmanager
+def _folder(kept: Path | None) -> Iterator[Path]:
+    """Where a run leaves its files; gone afterwards unless it was asked for."""
+    if kept is not None:
+        yield kept
+        return
+    with tempfile.TemporaryDirectory(prefix="verbatim-chaos-", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
 def is_clean(report: Mapping[str, Any]) -> bool:
     """Whether nothing was lost, doubled, or seen to fail."""
-    return not report["agents"]["failures"] and not report["reader"]["findings"] and report["feed_empty"]
+    is_whole = report["doctor"]["exit_code"] == 0 and not report["reader"]["findings"]
+    is_quiet = not any(deed["trouble"] for deed in report.get("deeds", ()))
+    return is_whole and is_quiet and not report["agents"]["failures"] and report.get("feed_empty", True)
 
 
 def shown(report: Mapping[str, Any]) -> str:
     """For people."""
+    return "\n".join([*(_deed_line(deed) for deed in report["deeds"]), *_accounts(report)]) + "\n"
+
+
+def shown_sweep(report: Mapping[str, Any]) -> str:
+    """A sweep, for people."""
+    points = [f"{times:6d} × {name}" for name, times in report["struck_steps_by_instant"].items()]
+    lines = [
+        f"{report['kill_points']} gateways killed, {report['struck_steps']} steps of clients struck:",
+        *points,
+        f"{report['replies_on_disk_and_not_read']} replies were on disk and not read; "
+        f"back after {report['restart_seconds']['median']} s (median)",
+    ]
+    return "\n".join([*lines, *_accounts(report)]) + "\n"
+
+
+def _accounts(report: Mapping[str, Any]) -> list[str]:
     agents, reader = report["agents"], report["reader"]
-    figures = reader["figures"]
-    lines = [_deed_line(deed) for deed in report["deeds"]]
-    lines += [
+    return [
         f"{agents['counts'].get('turns', 0)} turns of {agents['counts'].get('sessions', 0)} sessions seen by agents, "
         f"{agents['num_retries']} retries, {agents['failures']} failures",
         *(f"    {failure['kind']} {failure['session']}: {failure['detail']}" for failure in agents["first_failures"]),
         *(f"    {times:6d} × {reason}" for reason, times in agents["retries"].items()),
-        *(f"{name}: {json.dumps(value)}" for name, value in figures.items()),
+        *(f"{name}: {json.dumps(value)}" for name, value in reader["figures"].items()),
         *(f"FOUND {times} times: {kind}" for kind, times in reader["findings"].items()),
         *(f"    {kind}: {detail}" for kind, details in reader["examples"].items() for detail in details[:_SHOWN]),
+        f"verbatim doctor ends with {report['doctor']['exit_code']}",
         "clean" if is_clean(report) else "NOT CLEAN",
     ]
-    return "\n".join(lines) + "\n"
 
 
 def _deed_line(deed: Mapping[str, Any]) -> str:
     recovery = "never" if deed["recovery_seconds"] is None else f"{deed['recovery_seconds']:.2f} s"
-    return f"{deed['at']:8.2f} s  {deed['harm']:14} {deed['target']:12} {deed['mode']:6} recovered in {recovery}"
+    done = f"{deed['harm']:16} {deed['target']:12} {deed['mode']:6}"
+    return f"{deed['at']:8.2f} s  {done} recovered in {recovery} {deed['trouble']}".rstrip()
 
 
 def _deeds(
@@ -213,6 +290,7 @@ def _deeds(
                 "mode": deed.mode,
                 "lasted_seconds": round(deed.ended - deed.began, 2),
                 "recovery_seconds": recovery,
+                "trouble": deed.trouble,
             }
         )
     return found

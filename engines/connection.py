@@ -193,10 +193,10 @@ class EngineHttp:
                     await on_silence()
             yield opening
         finally:
-            if not opening.done():
-                opening.cancel()
-                with suppress(asyncio.CancelledError, aiohttp.ClientError, OSError):
-                    (await opening).close()
+            # Done or not: what raised here may have come in the same moment as the answer, which nobody would close.
+            opening.cancel()
+            with suppress(asyncio.CancelledError, aiohttp.ClientError, OSError):
+                (await opening).close()
 
     async def _next_piece(
         self, response: aiohttp.ClientResponse, on_silence: Callable[[], Awaitable[None]] | None

@@ -33,11 +33,11 @@ _VERSION = "0.5.23"
 
 
 @dataclass(slots=True)
-class _Request:
+class Request:
     """One request while it runs. spans: [label, first token, token behind the last]."""
 
     rid: str
-    prompt: Sequence[int]
+    key: str
     asked: Sequence[int]
     max_new_tokens: int
     first_row: int | None
@@ -60,11 +60,15 @@ class JournallingEngine:
         self._step_seconds = step_seconds
         self._step_tokens = step_tokens
         self._started_at = time.time()
-        self._running: dict[str, _Request] = {}
+        self._running: dict[str, Request] = {}
         self._going = asyncio.Event()
         self._going.set()
         self._random = random.SystemRandom()
         self._told = told_information(read_folder(model))
+
+    def close(self) -> None:
+        """Close the journal."""
+        self._journal.close()
 
     def app(self) -> web.Application:
         """The application to serve."""
@@ -130,7 +134,7 @@ class JournallingEngine:
         body = json.loads(await request.read())
         if not isinstance(body.get("input_ids"), list):
             return web.json_response({"error": {"message": "input_ids: is required"}}, status=400)
-        key = request.headers.get("X-SMG-Routing-Key", "")
+        key = self.session_of(request, body["input_ids"])
         try:
             prompt, begun = self._script.split(body["input_ids"])
             self._script.check(prompt, begun)
@@ -143,39 +147,49 @@ class JournallingEngine:
         finally:
             self._running.pop(running.rid, None)
 
-    def _begin(self, body: Mapping[str, Any], key: str) -> _Request:
+    def session_of(self, request: web.Request, token_ids: Sequence[int]) -> str:
+        """Whose request it is, percent-encoded: what the router was told."""
+        return request.headers.get("X-SMG-Routing-Key", "")
+
+    async def before_step(self, running: Request) -> None:
+        """Called before each step; who wants to stop a request at an instant waits here."""
+        await asyncio.sleep(self._step_seconds)
+
+    def _begin(self, body: Mapping[str, Any], key: str) -> Request:
         first_row = body.get("routed_experts_start_len") if body.get("return_routed_experts") else None
         sampling = body["sampling_params"]
-        running = _Request(body["rid"], [], body["input_ids"], int(sampling["max_new_tokens"]), first_row)
+        running = Request(body["rid"], key, body["input_ids"], int(sampling["max_new_tokens"]), first_row)
         self._running[running.rid] = running
         self._note({"begin": running.rid, "key": key, "ids": body["input_ids"]})
         return running
 
-    async def _stream(self, request: web.Request, running: _Request) -> web.StreamResponse:
+    async def _stream(self, request: web.Request, running: Request) -> web.StreamResponse:
         """Until the stop token, the limit, an abort, or until the client has gone."""
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         finish: dict[str, Any] | None = None
         try:
             await response.prepare(request)
             while finish is None:
-                await asyncio.sleep(self._step_seconds)
+                await self.before_step(running)
                 await self._wait_resumed(running)
                 if request.transport is None or request.transport.is_closing():
                     raise ConnectionResetError
-                finish = {"type": "abort"} if running.aborted else self._step(running)
+                finish = {"type": "abort"} if running.aborted else self.sample(running)
                 await response.write(b"data: " + json.dumps(self._event(running, finish)).encode() + b"\n\n")
             await response.write(b"data: [DONE]\n\n")
-        except (ConnectionError, asyncio.CancelledError):
+        except (ConnectionError, asyncio.CancelledError) as error:
             self._note({"end": running.rid, "how": "left", "n": len(running.token_ids)})
-            raise
+            if isinstance(error, asyncio.CancelledError):
+                raise
+            return response
         self._note({"end": running.rid, "how": finish["type"], "n": len(running.token_ids)})
         return response
 
-    async def _wait_resumed(self, running: _Request) -> None:
+    async def _wait_resumed(self, running: Request) -> None:
         while not self._going.is_set() and not running.aborted:  # noqa: ASYNC110 (an abort ends it too)
             await asyncio.sleep(self._step_seconds)
 
-    def _step(self, running: _Request) -> dict[str, Any] | None:
+    def sample(self, running: Request) -> dict[str, Any] | None:
         """Sample a few tokens; how the request ended, None if it goes on."""
         asked, fresh = running.asked, []
         prompt, begun = self._script.split([*asked, *running.token_ids])
@@ -197,7 +211,7 @@ class JournallingEngine:
             return {"type": "stop", "matched": self._script.stop}
         return {"type": "length", "length": running.max_new_tokens} if len(fresh) == room else None
 
-    def _event(self, running: _Request, finish: dict[str, Any] | None) -> dict[str, Any]:
+    def _event(self, running: Request, finish: dict[str, Any] | None) -> dict[str, Any]:
         meta: dict[str, Any] = {
             "id": running.rid,
             "finish_reason": finish,
@@ -215,7 +229,7 @@ class JournallingEngine:
         return {"text": "", "output_ids": running.token_ids, "meta_info": meta}
 
     @staticmethod
-    def _rows(running: _Request, first_row: int) -> str:
+    def _rows(running: Request, first_row: int) -> str:
         """Base64 of int32 rows of every input token but the newest."""
         sequence = [*running.asked, *running.token_ids][:-1]
         ids = [expert for i in range(first_row, len(sequence)) for expert in experts(sequence[i], i)]

@@ -35,7 +35,7 @@ class Member:
     """One process. command: made anew for every start. is_ready: whether it does its work."""
 
     name: str
-    command: Callable[[], Sequence[str]]
+    command: Callable[..., Sequence[str]]
     log: Path
     is_ready: Callable[[], Awaitable[bool]]
     process: subprocess.Popen[bytes] | None = None
@@ -47,11 +47,11 @@ class Member:
         """Whether there is a process."""
         return self.process is not None and self.process.poll() is None
 
-    def start(self) -> None:
-        """Start it; it is not ready yet."""
+    def start(self, *flags: str) -> None:
+        """Start it, with more flags than usual; it is not ready yet."""
         self._log = self._log or self.log.open("ab")
         self.process = subprocess.Popen(
-            list(self.command()),
+            [*self.command(), *flags],
             stdout=subprocess.DEVNULL,
             stderr=self._log,
             cwd=_ROOT,
@@ -80,7 +80,7 @@ class Member:
         self.signal(signal.SIGKILL)
         await self._gone()
 
-    async def stop(self, *, timeout_seconds: float = 40.0) -> int:
+    async def stop(self, *, timeout_seconds: float = 90.0) -> int:
         """SIGTERM, and SIGKILL if that does not help; its exit code."""
         self.signal(signal.SIGTERM)
         with suppress(TimeoutError):
@@ -88,6 +88,30 @@ class Member:
                 return await self._gone()
         await self.kill()
         return -signal.SIGKILL
+
+    async def replace(self, *, timeout_seconds: float = 90.0) -> str:
+        """Start another with `--replace` beside it, which takes over; returns what went wrong, "" for nothing."""
+        old = self.process
+        assert old is not None
+        self.start("--replace")
+        deadline = time.monotonic() + timeout_seconds
+        while old.poll() is None and self.running and time.monotonic() < deadline:  # noqa: ASYNC110 (processes)
+            await asyncio.sleep(0.01)
+        if old.poll() is None:
+            new, self.process = self.process, old
+            if new is not None and new.poll() is None:
+                new.kill()
+            return f"not replaced within {timeout_seconds:g} s" if new is None else f"the new one: {new.wait()}"
+        return f"the old one ended with {old.returncode}" if old.returncode else ""
+
+    async def replace_and_kill(self, after_seconds: float) -> None:
+        """As `replace`, but the old one is killed meanwhile."""
+        old = self.process
+        assert old is not None
+        self.start("--replace")
+        await asyncio.sleep(after_seconds)
+        old.kill()
+        old.wait()
 
     async def _gone(self) -> int:
         while self.process is not None and self.process.poll() is None:  # noqa: ASYNC110 (a process)

@@ -32,18 +32,24 @@ _RECORD = struct.Struct("<4sIIQ")
 _CHECKED_FROM = 8
 """Bytes of a routing record before what its checksum covers: magic and checksum."""
 
+_SCHEMA = 3
 _SHOWN = 5
 _NOTICE_SECONDS = 8.0
 """How long after a deed a request may still end because of it."""
+_ON_ITS_WAY_SECONDS = 2.0
+"""How long an engine's last token may take to the ledger's disk on a busy machine."""
+
 _TELLS_LATE_SECONDS = 0.5
 """Within which an engine that was not stopped learns that its client has gone."""
 
 _CUTS = frozenset(("kill", "hang", "hang and kill", "restart"))
+_KILLS = frozenset(("kill", "hang and kill", "replace and kill"))
+"""A gateway that is stopped or replaced otherwise leaves nothing unrecorded."""
 
 
 @dataclass(slots=True)
 class Turn:
-    """A row of `turns`. path: all ids up to its last sampled one."""
+    """A row of `turns`. path: all ids up to its last sampled one. asked: the checksum of those before its output."""
 
     session: str
     turn_id: str
@@ -55,6 +61,7 @@ class Turn:
     late: bool
     rows: tuple[int, int, int] | None
     path: list[int] = field(default_factory=list)
+    asked: int = 0
     marks: list[int] = field(default_factory=list)
 
     @property
@@ -114,6 +121,7 @@ def read(folder: Path, *, consumer: str = "chaos") -> Account:
         finished = {row[0]: row[1] for row in store.execute("SELECT session_id, snapshot FROM finishes")}
         acknowledged = _acknowledged(store, consumer)
         _check_store(store, account)
+        _check_rollouts(store, account)
     _check_turns(turns, script, folder / "data", account)
     attempts = _read_attempts(folder, account)
     _compare_sampled(attempts, turns, deeds, account)
@@ -138,13 +146,36 @@ def _check_store(store: sqlite3.Connection, account: Account) -> None:
     account.figures["sessions"] = sessions
 
 
+def _check_rollouts(store: sqlite3.Connection, account: Account) -> None:
+    """Each rollout's snapshots count what its turns hold, nothing stands half, and no lease is left open."""
+    query = """
+        SELECT s.session_id, s.ordinal, s.num_sampled_tokens, coalesce(sum(length(t.output_token_ids)) / 4, 0)
+        FROM snapshots s LEFT JOIN turns t ON t.session_id = s.session_id AND t.since_snapshot <= s.ordinal
+        GROUP BY s.session_id, s.ordinal"""
+    for session_id, ordinal, told, held in store.execute(query):
+        if told != held:
+            account.find("a snapshot is not what it was", f"{session_id} {ordinal}: {told} sampled tokens, {held} held")
+    for (session_id,) in store.execute("SELECT session_id FROM turns EXCEPT SELECT session_id FROM sessions"):
+        account.find("turns of a session that is not there", session_id)
+    for (session_id,) in store.execute("SELECT session_id FROM finishes EXCEPT SELECT session_id FROM snapshots"):
+        account.find("a finish without a snapshot", session_id)
+    for (lease_id,) in store.execute("SELECT lease_id FROM leases WHERE state = 'open'"):
+        account.find("a lease is left open", lease_id)
+    query = """
+        SELECT h.session_id FROM holdings h LEFT JOIN leases l ON l.lease_id = h.lease_id
+        WHERE h.acknowledged = 1 AND l.state IS NOT 'acknowledged'"""
+    for (session_id,) in store.execute(query):
+        account.find("a rollout is acknowledged and its lease is not", session_id)
+    (schema,) = store.execute("PRAGMA user_version").fetchone()
+    if schema != _SCHEMA:
+        account.find("the store has another schema", f"{schema}, this reader knows {_SCHEMA}")
+
+
 def _read_turns(store: sqlite3.Connection, account: Account) -> list[Turn]:
     """All turns with their paths, parents first."""
-    columns = {row[1] for row in store.execute("PRAGMA table_info(turns)")}
-    late = "since_snapshot > 0" if "since_snapshot" in columns else "0"
     rows = store.execute(
-        f"""SELECT session_id, turn_id, facts, prompt_token_ids, output_token_ids, output_logprobs, checksum,
-                   delivered_at IS NOT NULL, {late}, experts_file, experts_offset, experts_bytes
+        """SELECT session_id, turn_id, facts, prompt_token_ids, output_token_ids, output_logprobs, checksum,
+                   delivered_at IS NOT NULL, since_snapshot > 0, experts_file, experts_offset, experts_bytes
             FROM turns ORDER BY session_id, turn_index"""
     )
     turns: dict[tuple[str, str], Turn] = {}
@@ -182,7 +213,8 @@ def _check_turns(turns: Sequence[Turn], script: Script, data: Path, account: Acc
     for turn in turns:
         named = f"session {turn.session} turn {turn.turn_id}"
         start = len(turn.path) - len(turn.output)
-        turn.marks = _marks(turn.path)[start:]
+        marks = _marks(turn.path)
+        turn.marks, turn.asked = marks[start:], marks[start - 1] if start else 0
         recorded.update((turn.session, mark) for mark in turn.marks)
         try:
             prompt, begun = script.split(turn.path)
@@ -222,10 +254,9 @@ def _check_rows(turn: Turn, data: Path, account: Account) -> int:
             account.find("routing rows are missing", named)
         return 0
     number, offset, num_bytes = turn.rows
-    files = list((data).rglob(f"routing-{number:08d}.seg"))
     record = b""
-    if files:
-        with files[0].open("rb") as file:
+    if (segments := data / "routing" / f"routing-{number:08d}.seg").exists():
+        with segments.open("rb") as file:
             file.seek(offset)
             record = file.read(num_bytes)
     if len(record) < _RECORD.size:
@@ -292,8 +323,11 @@ def _compare_sampled(
             unrecorded["sent after the connection was gone"] += len(fresh) - kept
         elif fresh:
             whole.append(attempt)
+    of_session: dict[str, list[Attempt]] = defaultdict(list)
     for attempt in whole:
-        reason = _why_unrecorded(attempt, whole, deeds)
+        of_session[attempt.session].append(attempt)
+    for attempt in whole:
+        reason = _why_unrecorded(attempt, of_session[attempt.session], deeds)
         unrecorded[reason or "unexplained"] += len(attempt.token_ids)
         if reason is None:
             account.find(
@@ -313,15 +347,17 @@ def _why_unrecorded(attempt: Attempt, others: Sequence[Attempt], deeds: Sequence
     """
     last = attempt
     for other in others:
-        if other.session == attempt.session and other.asked[: len(attempt.asked)] == attempt.asked:
+        if other.asked[: len(attempt.asked)] == attempt.asked:
             last = other if other.ended > last.ended else last
     for deed in deeds:
         began, ended = deed["began"], deed["ended"] + _NOTICE_SECONDS
-        if attempt.began - 0.05 <= ended and last.ended >= began - 0.05 and deed["harm"] in _CUTS:
-            if deed["target"] == "gateway" and deed["harm"] != "hang":
+        if attempt.began - 0.05 <= ended and last.ended >= began - _ON_ITS_WAY_SECONDS:
+            if deed["target"] == "gateway" and deed["harm"] in _KILLS:
                 return "died with the gateway before it was recorded"
-            if deed["target"] != "trainer" and attempt.how != "stop":
-                return "never arrived: a router or an engine was harmed"
+            if deed["target"] == "router" and deed["harm"] in _CUTS:  # what it had read is gone with it
+                return "never arrived: the router was harmed"
+            if deed["target"] == attempt.engine and deed["harm"] in _CUTS and attempt.how != "stop":
+                return "never arrived: its engine was harmed"
     if len(attempt.pieces) <= 2 and attempt.how in ("left", "abort"):
         return "never arrived: the agent left at once"
     return None
@@ -376,7 +412,7 @@ def _compare_seen(folder: Path, turns: Sequence[Turn], account: Account) -> None
     """I4: a reply that an agent got is in the ledger, token by token."""
     recorded = {(turn.session, mark) for turn in turns for mark in turn.marks}
     replies = tokens = 0
-    for line in _lines(folder / "seen.jsonl"):
+    for line in _seen(folder):
         replies += 1
         tokens += len(line["ids"])
         marks = _marks([*line["prompt"], *line["ids"]])[len(line["prompt"]) :]
@@ -396,7 +432,10 @@ def _compare_trained(
     """Every rollout once; in them every token that may train once, and no other."""
     rollouts, acked = _committed(folder / "trained.jsonl", account)
     trained = _trained_tokens(rollouts, account)
-    seen = {(line["session"], _marks([*line["prompt"], *line["ids"]])[-1]) for line in _lines(folder / "seen.jsonl")}
+    seen = {(line["session"], _marks([*line["prompt"], *line["ids"]])[-1]) for line in _seen(folder)}
+    left = {line["left"] for line in _lines(folder / "seen.jsonl") if "left" in line}
+    answered_again = 0
+    answered: set[tuple[str, int]] = set()
     left_out: Counter[str] = Counter()
     by_session: dict[str, list[Turn]] = defaultdict(list)
     for turn in turns:
@@ -405,7 +444,15 @@ def _compare_trained(
         if session_id not in rollouts:
             continue
         reached = _reached(own)
+        continued = {turn.facts["attachment"]["parent_id"] for turn in own if turn.facts["attachment"]["continues"]}
         for turn in own:
+            if turn.marks and (session_id, turn.marks[-1]) in trained:
+                is_new = (session_id, turn.asked) not in answered
+                answered.add((session_id, turn.asked))
+                answered_again += not is_new
+                was_read = (session_id, turn.marks[-1]) in seen or turn.turn_id in continued
+                if not was_read and session_id not in left:
+                    account.find("a reply was trained that no agent got", f"session {session_id} turn {turn.turn_id}")
             missing = [mark for mark in turn.marks if not trained.pop((session_id, mark), 0)]
             if not missing:
                 continue
@@ -427,7 +474,13 @@ def _compare_trained(
         "acknowledged_once": len(acknowledged & rollouts.keys()),
         "acknowledged_leases": len(acked),
         "left_out_tokens": dict(left_out),
+        "prompts_with_another_trained_reply": answered_again,
     }
+
+
+def _seen(folder: Path) -> Iterator[dict[str, Any]]:
+    """Replies that agents read."""
+    return (line for line in _lines(folder / "seen.jsonl") if "ids" in line)
 
 
 def _committed(file: Path, account: Account) -> tuple[dict[str, Mapping[str, Any]], set[str]]:

@@ -7,10 +7,11 @@ import json
 import random
 import signal
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
+from functools import partial
 
 import aiohttp
 
@@ -23,19 +24,23 @@ from gateway.contracts.errors import VerbatimError
 
 class Harm(StrEnum):
     """KILL: SIGKILL, started again. HANG: SIGSTOP, SIGCONT later. HANG_AND_KILL: SIGSTOP, then SIGKILL, started again.
-    RESTART: SIGTERM, started again when it has ended. UPDATE: new weights on all engines."""
+    RESTART: SIGTERM, started again when it has ended. REPLACE: `serve --replace` beside it. REPLACE_AND_KILL: the same,
+    and SIGKILL to the old one meanwhile. UPDATE: new weights on all engines."""
 
     KILL = "kill"
     HANG = "hang"
     HANG_AND_KILL = "hang and kill"
     RESTART = "restart"
+    REPLACE = "replace"
+    REPLACE_AND_KILL = "replace and kill"
     UPDATE = "update"
 
 
 PAUSE_MODES = ("abort", "keep", "drain")
 ALL = "all engines"
 _TARGETS = ("gateway", "gateway", "router", "engine-0", "engine-1", "trainer")
-_HARMS = (Harm.KILL, Harm.KILL, Harm.HANG, Harm.HANG_AND_KILL, Harm.RESTART)
+_HARMS = (Harm.KILL, Harm.HANG, Harm.HANG_AND_KILL, Harm.RESTART)
+_HARMS_OF_GATEWAY = (*_HARMS, Harm.REPLACE, Harm.REPLACE_AND_KILL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +68,11 @@ class Deed:
 
 
 def plan(seed: int, *, seconds: float, every_seconds: float, update_every: int = 3) -> Iterator[Planned]:
-    """Deeds until `seconds`; each `update_every`th is an update of weights, and every target has its turn."""
+    """Deeds until `seconds`; each `update_every`th is an update of weights, and every target and harm has its turn."""
     rng = random.Random(seed)
     at, number, updates = every_seconds, 0, 0
     targets: list[str] = []
+    harms: dict[str, list[Harm]] = {}
     while at < seconds:
         number += 1
         if number % update_every == 0:
@@ -75,7 +81,11 @@ def plan(seed: int, *, seconds: float, every_seconds: float, update_every: int =
         else:
             if not targets:
                 targets = rng.sample(_TARGETS, len(_TARGETS))
-            yield Planned(at, targets.pop(), rng.choice(_HARMS), lasts=rng.uniform(0.1, 4.0))
+            target = targets.pop()
+            if not harms.get(target):
+                known = _HARMS_OF_GATEWAY if target == "gateway" else _HARMS
+                harms[target] = rng.sample(known, len(known))
+            yield Planned(at, target, harms[target].pop(), lasts=rng.uniform(0.1, 4.0))
         at += every_seconds * rng.uniform(0.6, 1.4)
 
 
@@ -89,7 +99,7 @@ class Harmer:
     deeds: list[Deed] = field(default_factory=list)
     _locks: dict[str, asyncio.Lock] = field(default_factory=dict)
 
-    async def follow(self, planned: Iterator[Planned], *, tell: Callable[[str], None]) -> None:
+    async def follow(self, planned: Iterable[Planned], *, tell: Callable[[str], None]) -> None:
         """Until the last deed is done and repaired."""
         began = time.monotonic()
         async with asyncio.TaskGroup() as tasks:
@@ -106,25 +116,34 @@ class Harmer:
             if one.harm is Harm.UPDATE:
                 await self.update(one.mode)
             else:
-                await self._harm(self.fleet.members[one.target], one)
+                deed.trouble = await self._harm(self.fleet.members[one.target], one)
             deed.ended = time.time()
             with self.place.deeds.open("a") as file:
                 file.write(json.dumps(asdict(deed)) + "\n")
 
-    async def _harm(self, member: Member, one: Planned) -> None:
+    async def _harm(self, member: Member, one: Planned) -> str:
+        """What should not have happened meanwhile."""
+        trouble = ""
         if one.harm in (Harm.HANG, Harm.HANG_AND_KILL):
             member.signal(signal.SIGSTOP)
             await asyncio.sleep(one.lasts)
-            if one.harm is Harm.HANG:
+        match one.harm:
+            case Harm.HANG:
                 member.signal(signal.SIGCONT)
-        if one.harm in (Harm.KILL, Harm.HANG_AND_KILL):
-            await member.kill()
-            await asyncio.sleep(min(one.lasts, 1.0))
-        if one.harm is Harm.RESTART:
-            await member.stop()
-        if one.harm is not Harm.HANG:
-            member.start()
+            case Harm.KILL | Harm.HANG_AND_KILL:
+                await member.kill()
+                await asyncio.sleep(min(one.lasts, 1.0))
+                member.start()
+            case Harm.RESTART:
+                exit_code = await member.stop()
+                trouble = f"ended with {exit_code}" if exit_code and member.name == "gateway" else ""
+                member.start()
+            case Harm.REPLACE:
+                trouble = await member.replace()
+            case Harm.REPLACE_AND_KILL:
+                await member.replace_and_kill(one.lasts)
         await member.wait_ready()
+        return trouble
 
     async def update(self, mode: str) -> None:
         """Pause, new weights on every engine, resume; each step as often as it takes."""
@@ -133,7 +152,7 @@ class Harmer:
         async with GatewayClient(self.fleet.gateway_url, timeout_seconds=20.0) as gateway:
             await _persistently(lambda: gateway.pause(mode))
             for url in self.fleet.engine_urls:
-                await _persistently(lambda url=url: self._load(url, version))
+                await _persistently(partial(self._load, url, version))
             await _persistently(lambda: gateway.set_policy(version, weight_label(version)))
             await _persistently(gateway.resume)
 
