@@ -29,6 +29,7 @@ async def served(
     *,
     api_key: str | None = None,
     idle_timeout_seconds: float = 10.0,
+    stall_timeout_seconds: float = 0.0,
 ) -> AsyncIterator[EngineHttp]:
     """A connection to a server that answers everything with `answer`."""
     app = web.Application()
@@ -42,6 +43,7 @@ async def served(
         engine_id="e0",
         connect_timeout_seconds=5,
         idle_timeout_seconds=idle_timeout_seconds,
+        stall_timeout_seconds=stall_timeout_seconds,
         api_key=api_key,
     )
     try:
@@ -70,6 +72,31 @@ def test_events_are_read_whole_however_the_stream_is_cut(
     pieces = [raw[start:stop] for start, stop in zip([0, *cuts], [*cuts, len(raw)], strict=True)]
     read = [payload.decode() for piece in pieces for payload in reader.read(piece)]
     assert read == ["\n".join(lines) for lines in events]
+
+
+async def test_a_request_given_up_in_the_moment_of_its_answer_is_closed() -> None:
+    """What the probe of a silent engine raises is told; the answer that came meanwhile does not stay open."""
+    given_up, left = asyncio.Event(), asyncio.Event()
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        await given_up.wait()
+        response = web.StreamResponse()
+        await response.prepare(request)
+        while request.transport is not None and not request.transport.is_closing():  # noqa: ASYNC110 (a connection)
+            await asyncio.sleep(0.01)
+        left.set()
+        return response
+
+    async def check_silence() -> None:
+        given_up.set()
+        await asyncio.sleep(0.2)
+        raise EngineUnavailable("it hangs")
+
+    async with served(answer, stall_timeout_seconds=0.05) as http:
+        with pytest.raises(EngineUnavailable, match="it hangs"):
+            async with aclosing(http.events("/generate", {}, on_silence=check_silence)) as events:
+                await anext(events)
+        await asyncio.wait_for(left.wait(), 5)
 
 
 async def test_a_stream_of_nothing_but_comments_is_silence() -> None:
