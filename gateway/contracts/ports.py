@@ -152,6 +152,15 @@ class Ledger(Protocol):
 
     async def mark_delivered(self, session_id: str, turn_id: str, delivered_at: float) -> None: ...
 
+    async def mark_lost(self, session_id: str, turn_id: str, lost_at: float) -> None:
+        """Note that a turn's reply reached nobody; a delivery, noted before or after, counts more."""
+        ...
+
+    async def unknown_deliveries(self, session_id: str) -> Sequence[str]:
+        """Turns of whose reply nobody has said that it was delivered, or lost; who answered them has died, or is about
+        to say so."""
+        ...
+
     async def turns(self, session_id: str, *, after: int = -1, snapshot: str | None = None) -> Sequence[TurnRecord]:
         """Turns of a session in order of `index`, from those above `after`; with a snapshot, only those that it is
         made of (none for an unknown one)."""

@@ -77,6 +77,8 @@ def _migrate(connection: sqlite3.Connection) -> None:
         # Open sessions' time to live starts anew: when a turn was recorded was not kept.
         f"ALTER TABLE turns ADD COLUMN recorded_at DOUBLE PRECISION NOT NULL DEFAULT {now!r}",
         "ALTER TABLE turns ADD COLUMN since_snapshot BIGINT NOT NULL DEFAULT 0",
+        "ALTER TABLE turns ADD COLUMN lost_at DOUBLE PRECISION",
+        f"UPDATE turns SET lost_at = {now!r} WHERE delivered_at IS NULL",  # nobody noted which of them were
         "ALTER TABLE finishes ADD COLUMN num_bytes BIGINT NOT NULL DEFAULT 0",
         "ALTER TABLE leases ADD COLUMN incomplete BLOB",
         "ALTER TABLE lease_items ADD COLUMN snapshot TEXT NOT NULL DEFAULT ''",

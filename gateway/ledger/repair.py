@@ -160,7 +160,8 @@ class RowsRepair:
 
     def _take_aside(self, session_id: str, turn_ids: Sequence[str]) -> None:
         columns = (
-            f"{_TURN_COLUMNS}, experts_file, experts_offset, experts_bytes, delivered_at, recorded_at, since_snapshot"
+            f"{_TURN_COLUMNS}, experts_file, experts_offset, experts_bytes, delivered_at, lost_at, recorded_at, "
+            "since_snapshot"
         )
         for turn_id in turn_ids:
             where = (session_id, turn_id)

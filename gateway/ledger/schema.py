@@ -42,7 +42,8 @@ _TABLES = (
         PRIMARY KEY (session_id, name)
     )""",
     "CREATE INDEX sessions_of_label ON session_labels (name, value)",
-    # `checksum` covers facts and arrays; delivered_at and where the routing rows lie stay outside of it.
+    # `checksum` covers facts and arrays; what became of the reply and where the routing rows lie stay outside of it.
+    # `delivered_at`, `lost_at`: both NULL where the process that answered died before it could say.
     # `since_snapshot`: the first snapshot (its ordinal) that has the turn; 0 for all but late ones.
     """CREATE TABLE turns (
         session_id {text} NOT NULL,
@@ -59,6 +60,7 @@ _TABLES = (
         experts_offset BIGINT,
         experts_bytes BIGINT,
         delivered_at DOUBLE PRECISION,
+        lost_at DOUBLE PRECISION,
         recorded_at DOUBLE PRECISION NOT NULL,
         since_snapshot BIGINT NOT NULL,
         PRIMARY KEY (session_id, turn_id)

@@ -149,6 +149,23 @@ class SqlLedger:
 
         await self._write(mark)
 
+    async def mark_lost(self, session_id: str, turn_id: str, lost_at: float) -> None:
+        """Note that a turn's reply reached nobody; a delivery, noted before or after, counts more. NotFound."""
+
+        def mark(connection: Connection) -> None:
+            marked = connection.execute(
+                "UPDATE turns SET lost_at = ? WHERE session_id = ? AND turn_id = ?", (lost_at, session_id, turn_id)
+            )
+            if not marked.rowcount:
+                raise NotFound(f"session {session_id} has no turn {turn_id}")
+
+        await self._write(mark)
+
+    async def unknown_deliveries(self, session_id: str) -> Sequence[str]:
+        """Ids of turns of whose reply nobody has said that it was delivered, or lost."""
+        query = "SELECT turn_id FROM turns WHERE session_id = ? AND delivered_at IS NULL AND lost_at IS NULL"
+        return await self._read(lambda connection: [name for (name,) in connection.execute(query, (session_id,))])
+
     async def turns(self, session_id: str, *, after: int = -1, snapshot: str | None = None) -> Sequence[TurnRecord]:
         """Turns of a session above index `after` in order of `index`, with a snapshot only its own; empty for an
         unknown session or snapshot, and for a dropped rollout."""

@@ -190,16 +190,16 @@ def _look_at(parts: Parts, session_id: str, checked_blobs: dict[str, str | None]
     finish, snapshots = _check_finish(parts.connection, session, session_id, report)
     seen.is_finished = finish is not None
     turn_rows = parts.connection.execute(
-        f"SELECT {_TURN_COLUMNS}, experts_file, experts_offset, experts_bytes, delivered_at, recorded_at, "
+        f"SELECT {_TURN_COLUMNS}, experts_file, experts_offset, experts_bytes, delivered_at, lost_at, recorded_at, "
         "since_snapshot FROM turns WHERE session_id = ? ORDER BY turn_index",
         (session_id,),
     ).fetchall()
     since: dict[str, int] = {}
-    for *columns, file, offset, num_bytes, delivered_at, recorded_at, since_snapshot in turn_rows:
+    for *columns, file, offset, num_bytes, delivered_at, lost_at, recorded_at, since_snapshot in turn_rows:
         row = rows.TurnRow(*columns)
         seen.num_rows += 1
         since[row.turn_id] = since_snapshot
-        turn = _check_turn(row, delivered_at, recorded_at, report)
+        turn = _check_turn(row, delivered_at, {"lost_at": lost_at, "recorded_at": recorded_at}, report)
         if turn is None:
             continue
         seen.turns[row.turn_id] = turn
@@ -299,7 +299,7 @@ def _check_finish(
 
 
 def _check_turn(
-    row: rows.TurnRow, delivered_at: float | None, recorded_at: float, report: _Report
+    row: rows.TurnRow, delivered_at: float | None, other_times: Mapping[str, float | None], report: _Report
 ) -> TurnRecord | None:
     try:
         turn = rows.read_turn(row, delivered_at)
@@ -309,7 +309,7 @@ def _check_turn(
         return None
     names = ("session_id", "turn_id", "turn_index", "num_tokens", "num_trainable_tokens")
     _compare(row, expected, names, DamageKind.TURN, report, turn=row.turn_id)
-    for name, value in (("delivered_at", delivered_at), ("recorded_at", recorded_at)):
+    for name, value in {"delivered_at": delivered_at, **other_times}.items():
         if value is not None and not (
             isinstance(value, float) and turn.created_at - _CLOCK_SECONDS <= value < _latest()
         ):

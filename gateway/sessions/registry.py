@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,7 @@ from gateway.contracts.errors import Conflict, NotFound, SessionSealed, Verbatim
 from gateway.contracts.generation import JsonValue
 from gateway.contracts.ports import Ledger
 from gateway.contracts.records import FinishRecord, SessionOrigin, SessionRecord
-from gateway.sessions.idempotency import OpenTurn, SessionCalls
+from gateway.sessions.idempotency import OpenTurn, SessionCalls, is_whole
 from gateway.sessions.raw import TokenPaths
 from gateway.sessions.tree import TurnTree
 
@@ -21,6 +22,9 @@ _NOTE_SECONDS = 1.0
 """Within which a delivery is noted by another gateway."""
 
 _LOOK_SECONDS = 0.05
+
+
+_log = logging.getLogger(__name__)
 
 
 class RunningTurn(OpenTurn, Protocol):
@@ -87,12 +91,15 @@ class Session:
         return True
 
     @property
-    def has_undelivered_of_others(self) -> bool:
-        """Whether other gateways have recorded turns that nobody is known to have got."""
-        return any(
-            self.tree.delivered_at(node.record.turn_id) is None and not self.calls.is_own(node.record.turn_id)
+    def unsettled(self) -> set[str]:
+        """Whole turns that other processes answered, and that nobody is known to have got."""
+        return {
+            node.record.turn_id
             for node in self.tree
-        )
+            if self.tree.delivered_at(node.record.turn_id) is None
+            and is_whole(node.record)
+            and not self.calls.is_own(node.record.turn_id)
+        }
 
     def check_open(self) -> None:
         """Raise SessionSealed once the session is finished or about to be."""
@@ -167,8 +174,7 @@ class SessionRegistry:
         try:
             await _settle(session)
             await session.deliveries_noted()
-            if self._ledger.shared:
-                await self._let_others_note(session)
+            await self._settle_deliveries(session)
             session.finish = await self._ledger.finish(
                 session.record.session_id, reward=reward, outcome=outcome, metadata=metadata, finished_at=time.time()
             )
@@ -177,12 +183,23 @@ class SessionRegistry:
         self._on_finish(session.record)
         return session.finish
 
-    async def _let_others_note(self, session: Session) -> None:
-        """Another gateway may just be noting that a reply was delivered, whose agent says here that it is done."""
-        deadline = time.monotonic() + _NOTE_SECONDS
-        while session.has_undelivered_of_others and time.monotonic() < deadline:
+    async def _settle_deliveries(self, session: Session) -> None:
+        """Decide on whole replies of which it is not known whether somebody got them.
+
+        Another gateway may just be noting it. If not, the one that answered died with the last byte: had the agent not
+        got the reply it would have asked again, so it counts as delivered, and its tokens train (I3).
+        """
+        session_id, deadline = session.record.session_id, time.monotonic() + _NOTE_SECONDS
+        while self._ledger.shared and session.unsettled and time.monotonic() < deadline:
             await asyncio.sleep(_LOOK_SECONDS)
             await session.catch_up(self._ledger)
+        if not session.unsettled:
+            return
+        for turn_id in session.unsettled & set(await self._ledger.unknown_deliveries(session_id)):
+            now = time.time()
+            await self._ledger.mark_delivered(session_id, turn_id, now)
+            session.tree.mark_delivered(turn_id, now)
+            _log.warning("session %s: the reply of %s is taken for delivered: who gave it died", session_id, turn_id)
 
     async def delete(self, session_id: str) -> None:
         """Forget a session here and in the ledger, which may refuse with Conflict."""

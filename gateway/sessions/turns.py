@@ -12,7 +12,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -310,6 +310,7 @@ class TurnRunner:
         session.calls.leave(turn.turn_id)
         session.hold(self.parts.settings.disconnect_grace_seconds)
         turn.abandon(grace_seconds=self.parts.settings.disconnect_grace_seconds)
+        turn.on_end(lambda: self._note(session, self._note_lost(session, turn.turn_id)))
 
     def delivered(self, session: Session, finished: TurnFinished) -> None:
         """The last byte of a reply has left; the session waits for the note where that matters."""
@@ -317,24 +318,32 @@ class TurnRunner:
         session.calls.leave(finished.record.turn_id)
         session.hold(session.record.ttl_seconds or 0.0)  # since the client has the reply, which may have taken long
         session.tree.mark_delivered(finished.record.turn_id, delivered_at)
-        task = asyncio.create_task(self._note_delivery(finished.record, delivered_at))
+        self._note(session, self._note_delivery(finished.record, delivered_at))
+
+    def _note(self, session: Session, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
         session.deliveries.add(task)
         task.add_done_callback(session.deliveries.discard)
         self._deliveries.add(task)
         task.add_done_callback(self._deliveries.discard)
 
     async def _note_delivery(self, record: TurnRecord, delivered_at: float) -> None:
-        """Nobody is there any more to be told of a failure, and what is not noted may not train: it is insisted on."""
-        for pause in (*_NOTE_PAUSES_SECONDS, None):
-            try:
-                await self.parts.ledger.mark_delivered(record.session_id, record.turn_id, delivered_at)
-            except (LedgerError, NotFound) as error:
-                if pause is None or isinstance(error, NotFound):
-                    _log.warning("the delivery of %s is not noted: %s", record.turn_id, error)
-                    return
-                await asyncio.sleep(pause)
-            else:
-                return
+        mark = self.parts.ledger.mark_delivered
+        try:
+            await _insistently(partial(mark, record.session_id, record.turn_id, delivered_at))
+        except (LedgerError, NotFound) as error:
+            _log.warning("the delivery of %s is not noted: %s", record.turn_id, error)
+
+    async def _note_lost(self, session: Session, turn_id: str) -> None:
+        """So that nobody takes the reply for delivered (`SessionRegistry.close`)."""
+        if session.tree.delivered_at(turn_id) is not None:
+            return
+        try:
+            await _insistently(partial(self.parts.ledger.mark_lost, session.record.session_id, turn_id, time.time()))
+        except NotFound:  # nothing was sampled
+            return
+        except LedgerError as error:
+            _log.warning("that the reply of %s is lost is not noted: %s", turn_id, error)
 
     async def prepared(self) -> None:
         """Wait until `prepare` has been done."""
@@ -624,6 +633,16 @@ def _record(
         created_at=turn.started_at,
         delivered_at=None,
     )
+
+
+async def _insistently(note: Callable[[], Awaitable[None]]) -> None:
+    """Nobody is there to be told of a failure, and what trains depends on it; raises LedgerError after some tries."""
+    for pause in _NOTE_PAUSES_SECONDS:
+        try:
+            return await note()
+        except LedgerError:
+            await asyncio.sleep(pause)
+    return await note()
 
 
 async def _append(parts: TurnParts, session: Session, record: TurnRecord, experts: RoutedExperts | None) -> TurnRecord:

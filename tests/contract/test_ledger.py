@@ -292,6 +292,24 @@ async def test_delivery_is_noted_on_the_turn(ledger: Ledger) -> None:
         await ledger.mark_delivered("s", "t1", 12.5)
 
 
+async def test_what_became_of_a_reply_is_unknown_until_it_is_noted(ledger: Ledger) -> None:
+    """I3: who answered a turn may die before it can say; a delivery counts more than a loss."""
+    await ledger.create_session(a_session())
+    for index in range(4):
+        await ledger.append_turn(a_turn(index=index), None)
+    assert sorted(await ledger.unknown_deliveries("s")) == ["t0", "t1", "t2", "t3"]
+    await ledger.mark_delivered("s", "t0", 12.5)
+    await ledger.mark_lost("s", "t1", 12.5)
+    await ledger.mark_lost("s", "t2", 12.5)
+    await ledger.mark_delivered("s", "t2", 13.5)
+    await ledger.mark_lost("s", "t0", 13.5)
+    assert await ledger.unknown_deliveries("s") == ["t3"]
+    assert await ledger.deliveries("s") == {"t0": 12.5, "t2": 13.5}
+    assert await ledger.unknown_deliveries("unknown") == []
+    with pytest.raises(NotFound):
+        await ledger.mark_lost("s", "t9", 12.5)
+
+
 async def test_a_taken_index_is_refused_and_the_next_one_is_free(ledger: Ledger) -> None:
     """I3: of two processes that append at once one is told to read what the other wrote; nothing is overwritten."""
     await ledger.create_session(a_session())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -76,6 +77,32 @@ def test_turn_that_outlives_the_drain_is_recorded_as_partial(start_gateway: Star
     assert turn["finish"]["reason"] == "abort"
     assert turn["delivered_at"] is None
     assert 0 < len(turn["output_token_ids"]) < 20
+
+
+def test_a_reply_whose_gateway_died_with_its_last_byte_is_trained(start_gateway: StartGateway, tmp_path: Path) -> None:
+    """I3: nobody asks again for what it has read, so at the end of the session it counts as delivered."""
+    first_life = start_gateway(tmp_path)
+    read = first_life.client("read").chat.completions.create(model="m", messages=[QUESTION], tools=TOOLS)
+    assert read.choices[0].finish_reason == "tool_calls"
+    url = f"{first_life.url}/sessions/left/v1/chat/completions"
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(url, json={"messages": [SLOW]}, timeout=0.2)
+    while first_life.get("/health")["turns_running"]:
+        time.sleep(0.01)
+    time.sleep(0.5)  # notes of what became of both replies are on disk
+    first_life.stop(signal.SIGKILL)
+    with sqlite3.connect(tmp_path / "ledger.sqlite") as ledger:  # as if the kill had come before the note
+        assert ledger.execute("UPDATE turns SET delivered_at = NULL WHERE session_id = 'read'").rowcount == 1
+    ledger.close()
+    second_life = start_gateway(tmp_path)
+    assert second_life.turns("read")[0]["delivered_at"] is None
+    for session_id, trained in (("read", True), ("left", False)):
+        second_life.post(f"/sessions/{session_id}/finish", {"reward": 1.0})
+        [turn] = second_life.turns(session_id)
+        assert turn["finish"]["reason"] == "stop"
+        assert (turn["delivered_at"] is not None) == trained
+        picked = second_life.get(f"/sessions/{session_id}/segments")["pick"]
+        assert (picked["num_trained_tokens"] == len(turn["output_token_ids"])) == trained
 
 
 @pytest.mark.parametrize("mode", ["abort", "drain"])
