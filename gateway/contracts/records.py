@@ -125,7 +125,8 @@ class TurnRecord:
     output_token_ids: int32[C]; output_logprobs: float32[C], NaN where the engine gave none (I9).
     version_spans: cover [0, C). experts_start/experts_stop: routing rows stored for this turn, equal if none.
     sampling: as sent to the engine. request_digest: sha256 hex of the agent's body. delivered_at: when the last byte of
-    the reply left (or the session ended, where the process that gave it died unheard), None if it never did. untrainable_reason: why no token of it may be trained, None if they may.
+    the reply left (or its session ended, where the process that gave it had died unheard), None if it never did.
+    untrainable_reason: why no token of it may be trained, None if they may.
 
     Example: a turn that follows a parent of 100 recorded tokens, adds 12 prompt tokens and samples 8, stores 12 + 8 ids
     and routing rows [99, 119): the parent's last token had no row until this turn's prefill (I2).
