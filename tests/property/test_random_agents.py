@@ -35,7 +35,7 @@ async def test_random_agents_of_a_fresh_seed_lose_no_token() -> None:
 
 async def test_random_agents_lose_no_token_whichever_of_several_gateways_they_ask() -> None:
     """I1, I2, I3, I4, I6 where each request goes to one of three gateways that share a ledger."""
-    tally = await run_many(range(NUM_MODELS), num_gateways=3)
+    tally = await run_many(range(0, NUM_MODELS, 3), num_gateways=3)
     assert not tally.failures, report(tally)
 
 
