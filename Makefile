@@ -15,9 +15,10 @@ $(STAMP): pyproject.toml constraints.txt
 	    (apt-get update -qq || true) && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends bubblewrap; \
 	  else echo "bubblewrap is not installed: sandboxes need it (Debian: apt-get install bubblewrap)" >&2; fi; }
 	@ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1 || { if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then \
-	    (apt-get update -qq || true) && apt-get install -y -qq --no-install-recommends postgresql-common && \
+	    (apt-get update -qq || true) && export DEBIAN_FRONTEND=noninteractive && \
+	    apt-get install -y -qq --no-install-recommends postgresql-common && \
 	    sed -i "s/^#\?create_main_cluster.*/create_main_cluster = false/" /etc/postgresql-common/createcluster.conf && \
-	    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends postgresql; \
+	    apt-get install -y -qq --no-install-recommends postgresql; \
 	  else echo "PostgreSQL is not installed: the tests need it (Debian: apt-get install postgresql)" >&2; fi; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt hatchling editables
