@@ -20,6 +20,7 @@ import re
 import struct
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -220,8 +221,12 @@ def _record_at(content: mmap.mmap, number: int, offset: int) -> ScannedRecord | 
 
 
 def file_sizes(folder: Path) -> dict[int, int]:
-    """Bytes of every segment file, by its number."""
-    return {number: _path(folder, number).stat().st_size for number in sorted(_numbers(folder))}
+    """Bytes of every segment file, by its number; one that is removed meanwhile is left out."""
+    sizes: dict[int, int] = {}
+    for number in sorted(_numbers(folder)):
+        with suppress(FileNotFoundError):
+            sizes[number] = _path(folder, number).stat().st_size
+    return sizes
 
 
 def _write_all(descriptor: int, buffers: list[bytes]) -> None:
