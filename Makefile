@@ -29,7 +29,7 @@ demo: install
 	$(BIN)/verbatim demo
 
 test: install clients
-	$(BIN)/python -m pytest -m "not slow and not real_engine"
+	$(BIN)/python -m pytest -m "not slow and not real_engine" -n 2 --dist loadfile
 
 # Everything of `make test`, and the long soak runs.
 test-all: install clients
