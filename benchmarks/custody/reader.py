@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 from urllib.parse import unquote
 
 from benchmarks.custody.oracle import NUM_LAYERS, TOP_K, Script, WrongContinuation, experts, logprob
@@ -45,6 +45,10 @@ _TELLS_LATE_SECONDS = 0.5
 _CUTS = frozenset(("kill", "hang", "hang and kill", "restart"))
 _KILLS = frozenset(("kill", "hang and kill", "replace and kill"))
 """A gateway that is stopped or replaced otherwise leaves nothing unrecorded."""
+
+
+Replies: TypeAlias = Mapping[tuple[str, int], int]
+"""Of each token, by session and mark: how many different replies hold it."""
 
 
 @dataclass(slots=True)
@@ -122,12 +126,12 @@ def read(folder: Path, *, consumer: str = "chaos") -> Account:
         acknowledged = _acknowledged(store, consumer)
         _check_store(store, account)
         _check_rollouts(store, account)
-    _check_turns(turns, script, folder / "data", account)
+    replies = _check_turns(turns, script, folder / "data", account)
     attempts = _read_attempts(folder, account)
     _compare_sampled(attempts, turns, deeds, account)
     _check_one_owner(attempts, deeds, account)
     _compare_seen(folder, turns, account)
-    _compare_trained(folder, turns, finished, acknowledged, account)
+    _compare_trained(folder, turns, replies, finished, acknowledged, account)
     return account
 
 
@@ -205,9 +209,13 @@ def _turn_checksum(facts: bytes, *blobs: bytes) -> int:
     return checksum
 
 
-def _check_turns(turns: Sequence[Turn], script: Script, data: Path, account: Account) -> None:
-    """Every recorded token is what an engine must have sampled there, with its log-prob and its rows."""
+def _check_turns(turns: Sequence[Turn], script: Script, data: Path, account: Account) -> Replies:
+    """Every recorded token is what an engine must have sampled there, with its log-prob and its rows.
+
+    Returns how many different replies hold a token: two to one prompt may begin with the same draw.
+    """
     recorded: Counter[tuple[str, int]] = Counter()
+    ends: defaultdict[tuple[str, int], set[int]] = defaultdict(set)
     untrainable: Counter[str] = Counter()
     rows = 0
     for turn in turns:
@@ -216,6 +224,8 @@ def _check_turns(turns: Sequence[Turn], script: Script, data: Path, account: Acc
         marks = _marks(turn.path)
         turn.marks, turn.asked = marks[start:], marks[start - 1] if start else 0
         recorded.update((turn.session, mark) for mark in turn.marks)
+        for mark in turn.marks:
+            ends[turn.session, mark].add(turn.marks[-1])
         try:
             prompt, begun = script.split(turn.path)
             script.check(prompt, begun)
@@ -229,8 +239,8 @@ def _check_turns(turns: Sequence[Turn], script: Script, data: Path, account: Acc
         if not turn.trainable:
             untrainable[str(turn.facts["untrainable_reason"])] += len(turn.output)
         rows += _check_rows(turn, data, account)
-    for (session, _), times in recorded.items():
-        if times > 1:
+    for (session, mark), times in recorded.items():
+        if times > len(ends[session, mark]):
             account.find("a token is recorded twice", f"session {session}: {times} times")
     account.figures |= {
         "turns": len(turns),
@@ -243,6 +253,7 @@ def _check_turns(turns: Sequence[Turn], script: Script, data: Path, account: Acc
         "untrainable_tokens": dict(untrainable),
         "routing_rows": rows,
     }
+    return {token: len(different) for token, different in ends.items()}
 
 
 def _check_rows(turn: Turn, data: Path, account: Account) -> int:
@@ -425,13 +436,14 @@ def _compare_seen(folder: Path, turns: Sequence[Turn], account: Account) -> None
 def _compare_trained(
     folder: Path,
     turns: Sequence[Turn],
+    replies: Replies,
     finished: Mapping[str, str],
     acknowledged: set[str],
     account: Account,
 ) -> None:
     """Every rollout once; in them every token that may train once, and no other."""
     rollouts, acked = _committed(folder / "trained.jsonl", account)
-    trained = _trained_tokens(rollouts, account)
+    trained = _trained_tokens(rollouts, replies, account)
     seen = {(line["session"], _marks([*line["prompt"], *line["ids"]])[-1]) for line in _seen(folder)}
     left = {line["left"] for line in _lines(folder / "seen.jsonl") if "left" in line}
     answered_again = 0
@@ -445,22 +457,24 @@ def _compare_trained(
             continue
         reached = _reached(own)
         continued = {turn.facts["attachment"]["parent_id"] for turn in own if turn.facts["attachment"]["continues"]}
-        for turn in own:
-            if turn.marks and (session_id, turn.marks[-1]) in trained:
+        # Whole trained replies first: another one may share their first token and have been left out.
+        for turn in sorted(own, key=lambda turn: not (turn.marks and trained[turn.session, turn.marks[-1]])):
+            if turn.marks and trained[session_id, turn.marks[-1]]:
                 is_new = (session_id, turn.asked) not in answered
                 answered.add((session_id, turn.asked))
                 answered_again += not is_new
                 was_read = (session_id, turn.marks[-1]) in seen or turn.turn_id in continued
                 if not was_read and session_id not in left:
                     account.find("a reply was trained that no agent got", f"session {session_id} turn {turn.turn_id}")
-            missing = [mark for mark in turn.marks if not trained.pop((session_id, mark), 0)]
+            missing = [mark for mark in turn.marks if not trained[session_id, mark]]
+            trained.subtract((session_id, mark) for mark in turn.marks if trained[session_id, mark])
             if not missing:
                 continue
             reason = _why_left_out(turn, reached, was_seen=(session_id, turn.marks[-1]) in seen)
             left_out[reason or "lost"] += len(missing)
             if reason is None:
                 account.find("a token is lost", f"session {session_id} turn {turn.turn_id}: {len(missing)} tokens")
-    for session_id, _ in trained:
+    for session_id, _ in +trained:
         account.find("a token was trained that is not recorded", f"session {session_id}")
     for session_id in finished.keys() - rollouts.keys():
         account.find("a finished rollout was not trained", session_id)
@@ -502,9 +516,11 @@ def _committed(file: Path, account: Account) -> tuple[dict[str, Mapping[str, Any
     return rollouts, acked
 
 
-def _trained_tokens(rollouts: Mapping[str, Mapping[str, Any]], account: Account) -> dict[tuple[str, int], int]:
+def _trained_tokens(
+    rollouts: Mapping[str, Mapping[str, Any]], replies: Replies, account: Account
+) -> Counter[tuple[str, int]]:
     """(session, mark) of every trained token; log-probs, versions and rows are checked on the way."""
-    trained: dict[tuple[str, int], int] = {}
+    trained: Counter[tuple[str, int]] = Counter()
     total = rows = 0
     for session_id, rollout in rollouts.items():
         for segment in rollout["segments"]:
@@ -514,9 +530,9 @@ def _trained_tokens(rollouts: Mapping[str, Mapping[str, Any]], account: Account)
                 if not trains:
                     continue
                 total += 1
-                if (session_id, marks[i]) in trained:
+                trained[session_id, marks[i]] += 1
+                if trained[session_id, marks[i]] > replies.get((session_id, marks[i]), 1):
                     account.find("a token was trained twice", f"session {session_id} token {i}")
-                trained[session_id, marks[i]] = 1
                 if segment["logprobs"][i] != logprob(ids[i], i, segment["versions"][i]):
                     account.find("a trained log-prob is another token's", f"session {session_id} token {i}")
             rows += _check_trained_rows(session_id, segment, account)
