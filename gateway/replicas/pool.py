@@ -54,7 +54,7 @@ class ReplicaSettings:
     """Retries and health.
 
     max_fruitless_attempts: how many engine requests in a row may fail without one new token; then the agent gets the
-    error. wait_seconds: how long a turn waits for a healthy engine, or for one that takes it (an engine that says that
+    error. With their delays they outlast a health check, which is how a router's dead worker becomes known. wait_seconds: how long a turn waits for a healthy engine, or for one that takes it (an engine that says that
     it is busy has not failed). busy_seconds: how long an engine is left alone that is busy and does not say for how
     long. shun_seconds: how long others are preferred to an engine that failed; doubled each time that it fails again
     before it completed a request, up to longest_shun_seconds. sticky_slack: a session keeps its engine while that has
@@ -62,7 +62,7 @@ class ReplicaSettings:
     is left paused by someone else (another gateway, or one that died) before it is resumed; 0: for ever.
     """
 
-    max_fruitless_attempts: int = 8
+    max_fruitless_attempts: int = 16
     retry_delay_seconds: float = 0.25
     wait_seconds: float = 60.0
     busy_seconds: float = 1.0
