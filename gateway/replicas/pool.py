@@ -54,8 +54,9 @@ class ReplicaSettings:
     """Retries and health.
 
     max_fruitless_attempts: how many engine requests in a row may fail without one new token; then the agent gets the
-    error. With their delays they outlast a health check, which is how a router's dead worker becomes known. wait_seconds: how long a turn waits for a healthy engine, or for one that takes it (an engine that says that
-    it is busy has not failed). busy_seconds: how long an engine is left alone that is busy and does not say for how
+    error. With their delays they outlast a health check, which is how a router's dead worker becomes known.
+    wait_seconds: how long a turn waits for a healthy engine, or for one that takes it (an engine that says that it is
+    busy has not failed). busy_seconds: how long an engine is left alone that is busy and does not say for how
     long. shun_seconds: how long others are preferred to an engine that failed; doubled each time that it fails again
     before it completed a request, up to longest_shun_seconds. sticky_slack: a session keeps its engine while that has
     at most so many more running requests than the idlest one. found_pause_seconds: how long an engine
