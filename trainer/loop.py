@@ -17,11 +17,11 @@ from typing import Protocol
 
 from gateway.contracts.errors import TrainingError
 from trainer.algorithms.kl import extreme_share, k3
-from trainer.algorithms.losses import Objective
+from trainer.algorithms.objective import Objective
 from trainer.backends.protocol import Measured, TrainBackend, Update
 from trainer.checkpoint import CheckpointStore, RunState, check_same_run
 from trainer.data.batch import StepBatch, step_batch
-from trainer.data.packing import PackedBatch, pack
+from trainer.data.packing import ScoredBatch, pack
 from trainer.data.source import RolloutSource, TakenRollouts
 from trainer.metrics import Evaluation, MetricsLog, StepMetrics
 from trainer.publish import Publisher
@@ -158,7 +158,6 @@ def _check(settings: TrainSettings, parts: LoopParts, state: RunState, taken: Ta
         routed=parts.backend.routed,
         policy_version=state.policy_version,
         max_staleness=settings.batch.max_staleness,
-        normalize=settings.loss.normalize,
         train_incomplete=settings.batch.train_incomplete,
     )
     if batch.dropped_rollouts:
@@ -170,19 +169,16 @@ def _check(settings: TrainSettings, parts: LoopParts, state: RunState, taken: Ta
 def _train(settings: TrainSettings, parts: LoopParts, batch: StepBatch) -> _Trained:
     """The forward under the live router for comparison, then loss and step; runs in a worker thread."""
     started = time.monotonic()
-    if not batch.samples:
+    if not batch.minibatches:
         return _Trained(None, None, 0.0)
-    microbatches = _packed(settings, parts.backend, batch)
+    (minibatch,) = batch.minibatches
+    tokens = settings.batch.tokens_per_microbatch if parts.backend.packs_samples else 1
+    microbatches = pack(minibatch.samples, minibatch.weights, tokens_per_microbatch=tokens)
     without_replay = None
     if settings.replay.mode is not ReplayMode.OFF and settings.replay.measure_without_replay:
         without_replay = parts.backend.measure(microbatches, replay=False)
-    update = parts.backend.update(microbatches, parts.objective)
+    update = parts.backend.update([ScoredBatch(batch) for batch in microbatches], parts.objective)
     return _Trained(update, without_replay, time.monotonic() - started)
-
-
-def _packed(settings: TrainSettings, backend: TrainBackend, batch: StepBatch) -> tuple[PackedBatch, ...]:
-    tokens = settings.batch.tokens_per_microbatch if backend.packs_samples else 1
-    return pack(batch.samples, batch.advantages, tokens_per_microbatch=tokens)
 
 
 async def _evaluate(settings: TrainSettings, parts: LoopParts, state: RunState) -> None:
@@ -203,7 +199,7 @@ async def _evaluate(settings: TrainSettings, parts: LoopParts, state: RunState) 
 def _step_metrics(state: RunState, batch: StepBatch, trained: _Trained, *, seconds_rollout: float) -> StepMetrics:
     update, without = trained.update, trained.without_replay
     measured = None if update is None else update.measured
-    routing = RoutingReport(0, 0, 0, 0) if measured is None else measured.routing
+    routing = RoutingReport() if measured is None else measured.routing
     gap, gap_without = _logratio_figures(measured), _logratio_figures(without)
     return StepMetrics(
         step=state.step,
@@ -228,7 +224,7 @@ def _step_metrics(state: RunState, batch: StepBatch, trained: _Trained, *, secon
         extreme_share_without_replay=gap_without.extreme_share,
         loss=None if update is None else update.loss,
         grad_norm=None if update is None else update.grad_norm,
-        clipped_share=None if update is None else update.clipped_share,
+        clipped_share=None if update is None else update.shares.get("clipped"),
         entropy=None if measured is None else float(measured.entropy.double().mean()),
         staleness_mean=batch.staleness_mean,
         seconds_rollout=seconds_rollout,

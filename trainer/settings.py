@@ -1,6 +1,6 @@
 """Settings of `verbatim train`: the tables of a recipe file (`trainer/recipes/*.toml`), as frozen dataclasses.
 
-Only names, defaults and ranges; no torch. `[rollouts]` lives beside the controller that it configures.
+Only names, defaults and ranges; no torch. Tables of one folder live in its own `settings.py`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ from enum import StrEnum
 from pathlib import Path
 
 from gateway.contracts.errors import ConfigurationError
+from trainer.algorithms.settings import AdvantageSettings, LossSettings
+from trainer.backends.settings import LoraSettings, ModelSettings, OptimizerSettings, ParallelSettings
+from trainer.data.settings import BatchSettings
 from trainer.rollouts.settings import RolloutSettings
 
 
@@ -29,14 +32,6 @@ class RunSettings:
     def __post_init__(self) -> None:
         _require(self.steps >= 1, f"run.steps is {self.steps}; it must be at least 1")
         _require(bool(self.name), "run.name is empty")
-
-
-@dataclass(frozen=True, slots=True)
-class ModelSettings:
-    """`path`: a Hugging Face folder. `experts`: transformers' expert implementation (grouped_mm, eager, batched_mm)."""
-
-    path: Path
-    experts: str = "grouped_mm"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,46 +78,12 @@ class SandboxSettings:
     driver: str = "local"
 
 
-@dataclass(frozen=True, slots=True)
-class OptimizerSettings:
-    """AdamW and gradient clipping (`grad_clip`: the largest global norm; 0 leaves gradients alone)."""
-
-    learning_rate: float = 1e-6
-    betas: tuple[float, ...] = (0.9, 0.95)
-    weight_decay: float = 0.0
-    grad_clip: float = 1.0
-
-    def __post_init__(self) -> None:
-        _require(self.learning_rate > 0, f"optimizer.learning_rate is {self.learning_rate}; it must be positive")
-        _require(len(self.betas) == 2, f"optimizer.betas needs two numbers, got {list(self.betas)}")
-        _require(self.grad_clip >= 0, f"optimizer.grad_clip is {self.grad_clip}; it must not be negative")
-
-
-class OldPolicy(StrEnum):
-    """Whose log-probs stand below the ratio: the trainer's own before the update, or the engine's as recorded."""
-
-    TRAIN = "train"
-    ROLLOUT = "rollout"
-
-
-@dataclass(frozen=True, slots=True)
-class LossSettings:
-    """PPO-clip over GRPO advantages; `normalize` divides advantages by the group's standard deviation."""
-
-    clip_low: float = 0.2
-    clip_high: float = 0.28
-    normalize: bool = True
-    old_policy: OldPolicy = OldPolicy.TRAIN
-
-    def __post_init__(self) -> None:
-        _require(0 < self.clip_low < 1, f"loss.clip_low is {self.clip_low}; it must be in (0, 1)")
-        _require(self.clip_high > 0, f"loss.clip_high is {self.clip_high}; it must be positive")
-
-
 class ReplayMode(StrEnum):
-    """`off`: the live router. `r3`: the experts that the engine recorded (arXiv 2510.11370)."""
+    """`off`: the live router. `r2`: the experts of the trainer's own forward before the step's first update (GSPO,
+    arXiv 2507.18071, section 5.3). `r3`: those that the engine recorded (arXiv 2510.11370)."""
 
     OFF = "off"
+    R2 = "r2"
     R3 = "r3"
 
 
@@ -135,22 +96,10 @@ class ReplaySettings:
 
 
 @dataclass(frozen=True, slots=True)
-class BatchSettings:
-    """`tokens_per_microbatch`: input tokens packed into one forward; attention costs their square on CPU, where about
-    the length of the longest sample is best. `max_staleness`: policy versions a trained token may be behind the
-    trainer; older rollouts are dropped and counted. `pick`: which sampled turns of a rollout train (all, delivered,
-    final-path, or the gateway operator's own); without it the gateway's default. `train_incomplete`: also rollouts
-    whose conversation was sampled in part elsewhere, or whose record lost a turn (`complete: false`); else they are
-    dropped and counted."""
+class MetricsSettings:
+    """Where steps are written besides metrics.jsonl: `sinks` of tensorboard and wandb (extras of that name)."""
 
-    tokens_per_microbatch: int = 2048
-    max_staleness: int = 1
-    pick: str | None = None
-    train_incomplete: bool = False
-
-    def __post_init__(self) -> None:
-        _require(self.tokens_per_microbatch >= 1, "batch.tokens_per_microbatch must be at least 1")
-        _require(self.max_staleness >= 0, "batch.max_staleness must not be negative")
+    sinks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,12 +132,16 @@ class TrainSettings:
     gateway: GatewaySettings = field(default_factory=GatewaySettings)
     engines: EngineSettings = field(default_factory=EngineSettings)
     sandbox: SandboxSettings = field(default_factory=SandboxSettings)
+    lora: LoraSettings = field(default_factory=LoraSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    parallel: ParallelSettings = field(default_factory=ParallelSettings)
+    advantage: AdvantageSettings = field(default_factory=AdvantageSettings)
     loss: LossSettings = field(default_factory=LossSettings)
     replay: ReplaySettings = field(default_factory=ReplaySettings)
     batch: BatchSettings = field(default_factory=BatchSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    metrics: MetricsSettings = field(default_factory=MetricsSettings)
 
 
 def _require(holds: bool, message: str) -> None:

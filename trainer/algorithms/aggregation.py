@@ -1,15 +1,15 @@
-"""From losses per token to one number. The denominator is the whole step's, never the micro-batch's, so that neither
-the number of micro-batches nor the way samples are packed changes loss or gradient."""
+"""From losses per token to one number: the weight of each token in the step's sum. Denominators are the whole step's,
+never the micro-batch's or the rank's, so that no cut of a step changes loss or gradient. Pure functions."""
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Sequence
 
 
-def token_mean(losses_S: Tensor, *, num_trained_tokens: int) -> Tensor:
-    """This micro-batch's part of the mean over all trained tokens of the step: `sum(losses) / num_trained_tokens`.
+def token_weights(tokens_of_rollout: Sequence[int]) -> tuple[float, ...]:
+    """The weight of each token of each rollout, `1 / sum(tokens)`: every token weighs the same.
 
-    DAPO (arXiv 2503.14476, section 3.3): every token weighs the same, however long its rollout. The parts of all
-    micro-batches add up to the step's loss.
+    DAPO (arXiv 2503.14476, section 3.3).
     """
-    return losses_S.sum() / num_trained_tokens
+    total = sum(tokens_of_rollout)
+    return tuple(1.0 / total for _ in tokens_of_rollout)

@@ -1,30 +1,17 @@
 """Policy losses, one term a token; aggregation is elsewhere. Pure functions, each with its paper.
 
-Shape letters: S = trained (sampled, unmasked) tokens of one micro-batch. A loss that a user adds is a class with the
-call of `Objective`; nothing else of the trainer changes.
+Shape letters: S = trained (sampled, unmasked) tokens of one micro-batch.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from trainer.settings import LossSettings, OldPolicy
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class TrainedTokens:
-    """What is known of the S trained tokens besides the live log-probs; all are constants of the step.
-
-    rollout_logprobs, advantages: float32[S]. sample_index: int64[S], which sample of the micro-batch a token is of.
-    """
-
-    rollout_logprobs: Tensor
-    advantages: Tensor
-    sample_index: Tensor
+from trainer.algorithms.objective import LiveTokens, TokenTerms, TrainedTokens
+from trainer.algorithms.settings import LossSettings, OldPolicy
 
 
 class TokenLoss(NamedTuple):
@@ -32,12 +19,6 @@ class TokenLoss(NamedTuple):
 
     loss: Tensor
     clipped: Tensor
-
-
-class Objective(Protocol):
-    """A loss over trained tokens."""
-
-    def __call__(self, logprobs_S: Tensor, tokens: TrainedTokens) -> TokenLoss: ...
 
 
 def ppo_clip_loss(
@@ -53,25 +34,23 @@ def ppo_clip_loss(
     return TokenLoss(loss=-torch.minimum(free_S, held_S), clipped=held_S.detach() < free_S.detach())
 
 
-class PpoObjective:
-    """PPO-clip against the old policy that the settings name.
+class PolicyObjective:
+    """The objective that the settings name."""
 
-    `OldPolicy.TRAIN`: the trainer's own log-probs of this batch before its update, under routing replay. With one
-    update a batch that is the live forward itself, so the ratio is exactly 1, its gradient is the policy gradient,
-    and the gap between engine and trainer does not enter the loss. `OldPolicy.ROLLOUT`: what the engine recorded; then
-    the clip also bounds staleness and the gap.
-    """
+    needs_reference = False
+    needs_entropy_gradient = False
 
     def __init__(self, settings: LossSettings) -> None:
         self._settings = settings
 
-    def __call__(self, logprobs_S: Tensor, tokens: TrainedTokens) -> TokenLoss:
-        """The loss of S tokens; the gradient flows through `logprobs_S` only."""
-        old_S = logprobs_S.detach() if self._settings.old_policy is OldPolicy.TRAIN else tokens.rollout_logprobs
-        return ppo_clip_loss(
-            logprobs_S,
+    def __call__(self, live: LiveTokens, tokens: TrainedTokens) -> TokenTerms:
+        """The loss of S tokens; the gradient flows through `live` only."""
+        old_S = tokens.old_logprobs if self._settings.old_policy is OldPolicy.TRAIN else tokens.rollout_logprobs
+        terms = ppo_clip_loss(
+            live.logprobs,
             old_S,
             tokens.advantages,
             clip_low=self._settings.clip_low,
             clip_high=self._settings.clip_high,
         )
+        return TokenTerms(terms.loss, {"clipped": terms.clipped})

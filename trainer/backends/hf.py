@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import inspect
 import shutil
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,14 +23,14 @@ import transformers
 from torch import Tensor
 
 from gateway.contracts.errors import ConfigurationError, NonFiniteLoss, TrainingError
-from trainer.algorithms.aggregation import token_mean
-from trainer.algorithms.losses import Objective, TrainedTokens
-from trainer.backends.protocol import Measured, Update
-from trainer.data.packing import PackedBatch
-from trainer.replay.inject import RoutingReplay
+from trainer.algorithms.objective import LiveTokens, Objective, TrainedTokens
+from trainer.backends.protocol import Measured, Policy, Update
+from trainer.backends.settings import ModelSettings, OptimizerSettings
+from trainer.data.packing import PackedBatch, ScoredBatch
+from trainer.replay.inject import RoutingReplay, recorded_rows
 from trainer.replay.validate import RoutedLayers
-from trainer.replay.verify import RoutingReport, total_report
-from trainer.settings import ModelSettings, OptimizerSettings, ReplayMode
+from trainer.replay.verify import RoutingReport
+from trainer.settings import ReplayMode
 
 _STATE_FILE = "backend.pt"
 _PACKING_TOLERANCE = 1e-4
@@ -76,28 +78,42 @@ class HFBackend:
         """Measured at load: whether packed samples keep the log-probs that they have alone."""
         return self._packs_samples
 
-    def measure(self, batches: Sequence[PackedBatch], *, replay: bool) -> Measured:
+    def measure(self, batches: Sequence[PackedBatch], *, replay: bool, policy: Policy = Policy.ACTOR) -> Measured:
         """Log-probs, entropy and routing of all trained tokens, without gradient."""
+        if policy is Policy.REFERENCE:
+            raise ConfigurationError("this backend holds no reference policy")
         with torch.no_grad():
             return _measured(batches, [self._forward(batch, replay=replay) for batch in batches])
 
-    def update(self, batches: Sequence[PackedBatch], objective: Objective) -> Update:
+    def record(self, batches: Sequence[PackedBatch]) -> tuple[tuple[PackedBatch, ...], Measured]:
+        """The batches with the live router's choices as their rows."""
+        if self._replay is None:
+            raise ConfigurationError("routing is recorded only where replay is on")
+        recorded, forwards = [], []
+        for batch in batches:
+            with torch.no_grad(), self._replay.recording() as record:
+                forwards.append(self._forward(batch, replay=False))
+            rows = recorded_rows(record.ids(), self._replay.plan.routed)
+            recorded.append(replace(batch, layout=replace(batch.layout, routing=rows)))
+        return tuple(recorded), _measured(batches, forwards)
+
+    def update(self, batches: Sequence[ScoredBatch], objective: Objective) -> Update:
         """Accumulate gradients over the micro-batches under replay, clip them, and step.
 
         Raises NonFiniteLoss, TrainingError without a trained token; parameters are then as before.
         """
-        num_trained = sum(batch.layout.num_trained for batch in batches)
+        num_trained = sum(scored.batch.layout.num_trained for scored in batches)
         if not num_trained:
             raise TrainingError("no token of this batch may be trained")
         self._optimizer.zero_grad(set_to_none=True)
-        forwards, loss, num_clipped = [], 0.0, 0
-        for batch in batches:
-            forward = self._forward(batch, replay=True)
-            terms = objective(forward.logprobs, _trained_tokens(batch))
-            part = token_mean(terms.loss, num_trained_tokens=num_trained)
+        forwards, loss, shares = [], 0.0, Counter[str]()
+        for scored in batches:
+            forward = self._forward(scored.batch, replay=True)
+            terms = objective(LiveTokens(forward.logprobs, forward.entropy), _trained_tokens(scored, forward))
+            part = (terms.loss * _weights(scored.batch)).sum()
             part.backward()
             loss += float(part.detach())
-            num_clipped += int(terms.clipped.sum())
+            shares.update({name: float(values.double().sum()) for name, values in terms.shares.items()})
             forwards.append(forward._replace(logprobs=forward.logprobs.detach()))
         grad_norm = self._clipped_grad_norm()
         if not np.isfinite(loss) or not np.isfinite(grad_norm):
@@ -105,7 +121,13 @@ class HFBackend:
             raise NonFiniteLoss(f"loss {loss}, gradient norm {grad_norm}: the step was not made")
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return Update(loss, grad_norm, num_clipped / num_trained, _measured(batches, forwards))
+        return Update(
+            loss=loss,
+            grad_norm=grad_norm,
+            learning_rate=float(self._optimizer.param_groups[0]["lr"]),
+            shares={name: total / num_trained for name, total in shares.items()},
+            measured=_measured([scored.batch for scored in batches], forwards),
+        )
 
     def save(self, folder: Path) -> None:
         """Parameters, optimiser and random state in one file."""
@@ -134,6 +156,9 @@ class HFBackend:
                 if file.is_file():
                     shutil.copy2(file, folder / file.name)
 
+    def close(self) -> None:
+        """Nothing is held beside this process."""
+
     def _forward(self, batch: PackedBatch, *, replay: bool) -> _Forward:
         layout = batch.layout
         positions_S = torch.from_numpy(np.flatnonzero(layout.trained))
@@ -144,16 +169,14 @@ class HFBackend:
         }
         if self._keeps_logits:
             inputs["logits_to_keep"] = positions_S
-        if replay and self._replay is not None and layout.experts is not None:
-            with self._replay.replaying(
-                torch.from_numpy(layout.experts), torch.from_numpy(layout.routed_valid)
-            ) as check:
+        if replay and self._replay is not None and layout.routing is not None:
+            with self._replay.replaying(layout.routing) as check:
                 logits_NV = self._model(**inputs).logits[0]
             routing = check.report()
         else:
             logits_NV = self._model(**inputs).logits[0]
-            rows = layout.num_positions if self._replay is not None else 0
-            routing = RoutingReport(total=rows, replayed=0, verified=0, fallback=rows)
+            rows = layout.num_positions * len(self.routed.layers) if self.routed is not None else 0
+            routing = RoutingReport(total=rows, fallback=rows)
         logits_SV = logits_NV if self._keeps_logits else logits_NV[positions_S]
         logits_SV = logits_SV.float() / torch.from_numpy(layout.temperature)[positions_S, None]
         all_logprobs_SV = torch.log_softmax(logits_SV, dim=-1)
@@ -192,21 +215,34 @@ def _packing_holds(model: Any) -> bool:
     return bool(torch.allclose(packed, torch.cat(alone), atol=_PACKING_TOLERANCE, rtol=0.0))
 
 
-def _trained_tokens(batch: PackedBatch) -> TrainedTokens:
+def _trained_tokens(scored: ScoredBatch, forward: _Forward) -> TrainedTokens:
+    batch = scored.batch
     trained = batch.layout.trained
+    old, ref = scored.old_logprobs, scored.ref_logprobs
     return TrainedTokens(
-        rollout_logprobs=torch.from_numpy(batch.layout.rollout_logprobs[trained]),
+        rollout_logprobs=_rollout_logprobs(batch),
+        old_logprobs=forward.logprobs.detach() if old is None else torch.from_numpy(old),
+        ref_logprobs=None if ref is None else torch.from_numpy(ref),
         advantages=torch.from_numpy(batch.advantages[trained]),
         sample_index=torch.from_numpy(batch.sample_index[trained].astype(np.int64)),
+        num_samples=len(batch.sample_starts),
     )
+
+
+def _rollout_logprobs(batch: PackedBatch) -> Tensor:
+    return torch.from_numpy(batch.layout.rollout_logprobs[batch.layout.trained])
+
+
+def _weights(batch: PackedBatch) -> Tensor:
+    return torch.from_numpy(batch.weights[batch.layout.trained])
 
 
 def _measured(batches: Sequence[PackedBatch], forwards: Sequence[_Forward]) -> Measured:
     return Measured(
         logprobs=torch.cat([forward.logprobs for forward in forwards]),
-        rollout_logprobs=torch.cat([_trained_tokens(batch).rollout_logprobs for batch in batches]),
+        rollout_logprobs=torch.cat([_rollout_logprobs(batch) for batch in batches]),
         entropy=torch.cat([forward.entropy for forward in forwards]),
-        routing=total_report(forward.routing for forward in forwards),
+        routing=sum((forward.routing for forward in forwards), RoutingReport()),
     )
 
 

@@ -1,27 +1,36 @@
 """TrainBackend: what the loop needs of whatever holds parameters and optimiser. Values in and out are the whole step's;
-how it is cut into micro-batches, devices and processes is the backend's own business.
+how it is cut into devices and processes is the backend's own business.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
 
-from trainer.algorithms.losses import Objective
-from trainer.data.packing import PackedBatch
+from trainer.algorithms.objective import Objective
+from trainer.data.packing import PackedBatch, ScoredBatch
 from trainer.replay.validate import RoutedLayers
 from trainer.replay.verify import RoutingReport
+
+
+class Policy(StrEnum):
+    """Which policy a forward is of: the one in training, or the frozen one that KL is taken against."""
+
+    ACTOR = "actor"
+    REFERENCE = "reference"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Measured:
     """Log-probs of the S trained tokens of a step, in batch order, and what their forward did.
 
-    logprobs, entropy (nats): float32[S], of the temperature-scaled distribution. rollout_logprobs: float32[S].
+    logprobs, entropy (nats): float32[S], of the distribution that the rollout log-probs are of. rollout_logprobs:
+    float32[S].
     """
 
     logprobs: Tensor
@@ -32,12 +41,13 @@ class Measured:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Update:
-    """One optimiser step: the loss it minimised, the gradient norm before clipping, the share of clipped tokens, and
-    the log-probs before the update."""
+    """One optimiser step: the loss it minimised, the gradient norm before clipping, the learning rate, means over
+    trained tokens of the objective's `shares`, and the log-probs before the update."""
 
     loss: float
     grad_norm: float
-    clipped_share: float
+    learning_rate: float
+    shares: Mapping[str, float]
     measured: Measured
 
 
@@ -46,7 +56,7 @@ class TrainBackend(Protocol):
 
     @property
     def routed(self) -> RoutedLayers | None:
-        """The routing that recorded rows must fit; None where nothing is replayed."""
+        """The routing that recorded rows must fit; None for a dense model, or where nothing is replayed."""
         ...
 
     @property
@@ -54,12 +64,20 @@ class TrainBackend(Protocol):
         """Whether several samples may share one micro-batch; False: one sample each."""
         ...
 
-    def measure(self, batches: Sequence[PackedBatch], *, replay: bool) -> Measured:
-        """Log-probs without gradient, with recorded routing or with the live router."""
+    def measure(self, batches: Sequence[PackedBatch], *, replay: bool, policy: Policy = Policy.ACTOR) -> Measured:
+        """Log-probs without gradient, with recorded routing or with the live router, which is then compared with what
+        was recorded (`RoutingReport.flipped`)."""
         ...
 
-    def update(self, batches: Sequence[PackedBatch], objective: Objective) -> Update:
-        """One step over all micro-batches; raises NonFiniteLoss before any parameter changes."""
+    def record(self, batches: Sequence[PackedBatch]) -> tuple[tuple[PackedBatch, ...], Measured]:
+        """The batches with the live router's choices as their routing rows, and what that forward measured (`r2`)."""
+        ...
+
+    def update(self, batches: Sequence[ScoredBatch], objective: Objective) -> Update:
+        """One step over all micro-batches under their routing rows.
+
+        Raises NonFiniteLoss before any parameter changes.
+        """
         ...
 
     def save(self, folder: Path) -> None:
@@ -70,4 +88,8 @@ class TrainBackend(Protocol):
 
     def export(self, folder: Path) -> None:
         """Write the policy as a Hugging Face checkpoint, tokenizer and template included."""
+        ...
+
+    def close(self) -> None:
+        """End processes and free devices."""
         ...

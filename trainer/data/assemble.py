@@ -33,7 +33,7 @@ def assemble(rollout: FinishedRollout, routed: RoutedLayers | None) -> tuple[Tra
         TrainSample(
             session_id=rollout.session.session_id,
             segment_id=segment.segment_id,
-            layout=segment_layout(segment, replayable_rows(segment, routed)),
+            layout=segment_layout(segment, None if routed is None else replayable_rows(segment, routed)),
         )
         for segment in rollout.segments
         if segment.loss_mask.any()

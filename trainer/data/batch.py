@@ -13,7 +13,9 @@ import torch
 from gateway.contracts.records import Outcome
 from gateway.contracts.rollouts import FinishedRollout
 from trainer.algorithms.advantages import grpo_advantages, has_zero_variance
+from trainer.algorithms.aggregation import token_weights
 from trainer.data.assemble import TrainSample, assemble
+from trainer.data.packing import SampleWeights
 from trainer.data.source import group_of
 from trainer.replay.validate import RoutedLayers
 
@@ -30,8 +32,16 @@ class DropReason(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Minibatch:
+    """What one optimiser step trains on: samples, and what each counts with."""
+
+    samples: tuple[TrainSample, ...]
+    weights: tuple[SampleWeights, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class StepBatch:
-    """One step's samples, one advantage a sample; a rollout's segments share its advantage.
+    """One step's samples by optimiser step; a rollout's segments share its advantage and stay together.
 
     tokens_sampled = tokens picked for training + tokens_left_out, of the rollouts that are in; tokens_dropped are those
     sampled in rollouts that are not, dropped_by counts these by reason. staleness_mean is over the picked tokens, in
@@ -39,8 +49,7 @@ class StepBatch:
     Groups whose rewards are all equal stay in with advantage 0: their tokens count as trained, and teach nothing.
     """
 
-    samples: tuple[TrainSample, ...]
-    advantages: tuple[float, ...]
+    minibatches: tuple[Minibatch, ...]
     rollouts: int
     groups: int
     zero_variance_groups: int
@@ -63,7 +72,7 @@ def step_batch(
     routed: RoutedLayers | None,
     policy_version: int,
     max_staleness: int,
-    normalize: bool,
+    normalize: bool = True,
     train_incomplete: bool = False,
 ) -> StepBatch:
     """Choose, score and assemble; the order of rollouts is kept.
@@ -82,8 +91,7 @@ def step_batch(
     tokens_sampled = sum(rollout.num_sampled_tokens for rollout in kept)
     staleness = [policy_version - _trained_versions(rollout) for rollout in kept]
     return StepBatch(
-        samples=tuple(sample for sample, _ in samples),
-        advantages=tuple(advantage for _, advantage in samples),
+        minibatches=(_minibatch(samples),) if samples else (),
         rollouts=len(kept),
         groups=groups,
         zero_variance_groups=zero_variance_groups,
@@ -93,6 +101,15 @@ def step_batch(
         tokens_left_out=sum(rollout.pick.num_left_out_tokens for rollout in kept),
         tokens_dropped=sum(rollout.num_sampled_tokens for rollout in rollouts) - tokens_sampled,
         staleness_mean=float(np.concatenate(staleness).mean()) if any(map(len, staleness)) else None,
+    )
+
+
+def _minibatch(samples: Sequence[tuple[TrainSample, float]]) -> Minibatch:
+    num_trained = [sample.layout.num_trained for sample, _ in samples]
+    weights = token_weights(num_trained)
+    return Minibatch(
+        samples=tuple(sample for sample, _ in samples),
+        weights=tuple(SampleWeights(advantage, w) for (_, advantage), w in zip(samples, weights, strict=True)),
     )
 
 

@@ -7,7 +7,7 @@ log-prob, mask, version, temperature) is shifted here, once, and never again.
     token_ids      a    b    c    d          segment, T = 4
     input_ids      a    b    c               layout, N = 3
     labels         b    c    d
-    experts        r0   r1   r2              row i made the log-prob of label i
+    routing        r0   r1   r2              row i made the log-prob of label i
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import numpy as np
 import numpy.typing as npt
 
 from gateway.contracts.errors import ExpertsMismatch, LengthMismatch
-from gateway.contracts.experts import ExpertIds
 from gateway.contracts.generation import LogprobKind, TokenIds
 from gateway.contracts.samples import Segment
 from gateway.contracts.versions import NOT_SAMPLED
+from trainer.replay.rows import RoutingRows
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,8 +32,9 @@ class TokenLayout:
     input_ids, labels, position_ids: int32[N]; positions count from 0 in each sample. trained: bool[N], the label is a
     sampled token that carries loss here. rollout_logprobs: float32[N] of the label (NaN where not sampled).
     policy_version: int32[N] of the label (-1 where not sampled). temperature: float32[N], by which logits are divided
-    before their softmax (1 where not sampled, or where log-probs are raw).
-    experts: uint8/uint16[N, L, K] or None. routed_valid: bool[N], rows that may be replayed.
+    before their softmax (1 where not sampled, or where log-probs are raw). top_p: float32[N] and top_k: int32[N], of
+    the kept set that the label's log-prob is renormalised over (1 and 0: of the whole vocabulary).
+    routing: rows of N positions, or None where nothing is replayed.
     """
 
     input_ids: TokenIds
@@ -43,17 +44,18 @@ class TokenLayout:
     rollout_logprobs: npt.NDArray[np.float32]
     policy_version: npt.NDArray[np.int32]
     temperature: npt.NDArray[np.float32]
-    experts: ExpertIds | None
-    routed_valid: npt.NDArray[np.bool_]
+    top_p: npt.NDArray[np.float32]
+    top_k: npt.NDArray[np.int32]
+    routing: RoutingRows | None
 
     def __post_init__(self) -> None:
         num_positions = len(self.input_ids)
-        for field in fields(self):
-            array = getattr(self, field.name)
-            if array is not None and len(array) != num_positions:
-                raise LengthMismatch(f"layout: {field.name} has {len(array)} positions, input_ids {num_positions} (I2)")
-        if self.experts is None and bool(self.routed_valid.any()):
-            raise ExpertsMismatch("layout: rows are marked as recorded, but there are no experts (I9)")
+        lengths = {field.name: len(getattr(self, field.name)) for field in fields(self) if field.name != "routing"}
+        if self.routing is not None:
+            lengths["routing"] = self.routing.num_positions
+        for name, length in lengths.items():
+            if length != num_positions:
+                raise LengthMismatch(f"layout: {name} has {length} positions, input_ids {num_positions} (I2)")
 
     @property
     def num_positions(self) -> int:
@@ -66,8 +68,8 @@ class TokenLayout:
         return int(self.trained.sum())
 
 
-def segment_layout(segment: Segment, routed_valid: npt.NDArray[np.bool_]) -> TokenLayout:
-    """The layout of one segment; `routed_valid` bool[T-1] says which of its rows may be replayed."""
+def segment_layout(segment: Segment, routing: RoutingRows | None) -> TokenLayout:
+    """The layout of one segment; `routing` are its rows, None where nothing is replayed."""
     num_positions = segment.num_tokens - 1
     return TokenLayout(
         input_ids=segment.token_ids[:-1],
@@ -77,16 +79,17 @@ def segment_layout(segment: Segment, routed_valid: npt.NDArray[np.bool_]) -> Tok
         rollout_logprobs=segment.rollout_logprobs[1:],
         policy_version=segment.policy_version[1:],
         temperature=_temperatures(segment)[1:],
-        experts=segment.routed_experts,
-        routed_valid=routed_valid,
+        top_p=np.ones(num_positions, dtype=np.float32),
+        top_k=np.zeros(num_positions, dtype=np.int32),
+        routing=routing,
     )
 
 
 def concatenate(layouts: Sequence[TokenLayout]) -> TokenLayout:
-    """Samples one behind the other on one axis; a sample without experts gets rows that are not valid.
-
-    Raises ExpertsMismatch where two samples' rows differ in layers, experts per token or type.
-    """
+    """Samples one behind the other on one axis; all with rows (of one shape, else ExpertsMismatch) or all without."""
+    rows = [layout.routing for layout in layouts if layout.routing is not None]
+    if rows and len(rows) != len(layouts):
+        raise ExpertsMismatch(f"{len(layouts) - len(rows)} of {len(layouts)} samples of a batch have no routing rows")
     return TokenLayout(
         input_ids=np.concatenate([layout.input_ids for layout in layouts]),
         labels=np.concatenate([layout.labels for layout in layouts]),
@@ -95,26 +98,10 @@ def concatenate(layouts: Sequence[TokenLayout]) -> TokenLayout:
         rollout_logprobs=np.concatenate([layout.rollout_logprobs for layout in layouts]),
         policy_version=np.concatenate([layout.policy_version for layout in layouts]),
         temperature=np.concatenate([layout.temperature for layout in layouts]),
-        experts=_joined_experts(layouts),
-        routed_valid=np.concatenate([layout.routed_valid for layout in layouts]),
+        top_p=np.concatenate([layout.top_p for layout in layouts]),
+        top_k=np.concatenate([layout.top_k for layout in layouts]),
+        routing=RoutingRows.join(rows) if rows else None,
     )
-
-
-def _joined_experts(layouts: Sequence[TokenLayout]) -> ExpertIds | None:
-    """One array of all rows, written once (no second copy: experts are the largest part of a batch)."""
-    recorded = [layout.experts for layout in layouts if layout.experts is not None]
-    if not recorded:
-        return None
-    kinds = {(rows.shape[1:], rows.dtype) for rows in recorded}
-    if len(kinds) != 1:
-        raise ExpertsMismatch(f"one batch has routing rows of several shapes: {sorted(map(str, kinds))}")
-    joined: ExpertIds = np.zeros((sum(lo.num_positions for lo in layouts), *recorded[0].shape[1:]), recorded[0].dtype)
-    start = 0
-    for layout in layouts:
-        if layout.experts is not None:
-            joined[start : start + layout.num_positions] = layout.experts
-        start += layout.num_positions
-    return joined
 
 
 def _temperatures(segment: Segment) -> npt.NDArray[np.float32]:

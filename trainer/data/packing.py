@@ -17,29 +17,52 @@ from trainer.data.assemble import TrainSample
 from trainer.data.layout import TokenLayout, concatenate
 
 
+@dataclass(frozen=True, slots=True)
+class SampleWeights:
+    """What a sample's trained tokens count with: `advantage`, and `weight`, the factor of each token's loss in the
+    step's sum. Weights hold the step's global denominators, so parts of any cut add up to the same loss."""
+
+    advantage: float
+    weight: float
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedBatch:
     """One micro-batch of N positions.
 
     sample_starts: first position of each sample. sample_index: int32[N], the sample that a position is of.
-    advantages: float32[N], 0 where not trained.
+    advantages, weights: float32[N], 0 where not trained.
     """
 
     layout: TokenLayout
     sample_starts: tuple[int, ...]
     sample_index: npt.NDArray[np.int32]
     advantages: npt.NDArray[np.float32]
+    weights: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ScoredBatch:
+    """A micro-batch with what other forwards say of its S trained tokens, in order of their positions; float32[S] each.
+
+    old_logprobs: of the trainer's policy before the step's first update; None: the live forward itself, detached.
+    ref_logprobs: of the reference policy; None where no loss asks for it.
+    """
+
+    batch: PackedBatch
+    old_logprobs: npt.NDArray[np.float32] | None = None
+    ref_logprobs: npt.NDArray[np.float32] | None = None
 
 
 def pack(
-    samples: Sequence[TrainSample], advantages: Sequence[float], *, tokens_per_microbatch: int
+    samples: Sequence[TrainSample], weights: Sequence[SampleWeights], *, tokens_per_microbatch: int
 ) -> tuple[PackedBatch, ...]:
     """Micro-batches of at most `tokens_per_microbatch` input positions; a longer sample gets one of its own.
 
-    advantages: one a sample. First-fit decreasing, ties in the given order, so the same samples pack the same way.
+    First-fit decreasing, ties in the given order, so the same samples pack the same way.
     """
     bins = _first_fit_decreasing([sample.layout.num_positions for sample in samples], tokens_per_microbatch)
-    return tuple(_packed([samples[i] for i in members], [advantages[i] for i in members]) for members in bins)
+    return tuple(_packed([samples[i] for i in members], [weights[i] for i in members]) for members in bins)
 
 
 def _first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -56,14 +79,19 @@ def _first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[in
     return bins
 
 
-def _packed(samples: Sequence[TrainSample], advantages: Sequence[float]) -> PackedBatch:
+def _packed(samples: Sequence[TrainSample], weights: Sequence[SampleWeights]) -> PackedBatch:
     layout = concatenate([sample.layout for sample in samples])
     lengths = [sample.layout.num_positions for sample in samples]
     sample_index = np.repeat(np.arange(len(samples), dtype=np.int32), lengths)
-    per_position = np.asarray(advantages, dtype=np.float32)[sample_index]
+
+    def spread(values: Sequence[float]) -> npt.NDArray[np.float32]:
+        per_position = np.asarray(values, dtype=np.float32)[sample_index]
+        return np.where(layout.trained, per_position, np.float32(0.0)).astype(np.float32)
+
     return PackedBatch(
         layout=layout,
         sample_starts=tuple(int(start) for start in np.cumsum([0, *lengths[:-1]])),
         sample_index=sample_index,
-        advantages=np.where(layout.trained, per_position, np.float32(0.0)).astype(np.float32),
+        advantages=spread([sample.advantage for sample in weights]),
+        weights=spread([sample.weight for sample in weights]),
     )

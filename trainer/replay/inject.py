@@ -16,12 +16,15 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from gateway.contracts.errors import ExpertsMismatch, ReplayUnsupported
-from gateway.contracts.experts import RoutingShape
+from gateway.contracts.experts import RoutingShape, narrow
 from trainer.replay.plan import ReplayPlan, RouterSite, SelectingTopk, plan_replay
+from trainer.replay.rows import RoutingRows
+from trainer.replay.validate import RoutedLayers
 from trainer.replay.verify import RoutingCheck
 
 
@@ -64,11 +67,11 @@ class RoutingReplay:
         self._routers = []
 
     @contextmanager
-    def replaying(self, ids_NLK: Tensor, valid_N: Tensor) -> Iterator[RoutingCheck]:
-        """Within, forwards over N positions use `ids_NLK` (any integer type) where `valid_N` is True, else the live
-        router. Yields the check that compares what was used with what was recorded (I10)."""
-        check = RoutingCheck(ids_NLK, valid_N, self.plan.routed)
-        with self._using(_Replayed(ids_NLK, valid_N, self.plan.shape, check)):
+    def replaying(self, rows: RoutingRows) -> Iterator[RoutingCheck]:
+        """Within, forwards over N positions use `rows` where they are valid, else the live router. Yields the check
+        that compares what was used with what was recorded (I10)."""
+        check = RoutingCheck(rows, self.plan.routed)
+        with self._using(_Replayed(rows, self.plan.shape, check)):
             yield check
 
     @contextmanager
@@ -117,32 +120,31 @@ class RoutingReplay:
             model(input_ids=input_ids, use_cache=False)
         shape = self.plan.shape
         foreign_NLK = (record.ids() + 1) % shape.num_experts  # a shift keeps ids distinct and changes every one
-        valid_N = torch.ones(len(foreign_NLK), dtype=torch.bool, device=device)
-        with torch.no_grad(), self.replaying(foreign_NLK, valid_N) as check:
+        rows = recorded_rows(foreign_NLK, self.plan.routed)
+        with torch.no_grad(), self.replaying(rows) as check:
             model(input_ids=input_ids, use_cache=False)
-        if check.report().verified != len(foreign_NLK):
+        report = check.report()
+        if report.verified != report.total:
             raise ReplayUnsupported(f"{type(model).__name__}: ids handed to its routers are not the ids that they used")
 
 
 class _Replayed:
     """Answers the selecting top-k with recorded ids; rows that are not valid keep the live choice (I9)."""
 
-    def __init__(self, ids_NLK: Tensor, valid_N: Tensor, shape: RoutingShape, check: RoutingCheck) -> None:
-        if ids_NLK.shape[1:] != (shape.num_layers, shape.top_k) or len(ids_NLK) != len(valid_N):
-            raise ExpertsMismatch(
-                f"ids to replay are {list(ids_NLK.shape)} for {len(valid_N)} positions; model: {shape}"
-            )
-        self._ids_NLK = ids_NLK
-        self._valid_N = valid_N
-        self._all_valid = bool(valid_N.all())
+    def __init__(self, rows: RoutingRows, shape: RoutingShape, check: RoutingCheck) -> None:
+        if (rows.num_layers, rows.top_k) != (shape.num_layers, shape.top_k):
+            raise ExpertsMismatch(f"rows to replay have {rows.num_layers} layers of {rows.top_k} ids; model: {shape}")
+        self._rows = rows
         self._check = check
 
     def choose(self, layer: int, scores_NE: Tensor, live: Callable[[], Any]) -> Any:
-        ids_NK = self._ids_NLK[:, layer].to(torch.int64)
-        if len(scores_NE) != len(ids_NK):
-            raise ExpertsMismatch(f"layer {layer} routes {len(scores_NE)} positions, {len(ids_NK)} rows were handed in")
-        if not self._all_valid:
-            ids_NK = torch.where(self._valid_N[:, None], ids_NK, live().indices)
+        rows = self._rows.layer(layer)
+        if len(scores_NE) != len(rows.ids):
+            raise ExpertsMismatch(f"layer {layer} routes {len(scores_NE)} positions, {len(rows.ids)} rows are given")
+        ids_NK = torch.from_numpy(rows.ids).to(scores_NE.device)
+        if not rows.valid.all():
+            valid_N = torch.from_numpy(rows.valid).to(scores_NE.device)
+            ids_NK = torch.where(valid_N[:, None], ids_NK, live().indices)
         return torch.return_types.topk((scores_NE.gather(1, ids_NK), ids_NK))
 
     def observe(self, layer: int, used_NK: Tensor) -> None:
@@ -171,6 +173,13 @@ class RecordedRouting:
         for layer, used_NK in self._chosen.items():
             ids_NLK[:, layer] = used_NK
         return ids_NLK
+
+
+def recorded_rows(ids_NLK: Tensor, routed: RoutedLayers) -> RoutingRows:
+    """Ids that `RecordedRouting` kept as rows to replay, every one of a routed layer valid."""
+    valid_NL = np.zeros(ids_NLK.shape[:2], dtype=np.bool_)
+    valid_NL[:, list(routed.layers)] = True
+    return RoutingRows.of(narrow(ids_NLK.cpu().numpy(), routed.shape), valid_NL)
 
 
 def _ids_in(output: Any, site: RouterSite, shape: RoutingShape) -> Tensor:

@@ -1,8 +1,8 @@
 """Which recorded routing rows may be replayed. numpy only; rows are looked at once, when they come in.
 
-A row is valid iff it was recorded and, in every routed layer, all its ids are in range and distinct: that also finds
-the zero-filled and duplicated rows that engines are known to return. Invalid rows are not repaired: the live router
-decides for them, and they are counted (I9).
+A row of a layer is valid iff it was recorded and all its ids are in range and distinct: that also finds the zero-filled
+and duplicated rows that engines are known to return. Invalid rows are not repaired: the live router decides for them,
+and they are counted (I9).
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from gateway.contracts.errors import ExpertsMismatch
 from gateway.contracts.experts import RoutingShape, valid_rows
 from gateway.contracts.samples import Segment
+from trainer.replay.rows import RoutingRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,18 +25,20 @@ class RoutedLayers:
     layers: tuple[int, ...]
 
 
-def replayable_rows(segment: Segment, routed: RoutedLayers | None) -> npt.NDArray[np.bool_]:
-    """bool[T-1]: the rows of a segment that may be replayed; none without recorded rows, or with `routed` None.
+def replayable_rows(segment: Segment, routed: RoutedLayers) -> RoutingRows:
+    """The rows of a segment, N = T-1, with which of them may be replayed; none without recorded rows.
 
     Raises ExpertsMismatch where the rows have other layers, experts per token or id type than the model.
     """
-    rows = segment.routed_experts
-    if rows is None or routed is None:
-        return np.zeros(segment.num_tokens - 1, dtype=np.bool_)
-    shape = routed.shape
+    rows, shape = segment.routed_experts, routed.shape
+    if rows is None:
+        return RoutingRows.unrecorded(segment.num_tokens - 1, shape)
     if rows.shape[1:] != (shape.num_layers, shape.top_k) or rows.dtype != shape.dtype:
         raise ExpertsMismatch(
             f"segment {segment.segment_id}: routing rows are {rows.dtype} [{rows.shape[1]} layers, {rows.shape[2]}],"
             f" the model routes {shape.dtype} [{shape.num_layers}, {shape.top_k}]"
         )
-    return segment.routed_valid & valid_rows(rows, shape.num_experts, routed.layers)
+    valid_NL = np.zeros(rows.shape[:2], dtype=np.bool_)
+    for layer in routed.layers:
+        valid_NL[:, layer] = segment.routed_valid & valid_rows(rows, shape.num_experts, (layer,))
+    return RoutingRows.of(rows, valid_NL)

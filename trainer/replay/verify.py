@@ -2,55 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
+from trainer.replay.rows import RoutingRows
 from trainer.replay.validate import RoutedLayers
 
 
 @dataclass(frozen=True, slots=True)
 class RoutingReport:
-    """Counts of routing rows (one a position, over all routed layers).
+    """Counts of routing rows, one for each position and routed layer.
 
-    total = replayed + fallback; `verified` of the replayed rows had, in every routed layer, exactly the recorded ids.
+    total = replayed + fallback; `verified` of the replayed rows used exactly the recorded ids. `compared` and
+    `flipped`: recorded rows that a live router was compared with, and those for which it chose another set of experts.
     """
 
-    total: int
-    replayed: int
-    verified: int
-    fallback: int
+    total: int = 0
+    replayed: int = 0
+    verified: int = 0
+    fallback: int = 0
+    compared: int = 0
+    flipped: int = 0
+
+    def __add__(self, other: RoutingReport) -> RoutingReport:
+        return RoutingReport(
+            self.total + other.total,
+            self.replayed + other.replayed,
+            self.verified + other.verified,
+            self.fallback + other.fallback,
+            self.compared + other.compared,
+            self.flipped + other.flipped,
+        )
 
 
 class RoutingCheck:
     """Compares as the layers run. Layers may run again (recomputation): a row stays verified only if all runs agree."""
 
-    def __init__(self, ids_NLK: Tensor, valid_N: Tensor, routed: RoutedLayers) -> None:
-        self._ids_NLK = ids_NLK
-        self._valid_N = valid_N
-        self._agrees_N = valid_N.clone()
-        self._awaited = set(routed.layers)
+    def __init__(self, rows: RoutingRows, routed: RoutedLayers) -> None:
+        self._rows = rows
+        self._routed = routed
+        self._agrees: dict[int, npt.NDArray[np.bool_]] = {}
 
     def observe(self, layer: int, used_NK: Tensor) -> None:
         """Compare what `layer` used with what was recorded for it."""
-        self._agrees_N &= (used_NK == self._ids_NLK[:, layer].to(used_NK.dtype)).all(dim=-1)
-        self._awaited.discard(layer)
+        rows = self._rows.layer(layer)
+        agrees_N = (used_NK.detach().cpu().numpy() == rows.ids).all(axis=1) & rows.valid
+        self._agrees[layer] = agrees_N & self._agrees.get(layer, agrees_N)
 
     def report(self) -> RoutingReport:
-        """Counts so far; nothing is verified before every routed layer was seen."""
-        total, replayed = len(self._valid_N), int(self._valid_N.sum())
-        verified = 0 if self._awaited else int(torch.count_nonzero(self._agrees_N))
+        """Counts so far; nothing of a layer is verified before it ran."""
+        total = self._rows.num_positions * len(self._routed.layers)
+        replayed = self._rows.num_valid(self._routed.layers)
+        verified = sum(int(agrees_N.sum()) for agrees_N in self._agrees.values())
         return RoutingReport(total=total, replayed=replayed, verified=verified, fallback=total - replayed)
-
-
-def total_report(reports: Iterable[RoutingReport]) -> RoutingReport:
-    """The sum over micro-batches."""
-    listed = list(reports)
-    return RoutingReport(
-        total=sum(report.total for report in listed),
-        replayed=sum(report.replayed for report in listed),
-        verified=sum(report.verified for report in listed),
-        fallback=sum(report.fallback for report in listed),
-    )
