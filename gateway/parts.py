@@ -15,7 +15,6 @@ from gateway.background import background
 from gateway.contracts.errors import (
     ConfigurationError,
     EngineError,
-    EngineUnavailable,
     IdentityMismatch,
 )
 from gateway.contracts.ports import Engine, Ledger
@@ -114,7 +113,7 @@ class Gateway:
 
     def cut(self) -> None:
         """End what still runs; it is recorded, and a retry goes on from it."""
-        self.runner.cut(EngineUnavailable("the gateway stops; try again"))
+        self.runner.stop()
 
     @property
     def lock(self) -> int | None:
@@ -184,7 +183,8 @@ async def open_gateway(
         parts = TurnParts(model, pool, ledger, settings.turns, observe, keeper.admit, note_late=queue.rollout_finished)
         runner = TurnRunner(parts)
         stack.push_async_callback(runner.aclose)
-        runner.prepare()
+        if predecessor is None:  # a successor has done so before it took anything
+            runner.prepare()
         registry = SessionRegistry(ledger, capacity=settings.sessions_in_memory, on_finish=queue.rollout_finished)
         expiry = SessionExpiry(registry, ledger, settings.turns, settings.expiry_sweep_seconds)
         async with background(watch_health(pool)), background(keeper.watch()):

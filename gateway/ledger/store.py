@@ -138,28 +138,19 @@ class SqlLedger:
 
     async def mark_delivered(self, session_id: str, turn_id: str, delivered_at: float) -> None:
         """Note when a turn's reply left (the latest time wins); raises NotFound for an unknown turn."""
-
-        def mark(connection: Connection) -> None:
-            marked = connection.execute(
-                "UPDATE turns SET delivered_at = ? WHERE session_id = ? AND turn_id = ?",
-                (delivered_at, session_id, turn_id),
-            )
-            if not marked.rowcount:
-                raise NotFound(f"session {session_id} has no turn {turn_id}")
-
-        await self._write(mark)
+        await self._note(session_id, turn_id, "delivered_at", delivered_at)
 
     async def mark_lost(self, session_id: str, turn_id: str, lost_at: float) -> None:
         """Note that a turn's reply reached nobody; a delivery, noted before or after, counts more. NotFound."""
+        await self._note(session_id, turn_id, "lost_at", lost_at)
 
-        def mark(connection: Connection) -> None:
-            marked = connection.execute(
-                "UPDATE turns SET lost_at = ? WHERE session_id = ? AND turn_id = ?", (lost_at, session_id, turn_id)
-            )
-            if not marked.rowcount:
+    async def _note(self, session_id: str, turn_id: str, column: str, time: float) -> None:
+        def note(connection: Connection) -> None:
+            query = f"UPDATE turns SET {column} = ? WHERE session_id = ? AND turn_id = ?"
+            if not connection.execute(query, (time, session_id, turn_id)).rowcount:
                 raise NotFound(f"session {session_id} has no turn {turn_id}")
 
-        await self._write(mark)
+        await self._write(note)
 
     async def unknown_deliveries(self, session_id: str) -> Sequence[str]:
         """Ids of turns of whose reply nobody has said that it was delivered, or lost."""

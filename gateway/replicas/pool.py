@@ -251,19 +251,6 @@ class ReplicaPool:
         self._note_holds()
         await replica.engine.aclose()
 
-    async def pause(self, mode: GatewayPause, *, max_seconds: float | None = None) -> None:
-        """Hold generation at every engine; returns when it stands still. A second pause changes the mode.
-
-        max_seconds: after which generation goes on by itself. An engine that cannot be paused is ejected. Raises
-        EngineTimeout if draining takes too long, EngineUnavailable if no engine can be paused; generation goes on then.
-        """
-        try:
-            await self.hold(Pause(mode, time.time(), max_seconds))
-            await self.stand_still()
-        except EngineError:
-            await self.resume()  # nobody else would: who asked for the pause was told that there is none
-            raise
-
     async def hold(self, pause: Pause) -> None:
         """Send engines nothing new from now on; for DRAIN wait for what runs, raises EngineTimeout."""
         self._gate.close()

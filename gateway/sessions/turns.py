@@ -345,14 +345,14 @@ class TurnRunner:
         except LedgerError as error:
             _log.warning("that the reply of %s is lost is not noted: %s", turn_id, error)
 
-    async def prepared(self) -> None:
-        """Wait until `prepare` has been done."""
-        await self._upkeep.aclose()
-
     def cut(self, reason: VerbatimError) -> None:
         """End what runs now; it is recorded, and who waits for it is told `reason`."""
         for turn in list(self._turns):
             turn.cut(reason)
+
+    def stop(self) -> None:
+        """Cut what runs, as the gateway stops."""
+        self.cut(EngineUnavailable("the gateway stops; try again"))
 
     async def deliveries_noted(self) -> None:
         """Wait until the ledger knows of every reply whose last byte has left."""
@@ -361,7 +361,7 @@ class TurnRunner:
 
     async def aclose(self) -> None:
         """Cut what runs and wait until it is recorded."""
-        self.cut(EngineUnavailable("the gateway stops; try again"))
+        self.stop()
         if self._turns:
             await asyncio.wait(list(self._turns.values()))
         await self.deliveries_noted()

@@ -89,7 +89,12 @@ def test_a_reply_whose_gateway_died_with_its_last_byte_is_trained(start_gateway:
         httpx.post(url, json={"messages": [SLOW]}, timeout=0.2)
     while first_life.get("/health")["turns_running"]:
         time.sleep(0.01)
-    time.sleep(0.5)  # notes of what became of both replies are on disk
+    with sqlite3.connect(tmp_path / "ledger.sqlite") as ledger:  # until what became of both replies is on disk
+        while ledger.execute(
+            "SELECT COUNT(*) FROM turns WHERE delivered_at IS NOT NULL OR lost_at IS NOT NULL"
+        ).fetchone() != (2,):
+            time.sleep(0.01)
+    ledger.close()
     first_life.stop(signal.SIGKILL)
     with sqlite3.connect(tmp_path / "ledger.sqlite") as ledger:  # as if the kill had come before the note
         assert ledger.execute("UPDATE turns SET delivered_at = NULL WHERE session_id = 'read'").rowcount == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
@@ -26,7 +27,7 @@ from gateway.contracts.ports import Engine
 from gateway.contracts.verification import Verification
 from gateway.replicas.continuation import Continuation, Generated
 from gateway.replicas.health import watch_health
-from gateway.replicas.pause import GatewayPause
+from gateway.replicas.pause import GatewayPause, Pause
 from gateway.replicas.pool import ReplicaPool, ReplicaSettings
 
 ROUTING = RoutingShape(num_layers=4, num_experts=8, top_k=2)
@@ -50,6 +51,11 @@ async def pool_of(*engines: Engine, stops: frozenset[int] = frozenset()) -> Asyn
     yield pool
     watching.cancel()
     await asyncio.wait([watching])
+
+
+async def pause(pool: ReplicaPool, mode: GatewayPause) -> None:
+    await pool.hold(Pause(mode, time.time(), None))
+    await pool.stand_still()
 
 
 def rest_of_reply(request: GenerateRequest, **options: float) -> ScriptedReply:
@@ -108,7 +114,7 @@ async def test_aborted_turn_goes_on_under_the_new_weights_with_exact_versions() 
     async with pool_of(engine) as pool:
         running = asyncio.create_task(generate(pool))
         await asyncio.sleep(0.045)
-        await pool.pause(GatewayPause.ABORT)
+        await pause(pool, GatewayPause.ABORT)
         engine.load_policy(1)
         await asyncio.sleep(0.05)
         assert not running.done()
@@ -222,7 +228,7 @@ async def test_drain_waits_for_running_turns_and_holds_new_ones() -> None:
     async with pool_of(engine) as pool:
         first = asyncio.create_task(generate(pool))
         await asyncio.sleep(0.02)
-        await pool.pause(GatewayPause.DRAIN)
+        await pause(pool, GatewayPause.DRAIN)
         assert not engine.live_requests
         second = asyncio.create_task(generate(pool))
         await asyncio.sleep(0.03)
