@@ -1,0 +1,153 @@
+"""One step's learning, from its rollouts to updated parameters; no network, and nothing of it is kept.
+
+    StepBatch ─pack─▶ micro-batches by minibatch
+              ─record─▶ the same with the trainer's own routing (r2)
+              ─measure─▶ log-probs through the live router · before the first update · of the reference policy
+              ─update─▶ one optimiser step a minibatch
+
+Which forwards are made depends on what asks for them: one minibatch without reference and comparison is one forward.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from gateway.contracts.errors import NonFiniteLoss
+from trainer.algorithms.objective import Objective
+from trainer.backends.protocol import Measured, Policy, TrainBackend, Update
+from trainer.data.batch import StepBatch
+from trainer.data.packing import PackedBatch, ScoredBatch, pack
+from trainer.settings import ReplayMode
+
+Minibatches = Sequence[Sequence[PackedBatch]]
+"""Micro-batches by optimiser step."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Learned:
+    """What a step did. updates: one a minibatch, none for a step without a sample. trained: the step's tokens before
+    its first update, under the routing that it trains with; live: the same through the live router, None where not
+    measured (with replay off the two are one). seconds: by phase."""
+
+    updates: tuple[Update, ...] = ()
+    trained: Measured | None = None
+    live: Measured | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+class _Old(NamedTuple):
+    """What forwards before the first update gave. before: log-probs of the old policy, None where the update's own
+    forward is it."""
+
+    minibatches: Minibatches
+    before: Measured | None
+    live: Measured | None
+
+
+class Learner:
+    """Learns from one step after the other.
+
+    save_batch: keeps what could not be learnt from and says where. on_phase: told what begins.
+    """
+
+    def __init__(
+        self,
+        backend: TrainBackend,
+        objective: Objective,
+        *,
+        replay: ReplayMode,
+        tokens_per_microbatch: int,
+        measure_without_replay: bool,
+        save_batch: Callable[[Sequence[ScoredBatch]], Path],
+        on_phase: Callable[[str], None] = lambda phase: None,
+    ) -> None:
+        self._backend = backend
+        self._objective = objective
+        self._replay = replay
+        self._tokens_per_microbatch = tokens_per_microbatch if backend.packs_samples else 1
+        self._measures_live = measure_without_replay and replay is not ReplayMode.OFF
+        self._save_batch = save_batch
+        self._on_phase = on_phase
+
+    def learn(self, batch: StepBatch) -> Learned:
+        """Make the step's updates; raises NonFiniteLoss, naming the file in which the minibatch was kept."""
+        if not batch.minibatches:
+            return Learned()
+        seconds: dict[str, float] = {}
+        with self._timed("measure", seconds):
+            old = self._before(self._packed(batch))
+        with self._timed("reference", seconds):
+            reference = self._reference(old.minibatches)
+        with self._timed("update", seconds):
+            scored = _scored(old.minibatches, old.before, reference)
+            updates = tuple(self._update(minibatch) for minibatch in scored)
+        return Learned(updates, old.before or updates[0].measured, old.live, seconds)
+
+    def _packed(self, batch: StepBatch) -> Minibatches:
+        return [
+            pack(minibatch.samples, minibatch.weights, tokens_per_microbatch=self._tokens_per_microbatch)
+            for minibatch in batch.minibatches
+        ]
+
+    def _before(self, minibatches: Minibatches) -> _Old:
+        """The old policy's log-probs and routing, as far as somebody needs them."""
+        everything = [batch for minibatch in minibatches for batch in minibatch]
+        if self._replay is ReplayMode.R2:
+            recorded, measured = self._backend.record(everything)
+            return _Old(_cut_like(minibatches, recorded), measured, measured)
+        live = self._backend.measure(everything, replay=False) if self._measures_live else None
+        if len(minibatches) == 1:
+            return _Old(minibatches, None, live)
+        return _Old(minibatches, self._backend.measure(everything, replay=self._replay is ReplayMode.R3), live)
+
+    def _reference(self, minibatches: Minibatches) -> Measured | None:
+        if not self._objective.needs_reference:
+            return None
+        everything = [batch for minibatch in minibatches for batch in minibatch]
+        return self._backend.measure(everything, replay=False, policy=Policy.REFERENCE)
+
+    def _update(self, minibatch: Sequence[ScoredBatch]) -> Update:
+        try:
+            return self._backend.update(minibatch, self._objective)
+        except NonFiniteLoss as error:
+            file = self._save_batch(minibatch)
+            raise NonFiniteLoss(f"{error.message}; the batch is in {file}") from error
+
+    @contextmanager
+    def _timed(self, phase: str, seconds: dict[str, float]) -> Iterator[None]:
+        self._on_phase(phase)
+        started = time.monotonic()
+        yield
+        seconds[phase] = time.monotonic() - started
+
+
+def _cut_like(minibatches: Minibatches, batches: Sequence[PackedBatch]) -> Minibatches:
+    remaining = iter(batches)
+    return [[next(remaining) for _ in minibatch] for minibatch in minibatches]
+
+
+def _scored(
+    minibatches: Minibatches, before: Measured | None, reference: Measured | None
+) -> list[list[ScoredBatch]]:
+    """Each micro-batch with its own tokens' part of what was measured of all."""
+    scored: list[list[ScoredBatch]] = []
+    start = 0
+    for minibatch in minibatches:
+        scored.append([])
+        for batch in minibatch:
+            stop = start + batch.layout.num_trained
+            scored[-1].append(ScoredBatch(batch, _part(before, start, stop), _part(reference, start, stop)))
+            start = stop
+    return scored
+
+
+def _part(measured: Measured | None, start: int, stop: int) -> npt.NDArray[np.float32] | None:
+    return None if measured is None else measured.logprobs[start:stop].numpy()
