@@ -1,7 +1,8 @@
-"""metrics.jsonl: one JSON object a step, one `{"evaluation": …}` object an evaluation; no step twice, also on resume.
+"""What a run says of itself, as records (`StepMetrics`, `Evaluation`) and as metrics.jsonl: one JSON object a step, one
+`{"evaluation": …}` object an evaluation; no step twice, also on resume.
 
 A step's line is written when the step is over (published). Its numbers are also in the step's checkpoint, so a run that
-was killed between the two writes the line when it starts again.
+was killed between the two writes the line when it starts again. Other sinks follow this file (`sinks.py`).
 """
 
 from __future__ import annotations
@@ -16,56 +17,101 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class StepMetrics:
-    """Numbers of one step; None where a step had nothing to measure.
+    """Numbers of one step; None where a step had nothing to measure. Made by `accounting.step_metrics`.
 
-    policy_version: after the step. tokens_sampled: sampled tokens of the rollouts that entered the step, by the
-    gateway's account; tokens_trained: labels that the loss was computed on; tokens_left_out: by the gateway's pick (the
-    two add up to the first, I3); tokens_dropped: sampled in dropped rollouts; dropped_by: how many
-    of these for which `DropReason`. rows_*: routing rows, one a position
-    (I10). kl_*: k3 of rollout‖train in nats per sampled token before the update; extreme_share_*: F(2) of the same
-    tokens; `without_replay` is the same batch through the live router.
+    policy_version: after the step. `_share`: in [0, 1]. Log-prob figures are in nats a token.
+
+    Rollouts: rollouts, groups, reward_*, response_tokens_* (sampled in one rollout) and turns_mean are of the rollouts
+    that entered the step; reward_std is the population's. zero_variance_groups: whose rewards are all equal.
+    dropped_rollouts did not enter, dropped_by counts them by `DropReason`. staleness: policy versions that trained
+    tokens were behind.
+
+    Tokens (I3): tokens_sampled of the rollouts that entered, by the gateway's account, is tokens_trained (labels that a
+    loss was computed on) + tokens_left_out (by the gateway's pick or the trainer's masks). tokens_dropped: sampled in
+    dropped rollouts.
+
+    Update: updates is their number; loss and grad_norm (before clipping) are their means, learning_rate is the last's.
+    clipped_low_share, clipped_high_share: tokens whose ratio was held at that bound; masked_share: tokens that the
+    correction took out of the loss; kl_reference: to the reference policy. shares: the objective's other means.
+
+    Rollout against trainer (I10), on the log-probs before each token's own update: kl_* is k3 of rollout‖train,
+    extreme_share_* is F(2); `without_replay` is the same batch through the live router. With replay off, and for dense
+    models, there is only `without_replay`. rows_*: routing rows, one for each position and routed layer; replayed of
+    total, verified of replayed (their ids were used), fallback (to the live router) of total, flipped of compared (the
+    live router chose another set of experts than was recorded).
+
+    Costs: seconds by `Phase`; tokens_per_second: trained tokens over the seconds of forwards and updates.
+    peak_rss_bytes: of this process since it began; peak_device_bytes: of accelerator memory in this step.
     """
 
     step: int
     policy_version: int
-    reward_mean: float | None
-    tokens_sampled: int
-    tokens_trained: int
-    tokens_left_out: int
-    tokens_dropped: int
     rollouts: int
     groups: int
     zero_variance_groups: int
     dropped_rollouts: int
-    rows_total: int
-    rows_replayed: int
-    rows_verified: int
-    rows_fallback: int
+    reward_mean: float | None
+    reward_std: float | None
+    reward_min: float | None
+    reward_max: float | None
+    response_tokens_mean: float | None
+    response_tokens_max: int | None
+    turns_mean: float | None
+    staleness_mean: float | None
+    staleness_max: int | None
+    tokens_sampled: int
+    tokens_trained: int
+    tokens_left_out: int
+    tokens_dropped: int
+    updates: int
+    loss: float | None
+    grad_norm: float | None
+    learning_rate: float | None
+    entropy: float | None
+    clipped_low_share: float | None
+    clipped_high_share: float | None
+    masked_share: float | None
+    kl_reference: float | None
     kl_with_replay: float | None
     kl_without_replay: float | None
     extreme_share_with_replay: float | None
     extreme_share_without_replay: float | None
-    loss: float | None
-    grad_norm: float | None
-    clipped_share: float | None
-    entropy: float | None
-    staleness_mean: float | None
-    seconds_rollout: float
-    seconds_train: float
-    seconds_publish: float
+    rows_total: int
+    rows_replayed: int
+    rows_verified: int
+    rows_fallback: int
+    rows_compared: int
+    rows_flipped: int
+    rows_verified_share: float | None
+    rows_fallback_share: float | None
+    rows_flipped_share: float | None
+    tokens_per_second: float | None
     peak_rss_bytes: int
+    peak_device_bytes: int | None
+    seconds: Mapping[str, float] = field(default_factory=dict)
     dropped_by: Mapping[str, int] = field(default_factory=dict)
+    shares: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def seconds_total(self) -> float:
+        """Of all phases."""
+        return sum(self.seconds.values())
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Held-out tasks under one policy. `reward_mean` is over the tasks that have a reward, None if there is none."""
+    """Held-out tasks under one policy. `reward_mean` is over the tasks that have a reward, None if there is none;
+    `reward_low` and `reward_high` are the ends of its 95 % interval, where one was computed. `figures`: the recipe's
+    own (an accuracy, a share of truncated answers, …)."""
 
     policy_version: int
     num_tasks: int
     num_failed: int
     reward_mean: float | None
     tokens_sampled: int
+    reward_low: float | None = None
+    reward_high: float | None = None
+    figures: Mapping[str, float] = field(default_factory=dict)
 
 
 class MetricsLog:

@@ -104,12 +104,15 @@ class MetricsSettings:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointSettings:
-    """`keep`: how many of the newest checkpoints stay on disk."""
+    """`keep`: how many of the newest checkpoints stay on disk; `keep_every`: those of every so many steps stay besides
+    (0: none)."""
 
     keep: int = 2
+    keep_every: int = 0
 
     def __post_init__(self) -> None:
         _require(self.keep >= 1, f"checkpoint.keep is {self.keep}; at least one must stay")
+        _require(self.keep_every >= 0, f"checkpoint.keep_every is {self.keep_every}; it must not be negative")
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,8 +44,8 @@ class StepBatch:
     """One step's samples by optimiser step; a rollout's segments share its advantage and stay together.
 
     tokens_sampled = tokens picked for training + tokens_left_out, of the rollouts that are in; tokens_dropped are those
-    sampled in rollouts that are not, dropped_by counts these by reason. staleness_mean is over the picked tokens, in
-    policy versions.
+    sampled in rollouts that are not, dropped_by counts these by reason. staleness_mean and staleness_max are over the
+    picked tokens, in policy versions. rewards, response_tokens (sampled) and turns: of each rollout that is in.
     Groups whose rewards are all equal stay in with advantage 0: their tokens count as trained, and teach nothing.
     """
 
@@ -54,11 +54,14 @@ class StepBatch:
     groups: int
     zero_variance_groups: int
     dropped_by: Mapping[str, int]
-    reward_mean: float | None
     tokens_sampled: int
     tokens_left_out: int
     tokens_dropped: int
     staleness_mean: float | None
+    staleness_max: int | None
+    rewards: tuple[float, ...]
+    response_tokens: tuple[int, ...]
+    turns: tuple[int, ...]
 
     @property
     def dropped_rollouts(self) -> int:
@@ -87,21 +90,28 @@ def step_batch(
     kept = [rollout for rollout, reason in zip(rollouts, reasons, strict=True) if reason is None]
     advantage_of, zero_variance_groups, groups = _advantages(kept, normalize=normalize)
     samples = [(sample, advantage_of[i]) for i, rollout in enumerate(kept) for sample in assemble(rollout, routed)]
-    rewards = [rollout.finish.reward for rollout in kept if rollout.finish.reward is not None]
     tokens_sampled = sum(rollout.num_sampled_tokens for rollout in kept)
-    staleness = [policy_version - _trained_versions(rollout) for rollout in kept]
+    staleness = np.concatenate([np.empty(0), *(policy_version - _trained_versions(rollout) for rollout in kept)])
     return StepBatch(
         minibatches=(_minibatch(samples),) if samples else (),
         rollouts=len(kept),
         groups=groups,
         zero_variance_groups=zero_variance_groups,
         dropped_by=dict(sorted(Counter(reason.value for reason in reasons if reason is not None).items())),
-        reward_mean=sum(rewards) / len(rewards) if rewards else None,
         tokens_sampled=tokens_sampled,
         tokens_left_out=sum(rollout.pick.num_left_out_tokens for rollout in kept),
         tokens_dropped=sum(rollout.num_sampled_tokens for rollout in rollouts) - tokens_sampled,
-        staleness_mean=float(np.concatenate(staleness).mean()) if any(map(len, staleness)) else None,
+        staleness_mean=float(staleness.mean()) if len(staleness) else None,
+        staleness_max=int(staleness.max()) if len(staleness) else None,
+        rewards=tuple(rollout.finish.reward for rollout in kept if rollout.finish.reward is not None),
+        response_tokens=tuple(rollout.num_sampled_tokens for rollout in kept),
+        turns=tuple(_num_turns(rollout) for rollout in kept),
     )
+
+
+def _num_turns(rollout: FinishedRollout) -> int:
+    """Turns of all segments; a prefix that segments share counts once."""
+    return len({turn.turn_id for segment in rollout.segments for turn in segment.turns})
 
 
 def _minibatch(samples: Sequence[tuple[TrainSample, float]]) -> Minibatch:
