@@ -29,11 +29,8 @@ def load_function(reference: str, *, key: str, takes: tuple[str, ...]) -> Callab
     module = _run(Path(path).expanduser(), where=f"{key} {reference!r}")
     function = vars(module).get(name)
     if function is None:
-        public = [
-            each for each, value in vars(module).items() if inspect.isfunction(value) and not each.startswith("_")
-        ]
-        there = f"it defines {', '.join(public)}" if public else "it defines no function"
-        raise ConfigurationError(f"{key} {reference!r}: {path} has no {name!r}; {there}")
+        there = ", ".join(each for each, value in vars(module).items() if inspect.isfunction(value)) or "none"
+        raise ConfigurationError(f"{key} {reference!r}: {path} has no {name!r}; functions there: {there}")
     if not callable(function):
         raise ConfigurationError(f"{key} {reference!r}: {name} is a {type(function).__name__}, not a function")
     try:

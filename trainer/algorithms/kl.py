@@ -5,10 +5,11 @@ estimators are of KL(q || p). For the gap between engine and trainer q is the ro
 reference, q is the live policy and p the reference.
 Source of k1, k2, k3: J. Schulman, "Approximating KL divergence", 2020.
 
-An unbiased estimate of a KL need not have an unbiased gradient (arXiv 2506.09477; arXiv 2510.01555), with tokens drawn
-from the live policy: k1's own gradient, `grad log q`, has mean 0 and regularises nothing; k2's, `(log q - log p) grad log
-q`, is that of KL(q || p) token by token, the same as of k1 put into the reward behind a stop-gradient; k3's, `(1 - p / q)
-grad log q`, is that of the other direction, KL(p || q). None corrects for tokens of an older policy.
+An unbiased estimate of a KL need not have an unbiased gradient (arXiv 2506.09477; arXiv 2510.01555). With tokens drawn
+from the live policy q: k1's own gradient, `grad log q`, has mean 0 and regularises nothing; k2's,
+`(log q - log p) grad log q`, is that of KL(q || p) token by token, the same as of k1 put into the reward behind a
+stop-gradient; k3's, `(1 - p / q) grad log q`, is that of the other direction, KL(p || q). Nothing here corrects for
+tokens of an older policy.
 """
 
 from __future__ import annotations

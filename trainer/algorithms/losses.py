@@ -25,7 +25,7 @@ def ppo_clip_loss(
     """`-min(r A, clip(r, 1 - low, 1 + high) A)` with `r = exp(logprobs - old_logprobs)`.
 
     PPO (arXiv 1707.06347, equation 7); a `high` above `low` is DAPO's clip-higher (arXiv 2503.14476, section 3.1).
-    clip_dual c > 1 bounds the loss of negative advantages at `-c A` (dual clip, arXiv 1912.09729, equation 5); 0 is off.
+    clip_dual c > 1 bounds the loss of negative advantages at `-c A` (dual clip, arXiv 1912.09729, equation 5); 0: off.
     """
     return _clipped(ratio(logprobs_S - old_logprobs_S), advantages_S, clip, clip_dual)
 
@@ -58,7 +58,7 @@ def cispo_loss(logprobs_S: Tensor, old_logprobs_S: Tensor, advantages_S: Tensor,
     """
     ratio_S = ratio((logprobs_S - old_logprobs_S).detach())
     weight_S = ratio_S.clamp(1.0 - clip.low, 1.0 + clip.high)
-    shares = {
+    shares: dict[str, Tensor] = {
         Share.CLIPPED_LOW: ratio_S < 1.0 - clip.low,
         Share.CLIPPED_HIGH: ratio_S > 1.0 + clip.high,
         Share.RATIO_MEAN: ratio_S,
@@ -95,7 +95,11 @@ def _clipped(ratio_S: Tensor, advantages_S: Tensor, clip: Bounds, clip_dual: flo
     low_S = (advantages_S < 0) & (ratio_S < 1.0 - clip.low)
     high_S = (advantages_S > 0) & (ratio_S > 1.0 + clip.high)
     held_S = torch.where(low_S, 1.0 - clip.low, torch.where(high_S, 1.0 + clip.high, ratio_S))
-    shares = {Share.CLIPPED_LOW: low_S, Share.CLIPPED_HIGH: high_S, Share.RATIO_MEAN: ratio_S.detach()}
+    shares: dict[str, Tensor] = {
+        Share.CLIPPED_LOW: low_S,
+        Share.CLIPPED_HIGH: high_S,
+        Share.RATIO_MEAN: ratio_S.detach(),
+    }
     if clip_dual:
         dual_S = (advantages_S < 0) & (ratio_S > clip_dual)
         held_S = torch.where(dual_S, clip_dual, held_S)

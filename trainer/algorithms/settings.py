@@ -1,4 +1,4 @@
-"""The `[advantage]` and `[loss]` tables of a recipe file: names, and what is left open where a table does not say. No torch.
+"""The `[advantage]` and `[loss]` tables of a recipe file: names, and what holds where a table does not say. No torch.
 
 An open value (None) is the chosen algorithm's own default, because one default for all would be wrong by orders of
 magnitude: GSPO's clip is a thousandth of PPO's. A value that the chosen algorithm does not use is refused, not ignored.
@@ -24,7 +24,7 @@ class Bounds(NamedTuple):
 
 
 class PolicyDefaults(NamedTuple):
-    """What a policy loss leaves open settings at. clip: distances of the ratio's bounds from 1; None: it clips nothing."""
+    """What open settings are with a loss. clip: distances of the ratio's bounds from 1; None: it clips nothing."""
 
     clip: Bounds | None
     aggregation: str
