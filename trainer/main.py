@@ -25,7 +25,7 @@ from gateway.contracts.ports import WeightTransport
 from gateway.contracts.settings import engine_key, load_settings, settings_toml
 from sandbox.drivers import make_driver
 from sandbox.pool import SandboxPool
-from trainer.algorithms.losses import PolicyObjective
+from trainer.algorithms.policy_objective import PolicyObjective
 from trainer.backends.hf import HFBackend
 from trainer.checkpoint import CheckpointStore, RunState
 from trainer.data.source import RolloutSource

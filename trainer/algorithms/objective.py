@@ -10,7 +10,8 @@ whole sequences sees all of its tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from typing import Protocol
 
 from torch import Tensor
@@ -20,9 +21,11 @@ from torch import Tensor
 class TrainedTokens:
     """What is known of the S trained tokens besides the live forward; all are constants of the step.
 
-    rollout_logprobs: of the engine. old_logprobs: of the trainer before the step's first update. ref_logprobs: of the
-    reference policy, None where none is measured. advantages: float32[S] like all of these.
-    sample_index: int64[S], in [0, num_samples), which sample of the micro-batch a token is of; ascending.
+    rollout_logprobs: of the engine, of the distribution that it sampled from; NaN where it gave none. old_logprobs: of
+    the trainer before the step's first update. ref_logprobs: of the reference policy, None where none is measured.
+    advantages: float32[S] like all of these.
+    sample_index: int64[S], in [0, num_samples), which sample of the micro-batch a token is of. Samples may be
+    interleaved: losses go by the index alone.
     """
 
     rollout_logprobs: Tensor
@@ -31,6 +34,17 @@ class TrainedTokens:
     advantages: Tensor
     sample_index: Tensor
     num_samples: int
+
+    def only(self, index_K: Tensor) -> TrainedTokens:
+        """The tokens at positions int64[K] of the S; samples keep their numbers."""
+        return replace(
+            self,
+            rollout_logprobs=self.rollout_logprobs[index_K],
+            old_logprobs=self.old_logprobs[index_K],
+            ref_logprobs=None if self.ref_logprobs is None else self.ref_logprobs[index_K],
+            advantages=self.advantages[index_K],
+            sample_index=self.sample_index[index_K],
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,11 +55,35 @@ class LiveTokens:
     logprobs: Tensor
     entropy: Tensor
 
+    def only(self, index_K: Tensor) -> LiveTokens:
+        """The tokens at positions int64[K] of the S."""
+        return LiveTokens(self.logprobs.index_select(0, index_K), self.entropy.index_select(0, index_K))
+
+
+class Share(StrEnum):
+    """Names of what losses say of each token; logged as means over all trained tokens of a step.
+
+    CLIPPED_LOW, CLIPPED_HIGH: the ratio was beyond this bound and the bound decided (for CISPO: the weight is bounded).
+    CLIPPED_DUAL: the dual clip decided. MASKED: the correction's factor is 0, the token trained nothing.
+    UNRECORDED: masked because the engine gave no log-prob. RATIO_MEAN: the ratio that the loss used, a masked token's
+    counting as 1. CORRECTION_MEAN: the correction's factor, 0 where it masks. KL_REFERENCE: the KL estimate against
+    the reference policy, nats, before its coefficient.
+    """
+
+    CLIPPED_LOW = "clipped_low"
+    CLIPPED_HIGH = "clipped_high"
+    CLIPPED_DUAL = "clipped_dual"
+    MASKED = "masked"
+    UNRECORDED = "unrecorded"
+    RATIO_MEAN = "ratio_mean"
+    CORRECTION_MEAN = "correction_mean"
+    KL_REFERENCE = "kl_reference"
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenTerms:
-    """One loss term a token: float32[S], to be minimised, with gradient. shares: bool or float32[S] by name, whose
-    means over all trained tokens of the step are logged (`clipped_low`, `clipped_high`, `masked`, `kl_reference`)."""
+    """One loss term a token: float32[S], to be minimised, with gradient. shares: bool or float32[S], without gradient,
+    by name (`Share`, or one of your own), whose means over all trained tokens of the step are logged."""
 
     loss: Tensor
     shares: Mapping[str, Tensor] = field(default_factory=dict)

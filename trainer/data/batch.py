@@ -12,7 +12,7 @@ import torch
 
 from gateway.contracts.records import Outcome
 from gateway.contracts.rollouts import FinishedRollout
-from trainer.algorithms.advantages import grpo_advantages, has_zero_variance
+from trainer.algorithms.advantages import dr_grpo, grpo, has_zero_variance
 from trainer.algorithms.aggregation import token_weights
 from trainer.data.assemble import TrainSample, assemble
 from trainer.data.packing import SampleWeights
@@ -153,5 +153,6 @@ def _advantages(rollouts: Sequence[FinishedRollout], *, normalize: bool) -> tupl
     for indices in members.values():
         rewards_G = torch.tensor([rollouts[i].finish.reward for i in indices], dtype=torch.float32)
         zero_variance_groups += has_zero_variance(rewards_G)
-        advantage_of |= dict(zip(indices, grpo_advantages(rewards_G, normalize=normalize).tolist(), strict=True))
+        estimate = grpo if normalize else dr_grpo
+        advantage_of |= dict(zip(indices, estimate(rewards_G, torch.zeros(len(indices))).tolist(), strict=True))
     return advantage_of, zero_variance_groups, len(members)
