@@ -10,10 +10,8 @@ Which forwards are made depends on what asks for them: one minibatch without ref
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +23,7 @@ from trainer.algorithms.objective import Objective
 from trainer.backends.protocol import Measured, Policy, TrainBackend, Update
 from trainer.data.batch import StepBatch
 from trainer.data.packing import PackedBatch, ScoredBatch, pack
+from trainer.phases import Phase, PhaseClock
 from trainer.settings import ReplayMode
 
 Minibatches = Sequence[Sequence[PackedBatch]]
@@ -34,13 +33,12 @@ Minibatches = Sequence[Sequence[PackedBatch]]
 @dataclass(frozen=True, slots=True, eq=False)
 class Learned:
     """What a step did. updates: one a minibatch, none for a step without a sample. trained: the step's tokens before
-    its first update, under the routing that it trains with; live: the same through the live router, None where not
-    measured (with replay off the two are one). seconds: by phase."""
+    its first update, under the routing that it trains with, where a forward of its own measured that; live: the same
+    through the live router, None where not measured."""
 
     updates: tuple[Update, ...] = ()
     trained: Measured | None = None
     live: Measured | None = None
-    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 class _Old(NamedTuple):
@@ -55,7 +53,7 @@ class _Old(NamedTuple):
 class Learner:
     """Learns from one step after the other.
 
-    save_batch: keeps what could not be learnt from and says where. on_phase: told what begins.
+    save_batch: keeps what could not be learnt from and says where.
     """
 
     def __init__(
@@ -67,7 +65,6 @@ class Learner:
         tokens_per_microbatch: int,
         measure_without_replay: bool,
         save_batch: Callable[[Sequence[ScoredBatch]], Path],
-        on_phase: Callable[[str], None] = lambda phase: None,
     ) -> None:
         self._backend = backend
         self._objective = objective
@@ -75,21 +72,21 @@ class Learner:
         self._tokens_per_microbatch = tokens_per_microbatch if backend.packs_samples else 1
         self._measures_live = measure_without_replay and replay is not ReplayMode.OFF
         self._save_batch = save_batch
-        self._on_phase = on_phase
 
-    def learn(self, batch: StepBatch) -> Learned:
+    def learn(self, batch: StepBatch, clock: PhaseClock) -> Learned:
         """Make the step's updates; raises NonFiniteLoss, naming the file in which the minibatch was kept."""
         if not batch.minibatches:
             return Learned()
-        seconds: dict[str, float] = {}
-        with self._timed("measure", seconds):
-            old = self._before(self._packed(batch))
-        with self._timed("reference", seconds):
+        with clock.phase(Phase.ASSEMBLE):
+            packed = self._packed(batch)
+        with clock.phase(Phase.MEASURE):
+            old = self._before(packed)
+        with clock.phase(Phase.REFERENCE):
             reference = self._reference(old.minibatches)
-        with self._timed("update", seconds):
+        with clock.phase(Phase.UPDATE):
             scored = _scored(old.minibatches, old.before, reference)
             updates = tuple(self._update(minibatch) for minibatch in scored)
-        return Learned(updates, old.before or updates[0].measured, old.live, seconds)
+        return Learned(updates, old.before, old.live)
 
     def _packed(self, batch: StepBatch) -> Minibatches:
         return [
@@ -121,22 +118,13 @@ class Learner:
             file = self._save_batch(minibatch)
             raise NonFiniteLoss(f"{error.message}; the batch is in {file}") from error
 
-    @contextmanager
-    def _timed(self, phase: str, seconds: dict[str, float]) -> Iterator[None]:
-        self._on_phase(phase)
-        started = time.monotonic()
-        yield
-        seconds[phase] = time.monotonic() - started
-
 
 def _cut_like(minibatches: Minibatches, batches: Sequence[PackedBatch]) -> Minibatches:
     remaining = iter(batches)
     return [[next(remaining) for _ in minibatch] for minibatch in minibatches]
 
 
-def _scored(
-    minibatches: Minibatches, before: Measured | None, reference: Measured | None
-) -> list[list[ScoredBatch]]:
+def _scored(minibatches: Minibatches, before: Measured | None, reference: Measured | None) -> list[list[ScoredBatch]]:
     """Each micro-batch with its own tokens' part of what was measured of all."""
     scored: list[list[ScoredBatch]] = []
     start = 0
