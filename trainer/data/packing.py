@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,12 +27,19 @@ class SampleWeights:
     weight: float
 
 
+class SampleOrigin(NamedTuple):
+    """Which session and segment a sample is of; both empty for padding."""
+
+    session_id: str
+    segment_id: str
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedBatch:
     """One micro-batch of N positions.
 
     sample_starts: first position of each sample. sample_index: int32[N], the sample that a position is of.
-    advantages, weights: float32[N], 0 where not trained.
+    advantages, weights: float32[N], 0 where not trained. origins: of each sample.
     """
 
     layout: TokenLayout
@@ -39,6 +47,7 @@ class PackedBatch:
     sample_index: npt.NDArray[np.int32]
     advantages: npt.NDArray[np.float32]
     weights: npt.NDArray[np.float32]
+    origins: tuple[SampleOrigin, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -94,4 +103,5 @@ def _packed(samples: Sequence[TrainSample], weights: Sequence[SampleWeights]) ->
         sample_index=sample_index,
         advantages=spread([sample.advantage for sample in weights]),
         weights=spread([sample.weight for sample in weights]),
+        origins=tuple(SampleOrigin(sample.session_id, sample.segment_id) for sample in samples),
     )
