@@ -7,7 +7,8 @@ server without them counts as one that returns no routing and keeps the weights 
 
 vLLM's ways that shape this client:
 
-- Log-probs are of the unscaled distribution unless the server runs with `--logprobs-mode processed_logprobs`.
+- Log-probs are of the unscaled distribution unless the server runs with `--logprobs-mode processed_logprobs`: then they
+  are of what was sampled from, scaled by the temperature and renormalised over what min-p, top-k and top-p kept.
 - 0.30 does not say which weights sampled a token: the label before and after must agree, else versions are uncertain.
 - A per-request seed ends the whole CPU server as soon as some prompt is computed in parts, its own or because other
   prompts used the step up: a server on a CPU, or one that does not say, gets no seeds. The reply's meta_info says so.
@@ -63,7 +64,7 @@ _UNLABELLED = "default"
 
 _LOGPROB_KINDS = {
     "raw_logprobs": LogprobKind.RAW,
-    "processed_logprobs": LogprobKind.TEMPERATURE_SCALED,
+    "processed_logprobs": LogprobKind.KEPT_SET,
 }
 _PAUSES = {
     PauseMode.ABORT: "/pause?mode=abort",
@@ -112,6 +113,7 @@ _ENABLING = {
     "VLLM_SERVER_DEV_MODE=1 in its environment",
     Capability.RAW_LOGPROBS: "start it with --logprobs-mode raw_logprobs",
     Capability.SCALED_LOGPROBS: "start it with --logprobs-mode processed_logprobs",
+    Capability.KEPT_SET_LOGPROBS: "start it with --logprobs-mode processed_logprobs",
     Capability.VERSION_SPANS: "vLLM says them from 0.32 on, if started with --enable-scale-out",
     Capability.PAUSE: "start it with VLLM_SERVER_DEV_MODE=1 in its environment",
 }

@@ -289,7 +289,7 @@ class GatewayClient:
         """
         return await asyncio.to_thread(decode_rollout, await self.rollout_bytes(session_id, snapshot, pick=pick))
 
-    async def rollout_bytes(self, session_id: str, snapshot: str, *, pick: str | None = None) -> bytes:
+    async def rollout_bytes(self, session_id: str, snapshot: str, *, pick: str | None = None) -> bytearray:
         """The same as the safetensors file that it travels as."""
         query = query_string([("snapshot", snapshot), ("pick", pick)])
         return await self._calls.content("GET", f"/feed/rollouts/{path_segment(session_id)}{query}")

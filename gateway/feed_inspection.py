@@ -143,7 +143,7 @@ def _finished(gateway: SyncGatewayClient, arguments: argparse.Namespace) -> Iter
         after = page[-1]["session_id"]
 
 
-def _write(file: Path, content: bytes) -> None:
+def _write(file: Path, content: bytes | bytearray) -> None:
     """All of it or nothing."""
     beside = file.with_name(f".{file.name}.part")
     beside.write_bytes(content)

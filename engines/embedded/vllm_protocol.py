@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 import pybase64
 from tokenizers import Tokenizer
 
-from engines.embedded.protocol import GenerateCall, ModelLimits, read_generate
+from engines.embedded.protocol import GenerateCall, GenerateInput, ModelLimits, read_generate
 from engines.embedded.scheduler import Generation
 from gateway.contracts.errors import InvalidRequest
 from gateway.contracts.experts import expert_dtype
@@ -108,7 +109,13 @@ def _checked(
         if type(number) is not int or not 0 <= number <= MAX_LOGPROBS:
             raise InvalidRequest(f"Requested sample logprobs of {number}, which is not between 0 and {MAX_LOGPROBS}")
         request |= {"return_logprob": True, "top_logprobs_num": number}
-    return read_generate(request | {"sampling_params": known}, limits, tokenizer)
+    call = read_generate(request | {"sampling_params": known}, limits, tokenizer)
+    return replace(call, inputs=tuple(map(_with_kept_set_logprobs, call.inputs)))
+
+
+def _with_kept_set_logprobs(asked: GenerateInput) -> GenerateInput:
+    """What `processed_logprobs` means in vLLM; with raw log-probs only the order of filters is left of it."""
+    return replace(asked, settings=replace(asked.settings, kept_set_logprobs=True))
 
 
 class TokensEvents:

@@ -53,8 +53,8 @@ def encode_rollout(rollout: FinishedRollout) -> Iterator[bytes | memoryview]:
             yield np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<"), copy=False).data.cast("B")
 
 
-def decode_rollout(body: bytes) -> FinishedRollout:
-    """Read what `encode_rollout` wrote; arrays are views of `body`.
+def decode_rollout(body: bytes | bytearray) -> FinishedRollout:
+    """Read what `encode_rollout` wrote; arrays are read-only views of `body`.
 
     Raises SchemaMismatch for another schema version, IntegrityError for a damaged body.
     """
@@ -124,7 +124,7 @@ def _metadata(rollout: FinishedRollout) -> str:
     return json.dumps(facts, separators=(",", ":"))
 
 
-def _split(body: bytes) -> tuple[dict[str, Any], memoryview]:
+def _split(body: bytes | bytearray) -> tuple[dict[str, Any], memoryview]:
     if len(body) < _HEADER_LENGTH.size:
         raise IntegrityError(f"rollout body of {len(body)} bytes is too short for a safetensors header")
     (length,) = _HEADER_LENGTH.unpack_from(body)
@@ -137,7 +137,7 @@ def _split(body: bytes) -> tuple[dict[str, Any], memoryview]:
         raise IntegrityError(f"rollout body has no readable safetensors header: {error}") from error
     if not isinstance(header, dict):
         raise IntegrityError("rollout body has a header that is no JSON object")
-    return header, memoryview(body)[start:]
+    return header, memoryview(body).toreadonly()[start:]
 
 
 def _array(name: str, entry: Mapping[str, Any], data: memoryview) -> npt.NDArray[Any]:

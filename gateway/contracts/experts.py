@@ -6,6 +6,7 @@ a sequence of T tokens has T-1 rows, because its last token was never an input.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -75,11 +76,17 @@ def expert_dtype(num_experts: int) -> np.dtype[np.uint8] | np.dtype[np.uint16]:
 
 
 def narrow(ids: npt.NDArray[np.integer], shape: RoutingShape) -> ExpertIds:
-    """Ids of any integer type as the stored type; raises ExpertsMismatch on an id out of range (never wraps)."""
-    if ids.size and (int(ids.min()) < 0 or int(ids.max()) >= shape.num_experts):
-        raise ExpertsMismatch(
-            f"expert ids span [{int(ids.min())}, {int(ids.max())}], the model has {shape.num_experts} experts"
-        )
+    """Ids [rows, layers, top_k] of any integer type as the stored type.
+
+    -1 is how engines mark what they did not capture: the layer's whole row becomes zeros, which `valid_rows` finds
+    (I9: missing stays missing). Raises ExpertsMismatch on any other id out of range (never wraps), and on -1 where
+    top_k is 1, as a row of one id can hold no mark.
+    """
+    lowest, highest = (int(ids.min()), int(ids.max())) if ids.size else (0, 0)
+    if lowest < (-1 if shape.top_k > 1 else 0) or highest >= shape.num_experts:
+        raise ExpertsMismatch(f"expert ids span [{lowest}, {highest}], the model has {shape.num_experts} experts")
+    if lowest < 0:
+        ids = np.where((ids < 0).any(axis=-1, keepdims=True), 0, ids)
     return ids.astype(np.uint8) if shape.dtype == np.uint8 else ids.astype(np.uint16)
 
 
@@ -88,12 +95,47 @@ def valid_rows(ids: ExpertIds, num_experts: int, routed_layers: tuple[int, ...] 
 
     Distinctness also finds zero-filled rows, which is what an uncaptured slot leaves (reference: replay 2.1).
     `routed_layers` names the layers that route (None: all); others are not looked at. With top_k 1 only the
-    range can be checked.
+    range can be checked. What cannot be seen at all: another token's sound row (a stale slot), and holes that an
+    engine filled with unused ids.
     """
-    looked_at = ids if routed_layers is None else ids[:, list(routed_layers), :]
-    if not looked_at.size:
-        return np.ones(len(ids), dtype=np.bool_)
-    in_range = (looked_at < num_experts).all(axis=(1, 2))
-    ordered = np.sort(looked_at, axis=-1)
-    distinct = (ordered[..., 1:] != ordered[..., :-1]).all(axis=(1, 2))
-    return np.asarray(in_range & distinct, dtype=np.bool_)
+    layers = slice(None) if routed_layers is None else list(routed_layers)
+    valid = np.ones(len(ids), dtype=np.bool_)
+    for rows in _blocks(ids):
+        valid[rows] = _sound(ids[rows], num_experts)[:, layers].all(axis=1)
+    return valid
+
+
+def valid_row_bits(
+    ids: ExpertIds, num_experts: int, *, recorded: npt.NDArray[np.bool_], routed_layers: tuple[int, ...]
+) -> npt.NDArray[np.uint8]:
+    """uint8[rows, ceil(layers / 8)]: as `valid_rows`, by layer, layer 0 in the highest bit of the first byte.
+
+    recorded: bool[rows]; bits of other rows, and of layers that do not route, are 0. Rows are looked at block by block,
+    so that nothing of the size of `ids` is made.
+    """
+    routes = np.zeros(ids.shape[1], dtype=np.bool_)
+    routes[list(routed_layers)] = True
+    bits = np.empty((len(ids), -(-ids.shape[1] // 8)), dtype=np.uint8)
+    for rows in _blocks(ids):
+        bits[rows] = np.packbits(_sound(ids[rows], num_experts) & recorded[rows, None] & routes, axis=1)
+    return bits
+
+
+_BLOCK_BYTES = 1 << 18
+"""Of ids that are looked at together: small beside any rollout, and it stays in a core's cache."""
+
+
+def _blocks(ids: ExpertIds) -> Iterator[slice]:
+    num_rows = max(_BLOCK_BYTES * len(ids) // max(ids.nbytes, 1), 1)
+    return (slice(start, start + num_rows) for start in range(0, len(ids), num_rows))
+
+
+def _sound(ids: ExpertIds, num_experts: int) -> npt.NDArray[np.bool_]:
+    """bool[rows, layers]: all ids in range and distinct. Columns are compared pairwise: experts of a token are few."""
+    columns = np.ascontiguousarray(np.moveaxis(ids, -1, 0))
+    sound = np.ones(ids.shape[:2], dtype=np.bool_)
+    for i, column in enumerate(columns):
+        sound &= column < num_experts
+        for other in columns[:i]:
+            sound &= column != other
+    return sound

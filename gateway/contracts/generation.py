@@ -26,10 +26,15 @@ TokenIds: TypeAlias = npt.NDArray[np.int32]
 
 
 class LogprobKind(StrEnum):
-    """What a recorded log-prob is a log-prob of; engines differ, the trainer must know."""
+    """What a recorded log-prob is a log-prob of; engines differ, the trainer must know.
+
+    RAW: the model's distribution. TEMPERATURE_SCALED: the same with logits divided by the temperature. KEPT_SET: the
+    one that was sampled from, which is the scaled one renormalised over the tokens that top-k and then top-p kept.
+    """
 
     TEMPERATURE_SCALED = "temperature_scaled"
     RAW = "raw"
+    KEPT_SET = "kept_set"
 
 
 class FinishReason(StrEnum):
@@ -78,6 +83,13 @@ class SamplingParams:
             raise InvalidRequest(f"top_k: is {self.top_k}; use -1 for no limit, or a positive number")
         if not 0 <= self.min_p <= 1:
             raise InvalidRequest(f"min_p: is {self.min_p}; it must be in [0, 1]")
+
+
+def kind_under(kind: LogprobKind, sampling: SamplingParams) -> LogprobKind:
+    """What the log-probs of one generation are of: with every token kept, a kept set's are the scaled ones (so that
+    engines of both kinds serve one rollout). Greedy sampling filters nothing."""
+    keeps_all = sampling.temperature == 0 or (sampling.top_p == 1 and sampling.top_k == -1 and sampling.min_p == 0)
+    return LogprobKind.TEMPERATURE_SCALED if kind is LogprobKind.KEPT_SET and keeps_all else kind
 
 
 class MediaKind(StrEnum):
@@ -172,8 +184,8 @@ class Capability(StrEnum):
     """What a job may demand of an engine (`--require`).
 
     ROUTED_EXPERTS: it returns which experts computed each token. TOKEN_IDS: it takes ids and returns those it sampled.
-    SCALED_LOGPROBS, RAW_LOGPROBS: of which distribution its log-probs are. TOP_LOGPROBS: those of the likeliest tokens
-    too. VERSION_SPANS: it says which weights sampled which token. PAUSE: it stops generating on demand. GRAMMAR: it
+    SCALED_LOGPROBS, RAW_LOGPROBS, KEPT_SET_LOGPROBS: of which distribution its log-probs are (a kept set's are scaled
+    too). TOP_LOGPROBS: those of the likeliest tokens too. VERSION_SPANS: it says which weights sampled which token. PAUSE: it stops generating on demand. GRAMMAR: it
     holds sampling to a schema. IMAGES, AUDIO: it takes such parts of a prompt.
     """
 
@@ -181,6 +193,7 @@ class Capability(StrEnum):
     TOKEN_IDS = "token_ids"
     SCALED_LOGPROBS = "scaled_logprobs"
     RAW_LOGPROBS = "raw_logprobs"
+    KEPT_SET_LOGPROBS = "kept_set_logprobs"
     TOP_LOGPROBS = "top_logprobs"
     VERSION_SPANS = "version_spans"
     PAUSE = "pause"
@@ -243,9 +256,11 @@ class EngineIdentity:
             case Capability.TOKEN_IDS:
                 return self.token_exact
             case Capability.SCALED_LOGPROBS:
-                return self.token_exact and self.logprob_kind is LogprobKind.TEMPERATURE_SCALED
+                return self.token_exact and self.logprob_kind is not LogprobKind.RAW
             case Capability.RAW_LOGPROBS:
                 return self.token_exact and self.logprob_kind is LogprobKind.RAW
+            case Capability.KEPT_SET_LOGPROBS:
+                return self.token_exact and self.logprob_kind is LogprobKind.KEPT_SET
             case Capability.TOP_LOGPROBS:
                 return self.top_logprobs
             case Capability.VERSION_SPANS:

@@ -39,9 +39,11 @@ from gateway.contracts.generation import (
     FinishReason,
     GenerateRequest,
     JsonValue,
+    LogprobKind,
     Media,
     SamplingParams,
     TokenIds,
+    kind_under,
 )
 from gateway.contracts.media import RAW_MEDIA, PlacedMedia, placed_media
 from gateway.contracts.ports import Ledger
@@ -616,7 +618,7 @@ def _record(
         output_logprobs=generated.logprobs,
         version_spans=generated.version_spans,
         finish=generated.finish,
-        logprob_kind=sampler.logprob_kind,
+        logprob_kind=kind_under(sampler.logprob_kind, sampling),
         sampling=_sampling_json(sampling),
         num_layers=0 if rows is None else rows.ids.shape[1],
         num_experts=0 if rows is None or routing is None else routing.num_experts,
@@ -629,7 +631,7 @@ def _record(
         cached_tokens=generated.cached_tokens,
         num_retractions=generated.num_retractions,
         meta=_meta(request, prompt, sampling, sampled) | {"call": turn.call.facts(turn.retry)},
-        untrainable_reason=_untrainable_reason(prompt, generated),
+        untrainable_reason=_untrainable_reason(prompt, sampling, generated),
         created_at=turn.started_at,
         delivered_at=None,
     )
@@ -736,7 +738,7 @@ def _cache_json(generated: Generated) -> dict[str, JsonValue]:
     return {"flags": [flag.value for flag in generated.cache_flags], "recomputed_rows": rows}
 
 
-def _untrainable_reason(prompt: _Prompt, generated: Generated) -> str | None:
+def _untrainable_reason(prompt: _Prompt, sampling: SamplingParams, generated: Generated) -> str | None:
     """I9: what cannot be proved is kept and answered, not trained (a missing log-prob excludes its token only)."""
     if not prompt.is_provable:
         return UNTRAINABLE
@@ -744,5 +746,8 @@ def _untrainable_reason(prompt: _Prompt, generated: Generated) -> str | None:
         return "text_only_engine"
     if not generated.versions_certain:
         return "policy_version_uncertain"
-    kinds = {engine.logprob_kind for engine in generated.engines}
-    return "logprob_kinds_mixed" if len(kinds) > 1 else None
+    kinds = {kind_under(engine.logprob_kind, sampling) for engine in generated.engines}
+    if len(kinds) > 1:
+        return "logprob_kinds_mixed"
+    # A segment says top-k and top-p of its turns, so nobody could tell the set that min-p kept.
+    return "kept_set_of_min_p" if LogprobKind.KEPT_SET in kinds and sampling.min_p > 0 else None

@@ -475,7 +475,7 @@ async def test_a_server_with_closed_routes_is_taken_for_what_it_shows() -> None:
     ("mode", "kind"),
     [
         ("raw_logprobs", LogprobKind.RAW),
-        ("processed_logprobs", LogprobKind.TEMPERATURE_SCALED),
+        ("processed_logprobs", LogprobKind.KEPT_SET),
         ("raw_logits", None),
     ],
 )

@@ -12,7 +12,7 @@ from gateway.contracts.records import FinishRecord, SessionOrigin, SessionRecord
 from gateway.contracts.rollouts import FinishedRollout, PickReport
 from gateway.contracts.samples import Segment, TurnSpan
 from trainer.data.assemble import TrainSample, assemble
-from trainer.data.packing import pack
+from trainer.data.packing import SampleWeights, pack
 from trainer.replay.validate import RoutedLayers
 
 ROUTED = RoutedLayers(RoutingShape(num_layers=2, num_experts=16, top_k=2), (0, 1))
@@ -64,7 +64,8 @@ def test_packing_keeps_every_array_in_step_and_every_trained_token_once(
 ) -> None:
     originals = [tagged_segment(tag, turns, routed=routed) for tag, (turns, routed) in enumerate(segments)]
     samples = [sample_of(segment) for segment in originals]
-    batches = pack(samples, [float(tag + 1) for tag in range(len(samples))], tokens_per_microbatch=capacity)
+    weights = [SampleWeights(advantage=tag + 1.0, weight=0.5 / (tag + 1)) for tag in range(len(samples))]
+    batches = pack(samples, weights, tokens_per_microbatch=capacity)
     seen: list[int] = []
     for batch in batches:
         layout = batch.layout
@@ -86,13 +87,17 @@ def test_packing_keeps_every_array_in_step_and_every_trained_token_once(
             assert (layout.rollout_logprobs[trained] == -label_index).all()
             assert (layout.policy_version[trained] == label_index).all()
             assert (batch.advantages[trained] == tag + 1).all()
-            assert (layout.routed_valid[part] == original.routed_valid).all()
-            if original.routed_experts is not None:
-                assert layout.experts is not None
-                assert (layout.experts[part, :, 0] == (index % 15)[:, None]).all()
+            assert (batch.weights[trained] == np.float32(0.5 / (tag + 1))).all()
+            assert layout.routing is not None
+            for layer in ROUTED.layers:
+                ids, valid = layout.routing.layer(layer)
+                assert (valid[part] == original.routed_valid).all()
+                if original.routed_experts is not None:
+                    assert (ids[part, 0] == index % 15).all()
             for i, turn in enumerate(original.turns):
                 assert (layout.temperature[start + turn.output_start - 1 : start + turn.stop - 1] == 0.5 + i).all()
         assert (batch.advantages[~layout.trained] == 0).all()
+        assert (batch.weights[~layout.trained] == 0).all()
     assert sorted(seen) == list(range(len(samples)))
     assert sum(batch.layout.num_trained for batch in batches) == sum(int(s.loss_mask.sum()) for s in originals)
 
@@ -101,9 +106,9 @@ def test_packing_keeps_every_array_in_step_and_every_trained_token_once(
 @settings(max_examples=60, deadline=None)
 def test_packing_is_deterministic_and_wastes_less_than_half(lengths: list[int], capacity: int) -> None:
     samples = [sample_of(tagged_segment(tag, [(1, n)], routed=False)) for tag, n in enumerate(lengths)]
-    advantages = [0.0] * len(samples)
-    first = pack(samples, advantages, tokens_per_microbatch=capacity)
-    second = pack(samples, advantages, tokens_per_microbatch=capacity)
+    weights = [SampleWeights(advantage=0.0, weight=1.0)] * len(samples)
+    first = pack(samples, weights, tokens_per_microbatch=capacity)
+    second = pack(samples, weights, tokens_per_microbatch=capacity)
     assert [b.layout.input_ids.tolist() for b in first] == [b.layout.input_ids.tolist() for b in second]
     half_full = [b for b in first if b.layout.num_positions * 2 <= capacity]
     assert len(half_full) <= 1

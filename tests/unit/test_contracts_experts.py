@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gateway.contracts.errors import ExpertsMismatch
-from gateway.contracts.experts import RoutedExperts, RoutingShape, expert_dtype, narrow, valid_rows
+from gateway.contracts.experts import RoutedExperts, RoutingShape, expert_dtype, narrow, valid_row_bits, valid_rows
 
 
 @pytest.mark.parametrize(
@@ -34,9 +34,20 @@ def test_narrowing_keeps_every_id_and_never_wraps() -> None:
     stored = narrow(ids, shape)
     assert stored.dtype == np.uint8
     np.testing.assert_array_equal(stored, ids)
-    for wrong in (256, -1):
+    for wrong in (256, -2):
         with pytest.raises(ExpertsMismatch, match=str(wrong)):
             narrow(np.array([[[0, wrong]]], dtype=np.int32), shape)
+
+
+def test_what_an_engine_marks_as_not_captured_is_stored_as_an_invalid_row() -> None:
+    """I9: of that layer and token only; and refused where one id a row leaves no way to mark it."""
+    ids = np.array([[[4, 2], [3, -1]], [[-1, -1], [5, 1]]], dtype=np.int32)
+    stored = narrow(ids, RoutingShape(num_layers=2, num_experts=8, top_k=2))
+    assert stored.tolist() == [[[4, 2], [0, 0]], [[0, 0], [5, 1]]]
+    assert valid_rows(stored, 8, (0,)).tolist() == [True, False]
+    assert valid_rows(stored, 8, (1,)).tolist() == [False, True]
+    with pytest.raises(ExpertsMismatch, match="-1"):
+        narrow(np.array([[[-1]]]), RoutingShape(num_layers=1, num_experts=8, top_k=1))
 
 
 def test_narrowing_no_rows_gives_no_rows() -> None:
@@ -53,6 +64,24 @@ def test_rows_are_valid_where_ids_are_distinct_and_in_range() -> None:
 def test_layers_without_experts_are_not_looked_at() -> None:
     ids = np.array([[[0, 0], [3, 2]], [[0, 0], [0, 0]]], dtype=np.uint8)
     assert valid_rows(ids, 8, routed_layers=(1,)).tolist() == [True, False]
+
+
+@pytest.mark.parametrize(("num_experts", "top_k"), [(256, 8), (300, 3), (6, 1), (40, 40)])
+def test_bits_say_by_layer_what_sorting_each_row_says_whatever_the_blocks(num_experts: int, top_k: int) -> None:
+    """I9: 3,001 rows are several blocks of uneven length; some rows repeat an id, some hold one out of range."""
+    random = np.random.default_rng(0)
+    shape = RoutingShape(num_layers=11, num_experts=num_experts, top_k=top_k)
+    ids = narrow(random.random((3_001, 11, num_experts)).argsort(-1)[..., :top_k], shape)
+    ids[random.random((3_001, 11)) < 0.1, 0] = ids[0, 0, -1]
+    if num_experts not in (256, 65_536):
+        ids[random.random((3_001, 11)) < 0.1, -1] = num_experts
+    recorded, routed_layers = random.random(3_001) < 0.9, (0, 2, 3, 9, 10)
+    wanted = recorded[:, None] & np.isin(np.arange(11), routed_layers)
+    ordered = np.sort(ids, axis=-1)
+    expected = (ids < num_experts).all(-1) & (ordered[..., 1:] != ordered[..., :-1]).all(-1)
+    bits = valid_row_bits(ids, num_experts, recorded=recorded, routed_layers=routed_layers)
+    np.testing.assert_array_equal(np.unpackbits(bits, axis=1, count=11).astype(bool), expected & wanted)
+    np.testing.assert_array_equal(valid_rows(ids, num_experts, (2, 10)), expected[:, [2, 10]].all(1))
 
 
 def test_rows_say_where_they_start_and_end() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engines.embedded.sampler import NO_TOP_K, Draw, SamplingSettings, sample
+from engines.embedded.sampler import NO_TOP_K, Draw, Sampled, SamplingSettings, sample
 from gateway.contracts.generation import LogprobKind
 
 torch.set_num_threads(1)
@@ -74,6 +75,41 @@ def test_logprobs_are_scaled_or_raw_as_asked_and_greedy_ones_are_at_temperature_
         assert logprobs[1] == pytest.approx(float(torch.log_softmax(LOGITS, dim=-1)[0]), abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("how", "kept"),
+    [
+        (SamplingSettings(temperature=0.5, top_k=2), [0, 1]),
+        (SamplingSettings(temperature=2.0, top_p=0.5), [0, 1]),
+        # 0.35 of the whole is in token 0 at temperature 2, so 0.4 needs two tokens; of the two that top-k keeps, 0.56 is
+        (SamplingSettings(temperature=2.0, top_k=2, top_p=0.4), [0]),
+        (SamplingSettings(temperature=2.0, top_k=2), [0, 1]),
+        (SamplingSettings(min_p=0.3), [0, 1, 2]),
+        (SamplingSettings(top_k=1), [0]),
+        (SamplingSettings(temperature=0.0, top_k=2), None),
+        (SamplingSettings(temperature=0.7), None),
+    ],
+)
+def test_log_probs_of_a_kept_set_add_up_to_one_over_what_can_be_sampled(
+    how: SamplingSettings, kept: list[int] | None
+) -> None:
+    """vLLM's processed_logprobs: scaled, filtered, renormalised; without a filter, and for greedy, over all tokens."""
+
+    def sampled_as(kind: LogprobKind) -> Sampled:
+        draws = [Draw(replace(how, kept_set_logprobs=True), random.Random(i), num_top_logprobs=6) for i in range(400)]
+        return sample(LOGITS.expand(400, -1), draws, kind=kind)
+
+    sampled, raw = sampled_as(KIND), sampled_as(LogprobKind.RAW)
+    scaled = torch.softmax(LOGITS / (how.temperature or 1.0), dim=-1)
+    expected = {i: float((scaled[i] / scaled[kept or slice(None)].sum()).log()) for i in kept or range(6)}
+    assert dict(sampled.top_logprobs[0]) == pytest.approx(expected, abs=1e-6)
+    assert set(sampled.token_ids) <= set(expected)
+    assert (len(set(sampled.token_ids)) == 1) is (how.greedy or kept == [0])
+    assert sampled.logprobs == pytest.approx([expected[token] for token in sampled.token_ids], abs=1e-6)
+    assert raw.token_ids == sampled.token_ids
+    plain = torch.log_softmax(LOGITS, dim=-1)
+    assert raw.logprobs == pytest.approx([float(plain[token]) for token in raw.token_ids], abs=1e-6)
+
+
 def test_forbidden_tokens_are_not_sampled() -> None:
     draws = [Draw(SamplingSettings(), random.Random(i), forbidden=[0, 1]) for i in range(500)]
     tokens, _, _ = sample(LOGITS.expand(500, -1), draws, kind=KIND)
@@ -101,7 +137,7 @@ def test_any_settings_give_a_possible_token_and_its_logprob(
     assert np.isfinite(logprobs[0])
 
 
-@pytest.mark.parametrize("kind", list(LogprobKind))
+@pytest.mark.parametrize("kind", [LogprobKind.RAW, LogprobKind.TEMPERATURE_SCALED])
 def test_likeliest_tokens_are_of_the_distribution_that_logprobs_are_of(kind: LogprobKind) -> None:
     """Scaled or raw like the log-prob itself, likeliest first, each sequence as many as it wants; filters hide none."""
     hows = [SamplingSettings(temperature=0.5, top_k=2), SamplingSettings(temperature=0.0), SamplingSettings()]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -71,6 +72,7 @@ class TokenLayout:
 def segment_layout(segment: Segment, routing: RoutingRows | None) -> TokenLayout:
     """The layout of one segment; `routing` are its rows, None where nothing is replayed."""
     num_positions = segment.num_tokens - 1
+    sampling = _sampling(segment)
     return TokenLayout(
         input_ids=segment.token_ids[:-1],
         labels=segment.token_ids[1:],
@@ -78,9 +80,9 @@ def segment_layout(segment: Segment, routing: RoutingRows | None) -> TokenLayout
         trained=segment.loss_mask[1:],
         rollout_logprobs=segment.rollout_logprobs[1:],
         policy_version=segment.policy_version[1:],
-        temperature=_temperatures(segment)[1:],
-        top_p=np.ones(num_positions, dtype=np.float32),
-        top_k=np.zeros(num_positions, dtype=np.int32),
+        temperature=sampling.temperature[1:],
+        top_p=sampling.top_p[1:],
+        top_k=sampling.top_k[1:],
         routing=routing,
     )
 
@@ -104,13 +106,32 @@ def concatenate(layouts: Sequence[TokenLayout]) -> TokenLayout:
     )
 
 
-def _temperatures(segment: Segment) -> npt.NDArray[np.float32]:
-    """float32[T]: by what the logits of each token were divided when it was sampled."""
-    temperatures = np.ones(segment.num_tokens, dtype=np.float32)
-    if segment.logprob_kind is LogprobKind.RAW:
-        return temperatures
+def head(layout: TokenLayout, num_positions: int) -> TokenLayout:
+    """The first `num_positions`, as views."""
+    cut = {field.name: getattr(layout, field.name)[:num_positions] for field in fields(layout) if field.name != "routing"}
+    return TokenLayout(**cut, routing=None if layout.routing is None else layout.routing.head(num_positions))
+
+
+class _Sampling(NamedTuple):
+    """Of which distribution each of T tokens' log-prob is: float32[T], float32[T], int32[T]."""
+
+    temperature: npt.NDArray[np.float32]
+    top_p: npt.NDArray[np.float32]
+    top_k: npt.NDArray[np.int32]
+
+
+def _sampling(segment: Segment) -> _Sampling:
+    num_tokens, kind = segment.num_tokens, segment.logprob_kind
+    sampling = _Sampling(
+        np.ones(num_tokens, np.float32), np.ones(num_tokens, np.float32), np.zeros(num_tokens, np.int32)
+    )
     for turn in segment.turns:
-        if turn.temperature > 0:  # 0 is greedy: engines sample the largest and report the unscaled log-prob
-            temperatures[turn.output_start : turn.stop] = turn.temperature
-    temperatures[segment.policy_version == NOT_SAMPLED] = 1.0
-    return temperatures
+        # 0 is greedy: engines take the largest of all tokens and report the unscaled log-prob
+        if kind is LogprobKind.RAW or turn.temperature == 0:
+            continue
+        is_sampled = segment.policy_version[turn.output_start : turn.stop] != NOT_SAMPLED
+        sampling.temperature[turn.output_start : turn.stop][is_sampled] = turn.temperature
+        if kind is LogprobKind.KEPT_SET:
+            sampling.top_p[turn.output_start : turn.stop][is_sampled] = turn.top_p
+            sampling.top_k[turn.output_start : turn.stop][is_sampled] = max(turn.top_k, 0)
+    return sampling

@@ -28,7 +28,7 @@ class SampleWeights:
 
 
 class SampleOrigin(NamedTuple):
-    """Where a sample comes from, to name it to a person."""
+    """Which session and segment a sample is of; both empty for padding."""
 
     session_id: str
     segment_id: str

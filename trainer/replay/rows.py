@@ -86,4 +86,14 @@ class RoutingRows:
 
     def num_valid(self, layers: Sequence[int]) -> int:
         """How many (position, layer) pairs of these layers may be replayed."""
-        return sum(int(self.layer(layer).valid.sum()) for layer in layers)
+        wanted = np.packbits(np.isin(np.arange(self.num_layers), layers))
+        return sum(int(np.bitwise_count(bits & wanted).sum()) for bits in self.valid_bits)
+
+    def head(self, num_positions: int) -> RoutingRows:
+        """The first `num_positions` rows, still where they were."""
+        chunks, bits, left = [], [], num_positions
+        for chunk, chunk_bits in zip(self.chunks, self.valid_bits, strict=True):
+            chunks.append(chunk[:left])
+            bits.append(chunk_bits[:left])
+            left -= len(chunks[-1])
+        return RoutingRows(tuple(chunks), tuple(bits))

@@ -2,7 +2,9 @@
 
 A row of a layer is valid iff it was recorded and all its ids are in range and distinct: that also finds the zero-filled
 and duplicated rows that engines are known to return. Invalid rows are not repaired: the live router decides for them,
-and they are counted (I9).
+and they are counted (I9). What no look at a row can find: another token's row in its place (a stale slot), holes that
+an engine filled with unused ids, and with one expert a token anything but an id out of range. The step's gap between
+recorded and replayed log-probs shows those.
 """
 
 from __future__ import annotations
@@ -10,9 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from gateway.contracts.errors import ExpertsMismatch
-from gateway.contracts.experts import RoutingShape, valid_rows
+from gateway.contracts.experts import RoutingShape, valid_row_bits
 from gateway.contracts.samples import Segment
 from trainer.replay.rows import RoutingRows
 
@@ -38,7 +41,10 @@ def replayable_rows(segment: Segment, routed: RoutedLayers) -> RoutingRows:
             f"segment {segment.segment_id}: routing rows are {rows.dtype} [{rows.shape[1]} layers, {rows.shape[2]}],"
             f" the model routes {shape.dtype} [{shape.num_layers}, {shape.top_k}]"
         )
-    valid_NL = np.zeros(rows.shape[:2], dtype=np.bool_)
-    for layer in routed.layers:
-        valid_NL[:, layer] = segment.routed_valid & valid_rows(rows, shape.num_experts, (layer,))
-    return RoutingRows.of(rows, valid_NL)
+    bits = valid_row_bits(rows, shape.num_experts, recorded=segment.routed_valid, routed_layers=routed.layers)
+    return RoutingRows((rows,), (_shared(bits),))
+
+
+def _shared(bits: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """One row of bits for all positions where they are alike, which is what sound recordings are."""
+    return np.broadcast_to(bits[:1].copy(), bits.shape) if len(bits) and (bits == bits[0]).all() else bits
