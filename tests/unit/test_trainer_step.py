@@ -17,15 +17,21 @@ from gateway.contracts.records import FinishRecord, SessionOrigin, SessionRecord
 from gateway.contracts.rollouts import FinishedRollout, LeftOut, PickReport
 from gateway.contracts.samples import Segment, TurnSpan
 from trainer.algorithms.kl import k3
-from trainer.algorithms.losses import Objective, PpoObjective, TokenLoss, TrainedTokens
+from trainer.algorithms.losses import PolicyObjective
+from trainer.algorithms.objective import LiveTokens, Objective, TokenTerms, TrainedTokens
+from trainer.algorithms.settings import LossSettings
 from trainer.backends.hf import HFBackend
+from trainer.backends.settings import ModelSettings, OptimizerSettings
 from trainer.data.assemble import assemble
 from trainer.data.batch import StepBatch, step_batch
-from trainer.data.packing import PackedBatch, pack
+from trainer.data.packing import PackedBatch, ScoredBatch, pack
 from trainer.replay.inject import RoutingReplay
-from trainer.settings import LossSettings, ModelSettings, OptimizerSettings, ReplayMode
+from trainer.settings import ReplayMode
 
-PPO: Objective = PpoObjective(LossSettings())
+NUM_LAYERS = 4
+"""Of the tiny model; each of them routes."""
+
+PPO: Objective = PolicyObjective(LossSettings())
 
 
 def make_backend(model: Path, *, replay: ReplayMode = ReplayMode.R3, seed: int = 0) -> HFBackend:
@@ -80,11 +86,27 @@ def rollout_of(
 
 
 def batch_of(rollouts: Sequence[FinishedRollout], backend: HFBackend, *, max_staleness: int = 0) -> StepBatch:
-    return step_batch(rollouts, routed=backend.routed, policy_version=0, max_staleness=max_staleness, normalize=True)
+    return step_batch(rollouts, routed=backend.routed, policy_version=0, max_staleness=max_staleness)
+
+
+class Broken:
+    """An objective whose loss is no number."""
+
+    needs_reference = False
+    needs_entropy_gradient = False
+
+    def __call__(self, live: LiveTokens, tokens: TrainedTokens) -> TokenTerms:
+        return TokenTerms(live.logprobs * float("nan"))
 
 
 def packed(batch: StepBatch, tokens: int) -> tuple[PackedBatch, ...]:
-    return pack(batch.samples, batch.advantages, tokens_per_microbatch=tokens)
+    (minibatch,) = batch.minibatches
+    return pack(minibatch.samples, minibatch.weights, tokens_per_microbatch=tokens)
+
+
+def scored(batches: Sequence[PackedBatch]) -> list[ScoredBatch]:
+    """The batches without old or reference log-probs: the live forward is the old policy."""
+    return [ScoredBatch(batch) for batch in batches]
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +133,7 @@ def test_train_logprobs_equal_the_engines_where_weights_and_numerics_are_the_sam
     batch = batch_of([rollout_of(segment) for segment in segments], backend)
     measured = backend.measure(packed(batch, 10_000), replay=True)
     assert torch.allclose(measured.logprobs, measured.rollout_logprobs, atol=1e-5)
-    assert measured.routing.verified == measured.routing.total == 14 + 1 + 14 + 2
+    assert measured.routing.verified == measured.routing.total == (14 + 1 + 14 + 2) * NUM_LAYERS
     assert bool((measured.entropy > 0).all())
 
 
@@ -149,7 +171,7 @@ def test_packing_and_microbatches_change_logprobs_loss_and_gradient_by_rounding_
     for tokens in (1, 60, 10_000):
         backend = make_backend(tiny_model)
         batches = packed(batch_of(rollouts, backend), tokens)
-        updates.append(backend.update(batches, PPO))
+        updates.append(backend.update(scored(batches), PPO))
     assert [len(packed(batch_of(rollouts, make_backend(tiny_model)), t)) for t in (1, 60, 10_000)] == [4, 2, 1]
     for update in updates[1:]:
         assert update.loss == pytest.approx(updates[0].loss, abs=1e-6)
@@ -173,8 +195,8 @@ def test_what_a_pick_left_out_is_in_the_steps_account(rollouts: tuple[FinishedRo
     trained = rollouts[0].num_trained_tokens
     partly = replace(rollouts[0], pick=PickReport("delivered", trained + 5, trained, (LeftOut("undelivered", 1, 5),)))
     nothing = replace(rollouts[1], segments=(), pick=PickReport("delivered", 4, 0, (LeftOut("undelivered", 1, 4),)))
-    batch = step_batch([partly, nothing], routed=None, policy_version=0, max_staleness=0, normalize=True)
-    num_labels = sum(sample.layout.num_trained for sample in batch.samples)
+    batch = step_batch([partly, nothing], routed=None, policy_version=0, max_staleness=0)
+    num_labels = sum(sample.layout.num_trained for sample in batch.minibatches[0].samples)
     assert (batch.tokens_sampled, batch.tokens_left_out, num_labels) == (trained + 9, 9, trained)
     assert batch.rollouts == 2
 
@@ -184,9 +206,9 @@ def test_every_sampled_token_is_trained_once(tiny_model: Path, rollouts: tuple[F
     backend = make_backend(tiny_model)
     equal = [replace(r, finish=replace(r.finish, reward=1.0)) if i < 2 else r for i, r in enumerate(rollouts)]
     batch = batch_of(equal, backend)
-    update = backend.update(packed(batch, 50), PPO)
+    update = backend.update(scored(packed(batch, 50)), PPO)
     assert batch.zero_variance_groups == 1
-    assert batch.advantages[:2] == (0.0, 0.0)
+    assert [weights.advantage for weights in batch.minibatches[0].weights[:2]] == [0.0, 0.0]
     assert update.measured.logprobs.numel() == batch.tokens_sampled == sum(r.num_sampled_tokens for r in equal)
 
 
@@ -204,7 +226,7 @@ def test_rollouts_without_a_lesson_are_left_out_and_counted(
     assert batch.dropped_rollouts == 1
     assert batch.rollouts == 3
     assert batch.tokens_dropped == rollouts[0].num_sampled_tokens
-    assert {sample.session_id for sample in batch.samples} == {"s1", "s2", "s3"}
+    assert {sample.session_id for sample in batch.minibatches[0].samples} == {"s1", "s2", "s3"}
 
 
 def test_rollouts_of_incomplete_records_are_left_out_by_reason_unless_they_are_wanted(
@@ -218,9 +240,7 @@ def test_rollouts_of_incomplete_records_are_left_out_by_reason_unless_they_are_w
     assert batch.dropped_by == {"incomplete": 1, "outcome": 1}
     assert batch.dropped_rollouts == 2
     assert batch.tokens_dropped == sum(rollout.num_sampled_tokens for rollout in rollouts[:2])
-    wanted = step_batch(
-        [recreated], routed=backend.routed, policy_version=0, max_staleness=9, normalize=True, train_incomplete=True
-    )
+    wanted = step_batch([recreated], routed=backend.routed, policy_version=0, max_staleness=9, train_incomplete=True)
     assert (wanted.rollouts, wanted.dropped_by) == (1, {})
 
 
@@ -234,10 +254,10 @@ def test_samples_beyond_the_staleness_bound_are_left_out(
 ) -> None:
     """I5: staleness is per token; newer than the trainer means another history."""
     backend = make_backend(tiny_model)
-    batch = step_batch(rollouts, routed=backend.routed, policy_version=2, max_staleness=2, normalize=True)
+    batch = step_batch(rollouts, routed=backend.routed, policy_version=2, max_staleness=2)
     assert batch.dropped_rollouts == 0
     assert batch.staleness_mean == 2.0
-    assert step_batch(rollouts, routed=backend.routed, policy_version=3, max_staleness=2, normalize=True).rollouts == 0
+    assert step_batch(rollouts, routed=backend.routed, policy_version=3, max_staleness=2).rollouts == 0
     newer = replace(rollouts[0].segments[0], policy_version=rollouts[0].segments[0].policy_version + 5)
     assert batch_of([rollout_of(newer)], backend).rollouts == 0
 
@@ -254,8 +274,8 @@ def test_corrupt_rows_fall_back_to_the_live_router_and_are_counted(tiny_model: P
     valid[11] = False
     broken = replace(segment, routed_experts=rows, routed_valid=valid)
     measured = backend.measure(packed(batch_of([rollout_of(broken)], backend), 10_000), replay=True)
-    assert measured.routing.fallback == 3
-    assert measured.routing.verified == measured.routing.replayed == 26
+    assert measured.routing.fallback == 2 * NUM_LAYERS + 1  # row 3 and 11 in all layers, row 7 in one
+    assert measured.routing.verified == measured.routing.replayed == 29 * NUM_LAYERS - measured.routing.fallback
     assert torch.allclose(measured.logprobs, measured.rollout_logprobs, atol=1e-5)
 
 
@@ -265,7 +285,7 @@ def test_rollouts_without_routing_share_a_batch_with_others(tiny_model: Path) ->
     without = replace(with_rows, routed_experts=None, routed_valid=np.zeros(19, dtype=np.bool_))
     batch = batch_of([rollout_of(with_rows), rollout_of(without, session_id="s2")], backend)
     measured = backend.measure(packed(batch, 10_000), replay=True)
-    assert (measured.routing.replayed, measured.routing.fallback) == (19, 19)
+    assert (measured.routing.replayed, measured.routing.fallback) == (19 * NUM_LAYERS, 19 * NUM_LAYERS)
 
 
 def test_rows_of_another_model_are_refused(tiny_model: Path) -> None:
@@ -293,8 +313,8 @@ def test_same_seed_and_batch_give_the_same_weights_bit_for_bit(
     for _ in range(2):
         backend = make_backend(tiny_model)
         batches = packed(batch_of(rollouts, backend), 50)
-        backend.update(batches, PPO)
-        backend.update(batches, PPO)
+        backend.update(scored(batches), PPO)
+        backend.update(scored(batches), PPO)
         exports.append({name: p.clone() for name, p in backend._model.state_dict().items()})
     assert all(torch.equal(exports[0][name], exports[1][name]) for name in exports[0])
 
@@ -305,12 +325,12 @@ def test_a_loaded_checkpoint_goes_on_bit_for_bit(
     """Parameters, optimiser moments and random state all count."""
     one = make_backend(tiny_model)
     batches = packed(batch_of(rollouts, one), 50)
-    one.update(batches, PPO)
+    one.update(scored(batches), PPO)
     one.save(tmp_path)
-    second = one.update(batches, PPO)
+    second = one.update(scored(batches), PPO)
     other = make_backend(tiny_model, seed=99)
     other.load(tmp_path)
-    resumed = other.update(batches, PPO)
+    resumed = other.update(scored(batches), PPO)
     assert (second.loss, second.grad_norm) == (resumed.loss, resumed.grad_norm)
     mine, theirs = one._model.state_dict(), other._model.state_dict()
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
@@ -321,7 +341,7 @@ def test_an_export_is_a_hugging_face_folder_with_the_stepped_weights(
 ) -> None:
     backend = make_backend(tiny_model)
     batches = packed(batch_of(rollouts, backend), 10_000)
-    backend.update(batches, PPO)
+    backend.update(scored(batches), PPO)
     backend.export(tmp_path / "policy")
     expected = backend.measure(batches, replay=True).logprobs
     again = make_backend(tmp_path / "policy").measure(batches, replay=True).logprobs
@@ -338,11 +358,8 @@ def test_a_loss_that_is_not_finite_stops_before_any_weight_changes(
     batches = packed(batch_of(rollouts, backend), 10_000)
     before = backend.measure(batches, replay=True).logprobs
 
-    def broken(logprobs_S: torch.Tensor, tokens: TrainedTokens) -> TokenLoss:
-        return TokenLoss(logprobs_S * float("nan"), torch.zeros_like(logprobs_S, dtype=torch.bool))
-
     with pytest.raises(NonFiniteLoss):
-        backend.update(batches, broken)
+        backend.update(scored(batches), Broken())
     assert torch.equal(before, backend.measure(batches, replay=True).logprobs)
 
 
@@ -361,7 +378,7 @@ def test_steps_raise_the_probability_of_rewarded_rollouts(
 
     before = good_minus_bad()
     for _ in range(3):
-        backend.update(batches, PPO)
+        backend.update(scored(batches), PPO)
     assert good_minus_bad() > before + 0.1
 
 

@@ -1,76 +1,123 @@
-"""HFBackend: a transformers causal language model in float32 on one device, AdamW, routing replay.
+"""HFBackend: a transformers causal language model on one device, AdamW, routing replay, adapters, a reference policy.
 
-The model stays in evaluation mode while it trains: dropout and router jitter would make its log-probs those of another
-distribution than the engine sampled from. Deterministic on CPU with one thread: no operation draws random numbers.
-Logits are computed at trained positions only, where the model can (`logits_to_keep`): they are the largest activation.
+    update      accumulate: for each micro-batch  forward under replay → objective → backward
+                step:       clip → is all finite? → AdamW → schedule
 
-Shape letters: N = input positions of a micro-batch, S = its trained positions, V = vocabulary.
+Deterministic on CPU with one thread: no operation draws random numbers. On a GPU the host waits for the device once a
+step, for loss and gradient norm, not once a micro-batch. Whatever concerns several processes is behind `Sharding`.
+
+Shape letters: S = trained positions of a micro-batch.
 """
 
 from __future__ import annotations
 
-import inspect
-import shutil
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import replace
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import transformers
 from torch import Tensor
 
 from gateway.contracts.errors import ConfigurationError, NonFiniteLoss, TrainingError
-from trainer.algorithms.objective import LiveTokens, Objective, TrainedTokens
+from trainer.algorithms.objective import LiveTokens, Objective
+from trainer.backends.export import SourceFolder, write_policy
+from trainer.backends.forward import ModelForward
+from trainer.backends.logprobs import TokenScores
+from trainer.backends.lora import adapters_off, add_adapters, base_model, merged_state
+from trainer.backends.model import choose_device, is_dense, load_model, packing_holds, recompute_layers
+from trainer.backends.optimizer import MasterWeights, make_optimizer
 from trainer.backends.protocol import Measured, Policy, Update
-from trainer.backends.settings import ModelSettings, OptimizerSettings
+from trainer.backends.settings import LoraSettings, ModelSettings, OptimizerSettings
+from trainer.backends.sharding import Sharding, WholeModel
 from trainer.data.packing import PackedBatch, ScoredBatch
 from trainer.replay.inject import RoutingReplay, recorded_rows
 from trainer.replay.validate import RoutedLayers
-from trainer.replay.verify import RoutingReport
+from trainer.replay.verify import RoutingCheck, RoutingReport
 from trainer.settings import ReplayMode
 
-_STATE_FILE = "backend.pt"
-_PACKING_TOLERANCE = 1e-4
-_CARRIED_OVER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*")
+_log = logging.getLogger(__name__)
 
 
-class _Forward(NamedTuple):
-    """One micro-batch's result: float32[S] each; entropy has no gradient."""
+class _Scored(NamedTuple):
+    """One micro-batch's scores without gradient, still on the device, and what was seen of its routing."""
 
-    logprobs: Tensor
-    entropy: Tensor
-    routing: RoutingReport
+    scores: TokenScores
+    routing: RoutingCheck | RoutingReport
+
+    @property
+    def report(self) -> RoutingReport:
+        return self.routing if isinstance(self.routing, RoutingReport) else self.routing.report()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Accumulated:
+    """This process's part of a step before it is taken; gradients lie in the parameters.
+
+    loss: float64[] on the device. shares: sums by name, likewise.
+    """
+
+    num_trained: int
+    loss: Tensor
+    shares: dict[str, Tensor]
+    measured: Measured
 
 
 class HFBackend:
-    """A `TrainBackend` in this process."""
+    """A `TrainBackend` in this process; with a `sharding`, one process's part of one."""
 
-    def __init__(self, model: ModelSettings, optimizer: OptimizerSettings, *, replay: ReplayMode, seed: int) -> None:
-        """Load the checkpoint and install replay.
+    def __init__(
+        self,
+        model: ModelSettings,
+        optimizer: OptimizerSettings,
+        *,
+        replay: ReplayMode,
+        seed: int,
+        lora: LoraSettings | None = None,
+        num_updates: int = 1,
+        needs_reference: bool = False,
+        sharding: Sharding | None = None,
+    ) -> None:
+        """Load the checkpoint, install replay, and put adapters on it where `lora` has a rank.
 
-        Raises ConfigurationError for a folder that holds no causal language model, ReplayUnsupported where `replay` is
-        not off and the model's routing cannot be replayed.
+        num_updates: optimiser steps of the whole run, which schedules end with. needs_reference: load what KL is taken
+        against. Raises ConfigurationError for a folder that holds no causal language model and for settings that do
+        not fit it, ReplayUnsupported where `replay` is not off and the model's routing cannot be replayed.
         """
         torch.manual_seed(seed)
-        self._path = model.path
-        self._model = _load_model(model)
-        self._replay = None if replay is ReplayMode.OFF else RoutingReplay.install(self._model)
-        self._keeps_logits = "logits_to_keep" in inspect.signature(self._model.forward).parameters
-        self._packs_samples = _packing_holds(self._model)
+        self._settings = model
+        self._sharding = sharding or WholeModel()
+        self._device = choose_device(model.device)
+        self._dtype = torch.float32 if self._sharding.casts else getattr(torch, model.dtype)
+        self._adapts = lora is not None and lora.rank > 0
+
+        policy = load_model(model.path, model, dtype=self._dtype, device=self._device)
+        self._source = SourceFolder(model.path)
+        self._replay = _installed_replay(policy, replay)
+        self._packs_samples = packing_holds(policy)
+        if model.checkpoint_activations:
+            recompute_layers(policy, None if self._replay is None else self._replay.checkpoint_contexts)
+        if lora is not None and self._adapts:
+            policy = add_adapters(policy, lora)
+        self._model = self._sharding.shard(policy)
+        self._forward = ModelForward(self._model, self._device)
+        self._reference = self._load_reference() if needs_reference else None
+
+        self._masters = MasterWeights(
+            ((name, parameter) for name, parameter in self._model.named_parameters() if parameter.requires_grad),
+            exact=self._exact_values(),
+        )
         self._grad_clip = optimizer.grad_clip
-        self._optimizer = torch.optim.AdamW(
-            self._model.parameters(),
-            lr=optimizer.learning_rate,
-            betas=(optimizer.betas[0], optimizer.betas[1]),
-            weight_decay=optimizer.weight_decay,
+        self._optimizer, self._schedule = make_optimizer(
+            self._sharding.parameter_groups(self._masters.parameters), optimizer, num_updates=num_updates
         )
 
     @property
     def routed(self) -> RoutedLayers | None:
-        """The model's routing, None with replay off."""
+        """The model's routing; None with replay off, and for a dense model."""
         return None if self._replay is None else self._replay.plan.routed
 
     @property
@@ -79,173 +126,193 @@ class HFBackend:
         return self._packs_samples
 
     def measure(self, batches: Sequence[PackedBatch], *, replay: bool, policy: Policy = Policy.ACTOR) -> Measured:
-        """Log-probs, entropy and routing of all trained tokens, without gradient."""
-        if policy is Policy.REFERENCE:
-            raise ConfigurationError("this backend holds no reference policy")
+        """Log-probs, entropy and routing of all trained tokens, without gradient; the reference is never replayed."""
         with torch.no_grad():
-            return _measured(batches, [self._forward(batch, replay=replay) for batch in batches])
+            if policy is Policy.REFERENCE:
+                return self._measure_reference(batches)
+            return _measured(batches, [self._scored(batch, replay=replay) for batch in batches])
 
     def record(self, batches: Sequence[PackedBatch]) -> tuple[tuple[PackedBatch, ...], Measured]:
-        """The batches with the live router's choices as their rows."""
+        """The batches with the live router's choices as their rows; as they are where nothing is replayed."""
         if self._replay is None:
-            raise ConfigurationError("routing is recorded only where replay is on")
-        recorded, forwards = [], []
+            return tuple(batches), self.measure(batches, replay=False)
+        recorded, scored = [], []
         for batch in batches:
             with torch.no_grad(), self._replay.recording() as record:
-                forwards.append(self._forward(batch, replay=False))
+                scored.append(_Scored(self._forward(batch), self._unreplayed(batch)))
             rows = recorded_rows(record.ids(), self._replay.plan.routed)
             recorded.append(replace(batch, layout=replace(batch.layout, routing=rows)))
-        return tuple(recorded), _measured(batches, forwards)
+        return tuple(recorded), _measured(batches, scored)
 
     def update(self, batches: Sequence[ScoredBatch], objective: Objective) -> Update:
         """Accumulate gradients over the micro-batches under replay, clip them, and step.
 
-        Raises NonFiniteLoss, TrainingError without a trained token; parameters are then as before.
+        Raises NonFiniteLoss, TrainingError without a trained token; parameters and optimiser are then as before.
         """
-        num_trained = sum(scored.batch.layout.num_trained for scored in batches)
-        if not num_trained:
-            raise TrainingError("no token of this batch may be trained")
-        self._optimizer.zero_grad(set_to_none=True)
-        forwards, loss, shares = [], 0.0, Counter[str]()
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        return self.step(self.accumulate(batches, objective))
+
+    def accumulate(self, batches: Sequence[ScoredBatch], objective: Objective) -> Accumulated:
+        """Gradients of this process's micro-batches, from zero."""
+        self._zero_gradients()
+        loss = torch.zeros((), dtype=torch.float64, device=self._device)
+        shares: dict[str, Tensor] = {}
+        scored_batches = []
         for scored in batches:
-            forward = self._forward(scored.batch, replay=True)
-            terms = objective(LiveTokens(forward.logprobs, forward.entropy), _trained_tokens(scored, forward))
-            part = (terms.loss * _weights(scored.batch)).sum()
+            with self._replaying(scored.batch) as check:
+                live = self._forward(scored.batch, entropy_gradient=objective.needs_entropy_gradient)
+            part, part_shares = self._loss(scored, live, objective)
             part.backward()
-            loss += float(part.detach())
-            shares.update({name: float(values.double().sum()) for name, values in terms.shares.items()})
-            forwards.append(forward._replace(logprobs=forward.logprobs.detach()))
-        grad_norm = self._clipped_grad_norm()
+            loss += part.detach()
+            for name, values in part_shares.items():
+                total = values.detach().sum(dtype=torch.float64)
+                shares[name] = shares[name] + total if name in shares else total
+            # Read after the backward pass, so that layers that ran again are compared too.
+            routing = self._unreplayed(scored.batch) if check is None else check
+            scored_batches.append(_Scored(TokenScores(live.logprobs.detach(), live.entropy.detach()), routing))
+        return Accumulated(
+            num_trained=sum(scored.batch.layout.num_trained for scored in batches),
+            loss=loss,
+            shares=shares,
+            measured=_measured([scored.batch for scored in batches], scored_batches),
+        )
+
+    def step(self, part: Accumulated) -> Update:
+        """Clip and step on the gradients of all processes; see `update`."""
+        names = sorted(part.shares)
+        count = torch.full_like(part.loss, part.num_trained)
+        totals = self._sharding.total(torch.stack([count, part.loss, *(part.shares[name] for name in names)]))
+        norm = self._sharding.clip(self._masters.parameters, self._grad_clip)
+        num_trained, loss, *sums = totals.tolist()
+        grad_norm = float(norm)
+        if not num_trained:
+            self._zero_gradients()
+            raise TrainingError("no token of this batch may be trained")
         if not np.isfinite(loss) or not np.isfinite(grad_norm):
-            self._optimizer.zero_grad(set_to_none=True)
+            self._zero_gradients()
             raise NonFiniteLoss(f"loss {loss}, gradient norm {grad_norm}: the step was not made")
+        learning_rate = float(self._optimizer.param_groups[0]["lr"])
         self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        self._schedule.step()
+        self._masters.round_to_model()
+        self._zero_gradients()
         return Update(
             loss=loss,
             grad_norm=grad_norm,
-            learning_rate=float(self._optimizer.param_groups[0]["lr"]),
-            shares={name: total / num_trained for name, total in shares.items()},
-            measured=_measured([scored.batch for scored in batches], forwards),
+            learning_rate=learning_rate,
+            shares={name: total / num_trained for name, total in zip(names, sums, strict=True)},
+            measured=part.measured,
+            device_bytes=torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else None,
         )
 
     def save(self, folder: Path) -> None:
-        """Parameters, optimiser and random state in one file."""
-        state = {
-            "model": self._model.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
+        """Trained parameters in float32, optimiser, schedule and random state."""
+        on_cuda = self._device.type == "cuda"
+        rest = {
+            "schedule": self._schedule.state_dict(),
             "torch_rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(self._device) if on_cuda else None,
         }
-        torch.save(state, folder / _STATE_FILE)
+        self._sharding.save(folder, self._masters.by_name, self._optimizer, rest)
 
     def load(self, folder: Path) -> None:
-        """Take up what `save` wrote; raises ConfigurationError if it is of another model."""
-        state = torch.load(folder / _STATE_FILE, weights_only=True)
-        try:
-            self._model.load_state_dict(state["model"])
-        except RuntimeError as error:
-            raise ConfigurationError(f"checkpoint {folder} is not of the model {self._path}: {error}") from error
-        self._optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["torch_rng"])
+        """Take up what `save` wrote; raises ConfigurationError if it is of another model or other adapters."""
+        rest = self._sharding.load(folder, self._masters.by_name, self._optimizer)
+        self._masters.round_to_model()
+        self._schedule.load_state_dict(rest["schedule"])
+        torch.set_rng_state(rest["torch_rng"])
+        if rest["cuda_rng"] is not None and self._device.type == "cuda":
+            torch.cuda.set_rng_state(rest["cuda_rng"], self._device)
 
     def export(self, folder: Path) -> None:
-        """Weights and config by transformers; tokenizer and template files are copied, never written anew."""
-        self._model.save_pretrained(folder)
-        for pattern in _CARRIED_OVER:
-            for file in self._path.glob(pattern):
-                if file.is_file():
-                    shutil.copy2(file, folder / file.name)
+        """The policy under the names and in the dtypes of the checkpoint that it came from; adapters are merged."""
+        self.write(folder, self.policy_state())
+
+    def policy_state(self) -> dict[str, Tensor]:
+        """The transformers model's state as it is exported: whole tensors, adapters merged, float32 where masters are.
+
+        Every process of a sharded policy calls it; nothing of the training state changes.
+        """
+        state = merged_state(self._model)
+        if not self._adapts:
+            state |= {name: parameter.detach() for name, parameter in self._masters.by_name.items()}
+        return {name: self._sharding.whole(tensor) for name, tensor in state.items()}
+
+    def write(self, folder: Path, state: dict[str, Tensor]) -> None:
+        """Write what `policy_state` gave as a Hugging Face folder."""
+        write_policy(folder, base_model(self._model), state, self._source)
 
     def close(self) -> None:
         """Nothing is held beside this process."""
 
-    def _forward(self, batch: PackedBatch, *, replay: bool) -> _Forward:
-        layout = batch.layout
-        positions_S = torch.from_numpy(np.flatnonzero(layout.trained))
-        inputs: dict[str, Any] = {
-            "input_ids": torch.from_numpy(layout.input_ids.astype(np.int64))[None],
-            "position_ids": torch.from_numpy(layout.position_ids.astype(np.int64))[None],
-            "use_cache": False,
-        }
-        if self._keeps_logits:
-            inputs["logits_to_keep"] = positions_S
-        if replay and self._replay is not None and layout.routing is not None:
-            with self._replay.replaying(layout.routing) as check:
-                logits_NV = self._model(**inputs).logits[0]
-            routing = check.report()
-        else:
-            logits_NV = self._model(**inputs).logits[0]
-            rows = layout.num_positions * len(self.routed.layers) if self.routed is not None else 0
-            routing = RoutingReport(total=rows, fallback=rows)
-        logits_SV = logits_NV if self._keeps_logits else logits_NV[positions_S]
-        logits_SV = logits_SV.float() / torch.from_numpy(layout.temperature)[positions_S, None]
-        all_logprobs_SV = torch.log_softmax(logits_SV, dim=-1)
-        labels_S = torch.from_numpy(layout.labels).to(torch.int64)[positions_S]
-        logprobs_S = all_logprobs_SV.gather(1, labels_S[:, None])[:, 0]
-        return _Forward(logprobs_S, _entropy(all_logprobs_SV.detach()), routing)
+    def _loss(
+        self, scored: ScoredBatch, live: TokenScores, objective: Objective
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        if not scored.batch.layout.num_trained:
+            return live.logprobs.sum(), {}  # 0 with a graph: other ranks wait for this one's backward pass
+        terms = objective(LiveTokens(live.logprobs, live.entropy), self._forward.trained_tokens(scored, live))
+        return (terms.loss * self._forward.weights(scored.batch)).sum(), terms.shares
 
-    def _clipped_grad_norm(self) -> float:
-        limit = self._grad_clip if self._grad_clip > 0 else float("inf")
-        return float(torch.nn.utils.clip_grad_norm_(self._model.parameters(), limit))
+    def _measure_reference(self, batches: Sequence[PackedBatch]) -> Measured:
+        if self._reference is None:
+            raise ConfigurationError("no reference policy was loaded: the backend was made without needs_reference")
+        forward, context = self._reference
+        with context():
+            return _measured(batches, [_Scored(forward(batch), RoutingReport()) for batch in batches])
 
+    def _scored(self, batch: PackedBatch, *, replay: bool) -> _Scored:
+        if replay:
+            with self._replaying(batch) as check:
+                scores = self._forward(batch)
+            return _Scored(scores, self._unreplayed(batch) if check is None else check)
+        return _Scored(self._forward(batch), self._unreplayed(batch))
 
-def _load_model(settings: ModelSettings) -> Any:
-    if not (settings.path / "config.json").is_file():
-        raise ConfigurationError(f"model.path {settings.path} is not a Hugging Face folder (no config.json in it)")
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            settings.path, dtype=torch.float32, experts_implementation=settings.experts, local_files_only=True
-        )
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(f"model.path {settings.path} cannot be loaded: {error}") from error
-    return model.eval()
+    def _replaying(self, batch: PackedBatch) -> AbstractContextManager[RoutingCheck | None]:
+        rows = batch.layout.routing
+        return nullcontext() if self._replay is None or rows is None else self._replay.replaying(rows)
 
+    def _unreplayed(self, batch: PackedBatch) -> RoutingReport:
+        """Of a forward whose routers all were live."""
+        rows = batch.layout.num_positions * len(self.routed.layers) if self.routed is not None else 0
+        return RoutingReport(total=rows, fallback=rows)
 
-def _packing_holds(model: Any) -> bool:
-    """Whether two short samples in one row get the logits that they get alone (not so with a recurrent state)."""
-    first, second = torch.arange(1, 6)[None], torch.arange(2, 9)[None]
-    position_ids = torch.cat([torch.arange(5), torch.arange(7)])[None]
-    with torch.no_grad():
-        packed = model(input_ids=torch.cat([first, second], 1), position_ids=position_ids, use_cache=False).logits[0]
-        alone = [
-            model(input_ids=ids, position_ids=torch.arange(ids.shape[1])[None], use_cache=False).logits[0]
-            for ids in (first, second)
-        ]
-    return bool(torch.allclose(packed, torch.cat(alone), atol=_PACKING_TOLERANCE, rtol=0.0))
+    def _zero_gradients(self) -> None:
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def _load_reference(self) -> tuple[ModelForward, Callable[[], AbstractContextManager[None]]]:
+        """The reference's forward, and the context in which it is that policy: adapters need no second copy."""
+        if self._adapts and self._settings.reference is None:
+            return self._forward, lambda: adapters_off(self._model)
+        path = self._settings.reference or self._settings.path
+        model = load_model(path, self._settings, dtype=self._dtype, device=self._device).requires_grad_(False)
+        if model.config.get_text_config().vocab_size != base_model(self._model).config.get_text_config().vocab_size:
+            raise ConfigurationError(f"model.reference {path} has another vocabulary than model.path")
+        return ModelForward(self._sharding.shard(model), self._device), nullcontext
+
+    def _exact_values(self) -> dict[str, Tensor] | None:
+        """float32 values of a checkpoint that the compute dtype rounds; None where it loses nothing."""
+        if self._dtype == torch.float32 or self._adapts or self._source.is_exact:
+            return None
+        exact = load_model(self._settings.path, self._settings, dtype=torch.float32, device=torch.device("cpu"))
+        return dict(exact.named_parameters())
 
 
-def _trained_tokens(scored: ScoredBatch, forward: _Forward) -> TrainedTokens:
-    batch = scored.batch
-    trained = batch.layout.trained
-    old, ref = scored.old_logprobs, scored.ref_logprobs
-    return TrainedTokens(
-        rollout_logprobs=_rollout_logprobs(batch),
-        old_logprobs=forward.logprobs.detach() if old is None else torch.from_numpy(old),
-        ref_logprobs=None if ref is None else torch.from_numpy(ref),
-        advantages=torch.from_numpy(batch.advantages[trained]),
-        sample_index=torch.from_numpy(batch.sample_index[trained].astype(np.int64)),
-        num_samples=len(batch.sample_starts),
-    )
+def _installed_replay(model: Any, mode: ReplayMode) -> RoutingReplay | None:
+    if mode is ReplayMode.OFF:
+        return None
+    if is_dense(model):
+        _log.info("%s has no experts: replay.mode %s has nothing to replay", type(model).__name__, mode.value)
+        return None
+    return RoutingReplay.install(model)
 
 
-def _rollout_logprobs(batch: PackedBatch) -> Tensor:
-    return torch.from_numpy(batch.layout.rollout_logprobs[batch.layout.trained])
-
-
-def _weights(batch: PackedBatch) -> Tensor:
-    return torch.from_numpy(batch.weights[batch.layout.trained])
-
-
-def _measured(batches: Sequence[PackedBatch], forwards: Sequence[_Forward]) -> Measured:
+def _measured(batches: Sequence[PackedBatch], scored: Sequence[_Scored]) -> Measured:
+    """On the host, in one transfer; not before all work has been handed to the device."""
+    rollout = [batch.layout.rollout_logprobs[batch.layout.trained] for batch in batches]
     return Measured(
-        logprobs=torch.cat([forward.logprobs for forward in forwards]),
-        rollout_logprobs=torch.cat([_rollout_logprobs(batch) for batch in batches]),
-        entropy=torch.cat([forward.entropy for forward in forwards]),
-        routing=sum((forward.routing for forward in forwards), RoutingReport()),
+        logprobs=torch.cat([one.scores.logprobs for one in scored]).cpu(),
+        rollout_logprobs=torch.from_numpy(np.concatenate(rollout)),
+        entropy=torch.cat([one.scores.entropy for one in scored]).cpu(),
+        routing=sum((one.report for one in scored), RoutingReport()),
     )
-
-
-def _entropy(logprobs_SV: Tensor) -> Tensor:
-    """float32[S], nats."""
-    return -(logprobs_SV.exp() * logprobs_SV).sum(dim=-1)

@@ -42,13 +42,15 @@ class Measured:
 @dataclass(frozen=True, slots=True, eq=False)
 class Update:
     """One optimiser step: the loss it minimised, the gradient norm before clipping, the learning rate, means over
-    trained tokens of the objective's `shares`, and the log-probs before the update."""
+    trained tokens of the objective's `shares`, and the log-probs before the update. device_bytes: the peak of the
+    device's memory in this step, None on CPU."""
 
     loss: float
     grad_norm: float
     learning_rate: float
     shares: Mapping[str, float]
     measured: Measured
+    device_bytes: int | None = None
 
 
 class TrainBackend(Protocol):

@@ -1,0 +1,119 @@
+"""The model of a policy: loading a transformers checkpoint onto a device, and what must be known of it before training.
+
+A model stays in evaluation mode while it trains: dropout and router jitter would make its log-probs those of another
+distribution than the engine sampled from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from gateway.contracts.errors import ConfigurationError, ReplayUnsupported
+from trainer.backends.settings import ModelSettings
+from trainer.replay.plan import routing_shape
+
+_PACKING_TOLERANCE = 1e-4
+_PACKING_SHARE = 0.1
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that `model.device` names; auto is cuda where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigurationError(f"model.device {name!r} is no device: {error}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigurationError(f"model.device is {name}, but torch {torch.__version__} sees no CUDA device")
+    return device
+
+
+def load_model(path: Path, settings: ModelSettings, *, dtype: torch.dtype, device: torch.device) -> Any:
+    """A causal language model with parameters in `dtype`, in evaluation mode, on `device`.
+
+    Raises ConfigurationError for a folder that holds none, or a quantised one.
+    """
+    if not (path / "config.json").is_file():
+        raise ConfigurationError(f"model.path {path} is not a Hugging Face folder (no config.json in it)")
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            experts_implementation=settings.experts,
+            attn_implementation=settings.attention,
+            local_files_only=True,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigurationError(f"model.path {path} cannot be loaded: {error}") from error
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ConfigurationError(f"model.path {path} is quantised; train from its unquantised checkpoint")
+    return model.eval().to(device)
+
+
+def recompute_layers(model: nn.Module, contexts: Callable[[], Any] | None) -> None:
+    """Let every decoder layer keep its input only, and be computed again in the backward pass.
+
+    `contexts`: `context_fn` of `torch.utils.checkpoint`. Not transformers' own switch, which does nothing in evaluation
+    mode. Raises ConfigurationError for a model without layers that allow it.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise ConfigurationError(
+            f"{type(model).__name__} has no layers that model.checkpoint_activations could compute again"
+        )
+    options: dict[str, Any] = {} if contexts is None else {"context_fn": contexts}
+    for layer in layers:
+        layer.forward = partial(_recomputed, layer.forward, options)
+
+
+def _recomputed(forward: Callable[..., Any], options: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    # No operation draws random numbers in evaluation mode.
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **options, **kwargs)
+
+
+def is_dense(model: nn.Module) -> bool:
+    """Whether a model has no experts: its config counts none, and no module is named for them. One that has some under
+    names unknown here is not dense, and replay refuses it."""
+    try:
+        routing_shape(model)
+    except ReplayUnsupported:
+        return not any("expert" in path or "moe" in path for path, _module in model.named_modules())
+    return False
+
+
+@torch.no_grad()
+def packing_holds(model: Any) -> bool:
+    """Whether two short samples in one row get the logits that they get alone (not so with a recurrent state).
+
+    In float32 up to rounding. Where forwards compute with fewer bits, the difference must be a small part of the one
+    that samples make which do see each other.
+    """
+    parameter = next(model.parameters())
+    device = parameter.device
+    first, second = torch.arange(1, 6, device=device)[None], torch.arange(2, 9, device=device)[None]
+    both = torch.cat([first, second], 1)
+    restarting = torch.cat([torch.arange(5, device=device), torch.arange(7, device=device)])[None]
+    alone = torch.cat([_logits(model, ids, torch.arange(ids.shape[1], device=device)[None]) for ids in (first, second)])
+    gap = float((_logits(model, both, restarting) - alone).abs().max())
+    if parameter.dtype == torch.float32:
+        return gap <= _PACKING_TOLERANCE
+    mixed = float((_logits(model, both, torch.arange(12, device=device)[None]) - alone).abs().max())
+    return gap <= _PACKING_SHARE * mixed
+
+
+def _logits(model: Any, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    logits: Tensor = model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits[0].float()
+    return logits
