@@ -108,7 +108,9 @@ def concatenate(layouts: Sequence[TokenLayout]) -> TokenLayout:
 
 def head(layout: TokenLayout, num_positions: int) -> TokenLayout:
     """The first `num_positions`, as views."""
-    cut = {field.name: getattr(layout, field.name)[:num_positions] for field in fields(layout) if field.name != "routing"}
+    cut = {
+        field.name: getattr(layout, field.name)[:num_positions] for field in fields(layout) if field.name != "routing"
+    }
     return TokenLayout(**cut, routing=None if layout.routing is None else layout.routing.head(num_positions))
 
 
