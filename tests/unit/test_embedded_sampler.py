@@ -80,7 +80,7 @@ def test_logprobs_are_scaled_or_raw_as_asked_and_greedy_ones_are_at_temperature_
     [
         (SamplingSettings(temperature=0.5, top_k=2), [0, 1]),
         (SamplingSettings(temperature=2.0, top_p=0.5), [0, 1]),
-        # 0.35 of the whole is in token 0 at temperature 2, so 0.4 needs two tokens; of the two that top-k keeps, 0.56 is
+        # token 0 has 0.35 of the whole, and 0.56 of the two that top-k keeps
         (SamplingSettings(temperature=2.0, top_k=2, top_p=0.4), [0]),
         (SamplingSettings(temperature=2.0, top_k=2), [0, 1]),
         (SamplingSettings(min_p=0.3), [0, 1, 2]),
