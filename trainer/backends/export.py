@@ -45,6 +45,7 @@ class SourceFolder:
         return stored <= {torch.bfloat16}
 
 
+@torch.no_grad()
 def write_policy(folder: Path, model: Any, state: Mapping[str, Tensor], source: SourceFolder) -> None:
     """Write `state` (of the transformers model `model`, by its names) under the names and in the dtypes of `source`."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -229,6 +229,7 @@ class HFBackend:
         """The policy under the names and in the dtypes of the checkpoint that it came from; adapters are merged."""
         self.write(folder, self.policy_state())
 
+    @torch.no_grad()
     def policy_state(self) -> dict[str, Tensor]:
         """The transformers model's state as it is exported: whole tensors, adapters merged, float32 where masters are.
 
@@ -236,8 +237,12 @@ class HFBackend:
         """
         state = merged_state(self._model)
         if not self._adapts:
-            state |= {name: parameter.detach() for name, parameter in self._masters.by_name.items()}
-        return {name: self._sharding.whole(tensor) for name, tensor in state.items()}
+            state |= self._masters.tensors_of(self._model)
+        whole: dict[int, Tensor] = {}  # one for all names of a tied parameter, so that it is stored once
+        for tensor in state.values():
+            if id(tensor) not in whole:
+                whole[id(tensor)] = self._sharding.whole(tensor)
+        return {name: whole[id(tensor)] for name, tensor in state.items()}
 
     def write(self, folder: Path, state: dict[str, Tensor]) -> None:
         """Write what `policy_state` gave as a Hugging Face folder."""
@@ -249,9 +254,9 @@ class HFBackend:
     def _loss(
         self, scored: ScoredBatch, live: TokenScores, objective: Objective
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        if not scored.batch.layout.num_trained:
-            return live.logprobs.sum(), {}  # 0 with a graph: other ranks wait for this one's backward pass
         terms = objective(LiveTokens(live.logprobs, live.entropy), self._forward.trained_tokens(scored, live))
+        if not scored.batch.layout.num_trained:
+            return live.logprobs.sum(), terms.shares  # 0 with a graph: other ranks wait for this one's backward pass
         return (terms.loss * self._forward.weights(scored.batch)).sum(), terms.shares
 
     def _measure_reference(self, batches: Sequence[PackedBatch]) -> Measured:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -32,7 +33,10 @@ def add_adapters(model: Any, settings: LoraSettings) -> Any:
         task_type=peft.TaskType.CAUSAL_LM,
     )
     try:
-        return peft.get_peft_model(model, config).eval()
+        with warnings.catch_warnings():
+            # peft 0.21 reads an attribute that transformers 5.23 has renamed; nobody here can help it.
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+            return peft.get_peft_model(model, config).eval()
     except ValueError as error:
         raise ConfigurationError(f"lora.targets {list(settings.targets)}: {error}") from error
 
@@ -49,11 +53,12 @@ def base_model(model: Any) -> Any:
 
 @torch.no_grad()
 def merged_state(model: Any) -> dict[str, Tensor]:
-    """The transformers model's state with adapters merged in, under the names that it has without them.
+    """The transformers model's state with adapters merged in, under the names that it has without them; a tied
+    parameter is one object under all its names.
 
     Nothing of the model changes: merging in place and taking it back would leave rounding behind.
     """
-    state: Mapping[str, Tensor] = base_model(model).state_dict()
+    state: Mapping[str, Tensor] = base_model(model).state_dict(keep_vars=True)
     if not isinstance(model, peft.PeftModel):
         return dict(state)
     merged = {_PEFT_NAME.sub(r"\1", name): tensor for name, tensor in state.items() if ".lora_" not in name}

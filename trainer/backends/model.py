@@ -50,7 +50,9 @@ def load_model(path: Path, settings: ModelSettings, *, dtype: torch.dtype, devic
         model = transformers.AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
-            experts_implementation=settings.experts,
+            # transformers' default is grouped_mm, and eager where a model (a dense one) has no such experts; asked for
+            # by name it would refuse those.
+            experts_implementation=None if settings.experts == "grouped_mm" else settings.experts,
             attn_implementation=settings.attention,
             local_files_only=True,
         )

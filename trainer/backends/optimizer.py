@@ -40,6 +40,14 @@ class MasterWeights:
         """In the model's order."""
         return list(self.by_name.values())
 
+    def tensors_of(self, model: nn.Module) -> dict[str, Tensor]:
+        """The masters of a model whose parameters all train, under every name that its parameters have."""
+        name_of = {id(parameter): name for name, parameter in model.named_parameters()}
+        return {
+            name: self.by_name[name_of[id(parameter)]]
+            for name, parameter in model.named_parameters(remove_duplicate=False)
+        }
+
     @torch.no_grad()
     def round_to_model(self) -> None:
         """After masters changed: the model's parameters become their rounded values."""
