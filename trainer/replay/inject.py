@@ -1,12 +1,20 @@
 """RoutingReplay: hand recorded expert ids to a model's routers for one forward (routing replay, arXiv 2510.11370).
 
-Each router's forward runs under a mode that answers its selecting top-k with `(scores.gather(ids), ids)`; everything
+Each router's forward runs under a mode that answers its selecting call with `(scores.gather(ids), ids)`; everything
 after (renormalising, scaling, softmax over the chosen) is the model's own code on its live scores, so gradient reaches
 router weights and hidden states as without replay.
 
 Ids are keyed by (position in the batch, global layer) and handed in per forward by a context; there is no cursor and no
 registry order, so micro-batches may interleave and layers may be computed again. Forwards outside a context (a
 reference policy, a teacher) use the live router.
+
+**Recomputation.** A layer that is computed again in the backward pass must get the ids of *its* forward. Layers that
+transformers checkpoints (`gradient_checkpointing_enable`, reentrant or not) do so by themselves. Own calls of
+`torch.utils.checkpoint` take `context_fn=replay.checkpoint_contexts`, or checkpoint `replay.bound(function)`. A router
+that runs in a backward pass without either raises, as its live choice might not be what its forward used.
+
+**Load-balancing loss.** It would push routers towards or away from what the engine chose. It is off while replay is
+installed: `output_router_logits` and the model's `router_aux_loss_coef` are set to nothing, and put back by `remove`.
 """
 
 from __future__ import annotations
@@ -14,44 +22,49 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from gateway.contracts.errors import ExpertsMismatch, ReplayUnsupported
-from gateway.contracts.experts import RoutingShape, narrow
-from trainer.replay.plan import ReplayPlan, RouterSite, SelectingTopk, plan_replay
+from gateway.contracts.errors import ReplayUnsupported
+from trainer.replay.plan import ReplayPlan, RouterSite, Witness, plan_replay
+from trainer.replay.probe import run_probe
 from trainer.replay.rows import RoutingRows
-from trainer.replay.validate import RoutedLayers
+from trainer.replay.slots import Compared, Live, Recorded, Replayed, Slot, ids_among, recorded_rows
 from trainer.replay.verify import RoutingCheck
 
-
-class _Slot(Protocol):
-    """What the routers of one forward are told to do."""
-
-    def choose(self, layer: int, scores_NE: Tensor, live: Callable[[], Any]) -> Any: ...
-
-    def observe(self, layer: int, used_NK: Tensor) -> None: ...
+_LIVE = Live()
 
 
 class RoutingReplay:
     """Routing replay installed on one model; `remove` takes it off again."""
 
     def __init__(self, model: nn.Module, plan: ReplayPlan) -> None:
+        """Wrap the routers of `plan`. `install` is the way that proves them; this one is for a copy of a model whose
+        plan was proved already (the shards of one that is spread over ranks)."""
         self.plan = plan
-        self._slot: ContextVar[_Slot | None] = ContextVar("routing_replay_slot", default=None)
-        self._routers = [(site, model.get_submodule(site.path)) for site in plan.routers]
-        for site, router in self._routers:
-            router.forward = self._replaying_forward(site, router.forward)
+        self._slot: ContextVar[Slot | None] = ContextVar("routing_replay_slot", default=None)
+        self._has_replayed = False
+        self._wrapped: list[nn.Module] = []
+        for site in plan.routers:
+            router = model.get_submodule(site.path)
+            self._wrap(router, self._routing_forward(site, router, router.forward))
+            if site.witness is Witness.EXPERTS_INPUT:
+                experts = model.get_submodule(site.witness_path)
+                self._wrap(experts, self._witnessed_forward(site, experts.forward))
+        self._checkpointed = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
+        self._aux_loss = _AuxLoss(model)
 
     @classmethod
     def install(cls, model: nn.Module) -> RoutingReplay:
-        """Probe the model, wrap its routers, and prove on a second probe that each is reached and answers with ids.
+        """Probe the model, wrap its routers, and prove on more probes that each is reached once and uses what it is
+        given.
 
         Raises ReplayUnsupported.
         """
+        model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
         replay = cls(model, plan_replay(model))
         try:
             replay._prove(model)
@@ -62,134 +75,148 @@ class RoutingReplay:
 
     def remove(self) -> None:
         """Give the routers their own forward back."""
-        for _site, router in self._routers:
-            router.__dict__.pop("forward", None)
-        self._routers = []
+        for module in self._wrapped:
+            module.__dict__.pop("forward", None)
+        for module in self._checkpointed:
+            function = module.__dict__.get("_gradient_checkpointing_func")
+            if isinstance(function, _SlotKeeping):
+                module._gradient_checkpointing_func = function.checkpoint
+        self._wrapped, self._checkpointed = [], []
+        self._aux_loss.restore()
 
     @contextmanager
     def replaying(self, rows: RoutingRows) -> Iterator[RoutingCheck]:
         """Within, forwards over N positions use `rows` where they are valid, else the live router. Yields the check
         that compares what was used with what was recorded (I10)."""
-        check = RoutingCheck(rows, self.plan.routed)
-        with self._using(_Replayed(rows, self.plan.shape, check)):
+        check = RoutingCheck(rows, self.plan.routed.layers)
+        self._has_replayed = True
+        with self._using(Replayed(rows, self.plan, check)):
             yield check
 
     @contextmanager
-    def recording(self) -> Iterator[RecordedRouting]:
-        """Within, forwards use the live router and leave their choice in what is yielded."""
-        record = RecordedRouting(self.plan.shape)
-        with self._using(record):
+    def recording(self) -> Iterator[Recorded]:
+        """Within, one forward uses the live router and leaves its choice in what is yielded (`rows()`)."""
+        with self._using(record := Recorded(self.plan)):
             yield record
+
+    @contextmanager
+    def comparing(self, rows: RoutingRows) -> Iterator[Compared]:
+        """Within, forwards use the live router; what is yielded counts for how many rows it chose other experts."""
+        with self._using(compared := Compared(rows, self.plan)):
+            yield compared
 
     def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """`context_fn` of `torch.utils.checkpoint`: a layer that is computed again in the backward pass gets the ids of
-        *its* forward, also where other micro-batches ran in between."""
-        return nullcontext(), self._using(self._slot.get())
+        *its* forward, also where other micro-batches ran in between, and on whatever thread it runs."""
+        return nullcontext(), self._using(self._slot.get() or _LIVE)
+
+    def bound(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, wherever and whenever it runs, with the routing of the context that this is called in."""
+        slot = self._slot.get() or _LIVE
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with self._using(slot):
+                return function(*args, **kwargs)
+
+        return run
 
     @contextmanager
-    def _using(self, slot: _Slot | None) -> Iterator[None]:
+    def _using(self, slot: Slot) -> Iterator[None]:
+        for module in self._checkpointed:
+            function = module.__dict__.get("_gradient_checkpointing_func")
+            if function is not None and not isinstance(function, _SlotKeeping):
+                module._gradient_checkpointing_func = _SlotKeeping(function, self)
         token = self._slot.set(slot)
         try:
             yield
         finally:
             self._slot.reset(token)
 
-    def _replaying_forward(self, site: RouterSite, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def replaying_forward(*args: Any, **kwargs: Any) -> Any:
-            slot = self._slot.get()
-            if slot is None:
-                return forward(*args, **kwargs)
-            layer = site.layer
-            mode = SelectingTopk(self.plan.shape, lambda scores_NE, live: slot.choose(layer, scores_NE, live))
-            with mode:
-                output = forward(*args, **kwargs)
-            if mode.num_selections != 1:
-                raise ReplayUnsupported(
-                    f"router {site.path} selected {mode.num_selections} times in one forward, not once"
-                )
-            slot.observe(layer, _ids_in(output, site, self.plan.shape))
-            return output
+    def _wrap(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        module.forward = forward
+        self._wrapped.append(module)
 
-        return replaying_forward
+    def _routing_forward(
+        self, site: RouterSite, router: nn.Module, forward: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        def routing_forward(*args: Any, **kwargs: Any) -> Any:
+            slot = self._slot.get()
+            if slot is not None:
+                return slot.route(site, router, forward, args, kwargs)
+            if self._has_replayed and torch._C._current_graph_task_id() != -1:
+                raise ReplayUnsupported(
+                    f"router {site.path} is computed again in a backward pass that does not say with which routing:"
+                    " give torch.utils.checkpoint context_fn=replay.checkpoint_contexts"
+                )
+            return forward(*args, **kwargs)
+
+        return routing_forward
+
+    def _witnessed_forward(self, site: RouterSite, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def witnessed_forward(*args: Any, **kwargs: Any) -> Any:
+            slot = self._slot.get()
+            if slot is not None:
+                slot.observe(site, ids_among(kwargs if isinstance(site.witness_place, str) else args, site))
+            return forward(*args, **kwargs)
+
+        return witnessed_forward
 
     def _prove(self, model: nn.Module) -> None:
-        """A forward with recorded ids, and one with foreign ids that must come out at every router's end."""
-        device = next(model.parameters()).device
-        input_ids = torch.arange(1, 7, device=device)[None]
-        with torch.no_grad(), self.recording() as record:
-            model(input_ids=input_ids, use_cache=False)
-        shape = self.plan.shape
-        foreign_NLK = (record.ids() + 1) % shape.num_experts  # a shift keeps ids distinct and changes every one
-        rows = recorded_rows(foreign_NLK, self.plan.routed)
-        with torch.no_grad(), self.replaying(rows) as check:
-            model(input_ids=input_ids, use_cache=False)
+        """A forward that is recorded, and one with foreign ids, which must come out at every witness and change the
+        model's result."""
+        with self.recording() as record:
+            live = run_probe(model, self.plan.num_probed)
+        rows = record.rows()
+        foreign = np.zeros_like(rows.chunks[0])
+        for site in self.plan.routers:
+            top_k, num_scores = site.selection.top_k, site.selection.num_scores
+            ids = rows.chunks[0][:, site.layer, :top_k].astype(np.int64)
+            foreign[:, site.layer, :top_k] = (ids + 1) % num_scores  # a shift keeps ids distinct, and changes each
+        with self.replaying(recorded_rows(foreign, self.plan.routed)) as check:
+            shifted = run_probe(model, self.plan.num_probed)
+        self._has_replayed = False
         report = check.report()
         if report.verified != report.total:
             raise ReplayUnsupported(f"{type(model).__name__}: ids handed to its routers are not the ids that they used")
+        if any(site.witness is Witness.ANSWER for site in self.plan.routers) and _same(live, shifted):
+            raise ReplayUnsupported(f"{type(model).__name__}: other experts do not change its result")
 
 
-class _Replayed:
-    """Answers the selecting top-k with recorded ids; rows that are not valid keep the live choice (I9)."""
+class _SlotKeeping:
+    """A checkpoint function of transformers that recomputes a layer with the routing of its forward."""
 
-    def __init__(self, rows: RoutingRows, shape: RoutingShape, check: RoutingCheck) -> None:
-        if (rows.num_layers, rows.top_k) != (shape.num_layers, shape.top_k):
-            raise ExpertsMismatch(f"rows to replay have {rows.num_layers} layers of {rows.top_k} ids; model: {shape}")
-        self._rows = rows
-        self._check = check
+    def __init__(self, checkpoint: Callable[..., Any], replay: RoutingReplay) -> None:
+        self.checkpoint = checkpoint
+        self._replay = replay
 
-    def choose(self, layer: int, scores_NE: Tensor, live: Callable[[], Any]) -> Any:
-        rows = self._rows.layer(layer)
-        if len(scores_NE) != len(rows.ids):
-            raise ExpertsMismatch(f"layer {layer} routes {len(scores_NE)} positions, {len(rows.ids)} rows are given")
-        ids_NK = torch.from_numpy(rows.ids).to(scores_NE.device)
-        if not rows.valid.all():
-            valid_N = torch.from_numpy(rows.valid).to(scores_NE.device)
-            ids_NK = torch.where(valid_N[:, None], ids_NK, live().indices)
-        return torch.return_types.topk((scores_NE.gather(1, ids_NK), ids_NK))
-
-    def observe(self, layer: int, used_NK: Tensor) -> None:
-        self._check.observe(layer, used_NK)
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self.checkpoint(self._replay.bound(function), *args, **kwargs)
 
 
-class RecordedRouting:
-    """What the live routers chose in one forward."""
+class _AuxLoss:
+    """A model's load-balancing loss, switched off until `restore`."""
 
-    def __init__(self, shape: RoutingShape) -> None:
-        self._shape = shape
-        self._chosen: dict[int, Tensor] = {}
+    def __init__(self, model: nn.Module) -> None:
+        self._before: list[tuple[Any, str, Any]] = []
+        config = getattr(model, "config", None)
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        for owner in {id(each): each for each in (config, text) if each is not None}.values():
+            self._set(owner, "output_router_logits", False)
+        for module in model.modules():
+            self._set(module, "router_aux_loss_coef", 0.0)
 
-    def choose(self, layer: int, scores_NE: Tensor, live: Callable[[], Any]) -> Any:
-        """The live choice."""
-        return live()
+    def _set(self, owner: Any, name: str, value: Any) -> None:
+        if name in vars(owner):
+            self._before.append((owner, name, vars(owner)[name]))
+            setattr(owner, name, value)
 
-    def observe(self, layer: int, used_NK: Tensor) -> None:
-        """Keep what `layer` used."""
-        self._chosen[layer] = used_NK.detach()
-
-    def ids(self) -> Tensor:
-        """int64[N, L, K]; layers without experts are 0, as SGLang returns them."""
-        some_NK = next(iter(self._chosen.values()))
-        ids_NLK = some_NK.new_zeros((len(some_NK), self._shape.num_layers, self._shape.top_k), dtype=torch.int64)
-        for layer, used_NK in self._chosen.items():
-            ids_NLK[:, layer] = used_NK
-        return ids_NLK
-
-
-def recorded_rows(ids_NLK: Tensor, routed: RoutedLayers) -> RoutingRows:
-    """Ids that `RecordedRouting` kept as rows to replay, every one of a routed layer valid."""
-    valid_NL = np.zeros(ids_NLK.shape[:2], dtype=np.bool_)
-    valid_NL[:, list(routed.layers)] = True
-    return RoutingRows.of(narrow(ids_NLK.cpu().numpy(), routed.shape), valid_NL)
+    def restore(self) -> None:
+        """As it was."""
+        for owner, name, value in self._before:
+            setattr(owner, name, value)
+        self._before = []
 
 
-def _ids_in(output: Any, site: RouterSite, shape: RoutingShape) -> Tensor:
-    """The chosen ids [N, K] among a router's outputs: what the experts will be called with."""
-    parts = output if isinstance(output, tuple | list) else (output,)
-    found = [
-        part
-        for part in parts
-        if isinstance(part, Tensor) and not part.is_floating_point() and part.shape[-1:] == (shape.top_k,)
-    ]
-    if len(found) != 1:
-        raise ReplayUnsupported(f"router {site.path} does not return the ids that it chose; they could not be verified")
-    return found[0].reshape(-1, shape.top_k)
+def _same(output: Any, other: Any) -> bool:
+    logits, others = (getattr(value, "logits", value) for value in (output, other))
+    return isinstance(logits, torch.Tensor) and torch.equal(logits, others)

@@ -1,50 +1,81 @@
-"""ReplayPlan: where a model routes. Found by watching one probe forward, not from a list of architectures.
+"""ReplayPlan: where a model routes, how its choice is replayed there, and by what the ids really used are witnessed.
 
-A *router* is the innermost module whose forward calls the top-k that selects experts: scores [positions, number
-of experts], k = experts per token. (Group-limited routers call other top-ks on groups first; those do not match.)
-The plan fails closed: exactly one router, called once and selecting once, in each layer that owns expert weights.
+Found by watching one probe forward, not from a list of architectures. A *router* is the innermost module whose forward
+makes the call that selects experts: a router of its own, or the block that holds the experts. Where several calls look
+like it (group-limited routers rank groups first), the last one selects.
+
+The plan fails closed: one router, selecting once, in each decoder layer that owns experts, or `ReplayUnsupported`.
 """
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from gateway.contracts.errors import ReplayUnsupported
 from gateway.contracts.experts import RoutingShape
+from trainer.replay.overrides import NOT_REPLAYED, OVERRIDES, REFUSED
+from trainer.replay.probe import WHOLE, Place, SeenCall, Watched, probe_length, watch
+from trainer.replay.selection import SORTS, Selection
+from trainer.replay.sites import decoder_layer, experts_by_layer, structural_experts
 from trainer.replay.validate import RoutedLayers
 
-NOT_REPLAYED = frozenset({"DeepseekV4HashRouter"})
-"""Router types that choose by a fixed function of the token id: there is nothing to replay, and they are left alone."""
+_NUM_EXPERTS_NAMES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
+_TOP_K_NAMES = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "experts_per_token",
+    "moe_topk",
+    "moe_top_k",
+    "moe_k",
+    "top_k_experts",
+)
+_NUM_LAYERS_NAMES = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
+_NESTED = ("ffn_config", "moe_config")
 
-_NUM_EXPERTS_NAMES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-_TOP_K_NAMES = ("num_experts_per_tok", "moe_topk", "moe_top_k", "moe_k", "top_k_experts", "num_experts_per_token")
-_LAYER_IN_PATH = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)\.")
-_PROBE_TOKENS = 6
+
+class Witness(StrEnum):
+    """Where the ids really used are read: among the router's results, at the experts' door, or, where neither shows
+    them, in the answer that the selecting call was given."""
+
+    ROUTER_OUTPUT = "router output"
+    EXPERTS_INPUT = "experts input"
+    ANSWER = "selection's answer"
 
 
 @dataclass(frozen=True, slots=True)
 class RouterSite:
-    """One router: its path in the model and the global index of its decoder layer, parsed from that path."""
+    """One router: its path, the global index of its decoder layer, the name of its class, what selects in it, and the
+    witness of what was used: the module and the place among its results or arguments. `override` names the entry of the
+    table of overrides that replays it."""
 
     path: str
     layer: int
+    router: str
+    selection: Selection
+    witness: Witness
+    witness_path: str = ""
+    witness_place: Place = WHOLE
+    override: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class ReplayPlan:
-    """All routers of a model, in order of their layers."""
+    """All routers of a model, in order of their layers, and layers that are left alone with the reason.
+
+    `shape` has the largest number of experts and of experts a token; layers may have fewer.
+    """
 
     shape: RoutingShape
     routers: tuple[RouterSite, ...]
+    left_alone: Mapping[int, str]
+    num_probed: int
 
     @property
     def routed(self) -> RoutedLayers:
@@ -52,153 +83,192 @@ class ReplayPlan:
         return RoutedLayers(self.shape, tuple(site.layer for site in self.routers))
 
 
+class NamedSizes(NamedTuple):
+    """Sizes that a config names; a set for experts and experts a token, as layers may differ. 0 layers: unknown."""
+
+    num_layers: int
+    num_experts: frozenset[int]
+    top_k: frozenset[int]
+
+
 def plan_replay(model: nn.Module) -> ReplayPlan:
-    """Probe a transformers causal language model and return where it routes.
+    """Probe a causal language model and return where it routes.
 
     Raises ReplayUnsupported, saying what does not fit, if replay would not reach every MoE layer exactly once.
     """
-    shape = routing_shape(model)
-    calls = _selecting_calls(model, shape)
+    sizes = named_sizes(model)
     modules = dict(model.named_modules())
-    routers = [path for path in calls if type(modules[path]).__name__ not in NOT_REPLAYED]
-    sites = tuple(sorted((RouterSite(path, _layer_of(path)) for path in routers), key=lambda site: site.layer))
-    _check(model, shape, sites, calls)
-    return ReplayPlan(shape, sites)
-
-
-def routing_shape(model: nn.Module) -> RoutingShape:
-    """Layers, experts and experts per token from the model's config; raises ReplayUnsupported for a dense one."""
-    config: Any = model.config
-    config = config.get_text_config()
-    values = config.to_dict() | {name: getattr(config, name) for name in config.attribute_map if hasattr(config, name)}
-    num_experts, top_k = _first(values, _NUM_EXPERTS_NAMES), _first(values, _TOP_K_NAMES)
-    if num_experts is None or top_k is None:
-        raise ReplayUnsupported(
-            f"{type(model).__name__} has no experts that its config names (looked for {_NUM_EXPERTS_NAMES} and "
-            f"{_TOP_K_NAMES}); train a dense model with replay.mode = off"
-        )
-    return RoutingShape(int(config.num_hidden_layers), num_experts, top_k)
-
-
-class SelectingTopk(TorchFunctionMode):
-    """While active, hands every top-k that selects experts to `choose(scores, live)`, and counts them.
-
-    `live()` computes the untouched top-k (values and indices).
-    """
-
-    def __init__(self, shape: RoutingShape, choose: Callable[[Tensor, Callable[[], Any]], Any]) -> None:
-        super().__init__()
-        self._shape = shape
-        self._choose = choose
-        self.num_selections = 0
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.topk or func is Tensor.topk:
-            scores = args[0] if args else kwargs["input"]
-            k = args[1] if len(args) > 1 else kwargs["k"]
-            # Two dimensions: [positions, experts]. Group-limited routers first score [positions, groups, experts of a
-            # group], which has as many columns as experts when there is one group.
-            if scores.ndim == 2 and scores.shape[1] == self._shape.num_experts and k == self._shape.top_k:
-                self.num_selections += 1
-                return self._choose(scores, lambda: func(*args, **kwargs))
-        return func(*args, **kwargs)
-
-
-def _selecting_calls(model: nn.Module, shape: RoutingShape) -> Counter[str]:
-    """Path of the innermost running module at each selecting top-k of one short forward."""
-    calls: Counter[str] = Counter()
-    with _module_stack(model) as stack:
-
-        def observe(scores: Tensor, live: Callable[[], Any]) -> Any:
-            calls[stack[-1]] += 1
-            return live()
-
-        device = next(model.parameters()).device
-        input_ids = torch.arange(1, _PROBE_TOKENS + 1, device=device)[None]
-        with torch.no_grad(), SelectingTopk(shape, observe):
-            model(input_ids=input_ids, use_cache=False)
-    return calls
-
-
-@contextmanager
-def _module_stack(model: nn.Module) -> Iterator[list[str]]:
-    """The paths of the modules whose forward is running, outermost first."""
-    stack: list[str] = []
-    handles = []
-    for path, module in model.named_modules():
-
-        def enter(_module: nn.Module, _inputs: Any, path: str = path) -> None:
-            stack.append(path)
-
-        def leave(_module: nn.Module, _inputs: Any, _output: Any) -> None:
-            stack.pop()
-
-        handles.append(module.register_forward_pre_hook(enter))
-        handles.append(module.register_forward_hook(leave, always_call=True))
-    try:
-        yield stack
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _check(model: nn.Module, shape: RoutingShape, sites: tuple[RouterSite, ...], calls: Counter[str]) -> None:
-    name = type(model).__name__
-    more_than_once = {path: count for path, count in calls.items() if count != 1}
-    if more_than_once:
-        raise ReplayUnsupported(f"{name}: these modules select experts more than once in a forward: {more_than_once}")
-    expected = moe_layers(model, shape)
-    found = [site.layer for site in sites]
-    if found != expected:
-        raise ReplayUnsupported(
-            f"{name}: layers {expected} own experts, but a selecting top-k ({shape.top_k} of {shape.num_experts}) "
-            f"was seen in layers {found}; its routing cannot be replayed"
-        )
+    _refuse_known(model, modules)
+    num_layers = sizes.num_layers or _num_layers_of(modules)
+    owned = experts_by_layer(model, num_layers, sizes.num_experts)
+    counts = frozenset(count for layer in owned.values() for count in layer) | sizes.num_experts
+    num_probed = probe_length(counts | sizes.top_k)
+    seen = watch(model, num_probed)
+    owned = owned or structural_experts(modules, num_layers, frozenset(call.num_scores for call in seen.calls))
+    left_alone = _left_alone(modules, owned)
+    sites = [
+        _site(model, modules, layer, owned[layer], sizes, seen) for layer in owned if layer not in left_alone
+    ]
     if not sites:
-        raise ReplayUnsupported(f"{name} has no MoE layer; train it with replay.mode = off")
+        raise ReplayUnsupported(f"{_name(model)} has no MoE layer that routes; train it with replay.mode = off")
+    shape = RoutingShape(
+        num_layers,
+        max(site.selection.num_scores for site in sites),
+        max(site.selection.top_k for site in sites),
+    )
+    return ReplayPlan(shape, tuple(sites), left_alone, num_probed)
 
 
-def moe_layers(model: nn.Module, shape: RoutingShape) -> list[int]:
-    """Global indices of the decoder layers that own routed experts and choose among them, ascending.
-
-    Read from the weights that the config made (per-expert modules or stacked weights under a name with `experts`),
-    so it needs no per-architecture reading of `first_k_dense_replace`, `mlp_only_layers` and their kin.
-    """
-    layers = {
-        _layer_of(path)
-        for path, parameter in model.named_parameters()
-        if "experts" in path and "shared" not in path and _is_expert_weight(model, path, parameter, shape)
-    }
-    fixed = {_layer_of(path) for path, module in model.named_modules() if type(module).__name__ in NOT_REPLAYED}
-    return sorted(layers - fixed)
-
-
-def _is_expert_weight(model: nn.Module, path: str, parameter: Tensor, shape: RoutingShape) -> bool:
-    if parameter.ndim == 3 and parameter.shape[0] == shape.num_experts:
-        return True
-    listed = re.match(r"(.*\bexperts)\.\d+\.", path)
-    if listed is None:
-        return False
-    experts = model.get_submodule(listed.group(1))
-    return isinstance(experts, nn.ModuleList) and len(experts) == shape.num_experts
+def named_sizes(model: nn.Module) -> NamedSizes:
+    """What the text part of a model's config names."""
+    config: Any = getattr(model, "config", None)
+    if config is None:
+        return NamedSizes(0, frozenset(), frozenset())
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    values = dict(config.to_dict()) if hasattr(config, "to_dict") else dict(vars(config))
+    for name in (*getattr(config, "attribute_map", ()), *_NUM_LAYERS_NAMES):
+        if hasattr(config, name):
+            values[name] = getattr(config, name)
+    for name in _NESTED:
+        nested = getattr(config, name, None)
+        if nested is not None:
+            values = {**(nested.to_dict() if hasattr(nested, "to_dict") else vars(nested)), **values}
+    num_layers = next((values[name] for name in _NUM_LAYERS_NAMES if isinstance(values.get(name), int)), 0)
+    return NamedSizes(num_layers, _positive(values, _NUM_EXPERTS_NAMES), _positive(values, _TOP_K_NAMES))
 
 
-def _layer_of(path: str) -> int:
-    match = _LAYER_IN_PATH.search(path)
-    if match is None:
-        raise ReplayUnsupported(f"cannot tell the decoder layer of {path!r}")
-    return int(match.group(1))
-
-
-def _first(values: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
-    """The first of `names` with a positive value; a list (one value a layer) counts if all of it is equal."""
+def _positive(values: Mapping[str, Any], names: Iterable[str]) -> frozenset[int]:
+    """Every positive value under any of the names; of a list (one value a layer), each of its values."""
+    found: set[int] = set()
     for name in names:
         value = values.get(name)
-        if isinstance(value, list | tuple) and value and all(entry == value[0] for entry in value):
-            value = value[0]
-        if isinstance(value, int) and value > 0:
-            return value
+        entries = value if isinstance(value, list | tuple) else [value]
+        found |= {entry for entry in entries if isinstance(entry, int) and entry > 0}
+    return frozenset(found)
+
+
+def _site(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    layer: int,
+    counts: frozenset[int],
+    sizes: NamedSizes,
+    seen: Watched,
+) -> RouterSite:
+    overridden = _overridden_site(modules, layer, seen)
+    if overridden is not None:
+        return overridden
+    calls = [call for call in seen.calls if decoder_layer(call.path, modules) == layer]
+    selecting = _selecting(calls, counts, sizes)
+    paths = {call.path for call in selecting}
+    if len(paths) != 1:
+        where = f"modules {sorted(paths)} do" if paths else "no call was seen that does"
+        raise ReplayUnsupported(
+            f"{_name(model)}: layer {layer} owns experts ({_list(counts)}), and one module must select among them with "
+            f"top-k, arg-max or a descending sort, but {where}; its routing cannot be replayed"
+        )
+    chosen = selecting[-1]
+    top_k = chosen.top_k or _single(sizes.top_k, f"{_name(model)}: layer {layer} sorts its scores")
+    alike = [
+        call
+        for call in calls
+        if (call.path, call.function, call.num_scores) == (chosen.path, chosen.function, chosen.num_scores)
+        and call.top_k == chosen.top_k
+    ]
+    selection = Selection(
+        chosen.function,
+        chosen.num_scores,
+        top_k,
+        index=next(i for i, call in enumerate(alike) if call is chosen),
+        num_alike=len(alike),
+        masking=chosen.masking,
+    )
+    site = RouterSite(chosen.path, layer, type(modules[chosen.path]).__name__, selection, Witness.ANSWER)
+    return _with_witness(site, modules, chosen.indices[:, :top_k], seen)
+
+
+def _selecting(calls: list[SeenCall], counts: frozenset[int], sizes: NamedSizes) -> list[SeenCall]:
+    """Those of a layer's calls that may be the one that selects experts, the likeliest kind only.
+
+    Scores are one an expert; some routers score experts that do nothing beside those (zero experts). Top-k goes before
+    arg-max, and that before sorting, as routers also take a maximum, or sort, on their way.
+    """
+    with_k = [call for call in calls if call.top_k is None or not sizes.top_k or call.top_k in sizes.top_k]
+    exact = [call for call in with_k if call.num_scores in counts]
+    extended = [call for call in with_k if min(counts) < call.num_scores <= 2 * max(counts)]
+    for candidates in (exact, extended):
+        for functions in (frozenset({"topk"}), frozenset({"max", "argmax"}), SORTS):
+            found = [call for call in candidates if call.function in functions]
+            if found:
+                return found
+    return []
+
+
+def _with_witness(site: RouterSite, modules: Mapping[str, nn.Module], chosen_NK: Tensor, seen: Watched) -> RouterSite:
+    for place, value in seen.outputs.get(site.path, []):
+        if _equal(value, chosen_NK):
+            return replace(site, witness=Witness.ROUTER_OUTPUT, witness_path=site.path, witness_place=place)
+    for path, values in seen.inputs.items():
+        for place, value in values:
+            if path != site.path and decoder_layer(path, modules) == site.layer and _equal(value, chosen_NK):
+                return replace(site, witness=Witness.EXPERTS_INPUT, witness_path=path, witness_place=place)
+    return site
+
+
+def _equal(value: Tensor, chosen_NK: Tensor) -> bool:
+    return value.shape == chosen_NK.shape and torch.equal(value.to(torch.int64), chosen_NK.to(torch.int64))
+
+
+def _overridden_site(modules: Mapping[str, nn.Module], layer: int, seen: Watched) -> RouterSite | None:
+    for path, module in modules.items():
+        name = type(module).__name__
+        if name not in OVERRIDES or decoder_layer(path, modules) != layer:
+            continue
+        ids_NK = seen.outputs.get(path, [])
+        if len(ids_NK) != 1:
+            raise ReplayUnsupported(f"router {path} ({name}) was not called exactly once in a forward")
+        place, value = ids_NK[0]
+        selection = Selection("", int(module.num_experts), int(value.shape[1]))
+        return RouterSite(path, layer, name, selection, Witness.ROUTER_OUTPUT, path, place, override=name)
     return None
+
+
+def _left_alone(modules: Mapping[str, nn.Module], owned: Mapping[int, frozenset[int]]) -> dict[int, str]:
+    left: dict[int, str] = {}
+    for path, module in modules.items():
+        layer = decoder_layer(path, modules)
+        if layer in owned and type(module).__name__ in NOT_REPLAYED:
+            left[layer] = NOT_REPLAYED[type(module).__name__]
+    return left
+
+
+def _refuse_known(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    for path, module in modules.items():
+        if type(module).__name__ in REFUSED:
+            raise ReplayUnsupported(
+                f"{_name(model)}: {path} ({type(module).__name__}) cannot be replayed: {REFUSED[type(module).__name__]}"
+            )
+
+
+def _num_layers_of(modules: Mapping[str, nn.Module]) -> int:
+    layers: defaultdict[str, int] = defaultdict(int)
+    for path in modules:
+        layer = decoder_layer(path, modules)
+        if layer is not None:
+            layers["layers"] = max(layers["layers"], layer + 1)
+    return layers["layers"]
+
+
+def _single(values: frozenset[int], who: str) -> int:
+    if len(values) != 1:
+        raise ReplayUnsupported(f"{who}, and the config does not name how many experts a token takes")
+    return next(iter(values))
+
+
+def _list(counts: Iterable[int]) -> str:
+    return " or ".join(map(str, sorted(counts)))
+
+
+def _name(model: nn.Module) -> str:
+    return type(model).__name__

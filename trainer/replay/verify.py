@@ -1,20 +1,29 @@
-"""I10: the expert ids really used, taken from the routers' outputs, against the ids recorded; row by row."""
+"""I10: the expert ids really used, taken from the plan's witnesses, against the ids recorded; row by row.
+
+The comparison reads the rows again, by another way than replay does, so that a fault in handing ids out shows. It is
+kept off the routers' path: what small forwards used is kept until their context ends and compared together; large ones
+are compared at once, one layer at a time, so that ids of all layers never exist side by side. On other devices than the
+CPU nothing waits before `report`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
-import numpy.typing as npt
+import torch
 from torch import Tensor
 
+from gateway.contracts.errors import ExpertsMismatch
+from trainer.replay.device import DeviceRows
 from trainer.replay.rows import RoutingRows
-from trainer.replay.validate import RoutedLayers
+
+_PENDING_BYTES = 1 << 19
 
 
 @dataclass(frozen=True, slots=True)
 class RoutingReport:
-    """Counts of routing rows, one for each position and routed layer.
+    """Counts of routing rows, one for each position and routed layer; padding is in none of them.
 
     total = replayed + fallback; `verified` of the replayed rows used exactly the recorded ids. `compared` and
     `flipped`: recorded rows that a live router was compared with, and those for which it chose another set of experts.
@@ -29,32 +38,58 @@ class RoutingReport:
 
     def __add__(self, other: RoutingReport) -> RoutingReport:
         return RoutingReport(
-            self.total + other.total,
-            self.replayed + other.replayed,
-            self.verified + other.verified,
-            self.fallback + other.fallback,
-            self.compared + other.compared,
-            self.flipped + other.flipped,
+            **{field.name: getattr(self, field.name) + getattr(other, field.name) for field in fields(self)}
         )
 
 
 class RoutingCheck:
-    """Compares as the layers run. Layers may run again (recomputation): a row stays verified only if all runs agree."""
+    """Compares what layers used with what was recorded. A layer may run again (recomputation, a second forward over the
+    same rows): the run with the fewest rows that agree counts."""
 
-    def __init__(self, rows: RoutingRows, routed: RoutedLayers) -> None:
+    def __init__(self, rows: RoutingRows, layers: tuple[int, ...]) -> None:
         self._rows = rows
-        self._routed = routed
-        self._agrees: dict[int, npt.NDArray[np.bool_]] = {}
+        self._layers = layers
+        self._counted = rows.counted()
+        self._pending: list[tuple[int, Tensor]] = []
+        self._pending_bytes = 0
+        self._verified: dict[int, int] = {}
+        self._verified_there: dict[int, Tensor] = {}
 
-    def observe(self, layer: int, used_NK: Tensor) -> None:
-        """Compare what `layer` used with what was recorded for it."""
-        rows = self._rows.layer(layer)
-        agrees_N = (used_NK.detach().cpu().numpy() == rows.ids).all(axis=1) & rows.valid
-        self._agrees[layer] = agrees_N & self._agrees.get(layer, agrees_N)
+    def observe(self, layer: int, used_NK: Tensor, there: DeviceRows) -> None:
+        """Note what `layer` used; `there`: the rows on its device."""
+        used_NK = used_NK.detach()
+        if used_NK.device.type != "cpu":
+            self._compare_there(layer, used_NK, there)
+            return
+        self._pending.append((layer, used_NK))
+        self._pending_bytes += used_NK.nbytes
+        if self._pending_bytes > _PENDING_BYTES:
+            self._compare_pending()
 
     def report(self) -> RoutingReport:
-        """Counts so far; nothing of a layer is verified before it ran."""
-        total = self._rows.num_positions * len(self._routed.layers)
-        replayed = self._rows.num_valid(self._routed.layers)
-        verified = sum(int(agrees_N.sum()) for agrees_N in self._agrees.values())
+        """Counts so far; nothing of a layer is verified before it ran. Call it after the backward pass to have
+        recomputed layers in it."""
+        self._compare_pending()
+        total = self._rows.num_real * len(self._layers)
+        replayed = self._rows.num_valid(self._layers)
+        verified = sum(self._verified.values())
+        if self._verified_there:
+            verified += int(torch.stack(list(self._verified_there.values())).sum())
         return RoutingReport(total=total, replayed=replayed, verified=verified, fallback=total - replayed)
+
+    def _compare_pending(self) -> None:
+        pending, self._pending, self._pending_bytes = self._pending, [], 0
+        for layer, used_NK in pending:
+            recorded = self._rows.layer(layer)
+            used = used_NK.numpy()
+            if len(used) != len(recorded.ids):
+                raise ExpertsMismatch(f"layer {layer} used {len(used)} rows of ids, {len(recorded.ids)} are recorded")
+            agrees_N = (used == recorded.ids[:, : used.shape[1]]).all(axis=1) & recorded.valid & self._counted
+            verified = int(np.count_nonzero(agrees_N))
+            self._verified[layer] = min(verified, self._verified.get(layer, verified))
+
+    def _compare_there(self, layer: int, used_NK: Tensor, there: DeviceRows) -> None:
+        agrees_N = (used_NK == there.ids(layer, used_NK.shape[1])).all(dim=1) & there.counted_valid(layer)
+        verified = agrees_N.sum()
+        earlier = self._verified_there.get(layer)
+        self._verified_there[layer] = verified if earlier is None else torch.minimum(verified, earlier)

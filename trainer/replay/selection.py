@@ -1,0 +1,238 @@
+"""Selections: the calls by which a router picks experts, seen and answered while its forward runs.
+
+A router may select by top-k, by an arg-max (one expert a token) or by a descending sort. Each is known by its function
+and by the shape of its scores: the last dimension holds one score an expert, the others together one entry a position.
+`AnsweringMode` answers the call that a plan names with `(scores.gather(ids), ids)`, so values and gradient are those of
+the live scores.
+
+Group-limited routers mask the scores of groups that they did not choose, and some then use what their top-k returns as
+gate weights. A replayed expert may lie in such a group; its weight must come from the unmasked score, else it is exactly
+zero and without gradient. Masks are therefore lifted for replayed experts, which changes nothing for those that the live
+router could have chosen.
+
+Shape letters: N = positions, E = scores a position, K = experts of a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+
+class Masking(StrEnum):
+    """What a router does to scores before it selects: it masks none; it selects among the masked scores themselves; it
+    does something else to masked scores first (a softmax, a change of shape, an assignment in place)."""
+
+    NONE = "none"
+    LAST = "last"
+    EARLIER = "earlier"
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The call that selects: `function` over `num_scores` scores a position, taking `top_k` of them, the `index`-th of
+    `num_alike` such calls in one forward of its module."""
+
+    function: str
+    num_scores: int
+    top_k: int
+    index: int = 0
+    num_alike: int = 1
+    masking: Masking = Masking.NONE
+
+
+class LayerIds(NamedTuple):
+    """What one layer is to use: ids int64[N, K] on the router's device; valid bool[N] there, None if every row is."""
+
+    ids: Tensor
+    valid: Tensor | None
+
+
+class Call(NamedTuple):
+    """A call that may select. top_k is None for a sort, which does not say how many will be taken."""
+
+    function: str
+    scores: Tensor
+    top_k: int | None
+    keepdim: bool
+
+    @property
+    def num_scores(self) -> int:
+        """E."""
+        return int(self.scores.shape[-1])
+
+    @property
+    def num_positions(self) -> int:
+        """N."""
+        return self.scores.numel() // max(self.num_scores, 1)
+
+
+SELECTING: Mapping[Any, str] = {
+    getattr(owner, name): name for name in ("topk", "max", "argmax", "sort", "argsort") for owner in (torch, Tensor)
+}
+"""Functions that may select."""
+SORTS = frozenset({"sort", "argsort"})
+_MASK_ARGUMENT: Mapping[Any, int] = {
+    torch.masked_fill: 1,
+    Tensor.masked_fill: 1,
+    Tensor.masked_fill_: 1,
+    Tensor.__setitem__: 1,
+    torch.where: 0,
+    Tensor.where: 1,
+}
+"""Functions that mask, and which argument is the mask."""
+_KEEPS_WHERE_TRUE = frozenset({torch.where, Tensor.where})
+_IN_PLACE = frozenset({Tensor.masked_fill_, Tensor.__setitem__})
+
+
+def parsed(function: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call | None:
+    """The call, if it picks from the last dimension of its scores in descending order; else None."""
+    scores = args[0] if args else kwargs.get("input")
+    if not isinstance(scores, Tensor) or not scores.ndim:
+        return None
+    if function == "topk":
+        dim, top_k = _argument(args, kwargs, 2, "dim", -1), _argument(args, kwargs, 1, "k", None)
+        return Call(function, scores, int(top_k), True) if _is_last(dim, scores) else None
+    if function in SORTS:
+        by_keyword = isinstance(kwargs.get("stable"), bool) and len(args) < 2
+        dim = kwargs.get("dim", -1) if by_keyword else _argument(args, kwargs, 1, "dim", -1)
+        descending = kwargs.get("descending", False) if by_keyword else _argument(args, kwargs, 2, "descending", False)
+        return Call(function, scores, None, True) if descending and _is_last(dim, scores) else None
+    dim = _argument(args, kwargs, 1, "dim", None)
+    return Call(function, scores, 1, bool(_argument(args, kwargs, 2, "keepdim", False))) if _is_last(dim, scores) else None
+
+
+def _argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], position: int, name: str, default: Any) -> Any:
+    return args[position] if len(args) > position else kwargs.get(name, default)
+
+
+def _is_last(dim: Any, scores: Tensor) -> bool:
+    return isinstance(dim, int) and dim in (-1, scores.ndim - 1)
+
+
+class AnsweringMode(TorchFunctionMode):
+    """While active, answers the selection of one router forward and counts the calls that look like it.
+
+    With `layer_ids` None it only notes the live answer. Either way `answered` holds int64[N, K] afterwards.
+    """
+
+    def __init__(self, selection: Selection, layer_ids: Callable[[torch.device, int], LayerIds] | None) -> None:
+        """layer_ids: called at most once, with the device of the scores and N."""
+        super().__init__()
+        self._selection = selection
+        self._layer_ids = layer_ids
+        self._given: LayerIds | None = None
+        self._unmasked: dict[int, tuple[Any, Tensor]] = {}
+        self.num_alike = 0
+        self.answered: Tensor | None = None
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        function = SELECTING.get(func)
+        if function is not None:
+            return self._selecting(function, func, args, kwargs or {})
+        if self._selection.masking is not Masking.NONE and func in _MASK_ARGUMENT and self._layer_ids is not None:
+            return self._masking(func, args, kwargs or {})
+        return func(*args, **kwargs) if kwargs else func(*args)
+
+    def _selecting(self, function: str, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        call = parsed(function, args, kwargs)
+        if call is None or not is_alike(call, self._selection):
+            return func(*args, **kwargs)
+        self.num_alike += 1
+        if self.num_alike != self._selection.index + 1:
+            return func(*args, **kwargs)
+        if self._layer_ids is None:
+            result = func(*args, **kwargs)
+            self.answered = _indices(result).reshape(call.num_positions, -1)[:, : self._selection.top_k]
+            return result
+        ids, valid = self._ids_on(call.scores.device, call.num_positions)
+        sorts = function in SORTS
+        live_NK = live_NE = None
+        if valid is not None or sorts:
+            live_NE = _indices(func(*args, **kwargs)).reshape(call.num_positions, -1)
+            live_NK = live_NE[:, : self._selection.top_k]
+        if valid is not None:
+            ids = torch.where(valid[:, None], ids, live_NK)
+        self.answered = ids
+        return _answer(call, self._unmasked.get(id(call.scores), (None, call.scores))[1], ids, live_NE)
+
+    def _masking(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        found = masked(func, args)
+        num_scores = self._selection.num_scores
+        if found is None or self.answered is not None or found.scores.numel() % num_scores:
+            return func(*args, **kwargs)
+        if self._selection.masking is Masking.LAST:
+            result = func(*args, **kwargs)
+            self._unmasked[id(result)] = (result, self._unmasked.get(id(found.scores), (None, found.scores))[1])
+            return result
+        ids, valid = self._ids_on(found.scores.device, found.scores.numel() // num_scores)
+        kept_NE = torch.zeros(len(ids), num_scores, dtype=torch.bool, device=ids.device).scatter_(1, ids, True)
+        if valid is not None:
+            kept_NE &= valid[:, None]
+        kept = kept_NE.view(found.scores.shape)
+        lifted = found.mask | kept if func in _KEEPS_WHERE_TRUE else found.mask & ~kept
+        position = _MASK_ARGUMENT[func]
+        return func(*args[:position], lifted, *args[position + 1 :], **kwargs)
+
+    def _ids_on(self, device: torch.device, num_positions: int) -> LayerIds:
+        if self._given is None:
+            assert self._layer_ids is not None
+            self._given = self._layer_ids(device, num_positions)
+        return self._given
+
+
+class Masked(NamedTuple):
+    """Scores before a mask, the mask as it was given, and whether the scores themselves were changed."""
+
+    scores: Tensor
+    mask: Tensor
+    in_place: bool
+
+
+def masked(func: Any, args: tuple[Any, ...]) -> Masked | None:
+    """What a masking call masks; None where it is no boolean mask over scores (masks given by keyword are not seen)."""
+    position = _MASK_ARGUMENT.get(func)
+    if position is None or len(args) <= position + (func in _KEEPS_WHERE_TRUE):
+        return None
+    mask, scores = args[position], args[1 if func is torch.where else 0]
+    if not (isinstance(mask, Tensor) and isinstance(scores, Tensor) and mask.dtype == torch.bool):
+        return None
+    return Masked(scores, mask, func in _IN_PLACE)
+
+
+def is_alike(call: Call, selection: Selection) -> bool:
+    """Whether a call has the function, the scores and the number of experts of the selection."""
+    return (
+        call.function == selection.function
+        and call.num_scores == selection.num_scores
+        and call.top_k in (None, selection.top_k)
+    )
+
+
+def _indices(result: Any) -> Tensor:
+    return result if isinstance(result, Tensor) else result[1]
+
+
+def _answer(call: Call, scores: Tensor, ids_NK: Tensor, live_NE: Tensor | None) -> Any:
+    """What the call returns when the experts are `ids_NK`; after them, a sort returns the others in its own order."""
+    if call.function in SORTS:
+        assert live_NE is not None
+        is_other_NE = (live_NE[:, :, None] != ids_NK[:, None, :]).all(dim=-1)
+        ids_NK = torch.cat([ids_NK, live_NE[is_other_NE].view(len(ids_NK), -1)], dim=1)
+    ids = ids_NK if scores.ndim == 2 else ids_NK.view(*scores.shape[:-1], ids_NK.shape[1])
+    if call.function == "argsort":
+        return ids
+    if call.function == "argmax":
+        return ids if call.keepdim else ids.squeeze(-1)
+    values = scores.gather(-1, ids)
+    if call.function == "max" and not call.keepdim:
+        return torch.return_types.max((values.squeeze(-1), ids.squeeze(-1)))
+    return getattr(torch.return_types, call.function)((values, ids))
