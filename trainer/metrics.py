@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
+
+from gateway.contracts.errors import SchemaMismatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +118,33 @@ class Evaluation:
     figures: Mapping[str, float] = field(default_factory=dict)
 
 
+def figures(metrics: StepMetrics) -> dict[str, float]:
+    """A step's numbers by name, those that were measured; mappings one level down: `seconds/rollout`.
+
+    Fields that share their first word stand together: `rows_verified` is `rows/verified`.
+    """
+    values: dict[str, float] = {}
+    for field_name, value in asdict(metrics).items():
+        if isinstance(value, Mapping):
+            values |= {f"{field_name}/{name}": float(number) for name, number in value.items()}
+        elif value is not None and field_name != "step":
+            values[_GROUPED[field_name]] = float(value)
+    return values
+
+
+def evaluation_figures(evaluation: Evaluation) -> dict[str, float]:
+    """An evaluation's numbers, under evaluation/."""
+    values = {name: value for name, value in asdict(evaluation).items() if name != "figures"} | dict(evaluation.figures)
+    return {f"evaluation/{name}": float(value) for name, value in values.items() if value is not None}
+
+
+_FIRST_WORDS = Counter(f.name.partition("_")[0] for f in fields(StepMetrics))
+_GROUPED = {
+    f.name: f.name.replace("_", "/", 1) if _FIRST_WORDS[f.name.partition("_")[0]] > 1 and "_" in f.name else f.name
+    for f in fields(StepMetrics)
+}
+
+
 class MetricsLog:
     """The file; every line is on disk when its method returns."""
 
@@ -122,13 +153,21 @@ class MetricsLog:
         file.parent.mkdir(parents=True, exist_ok=True)
 
     def resume(self, *, step: int) -> None:
-        """Drop a torn last line, and lines of steps after `step`: that step's checkpoint is where the run goes on."""
+        """Drop a torn last line, and all from the first line after `step` on, whose checkpoint the run goes on from."""
         if not self._file.exists():
             return
-        kept = [line for line in self._lines() if line.get("step", 0) <= step]
+        kept = list(takewhile(lambda line: line.get("step", 0) <= step, self._lines()))
         partial = self._file.with_name(f".partial-{self._file.name}")
-        _write_synced(partial, "".join(json.dumps(line) + "\n" for line in kept), mode="w")
+        write_synced(partial, "".join(json.dumps(line) + "\n" for line in kept), mode="w")
         partial.replace(self._file)
+
+    def entries(self) -> Iterator[StepMetrics | Evaluation]:
+        """All of the file, in order; raises SchemaMismatch where it is of another version of this program."""
+        for line in self._lines():
+            try:
+                yield Evaluation(**line["evaluation"]) if "evaluation" in line else StepMetrics(**line)
+            except TypeError as error:
+                raise SchemaMismatch(f"{self._file} was written by another version of this program: {error}") from error
 
     def last_step(self) -> int:
         """The highest step that has a line, 0 without any."""
@@ -140,11 +179,11 @@ class MetricsLog:
 
     def step(self, metrics: StepMetrics) -> None:
         """Append a step's line."""
-        _write_synced(self._file, json.dumps(asdict(metrics)) + "\n", mode="a")
+        write_synced(self._file, json.dumps(asdict(metrics)) + "\n", mode="a")
 
     def evaluation(self, evaluation: Evaluation) -> None:
         """Append an evaluation's line."""
-        _write_synced(self._file, json.dumps({"evaluation": asdict(evaluation)}) + "\n", mode="a")
+        write_synced(self._file, json.dumps({"evaluation": asdict(evaluation)}) + "\n", mode="a")
 
     def _lines(self) -> list[dict[str, Any]]:
         if not self._file.exists():
@@ -153,7 +192,8 @@ class MetricsLog:
         return [json.loads(line) for line in whole.splitlines()]
 
 
-def _write_synced(file: Path, text: str, *, mode: str) -> None:
+def write_synced(file: Path, text: str, *, mode: str) -> None:
+    """Write (mode "w") or append ("a") text that is on disk when this returns."""
     with file.open(mode) as stream:
         stream.write(text)
         stream.flush()
