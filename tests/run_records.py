@@ -62,7 +62,9 @@ EVALUATION = Evaluation(
     num_failed=0,
     reward_mean=0.4,
     tokens_sampled=100,
-    reward_low=0.2,
-    reward_high=0.6,
-    figures={"truncated_share": 0.2},
+    pass_at_1=0.4,
+    ci_low=0.2,
+    ci_high=0.6,
+    truncated_share=0.2,
+    verdicts={"correct": 2, "wrong_number": 3},
 )

@@ -104,18 +104,22 @@ class StepMetrics:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Held-out tasks under one policy. `reward_mean` is over the tasks that have a reward, None if there is none;
-    `reward_low` and `reward_high` are the ends of its 95 % interval, where one was computed. `figures`: the recipe's
-    own (an accuracy, a share of truncated answers, …)."""
+    """Held-out tasks under one policy. `reward_mean` is over the rollouts that have a reward, None if there is none.
+
+    pass_at_1: share of correct attempts, mean over tasks, with its 95 % bootstrap interval [ci_low, ci_high].
+    verdicts: rollouts by kind of right and wrong. truncated_share: of rollouts cut at a limit of tokens or turns.
+    """
 
     policy_version: int
     num_tasks: int
     num_failed: int
     reward_mean: float | None
     tokens_sampled: int
-    reward_low: float | None = None
-    reward_high: float | None = None
-    figures: Mapping[str, float] = field(default_factory=dict)
+    pass_at_1: float | None = None
+    ci_low: float | None = None
+    ci_high: float | None = None
+    truncated_share: float | None = None
+    verdicts: Mapping[str, int] = field(default_factory=dict)
 
 
 def figures(metrics: StepMetrics) -> dict[str, float]:
@@ -123,19 +127,24 @@ def figures(metrics: StepMetrics) -> dict[str, float]:
 
     Fields that share their first word stand together: `rows_verified` is `rows/verified`.
     """
-    values: dict[str, float] = {}
-    for field_name, value in asdict(metrics).items():
-        if isinstance(value, Mapping):
-            values |= {f"{field_name}/{name}": float(number) for name, number in value.items()}
-        elif value is not None and field_name != "step":
-            values[_GROUPED[field_name]] = float(value)
-    return values
+    values = _flat(asdict(metrics))
+    del values["step"]
+    return {_GROUPED.get(name, name): value for name, value in values.items()}
 
 
 def evaluation_figures(evaluation: Evaluation) -> dict[str, float]:
     """An evaluation's numbers, under evaluation/."""
-    values = {name: value for name, value in asdict(evaluation).items() if name != "figures"} | dict(evaluation.figures)
-    return {f"evaluation/{name}": float(value) for name, value in values.items() if value is not None}
+    return {f"evaluation/{name}": value for name, value in _flat(asdict(evaluation)).items()}
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, float]:
+    flat: dict[str, float] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{name}/{inner}": number for inner, number in _flat(value).items()}
+        elif value is not None:
+            flat[name] = float(value)
+    return flat
 
 
 _FIRST_WORDS = Counter(f.name.partition("_")[0] for f in fields(StepMetrics))
