@@ -5,7 +5,6 @@ from __future__ import annotations
 import resource
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,13 +18,6 @@ from trainer.phases import TRAINING_PHASES
 from trainer.replay.verify import RoutingReport
 
 
-class MemoryPeak(NamedTuple):
-    """The most memory that was in use: of the process since it began, and of its accelerator, None without one."""
-
-    rss_bytes: int
-    device_bytes: int | None
-
-
 def step_metrics(
     batch: StepBatch,
     updates: Sequence[Update],
@@ -33,7 +25,6 @@ def step_metrics(
     step: int,
     policy_version: int,
     seconds: Mapping[str, float],
-    memory: MemoryPeak,
     with_replay: Measured | None = None,
     without_replay: Measured | None = None,
 ) -> StepMetrics:
@@ -44,10 +35,12 @@ def step_metrics(
     Raises IntegrityError if a sampled token is neither trained nor left out, or both (I3).
     """
     trained = _Forwards.of([update.measured for update in updates])
-    before = trained if with_replay is None else _Forwards.of([with_replay])
+    measured = _Forwards.of([] if with_replay is None else [with_replay])
     live = _Forwards.of([] if without_replay is None else [without_replay])
-    if not before.routing.replayed:  # replay off, a dense model, or nothing recorded: this is the live router's forward
-        before, live = _Forwards.of([]), live if live.num_tokens else before
+    # With r2 the forward before the update is the one that is recorded, through the live router.
+    before = measured if measured.routing.replayed else trained
+    if not before.routing.replayed:  # replay off, a dense model, or nothing recorded: these are the live router's
+        before, live = _Forwards.of([]), next((each for each in (live, measured) if each.num_tokens), trained)
     if batch.tokens_sampled != trained.num_tokens + batch.tokens_left_out:
         raise IntegrityError(
             f"step {step}: {batch.tokens_sampled} tokens were sampled, {trained.num_tokens} trained and "
@@ -99,22 +92,12 @@ def step_metrics(
         rows_fallback_share=_share(rows.fallback, rows.total),
         rows_flipped_share=_share(compared.flipped, compared.compared),
         tokens_per_second=trained.num_tokens / training_seconds if training_seconds and trained.num_tokens else None,
-        peak_rss_bytes=memory.rss_bytes,
-        peak_device_bytes=memory.device_bytes,
+        peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # Linux counts in KiB
+        peak_device_bytes=max((u.device_bytes for u in updates if u.device_bytes is not None), default=None),
         seconds=seconds,
         dropped_by=batch.dropped_by,
         shares=shares,
     )
-
-
-def memory_peak(device: torch.device | None = None) -> MemoryPeak:
-    """Of this process, and of its CUDA device where it computes on one; the latter counts anew from this call on."""
-    rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
-    if device is None or device.type != "cuda":
-        return MemoryPeak(rss_bytes, None)
-    device_bytes = torch.cuda.max_memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    return MemoryPeak(rss_bytes, device_bytes)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

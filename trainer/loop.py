@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from gateway.contracts.errors import TrainingError
-from trainer.accounting import memory_peak, step_metrics
+from trainer.accounting import step_metrics
 from trainer.algorithms.advantages import Estimator
 from trainer.algorithms.aggregation import Aggregation
 from trainer.backends.protocol import TrainBackend
@@ -134,7 +134,6 @@ async def _learn(
         step=state.step,
         policy_version=state.policy_version,
         seconds=clock.seconds(),
-        memory=memory_peak(),
         with_replay=learned.trained,
         without_replay=learned.live,
     )

@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
+
+from gateway.contracts.errors import SchemaMismatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,18 +104,54 @@ class StepMetrics:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Held-out tasks under one policy. `reward_mean` is over the tasks that have a reward, None if there is none;
-    `reward_low` and `reward_high` are the ends of its 95 % interval, where one was computed. `figures`: the recipe's
-    own (an accuracy, a share of truncated answers, …)."""
+    """Held-out tasks under one policy. `reward_mean` is over the rollouts that have a reward, None if there is none.
+
+    pass_at_1: share of correct attempts, mean over tasks, with its 95 % bootstrap interval [ci_low, ci_high].
+    verdicts: rollouts by kind of right and wrong. truncated_share: of rollouts cut at a limit of tokens or turns.
+    """
 
     policy_version: int
     num_tasks: int
     num_failed: int
     reward_mean: float | None
     tokens_sampled: int
-    reward_low: float | None = None
-    reward_high: float | None = None
-    figures: Mapping[str, float] = field(default_factory=dict)
+    pass_at_1: float | None = None
+    ci_low: float | None = None
+    ci_high: float | None = None
+    truncated_share: float | None = None
+    verdicts: Mapping[str, int] = field(default_factory=dict)
+
+
+def figures(metrics: StepMetrics) -> dict[str, float]:
+    """A step's numbers by name, those that were measured; mappings one level down: `seconds/rollout`.
+
+    Fields that share their first word stand together: `rows_verified` is `rows/verified`.
+    """
+    values = _flat(asdict(metrics))
+    del values["step"]
+    return {_GROUPED.get(name, name): value for name, value in values.items()}
+
+
+def evaluation_figures(evaluation: Evaluation) -> dict[str, float]:
+    """An evaluation's numbers, under evaluation/."""
+    return {f"evaluation/{name}": value for name, value in _flat(asdict(evaluation)).items()}
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, float]:
+    flat: dict[str, float] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{name}/{inner}": number for inner, number in _flat(value).items()}
+        elif value is not None:
+            flat[name] = float(value)
+    return flat
+
+
+_FIRST_WORDS = Counter(f.name.partition("_")[0] for f in fields(StepMetrics))
+_GROUPED = {
+    f.name: f.name.replace("_", "/", 1) if _FIRST_WORDS[f.name.partition("_")[0]] > 1 and "_" in f.name else f.name
+    for f in fields(StepMetrics)
+}
 
 
 class MetricsLog:
@@ -122,13 +162,21 @@ class MetricsLog:
         file.parent.mkdir(parents=True, exist_ok=True)
 
     def resume(self, *, step: int) -> None:
-        """Drop a torn last line, and lines of steps after `step`: that step's checkpoint is where the run goes on."""
+        """Drop a torn last line, and all from the first line after `step` on, whose checkpoint the run goes on from."""
         if not self._file.exists():
             return
-        kept = [line for line in self._lines() if line.get("step", 0) <= step]
+        kept = list(takewhile(lambda line: line.get("step", 0) <= step, self._lines()))
         partial = self._file.with_name(f".partial-{self._file.name}")
-        _write_synced(partial, "".join(json.dumps(line) + "\n" for line in kept), mode="w")
+        write_synced(partial, "".join(json.dumps(line) + "\n" for line in kept), mode="w")
         partial.replace(self._file)
+
+    def entries(self) -> Iterator[StepMetrics | Evaluation]:
+        """All of the file, in order; raises SchemaMismatch where it is of another version of this program."""
+        for line in self._lines():
+            try:
+                yield Evaluation(**line["evaluation"]) if "evaluation" in line else StepMetrics(**line)
+            except TypeError as error:
+                raise SchemaMismatch(f"{self._file} was written by another version of this program: {error}") from error
 
     def last_step(self) -> int:
         """The highest step that has a line, 0 without any."""
@@ -140,11 +188,11 @@ class MetricsLog:
 
     def step(self, metrics: StepMetrics) -> None:
         """Append a step's line."""
-        _write_synced(self._file, json.dumps(asdict(metrics)) + "\n", mode="a")
+        write_synced(self._file, json.dumps(asdict(metrics)) + "\n", mode="a")
 
     def evaluation(self, evaluation: Evaluation) -> None:
         """Append an evaluation's line."""
-        _write_synced(self._file, json.dumps({"evaluation": asdict(evaluation)}) + "\n", mode="a")
+        write_synced(self._file, json.dumps({"evaluation": asdict(evaluation)}) + "\n", mode="a")
 
     def _lines(self) -> list[dict[str, Any]]:
         if not self._file.exists():
@@ -153,7 +201,8 @@ class MetricsLog:
         return [json.loads(line) for line in whole.splitlines()]
 
 
-def _write_synced(file: Path, text: str, *, mode: str) -> None:
+def write_synced(file: Path, text: str, *, mode: str) -> None:
+    """Write (mode "w") or append ("a") text that is on disk when this returns."""
     with file.open(mode) as stream:
         stream.write(text)
         stream.flush()

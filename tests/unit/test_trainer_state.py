@@ -3,47 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from gateway.contracts.errors import ConfigurationError, SchemaMismatch
+from gateway.contracts.errors import ConfigurationError, IntegrityError, SchemaMismatch, TrainingError
 from gateway.contracts.settings import load_settings, settings_toml
+from tests.run_records import EVALUATION, METRICS
+from tests.small_disk import fill, small_disk
+from trainer.algorithms.settings import OldPolicy
 from trainer.checkpoint import CheckpointStore, RunState, check_same_run, write_folder
-from trainer.metrics import Evaluation, MetricsLog, StepMetrics
-from trainer.settings import OldPolicy, ReplayMode, TrainSettings
+from trainer.metrics import MetricsLog
+from trainer.settings import ReplayMode, TrainSettings
 
-METRICS = StepMetrics(
-    step=1,
-    policy_version=1,
-    reward_mean=0.5,
-    tokens_sampled=10,
-    tokens_trained=10,
-    tokens_left_out=0,
-    tokens_dropped=0,
-    rollouts=4,
-    groups=2,
-    zero_variance_groups=0,
-    dropped_rollouts=0,
-    rows_total=20,
-    rows_replayed=20,
-    rows_verified=20,
-    rows_fallback=0,
-    kl_with_replay=1e-4,
-    kl_without_replay=1e-3,
-    extreme_share_with_replay=0.0,
-    extreme_share_without_replay=0.01,
-    loss=0.1,
-    grad_norm=1.0,
-    clipped_share=0.0,
-    entropy=1.5,
-    staleness_mean=0.0,
-    seconds_rollout=1.0,
-    seconds_train=1.0,
-    seconds_publish=0.5,
-    peak_rss_bytes=1,
-)
 STATE = RunState("run", 7, 1, 1, ("lease-1",), ("s1", "s2"), METRICS)
 
 
@@ -55,21 +30,67 @@ def test_a_checkpoint_reads_back_as_it_was_written(tmp_path: Path) -> None:
     assert (folder / "backend.pt").read_bytes() == b"weights"
 
 
-def test_a_checkpoint_that_failed_half_way_is_not_there(tmp_path: Path) -> None:
+def test_a_checkpoint_that_does_not_fit_the_disk_leaves_the_one_before_and_no_rest(tmp_path: Path) -> None:
+    """On a real file system that is full, with torch's own writer; with room again the same call works."""
+    weights = {"w": torch.zeros(2**18)}
+    with small_disk(4 * 2**20) as disk:
+        store = CheckpointStore(disk.folder / "checkpoints", keep=2)
+        store.save(STATE, lambda partial: torch.save(weights, partial / "backend.pt"))
+        fill(disk.folder / "other", leave_bytes=2**19)
+        with pytest.raises(TrainingError, match=r"step 2 cannot be written .* make room") as raised:
+            store.save(replace(STATE, step=2), lambda partial: torch.save(weights, partial / "backend.pt"))
+        assert "\n" not in raised.value.message
+        assert [path.name for path in (disk.folder / "checkpoints").iterdir()] == ["step-000001"]
+        latest = store.latest()
+        assert latest is not None
+        assert latest[0] == STATE
+        (disk.folder / "other").unlink()
+        store.save(replace(STATE, step=2), lambda partial: torch.save(weights, partial / "backend.pt"))
+        assert sorted(path.name for path in (disk.folder / "checkpoints").iterdir()) == ["step-000001", "step-000002"]
+
+
+def _truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def _flip(file: Path) -> None:
+    body = bytearray(file.read_bytes())
+    body[len(body) // 2] ^= 1
+    file.write_bytes(body)
+
+
+@pytest.mark.parametrize(
+    ("name", "harm", "says"),
+    [
+        ("shards/backend.pt", _truncate, "shards/backend.pt has 2999 bytes, 3000 were written"),
+        ("shards/backend.pt", _flip, "other bytes than were written"),
+        ("shards/backend.pt", Path.unlink, "shards/backend.pt is missing"),
+        ("state.json", _truncate, "state.json cannot be read"),
+        ("state.json", Path.unlink, "state.json cannot be read"),
+        ("state.json", lambda file: file.write_text("{}"), "state.json cannot be read"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_and_the_line_says_what_to_do(
+    tmp_path: Path, name: str, harm: Callable[[Path], object], says: str
+) -> None:
+    """Never skipped silently: what it consumed is acknowledged."""
     store = CheckpointStore(tmp_path, keep=2)
-    store.save(STATE, lambda partial: None)
 
-    def disk_full(partial: Path) -> None:
-        (partial / "backend.pt").write_bytes(b"half")
-        raise OSError("no space left on device")
+    def write(partial: Path) -> None:
+        (partial / "shards").mkdir()
+        (partial / "shards" / "backend.pt").write_bytes(b"abc" * 1000)
 
-    with pytest.raises(OSError, match="no space"):
-        store.save(replace(STATE, step=2), disk_full)
+    store.save(STATE, write)
+    folder = store.save(replace(STATE, step=2), write)
+    harm(folder / name)
+    with pytest.raises(IntegrityError, match=says) as raised:
+        store.latest()
+    assert "move it away, and the run goes on after step-000001" in raised.value.message
+    assert "\n" not in raised.value.message
+    folder.rename(tmp_path / "damaged")
     latest = store.latest()
     assert latest is not None
-    assert latest[0].step == 1
-    store.save(replace(STATE, step=2), lambda partial: None)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000001", "step-000002"]
+    assert latest[0] == STATE
 
 
 def test_only_the_newest_checkpoints_are_kept_by_number_not_by_name(tmp_path: Path) -> None:
@@ -80,6 +101,13 @@ def test_only_the_newest_checkpoints_are_kept_by_number_not_by_name(tmp_path: Pa
     latest = store.latest()
     assert latest is not None
     assert latest[0].step == 1_000_000
+
+
+def test_milestones_stay_beside_the_newest_checkpoints(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=2, keep_every=4)
+    for step in range(1, 12):
+        store.save(replace(STATE, step=step), lambda partial: None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-{step:06d}" for step in (4, 8, 10, 11)]
 
 
 def test_a_folder_written_again_is_replaced_whole(tmp_path: Path) -> None:
@@ -102,7 +130,7 @@ def test_a_checkpoint_of_another_format_or_run_is_refused(tmp_path: Path) -> Non
 def test_metrics_of_steps_after_the_checkpoint_and_torn_lines_go_on_resume(tmp_path: Path) -> None:
     """A step is in the file once, whenever the trainer was killed."""
     log = MetricsLog(tmp_path / "metrics.jsonl")
-    log.evaluation(Evaluation(0, 5, 0, 0.4, 100))
+    log.evaluation(EVALUATION)
     for step in (1, 2, 3):
         log.step(replace(METRICS, step=step))
     with (tmp_path / "metrics.jsonl").open("a") as stream:
@@ -111,6 +139,7 @@ def test_metrics_of_steps_after_the_checkpoint_and_torn_lines_go_on_resume(tmp_p
     assert log.last_step() == 2
     assert log.is_evaluated(0)
     assert not log.is_evaluated(2)
+    assert not list(tmp_path.glob(".*"))
     log.step(replace(METRICS, step=3))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line.get("step") for line in lines] == [None, 1, 2, 3]
