@@ -91,11 +91,11 @@ def test_file_that_cannot_be_used_is_named_at_start(tmp_path: Path, text: str, n
 
 
 def test_file_that_is_not_there_is_named_at_start(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="there is no file nowhere.py"):
+    with pytest.raises(ConfigurationError, match=r"there is no file nowhere\.py"):
         PolicyObjective(LossSettings(correction="nowhere.py:f"))
-    with pytest.raises(ConfigurationError, match="there is no file nowhere.py"):
+    with pytest.raises(ConfigurationError, match=r"there is no file nowhere\.py"):
         make_estimator(AdvantageSettings(estimator="nowhere.py:f"))
-    with pytest.raises(ConfigurationError, match="there is no file nowhere.py"):
+    with pytest.raises(ConfigurationError, match=r"there is no file nowhere\.py"):
         make_aggregation(LossSettings(aggregation="nowhere.py:f"))
 
 
@@ -145,7 +145,7 @@ def test_estimator_and_aggregation_of_a_wrong_length_are_named(tmp_path: Path) -
     )
     with pytest.raises(ConfigurationError, match=r"mine.py:f returned shape \[1\]; \[2\] was expected"):
         make_estimator(AdvantageSettings(estimator=f"{path}:f"))(torch.ones(2), torch.zeros(2, dtype=torch.int64))
-    with pytest.raises(ConfigurationError, match="mine.py:g returned 1 weights for 2 rollouts"):
+    with pytest.raises(ConfigurationError, match=r"mine\.py:g returned 1 weights for 2 rollouts"):
         make_aggregation(LossSettings(aggregation=f"{path}:g"))([1, 2])
     with pytest.raises(ConfigurationError, match=r"mine.py:h returned -1.0 for rollout 0"):
         make_aggregation(LossSettings(aggregation=f"{path}:h"))([1])

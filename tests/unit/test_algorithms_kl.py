@@ -49,7 +49,7 @@ def test_reference_kl_gradient_agrees_with_finite_differences(estimator: str) ->
 
 
 def _expected_gradient(logits: Tensor, ref: Tensor, estimator: str) -> Tensor:
-    """Of the loss over all tokens of the vocabulary, each as often as the live policy draws it (drawing is constant)."""
+    """Of the loss over the whole vocabulary, each token as often as the live policy draws it."""
     logprobs = torch.log_softmax(logits, 0)
     terms = reference_kl(logprobs, ref, estimator=estimator)
     return torch.autograd.grad((logprobs.detach().exp() * terms).sum(), logits)[0]

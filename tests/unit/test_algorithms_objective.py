@@ -34,7 +34,8 @@ from trainer.algorithms.settings import (
 
 SAMPLES = [0, 1, 0, 1, 0, 2]
 W = [1.0, 0.25, 2.0, 8.0, 0.5, 4.0]
-"""Interleaved: sample 0 has w 1, 2, 0.5 (product 1); sample 1 has 0.25, 8 (product 2); sample 2 has 4. exp(log w) is exact for all."""
+"""Interleaved: sample 0 has w 1, 2, 0.5 (product 1); sample 1 has 0.25, 8 (product 2); sample 2 has 4.
+exp(log w) is exact for all."""
 
 
 def _tokens(old: Tensor, *, w: list[float] | None = None, samples: list[int] | None = None) -> TrainedTokens:
