@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from gateway.contracts.errors import ConfigurationError
 from trainer.algorithms.extension import checked_tensor, load_function
 from trainer.algorithms.objective import LiveTokens, Share, TokenTerms, TrainedTokens
 from trainer.algorithms.ratios import mean_per_sample, ratio
@@ -117,6 +118,8 @@ def _checked(reference: str) -> PolicyLoss:
         known = (live.logprobs, live.entropy, tokens.old_logprobs, tokens.rollout_logprobs, tokens.advantages)
         finite = all(bool(torch.isfinite(each).all()) for each in known)
         checked_tensor(terms.loss, what=what, like=live.logprobs, inputs_finite=finite)
+        if live.logprobs.requires_grad and not terms.loss.requires_grad:
+            raise ConfigurationError(f"{what} returned a loss that has no gradient; compute it from live.logprobs")
         for name, values in terms.shares.items():
             checked_tensor(values.to(live.logprobs.dtype), what=f"{what}, share {name},", like=live.logprobs)
         return terms
