@@ -23,6 +23,7 @@ COMMANDS = {
     "serve": ("gateway.main", "the gateway"),
     "engine": ("engines.embedded.server", "the embedded engine (speaks SGLang's protocol)"),
     "train": ("trainer.main", "the trainer"),
+    "eval": ("trainer.eval_main", "a recipe's held-out tasks under the policy that the engines serve"),
     "sessions": ("gateway.inspection", "look at recorded sessions and turns"),
     "feed": ("gateway.feed_inspection", "look at leases and rollouts, release, export"),
     "bench": ("gateway.bench", "the benchmarks of a checkout"),

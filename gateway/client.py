@@ -139,6 +139,10 @@ class GatewayClient:
         """One session; raises NotFound."""
         return await self._object("GET", f"/sessions/{path_segment(session_id)}")
 
+    async def turns(self, session_id: str) -> list[dict[str, Any]]:
+        """All turns of a session as recorded, in order, less their arrays; raises NotFound."""
+        return list((await self._object("GET", f"/sessions/{path_segment(session_id)}/turns"))["turns"])
+
     async def session_report(self, session_id: str, *, pick: str | None = None) -> dict[str, Any]:
         """What happened to a session's tokens (fields of `gateway.sessions.report.SessionReport`); raises NotFound."""
         return await self._object("GET", f"/sessions/{path_segment(session_id)}/report{query_string([('pick', pick)])}")
@@ -338,6 +342,10 @@ class GatewayClient:
         reply = await self._object("GET", "/admin/engines")
         return list(reply["engines"])
 
+    async def identity(self) -> dict[str, Any]:
+        """What the gateway and each engine know of the model, with the policy that each engine serves."""
+        return await self._object("GET", "/admin/identity")
+
     async def pause(self, mode: str, *, max_seconds: float | None = None) -> None:
         """Pause generation on every engine; `mode` is abort, keep, retract or drain.
 
@@ -452,6 +460,7 @@ class SyncGatewayClient:
     create_session = _blocking(GatewayClient.create_session)
     finish_session = _blocking(GatewayClient.finish_session)
     session = _blocking(GatewayClient.session)
+    turns = _blocking(GatewayClient.turns)
     session_report = _blocking(GatewayClient.session_report)
     sessions = _blocking(GatewayClient.sessions)
     delete_session = _blocking(GatewayClient.delete_session)
@@ -470,6 +479,7 @@ class SyncGatewayClient:
     leases = _blocking(GatewayClient.leases)
 
     engines = _blocking(GatewayClient.engines)
+    identity = _blocking(GatewayClient.identity)
     pause = _blocking(GatewayClient.pause)
     resume = _blocking(GatewayClient.resume)
     set_policy = _blocking(GatewayClient.set_policy)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -20,7 +19,7 @@ import torch
 from engines.weights.disk import DiskTransport
 from engines.weights.distributed import DistributedTransport
 from gateway.client import GatewayClient
-from gateway.contracts.errors import ConfigurationError, LedgerError, VerbatimError
+from gateway.contracts.errors import ConfigurationError
 from gateway.contracts.ports import WeightTransport
 from gateway.contracts.settings import engine_key, load_settings, settings_toml
 from sandbox.drivers import make_driver
@@ -28,17 +27,16 @@ from sandbox.pool import SandboxPool
 from trainer.algorithms.policy_objective import PolicyObjective
 from trainer.backends.hf import HFBackend
 from trainer.checkpoint import CheckpointStore, RunState
+from trainer.connection import open_gateway
 from trainer.data.source import RolloutSource
+from trainer.evaluation import eval_figures, evaluate, evaluation_of, evaluation_rollouts
 from trainer.loop import LoopParts, train
 from trainer.metrics import Evaluation, MetricsLog
 from trainer.progress import Progress, make_progress
 from trainer.publish import Publisher
-from trainer.rollouts.controller import RolloutController
+from trainer.rollouts.controller import RolloutController, Sandboxes
 from trainer.rollouts.recipe import Recipe, load_recipe
-from trainer.settings import EngineSettings, GatewaySettings, ReplayMode, TrainSettings
-
-OPERATOR_KEY_VARIABLE = "VERBATIM_OPERATOR_KEY"
-"""Environment variable with the operator's key of the gateway, where keys are on."""
+from trainer.settings import EngineSettings, ReplayMode, TrainSettings
 
 # The publisher pauses generation at the gateway; a transport that paused and resumed engines by itself would let
 # turns go on before the gateway knows what the new label means.
@@ -75,27 +73,20 @@ async def run_training(settings: TrainSettings, progress: Progress) -> RunState:
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     torch.set_num_threads(settings.run.threads)
-    recipe = load_recipe(settings.rollouts.recipe, settings.rollouts.data)
+    recipe = load_recipe(settings.rollouts.recipe, settings.rollouts.data, settings.rollouts.recipe_settings)
     async with AsyncExitStack() as stack:
         # The cheap ones first: a wrong name should cost nothing.
         transport = _make_transport(settings.engines)
         stack.push_async_callback(transport.aclose)
-        sandboxes = await stack.enter_async_context(_open_sandboxes(settings))
-        gateway = await stack.enter_async_context(_open_gateway(settings.gateway))
+        sandboxes = await stack.enter_async_context(open_sandboxes(settings))
+        gateway = await stack.enter_async_context(open_gateway(settings.gateway))
         await _check_pick(gateway, settings.batch.pick)
         await check_experts(gateway, settings.replay.mode)
         backend = await asyncio.to_thread(
             HFBackend, settings.model, settings.optimizer, replay=settings.replay.mode, seed=settings.run.seed
         )
-        controller = RolloutController(
-            gateway=gateway,
-            sandboxes=sandboxes,
-            recipe=recipe,
-            settings=settings.rollouts,
-            run_name=settings.run.name,
-        )
-        await controller.abandon_open_sessions()
-        rollouts = RecipeRollouts(settings, gateway, controller, recipe, progress)
+        rollouts = RecipeRollouts(settings, gateway, sandboxes, recipe, progress)
+        await rollouts.abandon_open_sessions()
         parts = LoopParts(
             backend=backend,
             objective=PolicyObjective(settings.loss),
@@ -129,74 +120,46 @@ class RecipeRollouts:
         self,
         settings: TrainSettings,
         gateway: GatewayClient,
-        controller: RolloutController,
+        sandboxes: Sandboxes,
         recipe: Recipe,
         progress: Progress,
     ) -> None:
         self._settings = settings
         self._gateway = gateway
-        self._controller = controller
         self._recipe = recipe
         self._progress = progress
+        self._training, self._evaluating = (
+            RolloutController(
+                gateway=gateway, sandboxes=sandboxes, recipe=recipe, settings=sampled, run_name=settings.run.name
+            )
+            for sampled in (settings.rollouts, evaluation_rollouts(settings.rollouts, settings.evaluation))
+        )
+
+    async def abandon_open_sessions(self) -> None:
+        """Finish what an interrupted process of this run left open."""
+        await self._training.abandon_open_sessions()
 
     async def produce(self, *, step: int) -> None:
         """The step's groups; attempts that ended before a restart are not made again."""
         rollouts = self._settings.rollouts
         tasks = self._recipe.train_tasks(self._settings.run.seed, step, rollouts.groups_per_step)
-        try:
-            await self._controller.run_groups(
-                tasks,
-                group_size=rollouts.group_size,
-                purpose="train",
-                step=step,
-                on_progress=self._progress.rollouts,
-            )
-        except ExceptionGroup as failures:
-            raise _first_of_ours(failures) from failures
-
-    async def evaluate(self, policy_version: int) -> Evaluation:
-        """One attempt at each held-out task under the policy that the engines serve."""
-        tasks = self._recipe.eval_tasks(self._settings.evaluation.num_tasks)
-        try:
-            summary = await self._controller.run_groups(
-                tasks, group_size=1, purpose="eval", step=policy_version, on_progress=self._progress.rollouts
-            )
-        except ExceptionGroup as failures:
-            raise _first_of_ours(failures) from failures
-        return Evaluation(
-            policy_version=policy_version,
-            num_tasks=len(tasks),
-            num_failed=summary.num_failed,
-            reward_mean=summary.mean_reward if summary.rewards else None,
-            tokens_sampled=await self._settle_evaluation(policy_version),
+        await self._training.run_groups(
+            tasks, group_size=rollouts.group_size, purpose="train", step=step, on_progress=self._progress.rollouts
         )
 
-    async def _settle_evaluation(self, policy_version: int) -> int:
-        """Take an evaluation's rollouts out of the feed, as nobody trains on them; returns their sampled tokens."""
-        run_name, tokens = self._settings.run.name, 0
-        labels = {"run": run_name, "purpose": "eval", "step": str(policy_version)}
-        while lease := await self._gateway.lease(
-            consumer=f"{run_name}.eval", limit=256, whole_groups=False, labels=labels
-        ):
-            tokens += sum(rollout.num_sampled_tokens for rollout in lease.rollouts)
-            await self._gateway.acknowledge(lease.lease_id)
-        return tokens
-
-
-@asynccontextmanager
-async def _open_gateway(settings: GatewaySettings) -> AsyncIterator[GatewayClient]:
-    """A client of a gateway that answers now, and may go away for a while later.
-
-    Raises ConfigurationError if there is none.
-    """
-    key = os.environ.get(OPERATOR_KEY_VARIABLE) or None
-    async with GatewayClient(settings.url, api_key=key, retry_seconds=0.0) as impatient:
-        try:
-            await impatient.health()
-        except LedgerError as error:
-            raise ConfigurationError(f"gateway.url: {error.message}; start it with `verbatim serve`") from error
-    async with GatewayClient(settings.url, api_key=key, retry_seconds=settings.retry_seconds) as gateway:
-        yield gateway
+    async def evaluate(self, policy_version: int) -> Evaluation:
+        """The held-out tasks under the policy that the engines serve."""
+        samples = self._settings.evaluation.samples
+        records = await evaluate(
+            self._gateway,
+            self._evaluating,
+            self._recipe.eval_tasks(self._settings.evaluation.num_tasks),
+            run_name=self._settings.run.name,
+            policy_version=policy_version,
+            samples=samples,
+            on_progress=self._progress.rollouts,
+        )
+        return evaluation_of(eval_figures(records, samples=samples), policy_version)
 
 
 async def _check_pick(gateway: GatewayClient, pick: str | None) -> None:
@@ -220,7 +183,8 @@ async def check_experts(gateway: GatewayClient, mode: ReplayMode) -> None:
 
 
 @asynccontextmanager
-async def _open_sandboxes(settings: TrainSettings) -> AsyncIterator[SandboxPool]:
+async def open_sandboxes(settings: TrainSettings) -> AsyncIterator[SandboxPool]:
+    """As many as there are rollouts at once; they end with the block."""
     driver = make_driver(settings.sandbox.driver)
     try:
         pool = SandboxPool(driver, size=settings.rollouts.concurrency)
@@ -237,10 +201,3 @@ def _make_transport(engines: EngineSettings) -> WeightTransport:
         raise ConfigurationError(f"engines.transport {engines.transport!r} is none of {', '.join(_TRANSPORTS)}")
     # Requests that are kept with their cache hold on to it: engines would refuse to flush it.
     return _TRANSPORTS[engines.transport](flush_cache=engines.pause != "keep", api_key=engine_key())
-
-
-def _first_of_ours(failures: ExceptionGroup[Exception]) -> Exception:
-    """What one line can say of a group of failures: the first error of our tree, else the first of all."""
-    ours = failures.subgroup(VerbatimError) or failures
-    first: Exception = ours.exceptions[0]
-    return _first_of_ours(first) if isinstance(first, ExceptionGroup) else first

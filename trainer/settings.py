@@ -117,12 +117,30 @@ class CheckpointSettings:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationSettings:
-    """Held-out tasks: `num_tasks` 0 means none; `every` 0 means only at start and end."""
+    """Held-out tasks: `num_tasks` 0 means none; `every` 0 means only at start and end.
+
+    `samples` attempts each, at a `temperature` (0: greedy) and `top_p` of their own; `max_new_tokens` 0 is as in
+    `[rollouts]`, as is everything else.
+    """
 
     num_tasks: int = 0
     every: int = 0
     at_start: bool = True
     at_end: bool = True
+    samples: int = 1
+    temperature: float = 0.0
+    top_p: float = 1.0
+    max_new_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.num_tasks >= 0, f"evaluation.num_tasks is {self.num_tasks}; it must not be negative")
+        _require(self.every >= 0, f"evaluation.every is {self.every}; it must not be negative")
+        _require(self.samples >= 1, f"evaluation.samples is {self.samples}; it must be at least 1")
+        _require(self.temperature >= 0, f"evaluation.temperature is {self.temperature}; it must not be negative")
+        _require(0 < self.top_p <= 1, f"evaluation.top_p is {self.top_p}; it must be above 0 and at most 1")
+        _require(
+            self.max_new_tokens >= 0, f"evaluation.max_new_tokens is {self.max_new_tokens}; it must not be negative"
+        )
 
 
 @dataclass(frozen=True, slots=True)

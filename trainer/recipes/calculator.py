@@ -2,7 +2,7 @@
 
 A rollout: the user writes `48/2, then 48+x`; the agent calls the calculator with `48/2`, reads 24, calls it with
 `48+24`, reads 72, and answers `#### 72`. The reward is 1.0 if the answer is the true result and the calculator gave at
-least one result, else 0.0.
+least one result, else 0.0 (a right guess has the verdict `tool_unused`).
 """
 
 from __future__ import annotations
@@ -14,18 +14,20 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from gateway.contracts.errors import SandboxLost
+from gateway.contracts.errors import ConfigurationError, SandboxLost
 from gateway.contracts.generation import JsonValue
 from gateway.contracts.ports import ExecOutcome, Sandbox
-from trainer.rollouts.tasks import Task
+from trainer.rollouts.tasks import Score, Task, Verdict
 
 QUESTIONS_FILE = Path(__file__).parent / "data" / "calculations.jsonl.gz"
 TOOL_FILE = Path(__file__).parent / "calculator_tool.py"
 
 SYSTEM_PROMPT = "Use the calculator. Then answer after ####."
 TOOL_NAME = "calculator"
+TOOL_UNUSED = "tool_unused"
+"""Verdict: the right result, guessed."""
 CARELESS_SHARE = 0.45
 PAIR_SHARE = 0.6
 """Of demonstrations: two calculations, the harder kind. Practice can mend a habit, hardly teach a skill never shown."""
@@ -56,6 +58,12 @@ class CalculatorRecipe:
     name = "calculator"
     tools: Sequence[JsonValue] = (TOOL,)
 
+    def __init__(self, data: Path | None = None, settings: Mapping[str, Any] | None = None) -> None:
+        """Its questions are shipped: raises ConfigurationError for data or settings that nothing would read."""
+        if data is not None or settings:
+            given = "rollouts.data" if data is not None else "rollouts.recipe_settings"
+            raise ConfigurationError(f"recipe calculator has questions and settings of its own: leave out {given}")
+
     @property
     def sandbox_files(self) -> Mapping[str, bytes]:
         """The calculator script."""
@@ -84,12 +92,21 @@ class CalculatorRecipe:
             raise SandboxLost(f"calculator ended as {result.outcome} {result.exit_code}: {result.stderr[-200:]!r}")
         return result.stdout.decode().strip()
 
-    def reward(self, task: Task, messages: Sequence[JsonValue]) -> float:
+    def score(self, task: Task, messages: Sequence[JsonValue]) -> Score:
         """1.0 iff the last message's answer is the true result and the calculator gave at least one result."""
         last = messages[-1]
-        answer = _ANSWER.search(last.get("content") or "") if last["role"] == "assistant" else None
-        calculated = any(m["role"] == "tool" and not m["content"].startswith("error") for m in messages)
-        return float(calculated and answer is not None and answer.group(1) == task.facts["answer"])
+        said = last.get("content") or "" if last["role"] == "assistant" else ""
+        answer = _ANSWER.search(said)
+        results = [message["content"] for message in messages if message["role"] == "tool"]
+        if answer is not None and answer.group(1) == task.facts["answer"]:
+            if any(not result.startswith("error") for result in results):
+                return Score(1.0, Verdict.CORRECT)
+            return Score(0.0, TOOL_UNUSED)
+        if results and results[-1].startswith("error"):
+            return Score(0.0, Verdict.TOOL_ERROR)
+        if answer is not None:
+            return Score(0.0, Verdict.WRONG_ANSWER)
+        return Score(0.0, Verdict.FORMAT_ERROR if "####" in said else Verdict.NO_ANSWER)
 
 
 def demonstrations(seed: int, count: int) -> list[list[JsonValue]]:

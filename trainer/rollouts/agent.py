@@ -29,6 +29,14 @@ class AgentLimits:
 
 
 @dataclass(frozen=True, slots=True)
+class Sampling:
+    """Temperature 0 is greedy."""
+
+    temperature: float
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class Conversation:
     """How it ended: all messages, the outcome, and how many times the model was asked.
 
@@ -48,7 +56,7 @@ async def converse(
     tools: Sequence[JsonValue],
     run_tool: RunTool,
     limits: AgentLimits,
-    temperature: float,
+    sampling: Sampling,
 ) -> Conversation:
     """Run one conversation to its end; `client` points at the rollout's session.
 
@@ -60,7 +68,8 @@ async def converse(
             model=model,
             messages=history,
             tools=list(tools) or omit,
-            temperature=temperature,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
             max_completion_tokens=limits.max_new_tokens,
         )
         if not completion.choices:

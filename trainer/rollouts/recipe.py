@@ -1,17 +1,25 @@
-"""What a recipe brings to rollouts: tasks, tools, and a reward; and how to find one by name."""
+"""What a recipe brings to rollouts: tasks, tools, and a score; and how to find one by name.
+
+A recipe of your own is a class in a file of yours, named in the settings as `rollouts.recipe = "FILE.py:NAME"`; see the
+README of this folder for one of ten lines.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from types import ModuleType
+from typing import Any, Protocol
 
 from gateway.contracts.errors import ConfigurationError
 from gateway.contracts.generation import JsonValue
 from gateway.contracts.ports import Sandbox
 from trainer.recipes.calculator import CalculatorRecipe
 from trainer.recipes.gsm8k import Gsm8kRecipe
-from trainer.rollouts.tasks import Task
+from trainer.rollouts.tasks import Score, Task
 
 
 class Recipe(Protocol):
@@ -22,7 +30,7 @@ class Recipe(Protocol):
 
     @property
     def tools(self) -> Sequence[JsonValue]:
-        """OpenAI tool definitions; empty where the agent has none."""
+        """OpenAI tool definitions; empty where the agent has none (then no sandbox is made)."""
         ...
 
     @property
@@ -35,33 +43,78 @@ class Recipe(Protocol):
         ...
 
     def eval_tasks(self, count: int) -> Sequence[Task]:
-        """The first `count` held-out tasks, always the same."""
+        """The first `count` held-out tasks, always the same; fewer where there are no more."""
         ...
 
     async def run_tool(self, sandbox: Sandbox, name: str, arguments: JsonValue) -> str:
         """Run one tool call and return what the tool message says; a wrong call is answered with "error: …".
 
-        Raises SandboxError if the sandbox itself failed.
+        Raises SandboxError if the sandbox itself failed. Never called where `tools` is empty.
         """
         ...
 
-    def reward(self, task: Task, messages: Sequence[JsonValue]) -> float:
-        """Score an ended conversation; raises RewardError where no score can be computed."""
+    def score(self, task: Task, messages: Sequence[JsonValue]) -> Score:
+        """Score an ended conversation (`task.messages` and what followed); raises RewardError where none can be."""
         ...
 
 
-RECIPES: Mapping[str, Callable[[Path | None], Recipe]] = {
-    "calculator": lambda data: CalculatorRecipe(),
-    "gsm8k": Gsm8kRecipe,
-}
-"""name → class, given the folder of the user's data."""
+MakeRecipe = Callable[[Path | None, Mapping[str, Any]], Recipe]
+"""A recipe's class, or a function: called with `rollouts.data` and the table `rollouts.recipe_settings`."""
+
+RECIPES: Mapping[str, MakeRecipe] = {"calculator": CalculatorRecipe, "gsm8k": Gsm8kRecipe}
+"""name → class."""
+
+_MEMBERS = ("name", "tools", "sandbox_files", "train_tasks", "eval_tasks", "run_tool", "score")
 
 
-def load_recipe(name: str, data: Path | None = None) -> Recipe:
-    """The recipe of that name; `data` is the folder of recipes whose tasks the user brings.
+def load_recipe(name: str, data: Path | None = None, settings: Mapping[str, Any] | None = None) -> Recipe:
+    """The recipe of that name, or the one at `FILE.py:NAME`.
 
-    Raises ConfigurationError for an unknown name, or data that is missing.
+    data: the folder of recipes whose tasks the user brings; settings: the recipe's own.
+    Raises ConfigurationError for an unknown name, a file that cannot be loaded, or data that is missing.
     """
-    if name not in RECIPES:
-        raise ConfigurationError(f"no recipe {name!r}; there are {', '.join(RECIPES)}")
-    return RECIPES[name](data)
+    make = _own(name) if ":" in name else RECIPES.get(name)
+    if make is None:
+        raise ConfigurationError(
+            f"rollouts.recipe: there is no {name!r}; there are {', '.join(RECIPES)}, or one of yours as FILE.py:NAME"
+        )
+    return make(data, settings or {})
+
+
+def _own(place: str) -> MakeRecipe:
+    """What `FILE.py:NAME` names, checked to have a recipe's members before anything is sampled."""
+    file_name, _, name = place.rpartition(":")
+    module = _module_of(Path(file_name).expanduser(), place)
+    found = getattr(module, name, None)
+    if not callable(found):
+        raise ConfigurationError(f"rollouts.recipe {place!r}: {file_name} has no class {name!r}")
+    make: MakeRecipe = found
+
+    def checked(data: Path | None, settings: Mapping[str, Any]) -> Recipe:
+        try:
+            recipe = make(data, settings)
+        except TypeError as error:
+            raise ConfigurationError(f"rollouts.recipe {place!r}: calling it with (data, settings): {error}") from error
+        missing = [member for member in _MEMBERS if not hasattr(recipe, member)]
+        if missing:
+            raise ConfigurationError(f"rollouts.recipe {place!r} lacks {', '.join(missing)}")
+        return recipe
+
+    return checked
+
+
+def _module_of(file: Path, place: str) -> ModuleType:
+    if not file.is_file():
+        raise ConfigurationError(f"rollouts.recipe {place!r}: there is no file {file}")
+    # A name that no other module has, and the same one each time: what is pickled by name is found again.
+    module_name = f"verbatim_recipe_{hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:12]}"
+    spec = importlib.util.spec_from_file_location(module_name, file)
+    if spec is None or spec.loader is None:
+        raise ConfigurationError(f"rollouts.recipe {place!r}: {file} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module
+    try:
+        spec.loader.exec_module(module)
+    except (ImportError, SyntaxError, NameError) as error:
+        raise ConfigurationError(f"rollouts.recipe {place!r}: {file} cannot be loaded: {error}") from error
+    return module

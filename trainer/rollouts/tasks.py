@@ -1,8 +1,9 @@
-"""What one attempt is about, as plain data."""
+"""What one attempt is about, and what it was worth, as plain data."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from gateway.contracts.generation import JsonValue
 
@@ -20,3 +21,32 @@ class Task:
     task_id: str
     messages: tuple[JsonValue, ...]
     facts: JsonValue
+
+
+class Verdict(StrEnum):
+    """Kinds of right and wrong that several recipes share; a recipe may have words of its own beside them.
+
+    CORRECT is what pass@1 counts. WRONG_ANSWER: readable, and another than the true one (an error of logic).
+    FORMAT_ERROR: an answer stands where one is asked for, but nothing in it can be compared. NO_ANSWER: none stands.
+    TOOL_ERROR: not correct, and the last tool call was answered with an error. TRUNCATED: not correct, and cut at its
+    limit of tokens or turns (given by the controller, whatever the recipe says).
+    """
+
+    CORRECT = "correct"
+    WRONG_ANSWER = "wrong_answer"
+    FORMAT_ERROR = "format_error"
+    NO_ANSWER = "no_answer"
+    TOOL_ERROR = "tool_error"
+    TRUNCATED = "truncated"
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What a conversation is worth to the trainer, and which kind of right or wrong it is (a `Verdict`, or a word).
+
+    >>> Score(1.0, Verdict.CORRECT).verdict
+    <Verdict.CORRECT: 'correct'>
+    """
+
+    reward: float
+    verdict: str
