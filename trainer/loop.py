@@ -23,10 +23,11 @@ from trainer.checkpoint import CheckpointStore, RunState, check_same_run
 from trainer.data.batch import StepBatch, step_batch
 from trainer.data.source import RolloutSource, TakenRollouts
 from trainer.learning import Learner
-from trainer.metrics import Evaluation, MetricsLog, StepMetrics
+from trainer.metrics import Evaluation, StepMetrics
 from trainer.phases import Phase, PhaseClock
 from trainer.publish import Publisher
 from trainer.settings import ReplayMode, TrainSettings
+from trainer.sinks import RunMetrics
 
 _log = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ class LoopParts:
     produce: Produce
     publisher: Publisher
     checkpoints: CheckpointStore
-    metrics: MetricsLog
+    metrics: RunMetrics
     evaluate: Callable[[int], Awaitable[Evaluation]] | None = None
     on_phase: Callable[[Phase], None] | None = None
     on_step: Callable[[StepMetrics], None] | None = None

@@ -24,12 +24,16 @@ from gateway.contracts.ports import WeightTransport
 from gateway.contracts.settings import engine_key, load_settings, settings_toml
 from sandbox.drivers import make_driver
 from sandbox.pool import SandboxPool
+from trainer.algorithms.advantages import make_estimator
+from trainer.algorithms.aggregation import make_aggregation
 from trainer.algorithms.policy_objective import PolicyObjective
 from trainer.backends.hf import HFBackend
+from trainer.backends.protocol import TrainBackend
 from trainer.checkpoint import CheckpointStore, RunState
 from trainer.connection import open_gateway
 from trainer.data.source import RolloutSource
 from trainer.evaluation import eval_figures, evaluate, evaluation_of, evaluation_rollouts
+from trainer.learning import Learner
 from trainer.loop import LoopParts, train
 from trainer.metrics import Evaluation, MetricsLog
 from trainer.progress import Progress, make_progress
@@ -37,6 +41,7 @@ from trainer.publish import Publisher
 from trainer.rollouts.controller import RolloutController, Sandboxes
 from trainer.rollouts.recipe import Recipe, load_recipe
 from trainer.settings import EngineSettings, ReplayMode, TrainSettings
+from trainer.sinks import RunMetrics, make_sinks
 
 # The publisher pauses generation at the gateway; a transport that paused and resumed engines by itself would let
 # turns go on before the gateway knows what the new label means.
@@ -82,14 +87,28 @@ async def run_training(settings: TrainSettings, progress: Progress) -> RunState:
         gateway = await stack.enter_async_context(open_gateway(settings.gateway))
         await _check_pick(gateway, settings.batch.pick)
         await check_experts(gateway, settings.replay.mode)
-        backend = await asyncio.to_thread(
-            HFBackend, settings.model, settings.optimizer, replay=settings.replay.mode, seed=settings.run.seed
+        objective = PolicyObjective(settings.loss)
+        backend = await asyncio.to_thread(make_backend, settings, needs_reference=objective.needs_reference)
+        stack.callback(backend.close)
+        metrics = RunMetrics(
+            MetricsLog(settings.run.dir / "metrics.jsonl"),
+            make_sinks(settings.metrics.sinks, run=settings.run, settings=settings),
         )
+        stack.callback(metrics.close)
         rollouts = RecipeRollouts(settings, gateway, sandboxes, recipe, progress)
         await rollouts.abandon_open_sessions()
         parts = LoopParts(
             backend=backend,
-            objective=PolicyObjective(settings.loss),
+            learner=Learner(
+                backend,
+                objective,
+                replay=settings.replay.mode,
+                tokens_per_microbatch=settings.batch.tokens_per_microbatch,
+                measure_without_replay=settings.replay.measure_without_replay,
+                save_batch=save_batch,
+            ),
+            estimator=make_estimator(settings.advantage),
+            aggregate=make_aggregation(settings.loss),
             source=RolloutSource(
                 gateway,
                 run_name=settings.run.name,
@@ -104,8 +123,12 @@ async def run_training(settings: TrainSettings, progress: Progress) -> RunState:
                 pause=settings.engines.pause,
                 pause_seconds=settings.engines.pause_seconds,
             ),
-            checkpoints=CheckpointStore(settings.run.dir / "checkpoints", keep=settings.checkpoint.keep),
-            metrics=MetricsLog(settings.run.dir / "metrics.jsonl"),
+            checkpoints=CheckpointStore(
+                settings.run.dir / "checkpoints",
+                keep=settings.checkpoint.keep,
+                keep_every=settings.checkpoint.keep_every,
+            ),
+            metrics=metrics,
             evaluate=rollouts.evaluate,
             on_step=progress.step,
             on_evaluation=progress.evaluation,
@@ -162,6 +185,19 @@ class RecipeRollouts:
         return evaluation_of(eval_figures(records, samples=samples), policy_version)
 
 
+def make_backend(settings: TrainSettings, *, needs_reference: bool) -> TrainBackend:
+    """The backend that the settings name, its model loaded."""
+    return HFBackend(
+        settings.model,
+        settings.optimizer,
+        replay=settings.replay.mode,
+        seed=settings.run.seed,
+        lora=settings.lora,
+        num_updates=settings.run.steps * settings.batch.minibatches,
+        needs_reference=needs_reference,
+    )
+
+
 async def _check_pick(gateway: GatewayClient, pick: str | None) -> None:
     """Before anything is sampled, not when the first rollouts are read."""
     if pick is not None and pick not in (names := await gateway.picks()):
@@ -169,8 +205,8 @@ async def _check_pick(gateway: GatewayClient, pick: str | None) -> None:
 
 
 async def check_experts(gateway: GatewayClient, mode: ReplayMode) -> None:
-    """Replay needs what engines must have been started for; an engine that comes later is the gateway's to refuse."""
-    if mode is ReplayMode.OFF:
+    """r3 needs what engines must have been started for; an engine that comes later is the gateway's to refuse."""
+    if mode is not ReplayMode.R3:
         return
     engines = await gateway.engines()
     silent = [engine["engine_id"] for engine in engines if engine["routing"] and not engine["captures_experts"]]

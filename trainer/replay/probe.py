@@ -18,7 +18,6 @@ from torch.overrides import TorchFunctionMode
 
 from trainer.replay.selection import SELECTING, Call, Masking, masked, parsed
 
-
 Place: TypeAlias = int | str
 """Position or keyword of an argument, or position among the parts of an output."""
 WHOLE = -1
