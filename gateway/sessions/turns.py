@@ -63,7 +63,7 @@ from gateway.sessions.idempotency import NO_HINT, CallChoice, RetryHint, can_go_
 from gateway.sessions.media import UNTRAINABLE, check_placeholders, keep_media, load_media, shown_media
 from gateway.sessions.model import ServedModel
 from gateway.sessions.raw import attach_raw, check_ids, check_sampling_ids
-from gateway.sessions.recorded import WholeReply, first_missing_row, joined_rows, recorded_reply, recorded_rows
+from gateway.sessions.recorded import MissingRows, WholeReply, joined_rows, missing_rows, recorded_reply, recorded_rows
 from gateway.sessions.registry import Session
 from gateway.sessions.tree import Node
 from gateway.sessions.turn import Turn, TurnFinished, TurnProgress, TurnStarted, TurnTimes
@@ -566,12 +566,12 @@ def _generate_request(
     sampling: SamplingParams,
     media: tuple[Media, ...],
 ) -> GenerateRequest:
-    """Rows are wanted from the last token of the parent on: it had none until now (I2)."""
+    """Rows are wanted from the parent's last token on, which had none until now (I2), and what its path lacks."""
     return GenerateRequest(
         request_id="",
         token_ids=np.concatenate([prompt.token_ids, prompt.begun_ids]),
         sampling=sampling,
-        routed_experts_start=_first_row(prompt) if prompt.is_provable else None,
+        routed_experts_start=_missing_rows(prompt).first if prompt.is_provable else None,
         passthrough=request.passthrough,
         num_top_logprobs=request.wanted.num_top_logprobs,
         reasons_first="structural_tag" in sampling.extra and parts.model.parsing.opens_reasoning(prompt.token_ids),
@@ -580,12 +580,12 @@ def _generate_request(
     )
 
 
-def _first_row(prompt: _Prompt) -> int:
-    """The routing row from which the recorded path has none."""
+def _missing_rows(prompt: _Prompt) -> MissingRows:
+    """The routing rows that the recorded path has not."""
     parent = prompt.place.parent
     if parent is None or prompt.built.segment_reason is not None:
-        return 0
-    return parent.num_tokens - 1 if prompt.begun is None else first_missing_row(parent)
+        return MissingRows(0, frozenset())
+    return missing_rows(parent)
 
 
 def _cut_or_timed_out(parts: TurnParts, turn: Turn) -> VerbatimError:
@@ -726,16 +726,23 @@ def _meta(request: TurnRequest, prompt: _Prompt, sampling: SamplingParams, sampl
         "request": dict(request.kept),
         "error": None if sampled.failure is None else sampled.failure.code,
         **({"media": media} if prompt.media else {}),
-        **({"cache": _cache_json(generated)} if generated.cache_flags else {}),
+        **_cache_facts(prompt, generated),
         "engine": dict(generated.meta_info),
         "engine_reply": dict(generated.reply_fields),
     }
 
 
-def _cache_json(generated: Generated) -> dict[str, JsonValue]:
-    """What `TurnRecord.cache_flags` and `recomputed_rows` read."""
+def _cache_facts(prompt: _Prompt, generated: Generated) -> dict[str, JsonValue]:
+    """What `TurnRecord.cache_flags` and `recomputed_rows` read; nothing where all is of the weights that sampled."""
     rows = [list(bounds) for bounds in generated.recomputed_rows]
-    return {"flags": [flag.value for flag in generated.cache_flags], "recomputed_rows": rows}
+    missing, parent = _missing_rows(prompt), prompt.place.parent
+    sampling_now = {span.policy_version for span in generated.version_spans[:1]}
+    if parent is not None and missing.policy_versions - sampling_now:
+        # I9: rows of earlier turns that came late, and other weights computed them.
+        rows.append([missing.first, parent.num_tokens - 1])
+    if not (rows or generated.cache_flags):
+        return {}
+    return {"cache": {"flags": [flag.value for flag in generated.cache_flags], "recomputed_rows": rows}}
 
 
 def _untrainable_reason(prompt: _Prompt, sampling: SamplingParams, generated: Generated) -> str | None:
