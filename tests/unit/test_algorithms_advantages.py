@@ -61,6 +61,15 @@ def test_group_of_one_or_of_equal_rewards_has_exactly_zero_advantage(
     assert _run(name, rewards, groups) == [0.0] * len(rewards)
 
 
+@ALL
+@pytest.mark.parametrize("reward", [0.1, 0.7, -1 / 3, 1e-8, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_rewards_leave_no_rounding_behind(estimate: Estimator, reward: float, dtype: torch.dtype) -> None:
+    for count in (1, 3, 7, 100):
+        rewards = torch.full((count,), reward, dtype=dtype)
+        assert not estimate(rewards, torch.zeros(count, dtype=torch.int64)).any()
+
+
 def test_global_normalisation_of_equal_rewards_is_exactly_zero_and_else_needs_no_group() -> None:
     assert _run("reinforce++", [0.1, 0.1, 0.1], [0, 1, 2]) == [0.0, 0.0, 0.0]
     assert _run("reinforce++", [0.0, 2.0], [0, 1]) == pytest.approx([-1.0, 1.0], abs=1e-5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,16 @@ def test_correction_that_gives_no_factors_is_named(tmp_path: Path, body: str, me
     path = _write(tmp_path, f"def f(tokens): return {body}")
     with pytest.raises(ConfigurationError, match=message):
         PolicyObjective(LossSettings(correction=f"{path}:f"))(_live(), _tokens())
+
+
+def test_own_factors_are_constants_even_where_they_are_computed_from_live_values(tmp_path: Path) -> None:
+    path = _write(tmp_path, "def f(tokens): return (tokens.old_logprobs - tokens.rollout_logprobs).exp()")
+    live = _live()
+    tokens = replace(_tokens(), old_logprobs=live.logprobs)
+    terms = PolicyObjective(LossSettings(policy="reinforce", correction=f"{path}:f"))(live, tokens)
+    (gradient,) = torch.autograd.grad(terms.loss.sum(), live.logprobs)
+    assert gradient.tolist() == pytest.approx([-0.9 / 0.5, -0.3 / 0.2, 2 * 0.2 / 0.1])
+    assert not any(values.requires_grad for values in terms.shares.values())
 
 
 def test_estimator_and_aggregation_of_a_wrong_length_are_named(tmp_path: Path) -> None:

@@ -106,13 +106,10 @@ def has_zero_variance(rewards_G: Tensor) -> bool:
 def _centred(rewards_R: Tensor, group_R: Tensor) -> tuple[Tensor, Tensor]:
     """float64[R]: rewards less their group's mean; and int64[R]: the group's index, from 0."""
     _check(rewards_R, group_R)
-    rewards_R = rewards_R.double()
+    # float64 holds sums of float32 rewards exactly, so that equal rewards leave no rounding of their mean behind.
+    rewards_R = rewards_R.float().double()
     _, index_R = torch.unique(group_R, return_inverse=True)
-    # Relative to one of the group's own rewards, so that equal rewards leave no rounding of their mean behind.
-    first = torch.zeros(int(index_R.max()) + 1 if len(index_R) else 0, dtype=torch.float64)
-    first[index_R] = rewards_R
-    relative_R = rewards_R - first[index_R]
-    return relative_R - _group_mean(relative_R, index_R)[index_R], index_R
+    return rewards_R - _group_mean(rewards_R, index_R)[index_R], index_R
 
 
 def _group_mean(values_R: Tensor, index_R: Tensor) -> Tensor:
