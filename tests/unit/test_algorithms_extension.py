@@ -150,6 +150,20 @@ def test_own_factors_are_constants_even_where_they_are_computed_from_live_values
     assert not any(values.requires_grad for values in terms.shares.values())
 
 
+def test_own_functions_are_never_called_without_a_token(tmp_path: Path) -> None:
+    loss = "def f(live, tokens): return -live.logprobs / live.logprobs.max()"
+    correction = "def g(tokens): return 0 * tokens.advantages * tokens.advantages.max()"
+    path = _write(tmp_path, f"{loss}\n{correction}")
+    objective = PolicyObjective(LossSettings(policy=f"{path}:f", correction=f"{path}:g"))
+    live, tokens = _live(), _tokens()
+    masked = objective(live, tokens)
+    assert masked.loss.tolist() == [0.0, 0.0, 0.0]
+    nothing = torch.empty(0, dtype=torch.int64)
+    empty = objective(live.only(nothing), tokens.only(nothing))
+    assert empty.loss.shape == (0,)
+    empty.loss.sum().backward()
+
+
 def test_estimator_and_aggregation_of_a_wrong_length_are_named(tmp_path: Path) -> None:
     path = _write(
         tmp_path, "def f(rewards, groups): return rewards[:1]\ndef g(tokens): return [1.0]\ndef h(t): return [-1]"

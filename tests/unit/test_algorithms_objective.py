@@ -169,12 +169,14 @@ def test_nan_of_the_trainers_own_forward_is_seen_not_masked() -> None:
         assert torch.isnan(terms.loss[0]), name
 
 
-def test_micro_batch_that_is_masked_whole_still_has_a_gradient_of_zero() -> None:
+@pytest.mark.parametrize("policy", [policy for policy in POLICIES if policy != "reinforce"])
+def test_micro_batch_that_is_masked_whole_still_has_a_gradient_of_zero(policy: str) -> None:
     old = torch.tensor([-1.0, -2.0], dtype=torch.float64)
     live = _live(old)
-    terms = PolicyObjective(LossSettings())(live, _tokens(old, w=[9.0, 9.0]))
+    terms = PolicyObjective(LossSettings(policy=policy))(live, _tokens(old, w=[9.0, 9.0]))
     terms.loss.sum().backward()
     assert terms.loss.tolist() == [0.0, 0.0]
+    assert terms.shares[Share.RATIO_MEAN].tolist() == [1.0, 1.0]
     assert live.logprobs.grad is not None
     assert live.logprobs.grad.tolist() == [0.0, 0.0]
 

@@ -113,6 +113,8 @@ def _checked(reference: str) -> PolicyLoss:
     own = load_function(reference, key="loss.policy", takes=("live", "tokens"))
 
     def loss(live: LiveTokens, tokens: TrainedTokens) -> TokenTerms:
+        if not live.logprobs.numel():
+            return TokenTerms(live.logprobs)  # all masked; a function of the user's need not bear that
         result = own(live, tokens)
         terms = result if isinstance(result, TokenTerms) else TokenTerms(result)
         known = (live.logprobs, live.entropy, tokens.old_logprobs, tokens.rollout_logprobs, tokens.advantages)

@@ -53,6 +53,8 @@ class PolicyObjective:
         """
         if self.needs_reference and tokens.ref_logprobs is None:
             raise TrainingError("loss.kl_coefficient is set, but no log-probs of a reference policy were measured")
+        if not live.logprobs.numel():
+            return TokenTerms(live.logprobs)  # a rank's filler: no function of the user's need bear it
         recorded_S = torch.isfinite(tokens.rollout_logprobs)
         tokens = replace(tokens, rollout_logprobs=torch.where(recorded_S, tokens.rollout_logprobs, tokens.old_logprobs))
         factor_S = self._correction(tokens)
@@ -70,8 +72,6 @@ class PolicyObjective:
 
     def _terms(self, live: LiveTokens, tokens: TrainedTokens, factor_K: Tensor) -> TokenTerms:
         """Of the K unmasked tokens."""
-        if not len(factor_K):
-            return TokenTerms(live.logprobs)  # empty, and still part of the graph
         policy = self._policy_loss(live, tokens)
         loss_K, shares = factor_K * policy.loss, dict(policy.shares)
         if tokens.ref_logprobs is not None and self.needs_reference:

@@ -1,5 +1,7 @@
 """Ratios of probabilities from differences of log-probs, and sums over the tokens of a sample. Pure functions.
 
+On a GPU the tokens of a sample are added in no fixed order; there two runs agree to rounding, on CPU bit by bit.
+
 Shape letters: S = trained tokens of one micro-batch, B = its samples.
 """
 
