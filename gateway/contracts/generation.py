@@ -185,8 +185,9 @@ class Capability(StrEnum):
 
     ROUTED_EXPERTS: it returns which experts computed each token. TOKEN_IDS: it takes ids and returns those it sampled.
     SCALED_LOGPROBS, RAW_LOGPROBS, KEPT_SET_LOGPROBS: of which distribution its log-probs are (a kept set's are scaled
-    too). TOP_LOGPROBS: those of the likeliest tokens too. VERSION_SPANS: it says which weights sampled which token. PAUSE: it stops generating on demand. GRAMMAR: it
-    holds sampling to a schema. IMAGES, AUDIO: it takes such parts of a prompt.
+    too). TOP_LOGPROBS: those of the likeliest tokens too. VERSION_SPANS: it says which weights sampled which token.
+    PAUSE: it stops generating on demand. GRAMMAR: it holds sampling to a schema. IMAGES, AUDIO: it takes such parts of
+    a prompt.
     """
 
     ROUTED_EXPERTS = "routed_experts"

@@ -241,7 +241,8 @@ async def test_an_engine_says_who_it_is(engine: Engine) -> None:
     assert identity.routing == SHAPE
     assert identity.captures_experts
     assert identity.policy_version == 0
-    assert identity.logprob_kind is LogprobKind.TEMPERATURE_SCALED
+    scaled, kept_set = LogprobKind.TEMPERATURE_SCALED, LogprobKind.KEPT_SET
+    assert identity.logprob_kind is (kept_set if isinstance(engine, VllmEngine) else scaled)
     assert await engine.healthy()
 
 

@@ -13,6 +13,7 @@ from gateway.contracts.rollouts import FinishedRollout, PickReport
 from gateway.contracts.samples import Segment, TurnSpan
 from trainer.data.assemble import TrainSample, assemble
 from trainer.data.packing import SampleWeights, pack
+from trainer.replay.rows import RoutingRows
 from trainer.replay.validate import RoutedLayers
 
 ROUTED = RoutedLayers(RoutingShape(num_layers=2, num_experts=16, top_k=2), (0, 1))
@@ -112,3 +113,29 @@ def test_packing_is_deterministic_and_wastes_less_than_half(lengths: list[int], 
     assert [b.layout.input_ids.tolist() for b in first] == [b.layout.input_ids.tolist() for b in second]
     half_full = [b for b in first if b.layout.num_positions * 2 <= capacity]
     assert len(half_full) <= 1
+
+
+@given(
+    lengths=st.lists(st.integers(0, 9), min_size=1, max_size=5),
+    cut=st.floats(0, 1),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=60, deadline=None)
+def test_the_head_of_joined_rows_is_their_beginning_with_its_validity(
+    lengths: list[int], cut: float, seed: int
+) -> None:
+    random = np.random.default_rng(seed)
+    ids = random.integers(0, 9, (sum(lengths), 11, 2)).astype(np.uint8)
+    valid = random.random((sum(lengths), 11)) < 0.5
+    stops = np.cumsum(lengths)
+    parts = [
+        RoutingRows.of(ids[stop - n : stop], valid[stop - n : stop]) for n, stop in zip(lengths, stops, strict=True)
+    ]
+    whole = RoutingRows.join(parts)
+    num_kept = int(cut * sum(lengths))
+    head = whole.head(num_kept)
+    assert (whole.num_positions, head.num_positions) == (sum(lengths), num_kept)
+    for layer in range(11):
+        np.testing.assert_array_equal(head.layer(layer).ids, ids[:num_kept, layer])
+        np.testing.assert_array_equal(head.layer(layer).valid, valid[:num_kept, layer])
+    assert head.num_valid((0, 3, 10)) == int(valid[:num_kept, [0, 3, 10]].sum())

@@ -35,7 +35,7 @@ def a_segment(num_tokens: int, *, routing: type[np.uint8] | type[np.uint16] | No
         if routing is None
         else generator.integers(0, high, (num_tokens - 1, 3, 2)).astype(np.dtype(routing)),  # type: ignore[arg-type]
         routed_valid=generator.random(num_tokens - 1) < 0.5,
-        logprob_kind=LogprobKind.TEMPERATURE_SCALED,
+        logprob_kind=list(LogprobKind)[seed % 3],
     )
 
 

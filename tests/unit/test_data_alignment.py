@@ -87,7 +87,7 @@ class Recorder:
             loss_mask=np.array(versions) >= 0,
             rollout_logprobs=np.array(logprobs, dtype=np.float32),
             policy_version=np.array(versions, dtype=np.int32),
-            routed_experts=record.ids().numpy().astype(np.uint8),
+            routed_experts=record.rows().chunks[0],
             routed_valid=np.ones(len(tokens) - 1, dtype=np.bool_),
             logprob_kind=kind,
         )

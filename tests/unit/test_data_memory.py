@@ -20,8 +20,11 @@ from gateway.contracts.generation import LogprobKind
 from gateway.contracts.records import FinishRecord, SessionOrigin, SessionRecord
 from gateway.contracts.rollouts import FinishedRollout, PickReport
 from gateway.contracts.samples import Segment, TurnSpan
-from trainer.data.assemble import assemble
-from trainer.data.packing import PackedBatch, SampleWeights, pack
+from trainer.algorithms.advantages import grpo
+from trainer.algorithms.aggregation import token_weights
+from trainer.data.batch import step_batch
+from trainer.data.packing import PackedBatch, pack
+from trainer.data.settings import BatchSettings, Unfit
 from trainer.replay.validate import RoutedLayers
 
 NUM_TOKENS = 12_000
@@ -73,9 +76,18 @@ async def read_and_pack(bodies: list[bytes], routed: RoutedLayers) -> tuple[tupl
         async with GatewayClient(f"http://127.0.0.1:{port}") as gateway:
             tracemalloc.start()
             rollouts = await asyncio.gather(*(gateway.rollout(f"s{i}", "snap") for i in range(len(bodies))))
-            samples = [sample for rollout in rollouts for sample in assemble(rollout, routed)]
-            weights = [SampleWeights(1.0, 1.0)] * len(samples)
-            batches = pack(samples, weights, tokens_per_microbatch=2 * NUM_TOKENS)
+            batch = step_batch(
+                rollouts,
+                routed=routed,
+                policy_version=0,
+                settings=BatchSettings(max_fallback_share=1.0, max_tokens=NUM_TOKENS, stale=Unfit.MASK),
+                estimator=grpo,
+                aggregate=token_weights,
+                seed=0,
+                step=0,
+            )
+            (part,) = batch.minibatches
+            batches = pack(part.samples, part.weights, tokens_per_microbatch=2 * NUM_TOKENS)
             peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

@@ -23,11 +23,12 @@ class BatchSettings:
     the length of the longest sample is best. `minibatches`: optimiser steps that a step's rollouts are cut into.
 
     `max_staleness`: policy versions a trained token may be behind the trainer; `stale` (drop or mask) says what becomes
-    of older ones. `truncated`: of rollouts that ran out of tokens or turns. `max_tokens`: of one sample, 0 is any;
-    `overlong` says what becomes of longer ones (drop, or mask what is behind). `zero_variance` (keep or drop): groups
-    whose rewards are all equal. `train_incomplete`: also rollouts whose conversation was sampled in part elsewhere, or
-    whose record lost a turn (`complete: false`). `max_fallback_share`: of a sample's recorded routing rows that may be
-    invalid before its rollout is left out. All that is left out is counted by reason.
+    of older ones. `truncated`: of rollouts that ran out of tokens or turns (masked, their reward still counts in their
+    group). `max_tokens`: of one sample, 0 is any; `overlong` says what becomes of longer ones (drop, or mask: the
+    sample ends there). `zero_variance` (keep or drop): groups whose rewards are all equal. `train_incomplete`: also
+    rollouts whose conversation was sampled in part elsewhere, or whose record lost a turn (`complete: false`).
+    `max_fallback_share`: of a sample's routing rows, by position and layer, that may be missing or invalid before its
+    rollout is left out, where recorded rows are replayed. All that is left out is counted by reason.
     `pick`: which sampled turns of a rollout train (all, delivered, final-path, or the gateway operator's own); without
     it the gateway's default.
     """

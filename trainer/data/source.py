@@ -36,10 +36,12 @@ class TakenRollouts:
         return tuple(sorted({rollout.session.session_id for rollout in self.rollouts} | self.settled))
 
     def __add__(self, other: TakenRollouts) -> TakenRollouts:
+        """Both; a rollout that came twice, as a lease that ended lends it again, is in once (I3)."""
+        rollouts = {rollout.session.session_id: rollout for rollout in self.rollouts + other.rollouts}
         return TakenRollouts(
             self.lease_ids + other.lease_ids,
             self.groups | other.groups,
-            tuple(sorted(self.rollouts + other.rollouts, key=_order)),
+            tuple(sorted(rollouts.values(), key=_order)),
             self.settled | other.settled,
         )
 
@@ -47,6 +49,8 @@ class TakenRollouts:
 class RolloutSource:
     """One run's training rollouts: the run's name is the consumer, its labels select them.
 
+    A rollout that was dropped under its lease is left out with a warning; one that cannot be read as it was leased
+    raises.
     pick: which of their turns train; None leaves it to the gateway.
     """
 
@@ -121,16 +125,20 @@ class RolloutSource:
     async def _read(self, leased: Sequence[LeasedRollout]) -> tuple[FinishedRollout, ...]:
         slots = asyncio.Semaphore(_CONCURRENT_READS)
 
-        async def read(rollout: LeasedRollout) -> FinishedRollout:
+        async def read(rollout: LeasedRollout) -> FinishedRollout | None:
             async with slots:
-                return await self._gateway.rollout(rollout.session_id, rollout.snapshot, pick=self._pick)
+                try:
+                    return await self._gateway.rollout(rollout.session_id, rollout.snapshot, pick=self._pick)
+                except NotFound as error:
+                    _log.warning("%s; the step goes on without it", error.message)
+                    return None
 
         try:
             async with asyncio.TaskGroup() as reads:
                 tasks = [reads.create_task(read(rollout)) for rollout in leased]
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from failures  # one line for the user: the first of them
-        return tuple(task.result() for task in tasks)
+        return tuple(rollout for task in tasks if (rollout := task.result()) is not None)
 
 
 def group_of(rollout: FinishedRollout) -> str:

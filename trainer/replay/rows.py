@@ -51,7 +51,7 @@ class RoutingRows:
     @classmethod
     def of(cls, ids_NLK: ExpertIds, valid_NL: npt.NDArray[np.bool_]) -> RoutingRows:
         """Rows of one sample; `valid_NL` says which may be replayed."""
-        return cls((ids_NLK,), (_shared(np.packbits(valid_NL, axis=1)),))
+        return cls((ids_NLK,), (shared_bits(np.packbits(valid_NL, axis=1)),))
 
     @classmethod
     def unrecorded(cls, num_positions: int, shape: RoutingShape) -> RoutingRows:
@@ -141,7 +141,7 @@ class RoutingRows:
         return max((int(chunk.max()) for chunk in self.chunks if chunk.size), default=0)
 
 
-def _shared(bits: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+def shared_bits(bits: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     """One row of bits for all positions where they are alike, which is what sound recordings are."""
     return np.broadcast_to(bits[:1].copy(), bits.shape) if len(bits) and (bits == bits[0]).all() else bits
 

@@ -11,13 +11,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
 from gateway.contracts.errors import ExpertsMismatch
 from gateway.contracts.experts import RoutingShape, valid_row_bits
 from gateway.contracts.samples import Segment
-from trainer.replay.rows import RoutingRows
+from trainer.replay.rows import RoutingRows, shared_bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +39,4 @@ def replayable_rows(segment: Segment, routed: RoutedLayers) -> RoutingRows:
             f" the model routes {shape.dtype} [{shape.num_layers}, {shape.top_k}]"
         )
     bits = valid_row_bits(rows, shape.num_experts, recorded=segment.routed_valid, routed_layers=routed.layers)
-    return RoutingRows((rows,), (_shared(bits),))
-
-
-def _shared(bits: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """One row of bits for all positions where they are alike, which is what sound recordings are."""
-    return np.broadcast_to(bits[:1].copy(), bits.shape) if len(bits) and (bits == bits[0]).all() else bits
+    return RoutingRows((rows,), (shared_bits(bits),))

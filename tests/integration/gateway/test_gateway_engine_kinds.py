@@ -36,11 +36,11 @@ def gateway(
         close(process)
 
 
-def converse(gateway: RunningGateway, session_id: str, *, num_turns: int) -> list[dict[str, Any]]:
+def converse(gateway: RunningGateway, session_id: str, *, num_turns: int, **sampling: float) -> list[dict[str, Any]]:
     """Turns of a conversation whose replies are cut by length."""
     messages: list[Any] = [{"role": "user", "content": "What is 48/2?"}]
     for i in range(num_turns):
-        body = {"messages": messages, "max_tokens": 12}
+        body = {"messages": messages, "max_tokens": 12} | sampling
         reply = gateway.post(f"/sessions/{session_id}/v1/chat/completions", body)
         messages = [*messages, reply["choices"][0]["message"], {"role": "user", "content": f"again {i}"}]
     return gateway.turns(session_id)
@@ -63,3 +63,32 @@ def test_a_conversation_trains_if_and_only_if_its_tokens_are_the_sampled_ones(
     else:
         assert {turn["untrainable_reason"] for turn in turns} == {"text_only_engine"}
         assert sum(segment["num_trained_tokens"] for segment in segments) == 0
+
+
+@pytest.mark.parametrize(
+    ("sampling", "kind", "reason"),
+    [
+        ({"temperature": 0.7}, "temperature_scaled", None),
+        ({"temperature": 0.7, "top_p": 0.8}, "kept_set", None),
+        ({"temperature": 0.7, "top_k": 5}, "kept_set", None),
+        ({"temperature": 0.0, "top_p": 0.8}, "temperature_scaled", None),
+        ({"min_p": 0.2}, "kept_set", "kept_set_of_min_p"),
+    ],
+)
+def test_a_turn_is_recorded_with_what_its_log_probs_are_of(
+    gateway: tuple[str, RunningGateway],
+    session_id: str,
+    sampling: dict[str, float],
+    kind: str,
+    reason: str | None,
+) -> None:
+    """I9: of vLLM's processed log-probs; a set that no segment can describe does not train."""
+    engine, running = gateway
+    if engine == "openai":
+        assert {turn["logprob_kind"] for turn in converse(running, session_id, num_turns=1, **sampling)} == {"raw"}
+        return
+    turns = converse(running, session_id, num_turns=2, **sampling)
+    assert {(turn["logprob_kind"], turn["untrainable_reason"]) for turn in turns} == {(kind, reason)}
+    segments = running.get(f"/sessions/{session_id}/segments?arrays=1")["segments"]
+    assert {segment["logprob_kind"] for segment in segments} <= {kind}
+    assert (sum(segment["num_trained_tokens"] for segment in segments) > 0) is (reason is None)
