@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from gateway.contracts.errors import ConfigurationError, ReplayUnsupported
+from gateway.contracts.errors import ConfigurationError
 from trainer.backends.settings import ModelSettings
-from trainer.replay.plan import routing_shape
 
 _PACKING_TOLERANCE = 1e-4
 _PACKING_SHARE = 0.1
@@ -87,13 +86,9 @@ def _recomputed(forward: Callable[..., Any], options: dict[str, Any], *args: Any
 
 
 def is_dense(model: nn.Module) -> bool:
-    """Whether a model has no experts: its config counts none, and no module is named for them. One that has some under
-    names unknown here is not dense, and replay refuses it."""
-    try:
-        routing_shape(model)
-    except ReplayUnsupported:
-        return not any("expert" in path or "moe" in path for path, _module in model.named_modules())
-    return False
+    """Whether a model has no experts: no module is named for them. One that has some under names unknown to replay is
+    not dense, and replay refuses it."""
+    return not any("expert" in path or "moe" in path for path, _module in model.named_modules())
 
 
 @torch.no_grad()
