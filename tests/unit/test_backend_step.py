@@ -260,11 +260,12 @@ def test_attention_implementations_agree_under_packing(tiny_model: Path, attenti
         ({"device": "cuda:0"}, "model.device"),
         ({"device": "abacus"}, "model.device"),
         ({"attention": "none_such"}, "model.path"),
+        ({"attention": "flex_attention"}, "model.attention"),
         ({"experts": "none_such"}, "model.path"),
     ],
 )
 def test_settings_that_do_not_fit_are_one_clear_line(tiny_model: Path, settings: dict[str, str], named: str) -> None:
-    if settings.get("device") == "cuda:0" and torch.cuda.is_available():
+    if named in ("model.device", "model.attention") and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     with pytest.raises(ConfigurationError, match=named):
         make_backend(tiny_model, **settings)

@@ -42,6 +42,8 @@ def load_model(path: Path, settings: ModelSettings, *, dtype: torch.dtype, devic
 
     Raises ConfigurationError for a folder that holds none, or a quantised one.
     """
+    if settings.attention == "flex_attention" and device.type == "cpu":
+        raise ConfigurationError("model.attention flex_attention has no backward pass on CPU; use sdpa there")
     if not (path / "config.json").is_file():
         raise ConfigurationError(f"model.path {path} is not a Hugging Face folder (no config.json in it)")
     transformers.utils.logging.disable_progress_bar()
@@ -49,10 +51,8 @@ def load_model(path: Path, settings: ModelSettings, *, dtype: torch.dtype, devic
         model = transformers.AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
-            # transformers' default is grouped_mm, and eager where a model (a dense one) has no such experts; asked for
-            # by name it would refuse those.
-            experts_implementation=None if settings.experts == "grouped_mm" else settings.experts,
-            attn_implementation=settings.attention,
+            experts_implementation=None if settings.experts == "auto" else settings.experts,
+            attn_implementation=None if settings.attention == "auto" else settings.attention,
             local_files_only=True,
         )
     except (OSError, ValueError, ImportError) as error:
