@@ -27,7 +27,7 @@ from trainer.algorithms.objective import LiveTokens, Objective, TrainedTokens
 from trainer.backends.protocol import Measured, Policy, Update
 from trainer.backends.settings import ModelSettings, OptimizerSettings
 from trainer.data.packing import PackedBatch, ScoredBatch
-from trainer.replay.inject import RoutingReplay, recorded_rows
+from trainer.replay.inject import RoutingReplay
 from trainer.replay.validate import RoutedLayers
 from trainer.replay.verify import RoutingReport
 from trainer.settings import ReplayMode
@@ -93,8 +93,7 @@ class HFBackend:
         for batch in batches:
             with torch.no_grad(), self._replay.recording() as record:
                 forwards.append(self._forward(batch, replay=False))
-            rows = recorded_rows(record.ids(), self._replay.plan.routed)
-            recorded.append(replace(batch, layout=replace(batch.layout, routing=rows)))
+            recorded.append(replace(batch, layout=replace(batch.layout, routing=record.rows())))
         return tuple(recorded), _measured(batches, forwards)
 
     def update(self, batches: Sequence[ScoredBatch], objective: Objective) -> Update:
