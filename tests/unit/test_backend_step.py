@@ -13,8 +13,8 @@ from torch import Tensor
 
 from gateway.contracts.errors import ConfigurationError, NonFiniteLoss, TrainingError
 from tests.train_samples import random_samples, scored_batches, sequence_mean_weights, token_mean_weights
-from trainer.algorithms.losses import PolicyObjective
 from trainer.algorithms.objective import LiveTokens, TokenTerms, TrainedTokens
+from trainer.algorithms.policy_objective import PolicyObjective
 from trainer.algorithms.settings import LossSettings
 from trainer.backends.hf import HFBackend
 from trainer.backends.settings import LoraSettings, ModelSettings, OptimizerSettings
@@ -73,7 +73,9 @@ class PlainObjective:
 
 
 OBJECTIVES = {
-    "ppo": PolicyObjective(LossSettings()),
+    **{name: PolicyObjective(LossSettings(policy=name)) for name in ("ppo", "gspo", "cispo", "reinforce")},
+    "ppo, mis-geometric": PolicyObjective(LossSettings(correction="mis-geometric")),
+    "ppo, entropy bonus": PolicyObjective(LossSettings(entropy_coefficient=0.01)),
     "sequence ratio": SequenceObjective(),
     "policy gradient": PlainObjective(),
 }
@@ -258,11 +260,12 @@ def test_attention_implementations_agree_under_packing(tiny_model: Path, attenti
         ({"device": "cuda:0"}, "model.device"),
         ({"device": "abacus"}, "model.device"),
         ({"attention": "none_such"}, "model.path"),
+        ({"attention": "flex_attention"}, "model.attention"),
         ({"experts": "none_such"}, "model.path"),
     ],
 )
 def test_settings_that_do_not_fit_are_one_clear_line(tiny_model: Path, settings: dict[str, str], named: str) -> None:
-    if settings.get("device") == "cuda:0" and torch.cuda.is_available():
+    if named in ("model.device", "model.attention") and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     with pytest.raises(ConfigurationError, match=named):
         make_backend(tiny_model, **settings)

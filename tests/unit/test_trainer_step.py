@@ -14,17 +14,20 @@ from transformers import AutoModelForCausalLM
 from gateway.contracts.errors import ConfigurationError, ExpertsMismatch, IntegrityError, NonFiniteLoss
 from gateway.contracts.generation import LogprobKind
 from gateway.contracts.records import FinishRecord, SessionOrigin, SessionRecord
-from gateway.contracts.rollouts import FinishedRollout, LeftOut, PickReport
+from gateway.contracts.rollouts import FinishedRollout, PickReport
 from gateway.contracts.samples import Segment, TurnSpan
+from trainer.algorithms.advantages import make_estimator
+from trainer.algorithms.aggregation import token_weights
 from trainer.algorithms.kl import k3
-from trainer.algorithms.losses import PolicyObjective
 from trainer.algorithms.objective import LiveTokens, Objective, TokenTerms, TrainedTokens
-from trainer.algorithms.settings import LossSettings
+from trainer.algorithms.policy_objective import PolicyObjective
+from trainer.algorithms.settings import AdvantageSettings, LossSettings
 from trainer.backends.hf import HFBackend
 from trainer.backends.settings import ModelSettings, OptimizerSettings
 from trainer.data.assemble import assemble
 from trainer.data.batch import StepBatch, step_batch
 from trainer.data.packing import PackedBatch, ScoredBatch, pack
+from trainer.data.settings import BatchSettings
 from trainer.replay.inject import RoutingReplay
 from trainer.settings import ReplayMode
 
@@ -85,8 +88,17 @@ def rollout_of(
     return FinishedRollout(session, finish, segments, 8, {}, PickReport("all", trained, trained, ()))
 
 
-def batch_of(rollouts: Sequence[FinishedRollout], backend: HFBackend, *, max_staleness: int = 0) -> StepBatch:
-    return step_batch(rollouts, routed=backend.routed, policy_version=0, max_staleness=max_staleness)
+def batch_of(rollouts: Sequence[FinishedRollout], backend: HFBackend) -> StepBatch:
+    return step_batch(
+        rollouts,
+        routed=backend.routed,
+        policy_version=0,
+        settings=BatchSettings(max_fallback_share=1.0),
+        estimator=make_estimator(AdvantageSettings()),
+        aggregate=token_weights,
+        seed=0,
+        step=0,
+    )
 
 
 class Broken:
@@ -190,17 +202,6 @@ def test_packed_samples_do_not_see_each_other(tiny_model: Path, rollouts: tuple[
     assert torch.allclose(together, alone, atol=1e-5)
 
 
-def test_what_a_pick_left_out_is_in_the_steps_account(rollouts: tuple[FinishedRollout, ...]) -> None:
-    """I3: sampled tokens of a step = tokens that train + tokens left out, also where nothing of a rollout trains."""
-    trained = rollouts[0].num_trained_tokens
-    partly = replace(rollouts[0], pick=PickReport("delivered", trained + 5, trained, (LeftOut("undelivered", 1, 5),)))
-    nothing = replace(rollouts[1], segments=(), pick=PickReport("delivered", 4, 0, (LeftOut("undelivered", 1, 4),)))
-    batch = step_batch([partly, nothing], routed=None, policy_version=0, max_staleness=0)
-    num_labels = sum(sample.layout.num_trained for sample in batch.minibatches[0].samples)
-    assert (batch.tokens_sampled, batch.tokens_left_out, num_labels) == (trained + 9, 9, trained)
-    assert batch.rollouts == 2
-
-
 def test_every_sampled_token_is_trained_once(tiny_model: Path, rollouts: tuple[FinishedRollout, ...]) -> None:
     """I3, groups of equal rewards included: they stay in with advantage 0."""
     backend = make_backend(tiny_model)
@@ -210,56 +211,6 @@ def test_every_sampled_token_is_trained_once(tiny_model: Path, rollouts: tuple[F
     assert batch.zero_variance_groups == 1
     assert [weights.advantage for weights in batch.minibatches[0].weights[:2]] == [0.0, 0.0]
     assert update.measured.logprobs.numel() == batch.tokens_sampled == sum(r.num_sampled_tokens for r in equal)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{"reward": None}, {"outcome": "failed"}, {"outcome": "abandoned"}],
-    ids=["no reward", "failed", "abandoned"],
-)
-def test_rollouts_without_a_lesson_are_left_out_and_counted(
-    tiny_model: Path, rollouts: tuple[FinishedRollout, ...], change: dict[str, object]
-) -> None:
-    backend = make_backend(tiny_model)
-    first = replace(rollouts[0], finish=replace(rollouts[0].finish, **change))  # type: ignore[arg-type]
-    batch = batch_of([first, *rollouts[1:]], backend)
-    assert batch.dropped_rollouts == 1
-    assert batch.rollouts == 3
-    assert batch.tokens_dropped == rollouts[0].num_sampled_tokens
-    assert {sample.session_id for sample in batch.minibatches[0].samples} == {"s1", "s2", "s3"}
-
-
-def test_rollouts_of_incomplete_records_are_left_out_by_reason_unless_they_are_wanted(
-    tiny_model: Path, rollouts: tuple[FinishedRollout, ...]
-) -> None:
-    """A session that was recreated, or that a repair could not make whole: what its agent saw is not all on record."""
-    backend = make_backend(tiny_model)
-    recreated = replace(rollouts[0], session=replace(rollouts[0].session, complete=False, gaps=(1, 3)))
-    failed = replace(rollouts[1], finish=replace(rollouts[1].finish, outcome="failed", reward=None))
-    batch = batch_of([recreated, failed, *rollouts[2:]], backend)
-    assert batch.dropped_by == {"incomplete": 1, "outcome": 1}
-    assert batch.dropped_rollouts == 2
-    assert batch.tokens_dropped == sum(rollout.num_sampled_tokens for rollout in rollouts[:2])
-    wanted = step_batch([recreated], routed=backend.routed, policy_version=0, max_staleness=9, train_incomplete=True)
-    assert (wanted.rollouts, wanted.dropped_by) == (1, {})
-
-
-def test_truncated_rollouts_with_reward_are_trained(tiny_model: Path, rollouts: tuple[FinishedRollout, ...]) -> None:
-    first = replace(rollouts[0], finish=replace(rollouts[0].finish, outcome="truncated"))
-    assert batch_of([first, *rollouts[1:]], make_backend(tiny_model)).dropped_rollouts == 0
-
-
-def test_samples_beyond_the_staleness_bound_are_left_out(
-    tiny_model: Path, rollouts: tuple[FinishedRollout, ...]
-) -> None:
-    """I5: staleness is per token; newer than the trainer means another history."""
-    backend = make_backend(tiny_model)
-    batch = step_batch(rollouts, routed=backend.routed, policy_version=2, max_staleness=2)
-    assert batch.dropped_rollouts == 0
-    assert batch.staleness_mean == 2.0
-    assert step_batch(rollouts, routed=backend.routed, policy_version=3, max_staleness=2).rollouts == 0
-    newer = replace(rollouts[0].segments[0], policy_version=rollouts[0].segments[0].policy_version + 5)
-    assert batch_of([rollout_of(newer)], backend).rollouts == 0
 
 
 def test_corrupt_rows_fall_back_to_the_live_router_and_are_counted(tiny_model: Path) -> None:

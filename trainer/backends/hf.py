@@ -15,8 +15,9 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -34,23 +35,21 @@ from trainer.backends.protocol import Measured, Policy, Update
 from trainer.backends.settings import LoraSettings, ModelSettings, OptimizerSettings
 from trainer.backends.sharding import Sharding, WholeModel
 from trainer.data.packing import PackedBatch, ScoredBatch
-from trainer.replay.inject import RoutingReplay, recorded_rows
+from trainer.replay.inject import RoutingReplay
+from trainer.replay.slots import Compared
 from trainer.replay.validate import RoutedLayers
 from trainer.replay.verify import RoutingCheck, RoutingReport
 from trainer.settings import ReplayMode
 
 _log = logging.getLogger(__name__)
+_Routing: TypeAlias = RoutingCheck | Compared | None
 
 
 class _Scored(NamedTuple):
-    """One micro-batch's scores without gradient, still on the device, and what was seen of its routing."""
+    """One micro-batch's scores without gradient, still on the device, and how to tell what its routers did."""
 
     scores: TokenScores
-    routing: RoutingCheck | RoutingReport
-
-    @property
-    def report(self) -> RoutingReport:
-        return self.routing if isinstance(self.routing, RoutingReport) else self.routing.report()
+    routing: Callable[[], RoutingReport]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -139,9 +138,8 @@ class HFBackend:
         recorded, scored = [], []
         for batch in batches:
             with torch.no_grad(), self._replay.recording() as record:
-                scored.append(_Scored(self._forward(batch), self._unreplayed(batch)))
-            rows = recorded_rows(record.ids(), self._replay.plan.routed)
-            recorded.append(replace(batch, layout=replace(batch.layout, routing=rows)))
+                scored.append(_Scored(self._forward(batch), partial(self._live, batch)))
+            recorded.append(replace(batch, layout=replace(batch.layout, routing=record.rows())))
         return tuple(recorded), _measured(batches, scored)
 
     def update(self, batches: Sequence[ScoredBatch], objective: Objective) -> Update:
@@ -160,7 +158,7 @@ class HFBackend:
         shares: dict[str, Tensor] = {}
         scored_batches = []
         for scored in batches:
-            with self._replaying(scored.batch) as check:
+            with self._routing(scored.batch, replay=True) as routing:
                 live = self._forward(scored.batch, entropy_gradient=objective.needs_entropy_gradient)
             part, part_shares = self._loss(scored, live, objective)
             part.backward()
@@ -168,9 +166,9 @@ class HFBackend:
             for name, values in part_shares.items():
                 total = values.detach().sum(dtype=torch.float64)
                 shares[name] = shares[name] + total if name in shares else total
-            # Read after the backward pass, so that layers that ran again are compared too.
-            routing = self._unreplayed(scored.batch) if check is None else check
-            scored_batches.append(_Scored(TokenScores(live.logprobs.detach(), live.entropy.detach()), routing))
+            # After the backward pass, so that layers that ran again are compared too.
+            seen = self._seen(routing, scored.batch)
+            scored_batches.append(_Scored(TokenScores(live.logprobs.detach(), live.entropy.detach()), seen))
         return Accumulated(
             num_trained=sum(scored.batch.layout.num_trained for scored in batches),
             loss=loss,
@@ -264,23 +262,40 @@ class HFBackend:
             raise ConfigurationError("no reference policy was loaded: the backend was made without needs_reference")
         forward, context = self._reference
         with context():
-            return _measured(batches, [_Scored(forward(batch), RoutingReport()) for batch in batches])
+            return _measured(batches, [_Scored(forward(batch), RoutingReport) for batch in batches])
 
     def _scored(self, batch: PackedBatch, *, replay: bool) -> _Scored:
-        if replay:
-            with self._replaying(batch) as check:
-                scores = self._forward(batch)
-            return _Scored(scores, self._unreplayed(batch) if check is None else check)
-        return _Scored(self._forward(batch), self._unreplayed(batch))
+        with self._routing(batch, replay=replay) as routing:
+            scores = self._forward(batch)
+        return _Scored(scores, self._seen(routing, batch))
 
-    def _replaying(self, batch: PackedBatch) -> AbstractContextManager[RoutingCheck | None]:
+    def _routing(self, batch: PackedBatch, *, replay: bool) -> AbstractContextManager[_Routing]:
+        """The context of a forward: under the batch's rows, or live and compared with them."""
         rows = batch.layout.routing
-        return nullcontext() if self._replay is None or rows is None else self._replay.replaying(rows)
+        if self._replay is None or rows is None:
+            return nullcontext()
+        return self._replay.replaying(rows) if replay else self._replay.comparing(rows)
 
-    def _unreplayed(self, batch: PackedBatch) -> RoutingReport:
+    def _seen(self, routing: _Routing, batch: PackedBatch) -> Callable[[], RoutingReport]:
+        """The report, made at once on CPU, where what it compares takes memory; later on a device, which it waits for."""
+        if isinstance(routing, RoutingCheck):
+            report = routing.report
+        else:
+            counted = self._live(batch)
+            report = partial(_compared, counted, routing)
+        if self._device.type == "cpu":
+            made = report()
+            return lambda: made
+        return report
+
+    def _live(self, batch: PackedBatch) -> RoutingReport:
         """Of a forward whose routers all were live."""
-        rows = batch.layout.num_positions * len(self.routed.layers) if self.routed is not None else 0
-        return RoutingReport(total=rows, fallback=rows)
+        if self.routed is None:
+            return RoutingReport()
+        rows = batch.layout.routing
+        num_positions = batch.layout.num_positions if rows is None else rows.num_real
+        total = num_positions * len(self.routed.layers)
+        return RoutingReport(total=total, fallback=total)
 
     def _zero_gradients(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)
@@ -312,6 +327,10 @@ def _installed_replay(model: Any, mode: ReplayMode) -> RoutingReplay | None:
     return RoutingReplay.install(model)
 
 
+def _compared(live: RoutingReport, routing: Compared | None) -> RoutingReport:
+    return live if routing is None else live + routing.report()
+
+
 def _measured(batches: Sequence[PackedBatch], scored: Sequence[_Scored]) -> Measured:
     """On the host, in one transfer; not before all work has been handed to the device."""
     rollout = [batch.layout.rollout_logprobs[batch.layout.trained] for batch in batches]
@@ -319,5 +338,5 @@ def _measured(batches: Sequence[PackedBatch], scored: Sequence[_Scored]) -> Meas
         logprobs=torch.cat([one.scores.logprobs for one in scored]).cpu(),
         rollout_logprobs=torch.from_numpy(np.concatenate(rollout)),
         entropy=torch.cat([one.scores.entropy for one in scored]).cpu(),
-        routing=sum((one.report for one in scored), RoutingReport()),
+        routing=sum((one.routing() for one in scored), RoutingReport()),
     )

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from gateway.contracts.errors import ConfigurationError, ReplayUnsupported
+from gateway.contracts.errors import ConfigurationError
 from trainer.backends.settings import ModelSettings
-from trainer.replay.plan import routing_shape
 
 _PACKING_TOLERANCE = 1e-4
 _PACKING_SHARE = 0.1
@@ -43,6 +42,8 @@ def load_model(path: Path, settings: ModelSettings, *, dtype: torch.dtype, devic
 
     Raises ConfigurationError for a folder that holds none, or a quantised one.
     """
+    if settings.attention == "flex_attention" and device.type == "cpu":
+        raise ConfigurationError("model.attention flex_attention has no backward pass on CPU; use sdpa there")
     if not (path / "config.json").is_file():
         raise ConfigurationError(f"model.path {path} is not a Hugging Face folder (no config.json in it)")
     transformers.utils.logging.disable_progress_bar()
@@ -50,10 +51,8 @@ def load_model(path: Path, settings: ModelSettings, *, dtype: torch.dtype, devic
         model = transformers.AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
-            # transformers' default is grouped_mm, and eager where a model (a dense one) has no such experts; asked for
-            # by name it would refuse those.
-            experts_implementation=None if settings.experts == "grouped_mm" else settings.experts,
-            attn_implementation=settings.attention,
+            experts_implementation=None if settings.experts == "auto" else settings.experts,
+            attn_implementation=None if settings.attention == "auto" else settings.attention,
             local_files_only=True,
         )
     except (OSError, ValueError, ImportError) as error:
@@ -87,13 +86,9 @@ def _recomputed(forward: Callable[..., Any], options: dict[str, Any], *args: Any
 
 
 def is_dense(model: nn.Module) -> bool:
-    """Whether a model has no experts: its config counts none, and no module is named for them. One that has some under
-    names unknown here is not dense, and replay refuses it."""
-    try:
-        routing_shape(model)
-    except ReplayUnsupported:
-        return not any("expert" in path or "moe" in path for path, _module in model.named_modules())
-    return False
+    """Whether a model has no experts: no module is named for them. One that has some under names unknown to replay is
+    not dense, and replay refuses it."""
+    return not any("expert" in path or "moe" in path for path, _module in model.named_modules())
 
 
 @torch.no_grad()

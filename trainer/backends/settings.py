@@ -11,7 +11,8 @@ from gateway.contracts.errors import ConfigurationError
 @dataclass(frozen=True, slots=True)
 class ModelSettings:
     """`path`: a Hugging Face folder. `experts`: transformers' expert implementation (grouped_mm, eager, batched_mm);
-    `attention`: its attention implementation (sdpa, flex_attention, eager, …).
+    `attention`: its attention implementation (sdpa, eager, flash_attention_2, flex_attention, …). auto: the first of
+    these that the model has.
 
     `device`: cpu, cuda, or auto (cuda where there is one). `dtype`: in which forwards compute, float32 or bfloat16;
     parameters and optimiser stay float32. `checkpoint_activations`: layers are computed again in the backward pass.
@@ -19,8 +20,8 @@ class ModelSettings:
     """
 
     path: Path
-    experts: str = "grouped_mm"
-    attention: str = "sdpa"
+    experts: str = "auto"
+    attention: str = "auto"
     device: str = "auto"
     dtype: str = "float32"
     checkpoint_activations: bool = False

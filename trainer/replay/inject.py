@@ -9,7 +9,7 @@ registry order, so micro-batches may interleave and layers may be computed again
 reference policy, a teacher) use the live router.
 
 **Recomputation.** A layer that is computed again in the backward pass must get the ids of *its* forward. Layers that
-transformers checkpoints (`gradient_checkpointing_enable`, reentrant or not) do so by themselves. Own calls of
+transformers checkpoints (`activation_checkpointing_enable`, reentrant or not) do so by themselves. Own calls of
 `torch.utils.checkpoint` take `context_fn=replay.checkpoint_contexts`, or checkpoint `replay.bound(function)`. A router
 that runs in a backward pass without either raises, as its live choice might not be what its forward used.
 

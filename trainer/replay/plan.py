@@ -9,7 +9,6 @@ The plan fails closed: one router, selecting once, in each decoder layer that ow
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -99,7 +98,8 @@ def plan_replay(model: nn.Module) -> ReplayPlan:
     sizes = named_sizes(model)
     modules = dict(model.named_modules())
     _refuse_known(model, modules)
-    num_layers = sizes.num_layers or _num_layers_of(modules)
+    num_listed = _num_layers_of(modules)
+    num_layers = min(sizes.num_layers or num_listed, num_listed)  # some configs count halves of a layer
     owned = experts_by_layer(model, num_layers, sizes.num_experts)
     counts = frozenset(count for layer in owned.values() for count in layer) | sizes.num_experts
     num_probed = probe_length(counts | sizes.top_k)
@@ -185,6 +185,8 @@ def _site(
         masking=chosen.masking,
     )
     site = RouterSite(chosen.path, layer, type(modules[chosen.path]).__name__, selection, Witness.ANSWER)
+    if chosen.num_scores not in counts:
+        return site  # an expert that does nothing may be left out of what the router returns
     return _with_witness(site, modules, chosen.indices[:, :top_k], seen)
 
 
@@ -252,12 +254,8 @@ def _refuse_known(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
 
 
 def _num_layers_of(modules: Mapping[str, nn.Module]) -> int:
-    layers: defaultdict[str, int] = defaultdict(int)
-    for path in modules:
-        layer = decoder_layer(path, modules)
-        if layer is not None:
-            layers["layers"] = max(layers["layers"], layer + 1)
-    return layers["layers"]
+    layers = (decoder_layer(path, modules) for path in modules)
+    return max((layer + 1 for layer in layers if layer is not None), default=0)
 
 
 def _single(values: frozenset[int], who: str) -> int:

@@ -91,7 +91,7 @@ class _Watching(TorchFunctionMode):
         result = func(*args, **kwargs)
         if call is not None and masking is not None and call.num_positions == self._num_positions:
             self._note(call, masking, result)
-        found = masked(func, args)
+        found = masked(func, args, kwargs)
         if found is not None:
             self._masked_sizes.add((self._stack[-1], found.scores.numel()))
             if not found.in_place:

@@ -165,7 +165,7 @@ class AnsweringMode(TorchFunctionMode):
         return _answer(call, self._unmasked.get(id(call.scores), (None, call.scores))[1], ids, live_NE)
 
     def _masking(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        found = masked(func, args)
+        found = masked(func, args, kwargs)
         num_scores = self._selection.num_scores
         if found is None or self.answered is not None or found.scores.numel() % num_scores:
             return func(*args, **kwargs)
@@ -180,7 +180,9 @@ class AnsweringMode(TorchFunctionMode):
         kept = kept_NE.view(found.scores.shape)
         lifted = found.mask | kept if func in _KEEPS_WHERE_TRUE else found.mask & ~kept
         position = _MASK_ARGUMENT[func]
-        return func(*args[:position], lifted, *args[position + 1 :], **kwargs)
+        if len(args) > position:
+            return func(*args[:position], lifted, *args[position + 1 :], **kwargs)
+        return func(*args, **{**kwargs, _mask_name(func): lifted})
 
     def _ids_on(self, device: torch.device, num_positions: int) -> LayerIds:
         if self._given is None:
@@ -197,15 +199,22 @@ class Masked(NamedTuple):
     in_place: bool
 
 
-def masked(func: Any, args: tuple[Any, ...]) -> Masked | None:
-    """What a masking call masks; None where it is no boolean mask over scores (masks given by keyword are not seen)."""
+def masked(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Masked | None:
+    """What a masking call masks; None where it is no boolean mask over scores."""
     position = _MASK_ARGUMENT.get(func)
-    if position is None or len(args) <= position + (func in _KEEPS_WHERE_TRUE):
+    if position is None:
         return None
-    mask, scores = args[position], args[1 if func is torch.where else 0]
+    mask = _argument(args, kwargs, position, _mask_name(func), None)
+    scores = _argument(args, kwargs, 1, "input", None) if func is torch.where else (args[0] if args else None)
+    if func is torch.masked_fill:
+        scores = _argument(args, kwargs, 0, "input", None)
     if not (isinstance(mask, Tensor) and isinstance(scores, Tensor) and mask.dtype == torch.bool):
         return None
     return Masked(scores, mask, func in _IN_PLACE)
+
+
+def _mask_name(func: Any) -> str:
+    return "condition" if func in _KEEPS_WHERE_TRUE else "mask"
 
 
 def is_alike(call: Call, selection: Selection) -> bool:
