@@ -7,8 +7,6 @@ was killed between the two writes the line when it starts again. Other sinks fol
 
 from __future__ import annotations
 
-import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -17,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gateway.contracts.errors import SchemaMismatch
+from trainer.json_lines import JsonLines
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,52 +157,35 @@ class MetricsLog:
     """The file; every line is on disk when its method returns."""
 
     def __init__(self, file: Path) -> None:
-        self._file = file
-        file.parent.mkdir(parents=True, exist_ok=True)
+        self._lines = JsonLines(file)
 
     def resume(self, *, step: int) -> None:
         """Drop a torn last line, and all from the first line after `step` on, whose checkpoint the run goes on from."""
-        if not self._file.exists():
-            return
-        kept = list(takewhile(lambda line: line.get("step", 0) <= step, self._lines()))
-        partial = self._file.with_name(f".partial-{self._file.name}")
-        write_synced(partial, "".join(json.dumps(line) + "\n" for line in kept), mode="w")
-        partial.replace(self._file)
+        self._lines.replace(takewhile(lambda line: line.get("step", 0) <= step, self._lines.read()))
 
     def entries(self) -> Iterator[StepMetrics | Evaluation]:
         """All of the file, in order; raises SchemaMismatch where it is of another version of this program."""
-        for line in self._lines():
+        for line in self._lines.read():
             try:
                 yield Evaluation(**line["evaluation"]) if "evaluation" in line else StepMetrics(**line)
             except TypeError as error:
-                raise SchemaMismatch(f"{self._file} was written by another version of this program: {error}") from error
+                raise SchemaMismatch(
+                    f"{self._lines.file} was written by another version of this program: {error}"
+                ) from error
 
     def last_step(self) -> int:
         """The highest step that has a line, 0 without any."""
-        return max((line["step"] for line in self._lines() if "step" in line), default=0)
+        return max((line["step"] for line in self._lines.read() if "step" in line), default=0)
 
     def is_evaluated(self, policy_version: int) -> bool:
         """Whether that policy's evaluation is in the file."""
-        return any(line.get("evaluation", {}).get("policy_version") == policy_version for line in self._lines())
+        versions = (line.get("evaluation", {}).get("policy_version") for line in self._lines.read())
+        return policy_version in versions
 
     def step(self, metrics: StepMetrics) -> None:
         """Append a step's line."""
-        write_synced(self._file, json.dumps(asdict(metrics)) + "\n", mode="a")
+        self._lines.append(asdict(metrics))
 
     def evaluation(self, evaluation: Evaluation) -> None:
         """Append an evaluation's line."""
-        write_synced(self._file, json.dumps({"evaluation": asdict(evaluation)}) + "\n", mode="a")
-
-    def _lines(self) -> list[dict[str, Any]]:
-        if not self._file.exists():
-            return []
-        whole, _, _torn = self._file.read_text().rpartition("\n")
-        return [json.loads(line) for line in whole.splitlines()]
-
-
-def write_synced(file: Path, text: str, *, mode: str) -> None:
-    """Write (mode "w") or append ("a") text that is on disk when this returns."""
-    with file.open(mode) as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
+        self._lines.append({"evaluation": asdict(evaluation)})

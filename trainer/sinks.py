@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gateway.contracts.errors import ConfigurationError
-from trainer.metrics import Evaluation, MetricsLog, StepMetrics, evaluation_figures, figures, write_synced
+from trainer.json_lines import write_synced
+from trainer.metrics import Evaluation, MetricsLog, StepMetrics, evaluation_figures, figures
 from trainer.wandb_sink import WandbSink
 
 

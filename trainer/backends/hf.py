@@ -176,6 +176,14 @@ class HFBackend:
             measured=_measured([scored.batch for scored in batches], scored_batches),
         )
 
+    def nonfinite_gradients(self, batch: ScoredBatch, objective: Objective) -> tuple[str, ...]:
+        """Names of the parameters whose gradient of this micro-batch is not finite, in the model's order."""
+        self.accumulate([batch], objective)
+        gradients = ((name, master.grad) for name, master in self._masters.by_name.items())
+        names = tuple(name for name, grad in gradients if grad is not None and not bool(grad.isfinite().all()))
+        self._zero_gradients()
+        return names
+
     def step(self, part: Accumulated) -> Update:
         """Clip and step on the gradients of all processes; see `update`."""
         names = sorted(part.shares)
