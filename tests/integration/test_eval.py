@@ -148,11 +148,10 @@ def test_an_evaluation_that_was_killed_goes_on_and_asks_nothing_twice(served: Se
 
 def assert_nobody_trains_on(gateway: SyncGatewayClient, run_name: str) -> None:
     """A trainer's lease of a run of that name finds nothing, and the evaluation's consumer has left nothing."""
-    labels, train = {"run": run_name}, {"run": run_name, "purpose": "train"}
-    assert (
-        gateway.lease(consumer="trainer", limit=99, whole_groups=False, labels={**labels, "purpose": "train"}) is None
-    )
-    assert gateway.lease(consumer=f"{run_name}.eval", limit=99, whole_groups=False, labels=labels) is None
+    all_of_it = {"run": run_name}
+    training = {"run": run_name, "purpose": "train"}
+    assert gateway.lease(consumer="trainer", limit=99, whole_groups=False, labels=training) is None
+    assert gateway.lease(consumer=f"{run_name}.eval", limit=99, whole_groups=False, labels=all_of_it) is None
 
 
 def test_the_file_holds_what_the_gateway_recorded_and_can_be_scored_again(served: Served) -> None:
