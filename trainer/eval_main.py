@@ -5,8 +5,8 @@
 
 The sessions are named by a digest of what is asked, how it is sampled and which policy answers. So the same command
 goes on where it was interrupted, makes attempts that failed again, and shows a finished evaluation without asking anew;
-`--name` sets one apart that should be made again. `--rescore` reads a file's recorded replies with the recipe as it is
-now.
+`--name` sets one apart that should be made again. Two of equal name at once end each other's open attempts. `--rescore`
+reads a file's recorded replies with the recipe as it is now.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -179,35 +179,19 @@ def eval_figures(records: Sequence[EvalRecord], *, samples: int) -> EvalFigures:
 
 def evaluation_of(figures: EvalFigures, policy_version: int) -> Evaluation:
     """The same as the training run's metrics keep it."""
-    reward = figures.reward
+    correct = figures.pass_at_1
     return Evaluation(
         policy_version=policy_version,
         num_tasks=figures.num_tasks,
         num_failed=figures.num_failed,
-        reward_mean=None if reward is None else reward.mean,
+        reward_mean=None if figures.reward is None else figures.reward.mean,
         tokens_sampled=figures.tokens_sampled,
-        reward_low=None if reward is None else reward.low,
-        reward_high=None if reward is None else reward.high,
-        figures=dict(_flat(figures)),
+        pass_at_1=None if correct is None else correct.mean,
+        ci_low=None if correct is None else correct.low,
+        ci_high=None if correct is None else correct.high,
+        truncated_share=figures.truncated_share,
+        verdicts=figures.verdicts,
     )
-
-
-def _flat(figures: EvalFigures) -> Iterator[tuple[str, float]]:
-    """Figures beside the reward by name, those that were measured; verdicts as shares of the scored attempts."""
-    if figures.pass_at_1 is not None:
-        yield "pass_at_1", figures.pass_at_1.mean
-        yield "pass_at_1_low", figures.pass_at_1.low
-        yield "pass_at_1_high", figures.pass_at_1.high
-    if figures.truncated_share is not None:
-        yield "truncated_share", figures.truncated_share
-    if figures.tokens is not None:
-        yield "tokens_mean", figures.tokens.mean
-    if figures.seconds is not None:
-        yield "seconds_p50", figures.seconds.p50
-        yield "seconds_p95", figures.seconds.p95
-    num_scored = figures.num_rollouts - figures.num_failed
-    for verdict, count in figures.verdicts.items():
-        yield f"verdict_{verdict}", count / num_scored
 
 
 def bootstrap_interval(values: Sequence[float]) -> tuple[float, float]:

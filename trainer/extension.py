@@ -24,7 +24,7 @@ def load_extension(reference: str, *, key: str, takes: tuple[str, ...]) -> Calla
     """
     path, _, name = reference.rpartition(":")
     module = _run(Path(path).expanduser(), where=f"{key} {reference!r}")
-    found = vars(module).get(name)
+    found: object = vars(module).get(name)
     if found is None:
         there = ", ".join(each for each, value in vars(module).items() if _is_of(module, value)) or "none"
         raise ConfigurationError(f"{key} {reference!r}: {path} has no {name!r}; functions there: {there}")

@@ -100,11 +100,12 @@ def test_the_metrics_of_a_run_keep_the_same_figures() -> None:
     kept = evaluation_of(eval_figures(records(RIGHT, WRONG, CUT, FAILED), samples=1), 7)
     assert (kept.policy_version, kept.num_tasks, kept.num_failed, kept.tokens_sampled) == (7, 4, 1, 97)
     assert kept.reward_mean == pytest.approx(1 / 3)
-    assert kept.reward_low is not None
-    assert kept.reward_high is not None
-    assert kept.reward_low <= kept.reward_mean <= kept.reward_high
-    assert kept.figures["verdict_truncated"] == kept.figures["truncated_share"] == pytest.approx(1 / 3)
-    assert kept.figures["pass_at_1"] == kept.reward_mean
+    assert kept.pass_at_1 == kept.reward_mean
+    assert kept.ci_low is not None
+    assert kept.ci_high is not None
+    assert kept.ci_low <= kept.pass_at_1 <= kept.ci_high
+    assert kept.truncated_share == pytest.approx(1 / 3)
+    assert kept.verdicts == {"correct": 1, "wrong_answer": 1, "truncated": 1}
 
 
 def test_what_was_cut_counts_as_truncated_unless_it_is_correct() -> None:
