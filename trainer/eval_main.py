@@ -5,8 +5,8 @@
 
 The sessions are named by a digest of what is asked, how it is sampled and which policy answers. So the same command
 goes on where it was interrupted, makes attempts that failed again, and shows a finished evaluation without asking anew;
-`--name` sets one apart that should be made again. `--rescore` reads a file's recorded replies with the recipe as it is
-now.
+`--name` sets one apart that should be made again. Two of equal name at once end each other's open attempts. `--rescore`
+reads a file's recorded replies with the recipe as it is now.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from gateway.contracts.generation import JsonValue
 from gateway.contracts.ports import Sandbox, SandboxSpec
 from gateway.contracts.settings import load_settings, settings_toml
 from trainer.connection import open_gateway
-from trainer.evaluation import EvalFigures, EvalRecord, Spread, eval_figures, evaluate, evaluation_rollouts
+from trainer.evaluation import Estimate, EvalFigures, EvalRecord, Spread, eval_figures, evaluate, evaluation_rollouts
 from trainer.rollouts.controller import RolloutController, Sandboxes, verdict_of
 from trainer.rollouts.recipe import Recipe, load_recipe
 from trainer.rollouts.settings import RolloutSettings
@@ -158,12 +158,12 @@ def evaluation_name(plan: Plan, served: Served) -> str:
     Weights are known by the engines' label and model folder: other weights under the same two need another `--name`.
     """
     asked = {
-        "recipe": plan.settings.rollouts.recipe,
+        "recipe": [plan.settings.rollouts.recipe, plan.recipe.settings],
         "tasks": [[task.task_id, task.messages, task.facts] for task in plan.tasks],
         "samples": plan.samples,
         "sampled": {
             name: getattr(plan.sampled, name)
-            for name in ("max_turns", "max_new_tokens", "temperature", "top_p", "model", "recipe_settings")
+            for name in ("max_turns", "max_new_tokens", "temperature", "top_p", "model")
         },
         "policy": [served.model, served.policy_version, served.weight_version],
         "engines": sorted({str(engine["model_path"]) for engine in served.engines}),
@@ -219,6 +219,7 @@ def _document(
         "served": asdict(served),
         "settings": {
             "rollouts": _plain(plan.sampled),
+            "recipe": plan.recipe.settings,
             "evaluation": _plain(plan.settings.evaluation),
             "gateway": plan.settings.gateway.url,
         },
@@ -303,8 +304,8 @@ def _show(console: Console, title: str, figures: EvalFigures, file: Path) -> Non
 
 def _rows(figures: EvalFigures) -> Iterator[tuple[str, str]]:
     yield "tasks, attempts", f"{figures.num_tasks}, {figures.samples} each"
-    yield "mean reward", _number(figures.reward_mean)
-    yield "pass@1", _interval(figures)
+    yield "mean reward", "not measured" if figures.reward is None else f"{figures.reward.mean:.4g}"
+    yield "pass@1", _interval(figures.pass_at_1)
     if figures.samples > 1:
         yield f"pass@{figures.samples}", _percent(figures.pass_any)
     for verdict, count in figures.verdicts.items():
@@ -317,10 +318,10 @@ def _rows(figures: EvalFigures) -> Iterator[tuple[str, str]]:
     yield "policy versions", ", ".join(map(str, figures.policy_versions)) or "none"
 
 
-def _interval(figures: EvalFigures) -> str:
-    if figures.ci_low is None or figures.ci_high is None:
+def _interval(estimate: Estimate | None) -> str:
+    if estimate is None:
         return "not measured"
-    return f"{_percent(figures.pass_at_1)} (95 % interval {_percent(figures.ci_low)} to {_percent(figures.ci_high)})"
+    return f"{_percent(estimate.mean)} (95 % interval {_percent(estimate.low)} to {_percent(estimate.high)})"
 
 
 def _spread(spread: Spread | None, unit: str) -> str:
@@ -331,10 +332,6 @@ def _spread(spread: Spread | None, unit: str) -> str:
 
 def _percent(share: float | None) -> str:
     return "not measured" if share is None else f"{100 * share:.2f} %"
-
-
-def _number(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:.4g}"
 
 
 def _exit_code(figures: EvalFigures, served: Served) -> int:

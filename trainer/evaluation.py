@@ -61,6 +61,15 @@ class EvalRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class Estimate:
+    """A mean over tasks, and its 95 % bootstrap interval [low, high]."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
 class Spread:
     """Of values: mean, median and 95th percentile (linear between values)."""
 
@@ -73,21 +82,19 @@ class Spread:
 class EvalFigures:
     """What the records of an evaluation say.
 
-    pass_at_1: share of a task's scored attempts that are correct, mean over tasks; [ci_low, ci_high] is its 95 %
-    bootstrap interval over tasks (1000 resamples, seeded). pass_any: share of tasks with a correct attempt (pass@k for
-    k = `samples`). All None without a scored attempt; attempts without a score (`num_failed`, by `errors`) count
-    nowhere else but in tokens_sampled. verdicts: scored attempts by kind. truncated_share: of scored attempts, correct
-    or not. tokens: sampled in one attempt; seconds: of one attempt.
+    reward: of a task's attempts, their mean. pass_at_1: the share of a task's attempts that are correct. pass_any: the
+    share of tasks with a correct attempt (pass@k for k = `samples`). verdicts: attempts by kind. truncated_share: of
+    attempts, correct or not. tokens: sampled in one attempt; seconds: of one attempt.
+    Attempts without a score (`num_failed`, by `errors`) count nowhere else but in tokens_sampled; None where that
+    leaves none.
     """
 
     num_tasks: int
     samples: int
     num_rollouts: int
     num_failed: int
-    reward_mean: float | None
-    pass_at_1: float | None
-    ci_low: float | None
-    ci_high: float | None
+    reward: Estimate | None
+    pass_at_1: Estimate | None
     pass_any: float | None
     truncated_share: float | None
     verdicts: Mapping[str, int]
@@ -149,8 +156,7 @@ async def evaluate(
 def eval_figures(records: Sequence[EvalRecord], *, samples: int) -> EvalFigures:
     """Sum up the records of one evaluation."""
     scored = [record for record in records if record.reward is not None]
-    shares = _correct_shares(scored)
-    low, high = bootstrap_interval(shares) if shares else (None, None)
+    shares = _by_task(scored, lambda record: float(record.verdict == Verdict.CORRECT))
     seconds = [record.seconds for record in scored if record.seconds is not None]
     truncated = sum(record.outcome == Outcome.TRUNCATED for record in scored)
     return EvalFigures(
@@ -158,11 +164,9 @@ def eval_figures(records: Sequence[EvalRecord], *, samples: int) -> EvalFigures:
         samples=samples,
         num_rollouts=len(records),
         num_failed=len(records) - len(scored),
-        reward_mean=_mean([record.reward for record in scored if record.reward is not None]),
-        pass_at_1=_mean(shares),
-        ci_low=low,
-        ci_high=high,
-        pass_any=_mean([float(share > 0) for share in shares]),
+        reward=_estimate(_by_task(scored, lambda record: record.reward or 0.0)),
+        pass_at_1=_estimate(shares),
+        pass_any=sum(share > 0 for share in shares) / len(shares) if shares else None,
         truncated_share=truncated / len(scored) if scored else None,
         verdicts=dict(Counter(record.verdict or "none" for record in scored).most_common()),
         errors=dict(Counter(str(record.error) for record in records if record.reward is None).most_common()),
@@ -175,23 +179,25 @@ def eval_figures(records: Sequence[EvalRecord], *, samples: int) -> EvalFigures:
 
 def evaluation_of(figures: EvalFigures, policy_version: int) -> Evaluation:
     """The same as the training run's metrics keep it."""
+    correct = figures.pass_at_1
     return Evaluation(
         policy_version=policy_version,
         num_tasks=figures.num_tasks,
         num_failed=figures.num_failed,
-        reward_mean=figures.reward_mean,
+        reward_mean=None if figures.reward is None else figures.reward.mean,
         tokens_sampled=figures.tokens_sampled,
-        pass_at_1=figures.pass_at_1,
-        ci_low=figures.ci_low,
-        ci_high=figures.ci_high,
+        pass_at_1=None if correct is None else correct.mean,
+        ci_low=None if correct is None else correct.low,
+        ci_high=None if correct is None else correct.high,
         truncated_share=figures.truncated_share,
         verdicts=figures.verdicts,
     )
 
 
 def bootstrap_interval(values: Sequence[float]) -> tuple[float, float]:
-    """The 2.5th and 97.5th percentile of the means of 1000 resamples (B. Efron, "Bootstrap methods: another look at the
-    jackknife", 1979); the same values give the same interval."""
+    """The 2.5th and 97.5th percentile of the means of 1000 resamples of at least one value; equal values in equal order
+    give equal intervals. B. Efron, "Bootstrap methods: another look at the jackknife", 1979.
+    """
     draw = np.random.default_rng(_BOOTSTRAP_SEED)
     array = np.asarray(values, dtype=np.float64)
     means = [float(array[draw.integers(len(array), size=len(array))].mean()) for _ in range(BOOTSTRAP_RESAMPLES)]
@@ -199,12 +205,12 @@ def bootstrap_interval(values: Sequence[float]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _correct_shares(scored: Sequence[EvalRecord]) -> list[float]:
-    """Of each task: the share of its scored attempts that are correct."""
-    by_task: dict[int, list[bool]] = {}
+def _by_task(scored: Sequence[EvalRecord], value: Callable[[EvalRecord], float]) -> list[float]:
+    """Of each task that has a scored attempt: the mean of their values."""
+    values: dict[int, list[float]] = {}
     for record in scored:
-        by_task.setdefault(record.task_index, []).append(record.verdict == Verdict.CORRECT)
-    return [sum(correct) / len(correct) for correct in by_task.values()]
+        values.setdefault(record.task_index, []).append(value(record))
+    return [sum(of_task) / len(of_task) for of_task in values.values()]
 
 
 async def _take_out_of_the_feed(gateway: GatewayClient, run_name: str, policy_version: int) -> None:
@@ -259,8 +265,8 @@ def messages_of_turns(turns: Sequence[Mapping[str, Any]]) -> list[JsonValue]:
     return messages
 
 
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+def _estimate(values: Sequence[float]) -> Estimate | None:
+    return Estimate(sum(values) / len(values), *bootstrap_interval(values)) if values else None
 
 
 def _spread(values: Sequence[float]) -> Spread | None:

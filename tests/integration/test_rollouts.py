@@ -22,7 +22,7 @@ from sandbox.pool import SandboxPool
 from trainer.recipes.calculator import SYSTEM_PROMPT, CalculatorRecipe
 from trainer.rollouts.controller import RolloutController
 from trainer.rollouts.settings import RolloutSettings
-from trainer.rollouts.tasks import Task
+from trainer.rollouts.tasks import Score, Task
 
 GATEWAY = Path(__file__).parent / "gateway" / "gateway_with_script.py"
 
@@ -57,10 +57,10 @@ ABACUS = task("abacus", "abacus", "2")
 class PickyRecipe(CalculatorRecipe):
     """Has no reward for one task."""
 
-    def reward(self, task: Task, messages: Sequence[JsonValue]) -> float:
+    def score(self, task: Task, messages: Sequence[JsonValue]) -> Score:
         if task.task_id == "direct":
             raise RewardError("no reward for direct answers")
-        return super().reward(task, messages)
+        return super().score(task, messages)
 
 
 @pytest.fixture(scope="module")

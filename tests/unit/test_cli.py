@@ -18,7 +18,7 @@ def verbatim(*words: str, cwd: Path | None = None) -> subprocess.CompletedProces
 def test_help_lists_every_command() -> None:
     result = verbatim("--help")
     assert result.returncode == 0
-    for command in ("demo", "serve", "engine", "train"):
+    for command in ("demo", "serve", "engine", "train", "eval"):
         assert command in result.stdout
 
 
@@ -34,6 +34,7 @@ def test_no_command_shows_help_and_exits_2() -> None:
         (("engine", "--model", "nowhere", "--port", "1"), "nowhere"),
         (("serve", "--model", "nowhere", "--engine", "sglang=http://127.0.0.1:9", "--port", "1"), "nowhere"),
         (("train", "--config", "nowhere.toml"), "nowhere.toml: no such settings file"),
+        (("eval", "--config", "nowhere.toml"), "nowhere.toml: no such settings file"),
         (("serve", "--port", "abc"), "--port: invalid int value: 'abc'"),
         (("demo", "--steps", "0"), "--steps is 0"),
         (("bogus",), "invalid choice: 'bogus'"),

@@ -91,20 +91,27 @@ def test_tasks_depend_on_seed_and_step_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("messages", "reward"),
+    ("messages", "reward", "verdict"),
     [
-        ((tool("24"), tool("72"), answer("#### 72")), 1.0),
-        ((tool("24"), tool("72"), answer("#### 73")), 0.0),
-        ((tool("24"), tool("72"), answer("72")), 0.0),
-        ((answer("#### 72"),), 0.0),
-        ((tool("error: division by zero"), answer("#### 72")), 0.0),
-        ((tool("24"), tool("72")), 0.0),
-        ((tool("72"), answer(None)), 0.0),
-        ((tool("72"), answer("#### 72\n#### 72")), 1.0),
+        ((tool("24"), tool("72"), answer("#### 72")), 1.0, "correct"),
+        ((tool("24"), tool("72"), answer("#### 73")), 0.0, "wrong_answer"),
+        ((tool("24"), tool("72"), answer("72")), 0.0, "no_answer"),
+        ((tool("24"), tool("72"), answer("#### seventy-two")), 0.0, "format_error"),
+        ((answer("#### 72"),), 0.0, "tool_unused"),
+        ((answer("#### 73"),), 0.0, "wrong_answer"),
+        ((tool("error: division by zero"), answer("#### 72")), 0.0, "tool_unused"),
+        ((tool("24"), tool("error: division by zero"), answer("#### 73")), 0.0, "tool_error"),
+        ((tool("24"), tool("error: division by zero"), answer("#### 72")), 1.0, "correct"),
+        ((tool("24"), tool("72")), 0.0, "no_answer"),
+        ((tool("72"), answer(None)), 0.0, "no_answer"),
+        ((tool("72"), answer("#### 72\n#### 72")), 1.0, "correct"),
     ],
 )
-def test_the_reward_asks_for_the_true_result_and_for_the_tool(messages: tuple[Any, ...], reward: float) -> None:
-    assert CalculatorRecipe().reward(TASK, (*TASK.messages, *messages)) == reward
+def test_the_reward_asks_for_the_true_result_and_for_the_tool(
+    messages: tuple[Any, ...], reward: float, verdict: str
+) -> None:
+    score = CalculatorRecipe().score(TASK, (*TASK.messages, *messages))
+    assert (score.reward, score.verdict) == (reward, verdict)
 
 
 def test_a_part_of_the_last_demonstrations_is_careless_and_no_other() -> None:
@@ -115,7 +122,7 @@ def test_a_part_of_the_last_demonstrations_is_careless_and_no_other() -> None:
         results = [m["content"] for m in talk if m["role"] == "tool"]
         wanted = talk[1]["content"].count(", then ") + 1
         task = Task("", tuple(talk[:2]), {"answer": results[-1] if results else None})
-        return len(results) == wanted and recipe.reward(task, talk) == 1.0
+        return len(results) == wanted and recipe.score(task, talk).reward == 1.0
 
     assert all(map(right, talks[:500]))
     assert 20 < sum(not right(talk) for talk in talks[500:]) < 80
@@ -156,3 +163,7 @@ def test_an_unknown_recipe_and_missing_data_are_one_line() -> None:
         load_recipe("chess")
     with pytest.raises(ConfigurationError, match=r"rollouts\.data"):
         load_recipe("gsm8k", Path("/nowhere"))
+    with pytest.raises(ConfigurationError, match=r"leave out rollouts\.data"):
+        load_recipe("calculator", Path("/nowhere"))
+    with pytest.raises(ConfigurationError, match=r"leave out rollouts\.recipe_settings"):
+        load_recipe("calculator", None, {"shots": 3})

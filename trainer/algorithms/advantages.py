@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from gateway.contracts.errors import TrainingError
-from trainer.algorithms.extension import checked_tensor, load_function
+from trainer.algorithms.extension import checked_tensor
 from trainer.algorithms.settings import AdvantageSettings, is_reference
+from trainer.extension import load_extension
 
 Estimator = Callable[[Tensor, Tensor], Tensor]
 """`(rewards_R, group_R) -> advantages_R`."""
@@ -89,7 +90,7 @@ def make_estimator(settings: AdvantageSettings) -> Estimator:
     if not is_reference(settings.estimator):
         return ESTIMATORS[settings.estimator]
     key = "advantage.estimator"
-    own = load_function(settings.estimator, key=key, takes=("rewards_R", "group_R"))
+    own = load_extension(settings.estimator, key=key, takes=("rewards_R", "group_R"))
 
     def estimate(rewards_R: Tensor, group_R: Tensor) -> Tensor:
         _check(rewards_R, group_R)

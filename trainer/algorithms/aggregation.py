@@ -12,8 +12,8 @@ import math
 from collections.abc import Callable, Sequence
 
 from gateway.contracts.errors import ConfigurationError
-from trainer.algorithms.extension import load_function
 from trainer.algorithms.settings import LossSettings, is_reference
+from trainer.extension import load_extension
 
 Aggregation = Callable[[Sequence[int]], tuple[float, ...]]
 """`tokens_of_rollout -> weight of each of its tokens`."""
@@ -67,7 +67,7 @@ def make_aggregation(settings: LossSettings) -> Aggregation:
 
 def _checked(reference: str) -> Aggregation:
     key = "loss.aggregation"
-    own = load_function(reference, key=key, takes=("tokens_of_rollout",))
+    own = load_extension(reference, key=key, takes=("tokens_of_rollout",))
 
     def aggregate(tokens_of_rollout: Sequence[int]) -> tuple[float, ...]:
         weights = tuple(float(weight) for weight in own(tuple(tokens_of_rollout)))

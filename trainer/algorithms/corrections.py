@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from gateway.contracts.errors import ConfigurationError
-from trainer.algorithms.extension import checked_tensor, load_function
+from trainer.algorithms.extension import checked_tensor
 from trainer.algorithms.objective import TrainedTokens
 from trainer.algorithms.ratios import mean_per_sample, ratio, sum_per_sample
 from trainer.algorithms.settings import Bounds, LossSettings, is_reference
+from trainer.extension import load_extension
 
 Correction = Callable[[TrainedTokens], Tensor]
 """`tokens -> factor_S`, not negative; 0 masks."""
@@ -92,7 +93,7 @@ def make_correction(settings: LossSettings) -> Correction:
 
 def _checked(reference: str) -> Correction:
     what = f"loss.correction {reference}"
-    own = load_function(reference, key="loss.correction", takes=("tokens",))
+    own = load_extension(reference, key="loss.correction", takes=("tokens",))
 
     def correct(tokens: TrainedTokens) -> Tensor:
         finite = bool(torch.isfinite(_logw(tokens)).all())

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from gateway.contracts.errors import ConfigurationError
-from trainer.algorithms.extension import checked_tensor, load_function
+from trainer.algorithms.extension import checked_tensor
 from trainer.algorithms.objective import LiveTokens, Share, TokenTerms, TrainedTokens
 from trainer.algorithms.ratios import mean_per_sample, ratio
 from trainer.algorithms.settings import Bounds, LossSettings, is_reference
+from trainer.extension import load_extension
 
 PolicyLoss = Callable[[LiveTokens, TrainedTokens], TokenTerms]
 
@@ -110,7 +111,7 @@ def _clipped(ratio_S: Tensor, advantages_S: Tensor, clip: Bounds, clip_dual: flo
 
 def _checked(reference: str) -> PolicyLoss:
     what = f"loss.policy {reference}"
-    own = load_function(reference, key="loss.policy", takes=("live", "tokens"))
+    own = load_extension(reference, key="loss.policy", takes=("live", "tokens"))
 
     def loss(live: LiveTokens, tokens: TrainedTokens) -> TokenTerms:
         if not live.logprobs.numel():

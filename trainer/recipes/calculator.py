@@ -57,6 +57,7 @@ class CalculatorRecipe:
 
     name = "calculator"
     tools: Sequence[JsonValue] = (TOOL,)
+    settings: Mapping[str, JsonValue] = {}
 
     def __init__(self, data: Path | None = None, settings: Mapping[str, Any] | None = None) -> None:
         """Its questions are shipped: raises ConfigurationError for data or settings that nothing would read."""

@@ -10,7 +10,7 @@ Everything is one pass over the text, so a reply of any length and form costs ti
 from __future__ import annotations
 
 import re
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 
 # A box's beginning, an escaped character (`\{` is no brace), or a brace.
 _BRACES = re.compile(r"(?P<box>\\boxed\s*\{)|\\.|(?P<open>\{)|(?P<close>\})", re.DOTALL)
@@ -21,7 +21,7 @@ _NUMBER = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?
 _SEPARATORS = re.compile(r"\{,\}|\\[,!;]|\\?\$|,")
 _MINUS = "\N{MINUS SIGN}"
 _MOST_COMPARED = 100
-"""Characters of a number that is compared by value; a longer one is equal to nothing."""
+"""Characters of a number that is compared by value; a longer one is equal to its own text only."""
 
 
 def final_answer(text: str) -> str | None:
@@ -46,7 +46,12 @@ def number_text(answer: str) -> str | None:
 
 def equal_in_value(left: str, right: str) -> bool:
     """Whether two number texts write the same value (`42` and `42.0` do)."""
-    return max(len(left), len(right)) <= _MOST_COMPARED and Decimal(left) == Decimal(right)
+    if left == right or max(len(left), len(right)) > _MOST_COMPARED:
+        return left == right
+    try:
+        return Decimal(left) == Decimal(right)
+    except InvalidOperation:  # an exponent beyond all bounds
+        return False
 
 
 def _last_boxed(text: str) -> str | None:

@@ -16,7 +16,7 @@ import json
 import random
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
@@ -97,6 +97,11 @@ class Gsm8kRecipe:
                 "set rollouts.data to a folder of GSM8K's train.jsonl and test.jsonl"
             )
         self._data = data
+
+    @property
+    def settings(self) -> Mapping[str, JsonValue]:
+        """Those given, and the defaults of the rest."""
+        return asdict(self._settings)
 
     def train_tasks(self, seed: int, step: int, count: int) -> Sequence[Task]:
         """`count` training problems. Each comes once an epoch, in an order that depends on seed and epoch alone."""

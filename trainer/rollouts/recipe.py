@@ -6,17 +6,14 @@ README of this folder for one of ten lines.
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Protocol
 
 from gateway.contracts.errors import ConfigurationError
 from gateway.contracts.generation import JsonValue
 from gateway.contracts.ports import Sandbox
+from trainer.extension import load_extension
 from trainer.recipes.calculator import CalculatorRecipe
 from trainer.recipes.gsm8k import Gsm8kRecipe
 from trainer.rollouts.tasks import Score, Task
@@ -27,6 +24,11 @@ class Recipe(Protocol):
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def settings(self) -> Mapping[str, JsonValue]:
+        """What it was made with, defaults included, as an evaluation's file records it."""
+        ...
 
     @property
     def tools(self) -> Sequence[JsonValue]:
@@ -64,7 +66,7 @@ MakeRecipe = Callable[[Path | None, Mapping[str, Any]], Recipe]
 RECIPES: Mapping[str, MakeRecipe] = {"calculator": CalculatorRecipe, "gsm8k": Gsm8kRecipe}
 """name → class."""
 
-_MEMBERS = ("name", "tools", "sandbox_files", "train_tasks", "eval_tasks", "run_tool", "score")
+_MEMBERS = ("name", "settings", "tools", "sandbox_files", "train_tasks", "eval_tasks", "run_tool", "score")
 
 
 def load_recipe(name: str, data: Path | None = None, settings: Mapping[str, Any] | None = None) -> Recipe:
@@ -73,48 +75,24 @@ def load_recipe(name: str, data: Path | None = None, settings: Mapping[str, Any]
     data: the folder of recipes whose tasks the user brings; settings: the recipe's own.
     Raises ConfigurationError for an unknown name, a file that cannot be loaded, or data that is missing.
     """
-    make = _own(name) if ":" in name else RECIPES.get(name)
-    if make is None:
+    if ":" in name:
+        return _own(name)(data, settings or {})
+    if name not in RECIPES:
         raise ConfigurationError(
             f"rollouts.recipe: there is no {name!r}; there are {', '.join(RECIPES)}, or one of yours as FILE.py:NAME"
         )
-    return make(data, settings or {})
+    return RECIPES[name](data, settings or {})
 
 
-def _own(place: str) -> MakeRecipe:
-    """What `FILE.py:NAME` names, checked to have a recipe's members before anything is sampled."""
-    file_name, _, name = place.rpartition(":")
-    module = _module_of(Path(file_name).expanduser(), place)
-    found = getattr(module, name, None)
-    if not callable(found):
-        raise ConfigurationError(f"rollouts.recipe {place!r}: {file_name} has no class {name!r}")
-    make: MakeRecipe = found
+def _own(reference: str) -> MakeRecipe:
+    """What `FILE.py:NAME` names; what it makes is checked to have a recipe's members before anything is sampled."""
+    make = load_extension(reference, key="rollouts.recipe", takes=("data", "settings"))
 
     def checked(data: Path | None, settings: Mapping[str, Any]) -> Recipe:
-        try:
-            recipe = make(data, settings)
-        except TypeError as error:
-            raise ConfigurationError(f"rollouts.recipe {place!r}: calling it with (data, settings): {error}") from error
+        recipe: Recipe = make(data, settings)
         missing = [member for member in _MEMBERS if not hasattr(recipe, member)]
         if missing:
-            raise ConfigurationError(f"rollouts.recipe {place!r} lacks {', '.join(missing)}")
+            raise ConfigurationError(f"rollouts.recipe {reference!r}: a recipe needs {', '.join(missing)} too")
         return recipe
 
     return checked
-
-
-def _module_of(file: Path, place: str) -> ModuleType:
-    if not file.is_file():
-        raise ConfigurationError(f"rollouts.recipe {place!r}: there is no file {file}")
-    # A name that no other module has, and the same one each time: what is pickled by name is found again.
-    module_name = f"verbatim_recipe_{hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:12]}"
-    spec = importlib.util.spec_from_file_location(module_name, file)
-    if spec is None or spec.loader is None:
-        raise ConfigurationError(f"rollouts.recipe {place!r}: {file} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module
-    try:
-        spec.loader.exec_module(module)
-    except (ImportError, SyntaxError, NameError) as error:
-        raise ConfigurationError(f"rollouts.recipe {place!r}: {file} cannot be loaded: {error}") from error
-    return module
