@@ -18,8 +18,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from gateway.contracts.errors import NonFiniteLoss
-from trainer.algorithms.objective import Objective
+from gateway.contracts.errors import NonFiniteLoss, TrainingError
+from trainer.algorithms.objective import Objective, Share
 from trainer.backends.protocol import Measured, Policy, TrainBackend, Update
 from trainer.data.batch import StepBatch
 from trainer.data.packing import PackedBatch, ScoredBatch, pack
@@ -32,11 +32,12 @@ Minibatches = Sequence[Sequence[PackedBatch]]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Learned:
-    """What a step did. updates: one a minibatch, none for a step without a sample. trained: the step's tokens before
-    its first update, under the routing that it trains with, where a forward of its own measured that; live: the same
-    through the live router, None where not measured."""
+    """What a step did. updates: one a minibatch, none for a step without a sample; minibatches: their micro-batches.
+    trained: the step's tokens before its first update, under the routing that it trains with, where a forward of its
+    own measured that; live: the same through the live router, None where not measured."""
 
     updates: tuple[Update, ...] = ()
+    minibatches: Minibatches = ()
     trained: Measured | None = None
     live: Measured | None = None
 
@@ -53,7 +54,7 @@ class _Old(NamedTuple):
 class Learner:
     """Learns from one step after the other.
 
-    save_batch: keeps what could not be learnt from and says where.
+    save_batches: keeps a step's minibatches up to the one that could not be learnt from, and says where.
     """
 
     def __init__(
@@ -64,14 +65,14 @@ class Learner:
         replay: ReplayMode,
         tokens_per_microbatch: int,
         measure_without_replay: bool,
-        save_batch: Callable[[Sequence[ScoredBatch]], Path],
+        save_batches: Callable[[Sequence[Sequence[ScoredBatch]], NonFiniteLoss], Path],
     ) -> None:
         self._backend = backend
         self._objective = objective
         self._replay = replay
         self._tokens_per_microbatch = tokens_per_microbatch if backend.packs_samples else 1
         self._measures_live = measure_without_replay and replay is not ReplayMode.OFF
-        self._save_batch = save_batch
+        self._save_batches = save_batches
 
     def learn(self, batch: StepBatch, clock: PhaseClock) -> Learned:
         """Make the step's updates; raises NonFiniteLoss, naming the file in which the minibatch was kept."""
@@ -85,8 +86,8 @@ class Learner:
             reference = self._reference(old.minibatches)
         with clock.phase(Phase.UPDATE):
             scored = _scored(old.minibatches, old.before, reference)
-            updates = tuple(self._update(minibatch) for minibatch in scored)
-        return Learned(updates, old.before, old.live)
+            updates = tuple(self._update(scored[: number + 1]) for number in range(len(scored)))
+        return Learned(updates, old.minibatches, old.before, old.live)
 
     def _packed(self, batch: StepBatch) -> Minibatches:
         return [
@@ -111,12 +112,16 @@ class Learner:
         everything = [batch for minibatch in minibatches for batch in minibatch]
         return self._backend.measure(everything, replay=False, policy=Policy.REFERENCE)
 
-    def _update(self, minibatch: Sequence[ScoredBatch]) -> Update:
+    def _update(self, minibatches: Sequence[Sequence[ScoredBatch]]) -> Update:
+        """One optimiser step with the last of these."""
         try:
-            return self._backend.update(minibatch, self._objective)
+            update = self._backend.update(minibatches[-1], self._objective)
         except NonFiniteLoss as error:
-            file = self._save_batch(minibatch)
-            raise NonFiniteLoss(f"{error.message}; the batch is in {file}") from error
+            file = self._save_batches(minibatches, error)
+            raise NonFiniteLoss(f"{error.message}; the batch is in {file}: --replay-batch shows where") from error
+        if update.shares.get(Share.UNRECORDED) == 1.0:
+            raise TrainingError("no token has a rollout log-prob: nothing was learnt (does the engine return them?)")
+        return update
 
 
 def _cut_like(minibatches: Minibatches, batches: Sequence[PackedBatch]) -> Minibatches:

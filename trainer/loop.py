@@ -1,7 +1,7 @@
 """The training loop: take → check → learn → checkpoint → acknowledge → publish.
 
-Rollouts may come from anywhere: `produce` is asked for a step's rollouts when the feed does not hold enough groups yet,
-and returns when they have ended. What a step consumes is decided by the feed alone, so a restarted trainer first
+Rollouts may come from anywhere: `Rollouts.produce` is asked for a step's when the feed does not hold enough groups
+yet, and returns when they have ended. What a step consumes is decided by the feed alone, so a restarted trainer first
 takes what its predecessor had produced.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -26,6 +25,7 @@ from trainer.learning import Learner
 from trainer.metrics import Evaluation, StepMetrics
 from trainer.phases import Phase, PhaseClock
 from trainer.publish import Publisher
+from trainer.samples import SampleLog
 from trainer.settings import ReplayMode, TrainSettings
 from trainer.sinks import RunMetrics
 
@@ -36,29 +36,43 @@ _FEED_WAIT_SECONDS = 60.0
 _MOST_EMPTY_STEPS = 3
 
 
-class Produce(Protocol):
-    """Makes the rollouts of one step (counted from 0) as far as they do not exist yet; returns when all have ended."""
+class Rollouts(Protocol):
+    """Where a run's rollouts come from."""
 
-    async def __call__(self, *, step: int) -> None: ...
+    async def produce(self, *, step: int) -> None:
+        """Make the rollouts of one step (counted from 0) that do not exist yet; returns when all have ended."""
+        ...
+
+    async def evaluate(self, policy_version: int) -> Evaluation:
+        """The score of the policy that the engines serve."""
+        ...
+
+
+class Watcher(Protocol):
+    """Told how a run goes on."""
+
+    def phase(self, phase: Phase) -> None: ...
+
+    def step(self, metrics: StepMetrics) -> None: ...
+
+    def evaluation(self, evaluation: Evaluation) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoopParts:
-    """What the loop is composed of. `evaluate` gives the score of the policy that engines serve; None: never."""
+    """What the loop is composed of."""
 
     backend: TrainBackend
     learner: Learner
     estimator: Estimator
     aggregate: Aggregation
     source: RolloutSource
-    produce: Produce
+    rollouts: Rollouts
     publisher: Publisher
     checkpoints: CheckpointStore
     metrics: RunMetrics
-    evaluate: Callable[[int], Awaitable[Evaluation]] | None = None
-    on_phase: Callable[[Phase], None] | None = None
-    on_step: Callable[[StepMetrics], None] | None = None
-    on_evaluation: Callable[[Evaluation], None] | None = None
+    samples: SampleLog
+    watcher: Watcher
 
 
 async def train(settings: TrainSettings, parts: LoopParts, *, stop: asyncio.Event) -> RunState:
@@ -92,6 +106,7 @@ async def _begin(settings: TrainSettings, parts: LoopParts) -> RunState:
     started = time.monotonic()
     await parts.publisher.publish(parts.backend, policy_version=state.policy_version)
     parts.metrics.resume(step=state.step)
+    parts.samples.resume(step=state.step)
     if state.metrics is not None and parts.metrics.last_step() < state.step:
         seconds = {**state.metrics.seconds, Phase.PUBLISH.value: time.monotonic() - started}
         parts.metrics.step(replace(state.metrics, seconds=seconds))
@@ -99,7 +114,7 @@ async def _begin(settings: TrainSettings, parts: LoopParts) -> RunState:
 
 
 async def _step(settings: TrainSettings, parts: LoopParts, state: RunState) -> RunState:
-    served, clock = state.policy_version, PhaseClock(parts.on_phase)
+    served, clock = state.policy_version, PhaseClock(parts.watcher.phase)
     with clock.phase(Phase.ROLLOUT):
         taken = await _take(settings, parts, state)
     async with parts.source.holding(taken):
@@ -109,8 +124,7 @@ async def _step(settings: TrainSettings, parts: LoopParts, state: RunState) -> R
             await parts.publisher.publish(parts.backend, policy_version=state.policy_version)
     metrics = replace(metrics, seconds=clock.seconds())
     parts.metrics.step(metrics)
-    if parts.on_step is not None:
-        parts.on_step(metrics)
+    parts.watcher.step(metrics)
     return state
 
 
@@ -142,6 +156,8 @@ async def _learn(
     with clock.phase(Phase.CHECKPOINT):
         await asyncio.to_thread(parts.checkpoints.save, state, parts.backend.save)
     await parts.source.acknowledge(taken.lease_ids)
+    rewards = {r.session.session_id: r.finish.reward for r in taken.rollouts if r.finish.reward is not None}
+    parts.samples.write(state.step, learned.minibatches, learned.updates, rewards=rewards)
     return state, metrics
 
 
@@ -151,7 +167,7 @@ async def _take(settings: TrainSettings, parts: LoopParts, state: RunState) -> T
     taken = await parts.source.take(wanted, wait_seconds=0.0)
     if len(taken.groups) < wanted:
         async with parts.source.holding(taken):
-            await parts.produce(step=state.step)
+            await parts.rollouts.produce(step=state.step)
         taken += await parts.source.take(wanted - len(taken.groups), wait_seconds=_FEED_WAIT_SECONDS)
     if len(taken.groups) < wanted:
         _log.warning("step %d goes on with %d whole groups of %d", state.step + 1, len(taken.groups), wanted)
@@ -179,13 +195,12 @@ def _check(settings: TrainSettings, parts: LoopParts, state: RunState, taken: Ta
 async def _evaluate(settings: TrainSettings, parts: LoopParts, state: RunState) -> None:
     """Evaluate the served policy where the settings ask for it and the metrics do not have it yet."""
     due = settings.evaluation
-    if parts.evaluate is None or not due.num_tasks or parts.metrics.is_evaluated(state.policy_version):
+    if not due.num_tasks or parts.metrics.is_evaluated(state.policy_version):
         return
     at_start = due.at_start and state.step == 0
     at_end = due.at_end and state.step == settings.run.steps
     between = due.every > 0 and 0 < state.step < settings.run.steps and state.step % due.every == 0
     if at_start or at_end or between:
-        evaluation = await parts.evaluate(state.policy_version)
+        evaluation = await parts.rollouts.evaluate(state.policy_version)
         parts.metrics.evaluation(evaluation)
-        if parts.on_evaluation is not None:
-            parts.on_evaluation(evaluation)
+        parts.watcher.evaluation(evaluation)

@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import signal
 import sys
+import tomllib
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
@@ -26,6 +27,7 @@ from sandbox.drivers import make_driver
 from sandbox.pool import SandboxPool
 from trainer.algorithms.advantages import make_estimator
 from trainer.algorithms.aggregation import make_aggregation
+from trainer.algorithms.objective import Objective
 from trainer.algorithms.policy_objective import PolicyObjective
 from trainer.backends.hf import HFBackend
 from trainer.backends.protocol import TrainBackend
@@ -34,14 +36,17 @@ from trainer.connection import open_gateway
 from trainer.data.source import RolloutSource
 from trainer.evaluation import eval_figures, evaluate, evaluation_of, evaluation_rollouts
 from trainer.learning import Learner
-from trainer.loop import LoopParts, train
+from trainer.loop import LoopParts, Rollouts, Watcher, train
 from trainer.metrics import Evaluation, MetricsLog
+from trainer.nonfinite import BatchKeeper, replay_batch
 from trainer.progress import Progress, make_progress
 from trainer.publish import Publisher
 from trainer.rollouts.controller import RolloutController, Sandboxes
 from trainer.rollouts.recipe import Recipe, load_recipe
+from trainer.samples import SampleLog, tokenizer_decode
 from trainer.settings import EngineSettings, ReplayMode, TrainSettings
 from trainer.sinks import RunMetrics, make_sinks
+from trainer.training_report import write_report
 
 # The publisher pauses generation at the gateway; a transport that paused and resumed engines by itself would let
 # turns go on before the gateway knows what the new label means.
@@ -53,16 +58,28 @@ _TRANSPORTS: Mapping[str, Callable[..., WeightTransport]] = {
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """The flags of `verbatim train`."""
-    parser.add_argument("--config", type=Path, metavar="FILE", required=True, help="the recipe, as TOML")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="the recipe, as TOML")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override one setting, repeatable")
     parser.add_argument("--print-config", action="store_true", help="show the settings and stop")
+    parser.add_argument("--report", type=Path, metavar="DIR", help="write DIR/report.html of a run folder and stop")
+    parser.add_argument(
+        "--replay-batch", type=Path, metavar="FILE", help="run a batch that was not finite again, say where, and stop"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Train; raises ConfigurationError for what must be set right first."""
+    if arguments.report is not None:
+        sys.stdout.write(f"{write_report(arguments.report)}\n")
+        return 0
+    if arguments.config is None:
+        raise ConfigurationError("give --config FILE (a recipe, as TOML), or --report DIR (a run folder)")
     settings = load_settings(TrainSettings, file=arguments.config, overrides=arguments.set)
     if arguments.print_config:
         sys.stdout.write(settings_toml(settings))
+        return 0
+    if arguments.replay_batch is not None:
+        sys.stdout.write(run_batch_again(settings, arguments.replay_batch))
         return 0
     with make_progress(settings) as progress:
         state = asyncio.run(run_training(settings, progress))
@@ -71,6 +88,14 @@ def run(arguments: argparse.Namespace) -> int:
         f"metrics in {settings.run.dir / 'metrics.jsonl'}\n"
     )
     return 0
+
+
+def run_batch_again(settings: TrainSettings, file: Path) -> str:
+    """What `--replay-batch` prints: a kept step run again on its checkpoint, in this process alone."""
+    torch.set_num_threads(settings.run.threads)
+    objective = PolicyObjective(settings.loss)
+    backend = make_backend(settings, needs_reference=objective.needs_reference)
+    return replay_batch(backend, objective, file, checkpoints=settings.run.dir / "checkpoints")
 
 
 async def run_training(settings: TrainSettings, progress: Progress) -> RunState:
@@ -90,50 +115,75 @@ async def run_training(settings: TrainSettings, progress: Progress) -> RunState:
         objective = PolicyObjective(settings.loss)
         backend = await asyncio.to_thread(make_backend, settings, needs_reference=objective.needs_reference)
         stack.callback(backend.close)
-        metrics = RunMetrics(
-            MetricsLog(settings.run.dir / "metrics.jsonl"),
-            make_sinks(settings.metrics.sinks, run=settings.run, settings=settings),
-        )
-        stack.callback(metrics.close)
         rollouts = RecipeRollouts(settings, gateway, sandboxes, recipe, progress)
         await rollouts.abandon_open_sessions()
-        parts = LoopParts(
+        metrics = open_metrics(settings)
+        stack.callback(metrics.close)
+        parts = make_parts(
+            settings,
             backend=backend,
-            learner=Learner(
-                backend,
-                objective,
-                replay=settings.replay.mode,
-                tokens_per_microbatch=settings.batch.tokens_per_microbatch,
-                measure_without_replay=settings.replay.measure_without_replay,
-                save_batch=save_batch,
-            ),
-            estimator=make_estimator(settings.advantage),
-            aggregate=make_aggregation(settings.loss),
-            source=RolloutSource(
-                gateway,
-                run_name=settings.run.name,
-                group_size=settings.rollouts.group_size,
-                pick=settings.batch.pick,
-            ),
-            produce=rollouts.produce,
-            publisher=Publisher(
-                gateway=gateway,
-                transport=transport,
-                folder=settings.run.dir / "policies",
-                pause=settings.engines.pause,
-                pause_seconds=settings.engines.pause_seconds,
-            ),
-            checkpoints=CheckpointStore(
-                settings.run.dir / "checkpoints",
-                keep=settings.checkpoint.keep,
-                keep_every=settings.checkpoint.keep_every,
-            ),
+            objective=objective,
+            gateway=gateway,
+            transport=transport,
+            rollouts=rollouts,
             metrics=metrics,
-            evaluate=rollouts.evaluate,
-            on_step=progress.step,
-            on_evaluation=progress.evaluation,
+            watcher=progress,
         )
         return await train(settings, parts, stop=stop)
+
+
+def make_parts(
+    settings: TrainSettings,
+    *,
+    backend: TrainBackend,
+    objective: Objective,
+    gateway: GatewayClient,
+    transport: WeightTransport,
+    rollouts: Rollouts,
+    metrics: RunMetrics,
+    watcher: Watcher,
+) -> LoopParts:
+    """The loop's parts as the settings want them, around what was opened already."""
+    folder, kept = settings.run.dir, settings.checkpoint
+    checkpoints = CheckpointStore(folder / "checkpoints", keep=kept.keep, keep_every=kept.keep_every)
+    keeper = BatchKeeper(
+        folder / "non-finite",
+        checkpoints,
+        run_name=settings.run.name,
+        seed=settings.run.seed,
+        settings=settings_toml(settings),
+    )
+    return LoopParts(
+        backend=backend,
+        learner=Learner(
+            backend,
+            objective,
+            replay=settings.replay.mode,
+            tokens_per_microbatch=settings.batch.tokens_per_microbatch,
+            measure_without_replay=settings.replay.measure_without_replay,
+            save_batches=keeper,
+        ),
+        estimator=make_estimator(settings.advantage),
+        aggregate=make_aggregation(settings.loss),
+        source=RolloutSource(
+            gateway,
+            run_name=settings.run.name,
+            group_size=settings.rollouts.group_size,
+            pick=settings.batch.pick,
+        ),
+        rollouts=rollouts,
+        publisher=Publisher(
+            gateway=gateway,
+            transport=transport,
+            folder=folder / "policies",
+            pause=settings.engines.pause,
+            pause_seconds=settings.engines.pause_seconds,
+        ),
+        checkpoints=checkpoints,
+        metrics=metrics,
+        samples=SampleLog(folder / "samples.jsonl", tokenizer_decode(settings.model.path)),
+        watcher=watcher,
+    )
 
 
 class RecipeRollouts:
@@ -185,7 +235,7 @@ class RecipeRollouts:
         return evaluation_of(eval_figures(records, samples=samples), policy_version)
 
 
-def make_backend(settings: TrainSettings, *, needs_reference: bool) -> TrainBackend:
+def make_backend(settings: TrainSettings, *, needs_reference: bool) -> HFBackend:
     """The backend that the settings name, its model loaded."""
     return HFBackend(
         settings.model,
@@ -196,6 +246,17 @@ def make_backend(settings: TrainSettings, *, needs_reference: bool) -> TrainBack
         num_updates=settings.run.steps * settings.batch.minibatches,
         needs_reference=needs_reference,
     )
+
+
+def open_metrics(settings: TrainSettings) -> RunMetrics:
+    """metrics.jsonl and the sinks beside it; the settings stand in the run folder for whoever reads them."""
+    folder = settings.run.dir
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "settings.toml").write_text(settings_toml(settings))
+    sinks = make_sinks(
+        settings.metrics.sinks, folder, run_name=settings.run.name, settings=tomllib.loads(settings_toml(settings))
+    )
+    return RunMetrics(MetricsLog(folder / "metrics.jsonl"), sinks)
 
 
 async def _check_pick(gateway: GatewayClient, pick: str | None) -> None:

@@ -25,14 +25,14 @@ from engines.weights.disk import DiskTransport
 from gateway.client import GatewayClient
 from gateway.contracts.errors import ConfigurationError
 from gateway.contracts.settings import load_settings
-from trainer.algorithms.losses import PpoObjective
-from trainer.backends.hf import HFBackend
+from trainer.algorithms.policy_objective import PolicyObjective
 from trainer.checkpoint import CheckpointStore, RunState
 from trainer.data.source import RolloutSource
-from trainer.loop import LoopParts, train
-from trainer.main import configure, run
-from trainer.metrics import MetricsLog
+from trainer.loop import LoopParts, Rollouts, train
+from trainer.main import configure, make_backend, make_parts, open_metrics, run
+from trainer.metrics import Evaluation
 from trainer.processes import CHILD_ENVIRONMENT, Children, free_port
+from trainer.progress import PlainProgress
 from trainer.publish import Publisher
 from trainer.settings import TrainSettings
 
@@ -92,8 +92,18 @@ def train_settings(folder: Path, model: Path, gateway_url: str, *, steps: int, n
     return load_settings(TrainSettings, file=RECIPE, overrides=overrides)
 
 
+class AllThere:
+    """Rollouts of a run that has all of them in the feed."""
+
+    async def produce(self, *, step: int) -> None:
+        raise AssertionError("all rollouts are in the feed already")
+
+    async def evaluate(self, policy_version: int) -> Evaluation:
+        raise AssertionError("no evaluation was asked for")
+
+
 @dataclass(frozen=True, slots=True)
-class Chats:
+class Chats(AllThere):
     """Rollouts of two turns over real HTTP; the reward prefers short replies, so that groups vary."""
 
     gateway: GatewayClient
@@ -123,15 +133,17 @@ class Chats:
         await self.gateway.finish_session(session.session_id, reward=float(attempt % 2))
 
 
-def loop_parts(settings: TrainSettings, gateway: GatewayClient, *, produce: Any) -> LoopParts:
-    return LoopParts(
-        backend=HFBackend(settings.model, settings.optimizer, replay=settings.replay.mode, seed=settings.run.seed),
-        objective=PpoObjective(settings.loss),
-        source=RolloutSource(gateway, run_name=settings.run.name, group_size=settings.rollouts.group_size),
-        produce=produce,
-        publisher=Publisher(gateway=gateway, transport=DiskTransport(pause=None), folder=settings.run.dir / "policies"),
-        checkpoints=CheckpointStore(settings.run.dir / "checkpoints", keep=settings.checkpoint.keep),
-        metrics=MetricsLog(settings.run.dir / "metrics.jsonl"),
+def loop_parts(settings: TrainSettings, gateway: GatewayClient, *, rollouts: Rollouts) -> LoopParts:
+    objective = PolicyObjective(settings.loss)
+    return make_parts(
+        settings,
+        backend=make_backend(settings, needs_reference=objective.needs_reference),
+        objective=objective,
+        gateway=gateway,
+        transport=DiskTransport(pause=None),
+        rollouts=rollouts,
+        metrics=open_metrics(settings),
+        watcher=PlainProgress(settings.run.steps),
     )
 
 
@@ -147,7 +159,7 @@ async def test_each_step_replays_trains_and_publishes_and_the_next_rollouts_carr
     settings = train_settings(tmp_path / "run", tiny_model, url, steps=3)
     async with GatewayClient(url) as gateway:
         chats = Chats(gateway, "loop")
-        state = await train(settings, loop_parts(settings, gateway, produce=chats.produce), stop=asyncio.Event())
+        state = await train(settings, loop_parts(settings, gateway, rollouts=chats), stop=asyncio.Event())
         assert (state.step, state.policy_version) == (3, 3)
         lease = await gateway.lease(consumer="reader", limit=100, labels={"run": "loop"})
         assert lease is not None
@@ -182,7 +194,8 @@ async def test_a_trainer_killed_at_every_point_ends_with_the_weights_of_one_that
     url = gateways.start(tmp_path / "ledger")
     async with GatewayClient(url) as gateway:
         # The engine is shared and may hold another test's policy: give it this run's first.
-        first = loop_parts(train_settings(tmp_path / "first", tiny_model, url, steps=3), gateway, produce=None)
+        first_settings = train_settings(tmp_path / "first", tiny_model, url, steps=3)
+        first = loop_parts(first_settings, gateway, rollouts=AllThere())
         await first.publisher.publish(first.backend, policy_version=0)
         for step in range(3):
             await Chats(gateway, "loop").produce(step=step)
@@ -214,11 +227,7 @@ class _Killed(Exception):
 
 async def _run_until(point: str, settings: TrainSettings, gateway: GatewayClient) -> None:
     """A fresh trainer that dies at `point` of its first step, or runs to the end."""
-
-    async def nothing(*, step: int) -> None:
-        raise AssertionError("all rollouts are in the feed already")
-
-    parts = loop_parts(settings, gateway, produce=nothing)
+    parts = loop_parts(settings, gateway, rollouts=AllThere())
     if point == "checkpoint":
         parts = replace(parts, checkpoints=_DyingStore(settings.run.dir / "checkpoints", keep=2))
     elif point == "acknowledge":

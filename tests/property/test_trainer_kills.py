@@ -10,7 +10,7 @@ import asyncio
 import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from engines.weights.disk import DiskTransport
 from gateway.client import GatewayClient
 from gateway.contracts.examples import example_turn
 from gateway.contracts.generation import Finish, FinishReason
@@ -26,20 +27,21 @@ from gateway.contracts.records import SessionOrigin, SessionRecord
 from gateway.contracts.versions import VersionSpan
 from gateway.ledger.sqlite import SqliteLedger
 from tests.feed_server import serve_feed
-from trainer.backends.protocol import Measured, Update
-from trainer.checkpoint import CheckpointStore
-from trainer.data.packing import PackedBatch
-from trainer.data.source import RolloutSource
-from trainer.loop import LoopParts, train
-from trainer.metrics import MetricsLog
+from trainer.algorithms.policy_objective import PolicyObjective
+from trainer.backends.protocol import Measured, Policy, Update
+from trainer.backends.settings import ModelSettings
+from trainer.data.packing import PackedBatch, ScoredBatch
+from trainer.data.settings import BatchSettings
+from trainer.loop import train
+from trainer.main import make_parts, open_metrics
+from trainer.metrics import Evaluation
+from trainer.progress import PlainProgress
 from trainer.publish import Publisher
 from trainer.replay.verify import RoutingReport
 from trainer.rollouts.settings import RolloutSettings
 from trainer.settings import (
-    BatchSettings,
     EvaluationSettings,
     GatewaySettings,
-    ModelSettings,
     ReplayMode,
     ReplaySettings,
     RunSettings,
@@ -107,16 +109,20 @@ class Tally:
         self._fate = fate
         self.tokens: list[int] = []
 
-    def measure(self, batches: Sequence[PackedBatch], *, replay: bool) -> Measured:
+    def measure(self, batches: Sequence[PackedBatch], *, replay: bool, policy: Policy = Policy.ACTOR) -> Measured:
         logprobs = [batch.layout.rollout_logprobs[batch.layout.trained] for batch in batches]
         values = torch.from_numpy(np.concatenate(logprobs))
-        return Measured(values, values, torch.zeros_like(values), RoutingReport(0, 0, 0, 0))
+        return Measured(values, values, torch.zeros_like(values), RoutingReport())
 
-    def update(self, batches: Sequence[PackedBatch], objective: Any) -> Update:
+    def record(self, batches: Sequence[PackedBatch]) -> tuple[tuple[PackedBatch, ...], Measured]:
+        raise AssertionError("nothing is replayed")
+
+    def update(self, batches: Sequence[ScoredBatch], objective: Any) -> Update:
         self._fate.reach()
-        for batch in batches:
+        packed = [scored.batch for scored in batches]
+        for batch in packed:
             self.tokens += batch.layout.labels[batch.layout.trained].tolist()
-        return Update(0.0, 0.0, 0.0, self.measure(batches, replay=False))
+        return Update(0.0, 0.0, 0.0, {}, self.measure(packed, replay=False))
 
     def save(self, folder: Path) -> None:
         self._fate.reach()
@@ -129,6 +135,9 @@ class Tally:
     def export(self, folder: Path) -> None:
         raise AssertionError("the publisher does not ask")
 
+    def close(self) -> None:
+        """Nothing is held."""
+
 
 class Unpublished(Publisher):
     """There are no engines here."""
@@ -137,11 +146,21 @@ class Unpublished(Publisher):
         return ""
 
 
-async def one_life(url: str, folder: Path, fate: Fate) -> list[int]:
+class AllThere:
+    """All rollouts are in the feed already."""
+
+    async def produce(self, *, step: int) -> None:
+        raise AssertionError("nothing is missing")
+
+    async def evaluate(self, policy_version: int) -> Evaluation:
+        raise AssertionError("no evaluation was asked for")
+
+
+async def one_life(url: str, model: Path, folder: Path, fate: Fate) -> list[int]:
     """The tokens that the trainer was trained on, if it lives to the end."""
     where = TrainSettings(
         run=RunSettings(dir=folder, name="kills", steps=STEPS),
-        model=ModelSettings(path=folder),
+        model=ModelSettings(path=model),
         gateway=GatewaySettings(url=url),
         replay=ReplaySettings(mode=ReplayMode.OFF),
         batch=BatchSettings(max_staleness=100),
@@ -149,20 +168,19 @@ async def one_life(url: str, folder: Path, fate: Fate) -> list[int]:
         rollouts=RolloutSettings("none", groups_per_step=GROUPS_PER_STEP, group_size=GROUP_SIZE),
     )
 
-    async def nothing(*, step: int) -> None:
-        raise AssertionError("all rollouts are in the feed already")
-
     async with MortalClient(url, fate) as gateway:
         backend = Tally(fate)
-        parts = LoopParts(
+        parts = make_parts(
+            where,
             backend=backend,
-            objective=None,  # type: ignore[arg-type]  # a tally has no loss
-            source=RolloutSource(gateway, run_name="kills", group_size=GROUP_SIZE),
-            produce=nothing,
-            publisher=Unpublished(gateway=gateway, transport=None, folder=folder),  # type: ignore[arg-type]
-            checkpoints=CheckpointStore(folder / "checkpoints", keep=2),
-            metrics=MetricsLog(folder / "metrics.jsonl"),
+            objective=PolicyObjective(where.loss),
+            gateway=gateway,
+            transport=DiskTransport(pause=None),
+            rollouts=AllThere(),
+            metrics=open_metrics(where),
+            watcher=PlainProgress(STEPS),
         )
+        parts = replace(parts, publisher=Unpublished(gateway=gateway, transport=DiskTransport(), folder=folder))
         await train(where, parts, stop=asyncio.Event())
         return backend.tokens
 
@@ -197,7 +215,7 @@ async def finished_rollouts(data: Path) -> None:
     await ledger.aclose()
 
 
-async def lives_and_deaths(lives: Sequence[tuple[int, str]]) -> list[int]:
+async def lives_and_deaths(model: Path, lives: Sequence[tuple[int, str]]) -> list[int]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         await finished_rollouts(folder / "ledger")
@@ -205,7 +223,7 @@ async def lives_and_deaths(lives: Sequence[tuple[int, str]]) -> list[int]:
             for steps, then in lives:
                 try:
                     async with asyncio.timeout(30):
-                        tokens = await one_life(feed.url, folder / "run", Fate(steps))
+                        tokens = await one_life(feed.url, model, folder / "run", Fate(steps))
                 except Killed:
                     pass
                 else:
@@ -216,7 +234,7 @@ async def lives_and_deaths(lives: Sequence[tuple[int, str]]) -> list[int]:
                     async with GatewayClient(feed.url) as operator:
                         await operator.release_consumer("kills")
             async with asyncio.timeout(30):
-                return await one_life(feed.url, folder / "run", Fate(10**9))
+                return await one_life(feed.url, model, folder / "run", Fate(10**9))
 
 
 EVENTS = st.sampled_from(["nothing", "restart", "release"])
@@ -226,7 +244,9 @@ EVENTS = st.sampled_from(["nothing", "restart", "release"])
 @example(lives=[(steps, "nothing") for steps in range(1, 30)])
 @example(lives=[(steps, "release") for steps in range(1, 30)])
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_every_token_is_trained_exactly_once_wherever_trainer_and_gateway_end(lives: list[tuple[int, str]]) -> None:
+def test_every_token_is_trained_exactly_once_wherever_trainer_and_gateway_end(
+    tiny_model: Path, lives: list[tuple[int, str]]
+) -> None:
     """I3; an operator who gives a dead trainer's leases back in between changes nothing."""
-    tokens = asyncio.run(lives_and_deaths(lives))
+    tokens = asyncio.run(lives_and_deaths(tiny_model, lives))
     assert sorted(tokens) == list(range(FIRST_TOKEN, FIRST_TOKEN + NUM_ROLLOUTS * TOKENS))

@@ -136,9 +136,7 @@ class RoutingReplay:
         module.forward = forward
         self._wrapped.append(module)
 
-    def _routing_forward(
-        self, site: RouterSite, router: nn.Module, forward: Callable[..., Any]
-    ) -> Callable[..., Any]:
+    def _routing_forward(self, site: RouterSite, router: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         def routing_forward(*args: Any, **kwargs: Any) -> Any:
             slot = self._slot.get()
             if slot is not None:

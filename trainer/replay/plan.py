@@ -106,9 +106,7 @@ def plan_replay(model: nn.Module) -> ReplayPlan:
     seen = watch(model, num_probed)
     owned = owned or structural_experts(modules, num_layers, frozenset(call.num_scores for call in seen.calls))
     left_alone = _left_alone(modules, owned)
-    sites = [
-        _site(model, modules, layer, owned[layer], sizes, seen) for layer in owned if layer not in left_alone
-    ]
+    sites = [_site(model, modules, layer, owned[layer], sizes, seen) for layer in owned if layer not in left_alone]
     if not sites:
         raise ReplayUnsupported(f"{_name(model)} has no MoE layer that routes; train it with replay.mode = off")
     shape = RoutingShape(

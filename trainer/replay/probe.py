@@ -107,9 +107,7 @@ class _Watching(TorchFunctionMode):
 
     def _note(self, call: Call, masking: Masking, result: Any) -> None:
         indices = (result if isinstance(result, Tensor) else result[1]).reshape(self._num_positions, -1)
-        self._seen.calls.append(
-            SeenCall(self._stack[-1], call.function, call.num_scores, call.top_k, masking, indices)
-        )
+        self._seen.calls.append(SeenCall(self._stack[-1], call.function, call.num_scores, call.top_k, masking, indices))
 
 
 @contextmanager

@@ -105,7 +105,9 @@ def parsed(function: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> C
         descending = kwargs.get("descending", False) if by_keyword else _argument(args, kwargs, 2, "descending", False)
         return Call(function, scores, None, True) if descending and _is_last(dim, scores) else None
     dim = _argument(args, kwargs, 1, "dim", None)
-    return Call(function, scores, 1, bool(_argument(args, kwargs, 2, "keepdim", False))) if _is_last(dim, scores) else None
+    return (
+        Call(function, scores, 1, bool(_argument(args, kwargs, 2, "keepdim", False))) if _is_last(dim, scores) else None
+    )
 
 
 def _argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], position: int, name: str, default: Any) -> Any:
