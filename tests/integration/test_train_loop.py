@@ -215,7 +215,7 @@ async def test_a_trainer_killed_at_every_point_ends_with_the_weights_of_one_that
         assert [line["step"] for line in lines] == [1, 2, 3], variant
         assert sum(line["rollouts"] for line in lines) == 3 * GROUPS * GROUP_SIZE
         state = torch.load(tmp_path / variant / "run/checkpoints/step-000003/backend.pt", weights_only=True)
-        finals.append((state["model"], [line["loss"] for line in lines]))
+        finals.append((state["parameters"], [line["loss"] for line in lines]))
     (whole, whole_losses), (killed, killed_losses) = finals
     assert whole_losses == killed_losses
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
