@@ -110,6 +110,11 @@ def test_a_sample_beyond_the_limit_drops_its_rollout_or_is_cut_there() -> None:
     assert cut.routing.num_positions == 12
     assert (masked.left_out_by, masked.tokens_trained) == ({"overlong": 3}, 14)
     assert batch_of([long], BatchSettings(max_tokens=16)).tokens_trained == 11
+    context_behind = one(3, Turn(3, 6), Turn(2, 5, trained=False))
+    (sample,) = samples_of(batch_of([context_behind], BatchSettings(max_tokens=12)))
+    assert (sample.layout.num_positions, sample.layout.num_trained) == (11, 6)
+    for limit in (1, 2):
+        assert batch_of([long], BatchSettings(max_tokens=limit)).dropped_by == {"overlong": 1}
     nothing_left = batch_of([long], BatchSettings(max_tokens=3, overlong=Unfit.MASK))
     assert (nothing_left.dropped_by, nothing_left.minibatches) == ({"overlong": 1}, ())
 

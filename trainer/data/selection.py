@@ -66,7 +66,8 @@ def select(
     """What of one rollout trains at `policy_version`, or why nothing does.
 
     A truncated rollout that is masked is fit without samples: its reward still counts in its group. One of which age or
-    length leaves nothing is dropped, and so is one that has a sample with too many unusable routing rows.
+    length leaves nothing is dropped, and so is one that has a sample with too many unusable routing rows. A sample that
+    is over its length by context alone is cut whatever the policy: nothing that trains is lost.
     """
     reason = _unfit(rollout, settings)
     if reason is not None:
