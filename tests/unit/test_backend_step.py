@@ -281,6 +281,19 @@ def test_recorded_routing_is_what_the_live_router_chose(tiny_model: Path) -> Non
     assert replayed.routing.verified == replayed.routing.total > 0
 
 
+def test_a_live_router_is_compared_with_what_was_recorded(tiny_model: Path) -> None:
+    """I10: the flip rate is 0 against its own choices, and most rows against random ones."""
+    backend = make_backend(tiny_model)
+    foreign = [scored.batch for scored in scored_batches(random_samples(LENGTHS, seed=1, routed=backend.routed))]
+    recorded, _ = backend.record(foreign)
+    rows = sum(LENGTHS) * 4
+    own = backend.measure(recorded, replay=False).routing
+    assert (own.total, own.replayed, own.fallback, own.compared, own.flipped) == (rows, 0, rows, rows, 0)
+    other = backend.measure(foreign, replay=False).routing
+    assert other.compared == rows
+    assert other.flipped > rows / 2
+
+
 def test_a_checkpoint_of_other_adapters_is_a_configuration_error(tiny_model: Path, tmp_path: Path) -> None:
     make_backend(tiny_model).save(tmp_path)
     adapted = HFBackend(

@@ -71,7 +71,7 @@ def sampled_segment(model_path: Path, *, seed: int, num_tokens: int, temperature
         loss_mask=sampled,
         rollout_logprobs=np.where(sampled, np.concatenate([[0.0], logprobs]), np.nan).astype(np.float32),
         policy_version=np.where(sampled, 0, -1).astype(np.int32),
-        routed_experts=record.ids().numpy().astype(np.uint8),
+        routed_experts=record.rows().chunks[0],
         routed_valid=np.ones(num_tokens - 1, dtype=np.bool_),
         logprob_kind=LogprobKind.TEMPERATURE_SCALED,
     )

@@ -105,9 +105,11 @@ class HFBackend:
         self._forward = ModelForward(self._model, self._device)
         self._reference = self._load_reference() if needs_reference else None
 
+        exact = self._exact_values()
+        self._exact_buffers = {name: exact[name] for name, _ in self._model.named_buffers() if name in exact}
         self._masters = MasterWeights(
             ((name, parameter) for name, parameter in self._model.named_parameters() if parameter.requires_grad),
-            exact=self._exact_values(),
+            exact=exact,
         )
         self._grad_clip = optimizer.grad_clip
         self._optimizer, self._schedule = make_optimizer(
@@ -244,6 +246,7 @@ class HFBackend:
         state = merged_state(self._model)
         if not self._adapts:
             state |= self._masters.tensors_of(self._model)
+            state |= {name: tensor for name, tensor in self._exact_buffers.items() if name in state}
         whole: dict[int, Tensor] = {}  # one for all names of a tied parameter, so that it is stored once
         for tensor in state.values():
             if id(tensor) not in whole:
@@ -285,7 +288,7 @@ class HFBackend:
         return self._replay.replaying(rows) if replay else self._replay.comparing(rows)
 
     def _seen(self, routing: _Routing, batch: PackedBatch) -> Callable[[], RoutingReport]:
-        """The report, made at once on CPU, where what it compares takes memory; later on a device, which it waits for."""
+        """The report: at once on CPU, where what it compares takes memory; later on a device, as it waits for it."""
         if isinstance(routing, RoutingCheck):
             report = routing.report
         else:
@@ -318,12 +321,12 @@ class HFBackend:
             raise ConfigurationError(f"model.reference {path} has another vocabulary than model.path")
         return ModelForward(self._sharding.shard(model), self._device), nullcontext
 
-    def _exact_values(self) -> dict[str, Tensor] | None:
-        """float32 values of a checkpoint that the compute dtype rounds; None where it loses nothing."""
+    def _exact_values(self) -> dict[str, Tensor]:
+        """float32 values of a checkpoint that the compute dtype rounds; none where it loses nothing."""
         if self._dtype == torch.float32 or self._adapts or self._source.is_exact:
-            return None
-        exact = load_model(self._settings.path, self._settings, dtype=torch.float32, device=torch.device("cpu"))
-        return dict(exact.named_parameters())
+            return {}
+        model = load_model(self._settings.path, self._settings, dtype=torch.float32, device=torch.device("cpu"))
+        return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
 def _installed_replay(model: Any, mode: ReplayMode) -> RoutingReplay | None:

@@ -21,7 +21,7 @@ class MasterWeights:
     after a step: forwards then are those of the bfloat16 checkpoint that engines serve.
     """
 
-    def __init__(self, trained: Iterable[tuple[str, nn.Parameter]], exact: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(self, trained: Iterable[tuple[str, nn.Parameter]], exact: Mapping[str, Tensor]) -> None:
         """`exact`: float32 values by name, of a checkpoint that has more bits than the parameters."""
         self.by_name: dict[str, nn.Parameter] = {}
         self._copies: list[tuple[nn.Parameter, nn.Parameter]] = []
@@ -29,7 +29,7 @@ class MasterWeights:
             if parameter.dtype == torch.float32:
                 self.by_name[name] = parameter
                 continue
-            values = parameter.detach() if exact is None else exact[name].detach().to(parameter.device)
+            values = exact.get(name, parameter).detach().to(parameter.device)
             master = nn.Parameter(values.to(torch.float32, copy=True))
             parameter.register_post_accumulate_grad_hook(self._moving_gradient_to(master))
             self.by_name[name] = master
