@@ -68,13 +68,15 @@ class RouterSite:
 class ReplayPlan:
     """All routers of a model, in order of their layers, and layers that are left alone with the reason.
 
-    `shape` has the largest number of experts and of experts a token; layers may have fewer.
+    `shape` has the largest number of experts and of experts a token; layers may have fewer. `plain`: paths of routers
+    whose parameters are no tensor subclasses with torch functions of their own.
     """
 
     shape: RoutingShape
     routers: tuple[RouterSite, ...]
     left_alone: Mapping[int, str]
     num_probed: int
+    plain: frozenset[str] = frozenset()
 
     @property
     def routed(self) -> RoutedLayers:
@@ -116,7 +118,8 @@ def plan_replay(model: nn.Module) -> ReplayPlan:
         max(site.selection.num_scores for site in sites),
         max(site.selection.top_k for site in sites),
     )
-    return ReplayPlan(shape, tuple(sites), left_alone, num_probed)
+    plain = frozenset(site.path for site in sites if _is_plain(modules[site.path]))
+    return ReplayPlan(shape, tuple(sites), left_alone, num_probed, plain)
 
 
 def named_sizes(model: nn.Module) -> NamedSizes:
@@ -251,6 +254,11 @@ def _refuse_known(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
             raise ReplayUnsupported(
                 f"{_name(model)}: {path} ({type(module).__name__}) cannot be replayed: {REFUSED[type(module).__name__]}"
             )
+
+
+def _is_plain(module: nn.Module) -> bool:
+    own = nn.Parameter.__torch_function__
+    return all(type(parameter).__torch_function__ == own for parameter in module.parameters())
 
 
 def _num_layers_of(modules: Mapping[str, nn.Module]) -> int:
