@@ -39,6 +39,10 @@ _NUM_LAYERS_NAMES = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 _NESTED = ("ffn_config", "moe_config")
 
 
+class DenseModel(ReplayUnsupported):
+    """No layer of the model chooses experts: there is nothing to replay."""
+
+
 class Witness(StrEnum):
     """Where the ids really used are read: among the router's results, at the experts' door, or, where neither shows
     them, in the answer that the selecting call was given."""
@@ -112,7 +116,12 @@ def plan_replay(model: nn.Module) -> ReplayPlan:
         _site(model, modules, layer, owned[layer], sizes, seen) for layer in owned if layer not in left_alone
     ]
     if not sites:
-        raise ReplayUnsupported(f"{_name(model)} has no MoE layer that routes; train it with replay.mode = off")
+        if sizes.num_experts - {1} and not left_alone:
+            raise ReplayUnsupported(
+                f"{_name(model)}: its config names {_list(sizes.num_experts)} experts, but no layer that owns them was"
+                " found; its routing cannot be replayed"
+            )
+        raise DenseModel(f"{_name(model)} has no MoE layer that routes; train it with replay.mode = off")
     shape = RoutingShape(
         num_layers,
         max(site.selection.num_scores for site in sites),
