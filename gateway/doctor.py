@@ -1,7 +1,8 @@
 """`verbatim doctor`: what is known of a model and of engines that are to serve it, before anything depends on them.
 
 `--model PATH` reads a model folder as the gateway would and shows which turns its chat template only appends to, which
-it rewrites and why, where a turn ends, and which of the template's own switches would make more turns append-only.
+it rewrites and why, where a turn ends, and which of the template's own switches would make more turns append-only; with
+the train extra also whether its routing can be replayed, which is proved on the spot (replay_check.py).
 `--data DIR` verifies the ledger in a data folder, and with `--repair` mends what can be mended (ledger_check.py);
 `--ledger URL --objects URL` verifies the one that several gateways share.
 `--engine KIND=URL` with `--model` asks engines who they are and shows them beside the folder, as `/admin/identity` does
@@ -25,6 +26,7 @@ from gateway.contracts.errors import ConfigurationError
 from gateway.contracts.generation import Capability, JsonValue
 from gateway.engine_check import show_engines
 from gateway.ledger_check import show_ledger, show_shared_ledger
+from gateway.replay_check import replay_support, show_replay
 from gateway.sessions.model import ServedModel
 from gateway.tito.certificate import ShapeCertificate, Verdict
 from gateway.tito.conversation import HistoryPolicy
@@ -78,15 +80,34 @@ def run(arguments: argparse.Namespace) -> int:
             "--template-arguments is for the model folder's survey, which is not made with --engine: give one of them"
         )
     template_arguments = _json_object(arguments.template_arguments or "{}")
+    if not arguments.engine and _holds_no_tokenizer(arguments.model):
+        return _show_replay_alone(arguments.model, as_json=arguments.json)
     model = ServedModel.load(arguments.model, history_policy=HistoryPolicy.KEEP)
     if arguments.engine:
         required = tuple(map(Capability, arguments.require))
         return show_engines(model, arguments.engine, required, as_json=arguments.json)
     found = survey(model.prompts, model.template, model.tokenizer, template_arguments)
+    replay = replay_support(model.path)
     if arguments.json:
-        sys.stdout.write(json.dumps(_as_json(model, found), ensure_ascii=False) + "\n")
+        sys.stdout.write(json.dumps({**_as_json(model, found), "replay": replay}, ensure_ascii=False) + "\n")
     else:
         _print(model, found)
+        show_replay(replay)
+    return 0
+
+
+def _holds_no_tokenizer(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and not (folder / "tokenizer.json").is_file()
+
+
+def _show_replay_alone(folder: Path, *, as_json: bool) -> int:
+    """What a folder without a tokenizer still tells: no gateway can serve it, but a trainer can read its weights."""
+    replay = replay_support(folder)
+    if as_json:
+        sys.stdout.write(json.dumps({"model": str(folder), "replay": replay}, ensure_ascii=False) + "\n")
+    else:
+        sys.stdout.write(f"{folder} holds no tokenizer.json: its turns were not looked at\n")
+        show_replay(replay)
     return 0
 
 

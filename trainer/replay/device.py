@@ -17,13 +17,17 @@ _JOINED_BYTES = 1 << 20
 """Rows up to this size are joined on the CPU too: many short samples cost more to visit layer by layer."""
 
 
+_WIDENED_BYTES = 1 << 17
+"""Rows up to this size are widened for all layers at once: of short rows the calls cost, not the bytes."""
+
+
 class DeviceRows:
     """Rows of one micro-batch on one device."""
 
     def __init__(self, rows: RoutingRows, device: torch.device) -> None:
         self.num_positions = rows.num_positions
         self._always_valid = rows.always_valid()
-        self._device = device
+        self.device = device
         self._chunks: tuple[Tensor, ...] = tuple(map(_tensor, rows.chunks))
         self._bits: tuple[Tensor, ...] = () if self._always_valid.all() else tuple(map(_tensor, rows.valid_bits))
         self._rows = rows
@@ -31,12 +35,18 @@ class DeviceRows:
         if device.type != "cpu" or (len(rows.chunks) > 1 and rows.nbytes <= _JOINED_BYTES):
             self._chunks = _uploaded(self._chunks, device)
             self._bits = _uploaded(self._bits, device)
+        self._wide: tuple[Tensor, ...] | None = None
+        if rows.nbytes <= _WIDENED_BYTES and len(self._chunks) == 1:
+            self._wide = self._chunks[0].transpose(0, 1).to(torch.int64, memory_format=torch.contiguous_format).unbind(0)
 
     def ids(self, layer: int, top_k: int) -> Tensor:
-        """int64[N, K] of one layer; a layer may take fewer experts than rows have columns."""
+        """int64[N, K] of one layer; a layer may take fewer experts than rows have columns. Not to be written to."""
+        if self._wide is not None:
+            ids_NK = self._wide[layer]
+            return ids_NK if ids_NK.shape[1] == top_k else ids_NK[:, :top_k]
         if len(self._chunks) == 1:
             return self._chunks[0][:, layer, :top_k].to(torch.int64)
-        ids_NK = torch.empty(self.num_positions, top_k, dtype=torch.int64, device=self._device)
+        ids_NK = torch.empty(self.num_positions, top_k, dtype=torch.int64, device=self.device)
         start = 0
         for chunk in self._chunks:
             ids_NK[start : start + len(chunk)] = chunk[:, layer, :top_k]
@@ -53,7 +63,7 @@ class DeviceRows:
     def counted_valid(self, layer: int) -> Tensor:
         """bool[N]: rows of one layer that may be replayed and are no padding."""
         if self._counted is None:
-            self._counted = _tensor(self._rows.counted()).to(self._device, non_blocking=True)
+            self._counted = _tensor(self._rows.counted()).to(self.device, non_blocking=True)
         valid = self.valid(layer)
         return self._counted if valid is None else self._counted & valid
 

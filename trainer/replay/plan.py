@@ -39,6 +39,10 @@ _NUM_LAYERS_NAMES = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 _NESTED = ("ffn_config", "moe_config")
 
 
+class DenseModel(ReplayUnsupported):
+    """No layer of the model chooses experts: there is nothing to replay."""
+
+
 class Witness(StrEnum):
     """Where the ids really used are read: among the router's results, at the experts' door, or, where neither shows
     them, in the answer that the selecting call was given."""
@@ -68,13 +72,15 @@ class RouterSite:
 class ReplayPlan:
     """All routers of a model, in order of their layers, and layers that are left alone with the reason.
 
-    `shape` has the largest number of experts and of experts a token; layers may have fewer.
+    `shape` has the largest number of experts and of experts a token; layers may have fewer. `plain`: paths of routers
+    whose parameters are no tensor subclasses with torch functions of their own.
     """
 
     shape: RoutingShape
     routers: tuple[RouterSite, ...]
     left_alone: Mapping[int, str]
     num_probed: int
+    plain: frozenset[str] = frozenset()
 
     @property
     def routed(self) -> RoutedLayers:
@@ -108,13 +114,19 @@ def plan_replay(model: nn.Module) -> ReplayPlan:
     left_alone = _left_alone(modules, owned)
     sites = [_site(model, modules, layer, owned[layer], sizes, seen) for layer in owned if layer not in left_alone]
     if not sites:
-        raise ReplayUnsupported(f"{_name(model)} has no MoE layer that routes; train it with replay.mode = off")
+        if sizes.num_experts - {1} and not left_alone:
+            raise ReplayUnsupported(
+                f"{_name(model)}: its config names {_list(sizes.num_experts)} experts, but no layer that owns them was"
+                " found; its routing cannot be replayed"
+            )
+        raise DenseModel(f"{_name(model)} has no MoE layer that routes; train it with replay.mode = off")
     shape = RoutingShape(
         num_layers,
         max(site.selection.num_scores for site in sites),
         max(site.selection.top_k for site in sites),
     )
-    return ReplayPlan(shape, tuple(sites), left_alone, num_probed)
+    plain = frozenset(site.path for site in sites if _is_plain(modules[site.path]))
+    return ReplayPlan(shape, tuple(sites), left_alone, num_probed, plain)
 
 
 def named_sizes(model: nn.Module) -> NamedSizes:
@@ -249,6 +261,11 @@ def _refuse_known(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
             raise ReplayUnsupported(
                 f"{_name(model)}: {path} ({type(module).__name__}) cannot be replayed: {REFUSED[type(module).__name__]}"
             )
+
+
+def _is_plain(module: nn.Module) -> bool:
+    own = nn.Parameter.__torch_function__
+    return all(type(parameter).__torch_function__ == own for parameter in module.parameters())
 
 
 def _num_layers_of(modules: Mapping[str, nn.Module]) -> int:

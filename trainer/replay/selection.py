@@ -87,6 +87,8 @@ _MASK_ARGUMENT: Mapping[Any, int] = {
     Tensor.where: 1,
 }
 """Functions that mask, and which argument is the mask."""
+_SELECTING_OR_MASKING = frozenset({*SELECTING, *_MASK_ARGUMENT})
+_ENABLED = torch._C._TorchFunctionState.ENABLED
 _KEEPS_WHERE_TRUE = frozenset({torch.where, Tensor.where})
 _IN_PLACE = frozenset({Tensor.masked_fill_, Tensor.__setitem__})
 
@@ -124,11 +126,23 @@ class AnsweringMode(TorchFunctionMode):
     With `layer_ids` None it only notes the live answer. Either way `answered` holds int64[N, K] afterwards.
     """
 
-    def __init__(self, selection: Selection, layer_ids: Callable[[torch.device, int], LayerIds] | None) -> None:
-        """layer_ids: called at most once, with the device of the scores and N."""
+    def __init__(
+        self,
+        selection: Selection,
+        layer_ids: Callable[[torch.device, int], LayerIds] | None,
+        *,
+        leaves_early: bool = False,
+    ) -> None:
+        """layer_ids: called at most once, with the device of the scores and N. leaves_early: nothing after the answer
+        needs torch functions to be dispatched (no other mode, no tensor subclass), so they are not until `__exit__`:
+        that is most of what a mode costs."""
         super().__init__()
         self._selection = selection
         self._layer_ids = layer_ids
+        self._leaves_early = leaves_early
+        self._has_left = False
+        masks = selection.masking is not Masking.NONE and layer_ids is not None
+        self._watched = _SELECTING_OR_MASKING if masks else SELECTING
         self._given: LayerIds | None = None
         self._unmasked: dict[int, tuple[Any, Tensor]] = {}
         self.num_alike = 0
@@ -137,12 +151,23 @@ class AnsweringMode(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if func not in self._watched:
+            return func(*args, **kwargs) if kwargs else func(*args)
         function = SELECTING.get(func)
         if function is not None:
             return self._selecting(function, func, args, kwargs or {})
-        if self._selection.masking is not Masking.NONE and func in _MASK_ARGUMENT and self._layer_ids is not None:
-            return self._masking(func, args, kwargs or {})
-        return func(*args, **kwargs) if kwargs else func(*args)
+        return self._masking(func, args, kwargs or {})
+
+    def __exit__(self, *exception: Any) -> None:
+        if self._has_left:
+            torch._C._set_torch_function_state(_ENABLED)
+        super().__exit__(*exception)
+
+    def _leave(self) -> None:
+        is_alone = torch._C._len_torch_function_stack() == 0 and torch._C._get_torch_function_state() == _ENABLED
+        if self._leaves_early and is_alone and self.num_alike == self._selection.num_alike:
+            self._has_left = True
+            torch._C._set_torch_function_state(torch._C._TorchFunctionState.ALL_DISABLED)
 
     def _selecting(self, function: str, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         call = parsed(function, args, kwargs)
@@ -164,7 +189,10 @@ class AnsweringMode(TorchFunctionMode):
         if valid is not None:
             ids = torch.where(valid[:, None], ids, live_NK)
         self.answered = ids
-        return _answer(call, self._unmasked.get(id(call.scores), (None, call.scores))[1], ids, live_NE)
+        scores = self._unmasked[id(call.scores)][1] if id(call.scores) in self._unmasked else call.scores
+        answer = _answer(call, scores, ids, live_NE)
+        self._leave()
+        return answer
 
     def _masking(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         found = masked(func, args, kwargs)

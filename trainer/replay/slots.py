@@ -54,14 +54,15 @@ class Replayed:
     def __init__(self, rows: RoutingRows, plan: ReplayPlan, check: RoutingCheck) -> None:
         check_rows(rows, plan)
         self._rows = rows
+        self._plan = plan
         self._check = check
-        self._on: dict[torch.device, DeviceRows] = {}
+        self._on: DeviceRows | None = None
 
     def route(self, site: RouterSite, router: nn.Module, forward: Forward, args: Any, kwargs: Any) -> Any:
         """The router's forward with its selection answered."""
         if site.override:
             return self._overridden(site, router, forward, args, kwargs)
-        mode = AnsweringMode(site.selection, _ForSite(self, site))
+        mode = AnsweringMode(site.selection, _ForSite(self, site), leaves_early=site.path in self._plan.plain)
         with mode:
             output = forward(*args, **kwargs)
         if mode.num_alike != site.selection.num_alike:
@@ -100,10 +101,9 @@ class Replayed:
         return output
 
     def _there(self, device: torch.device) -> DeviceRows:
-        there = self._on.get(device)
-        if there is None:
-            there = self._on[device] = DeviceRows(self._rows, device)
-        return there
+        if self._on is None or self._on.device != device:
+            self._on = DeviceRows(self._rows, device)
+        return self._on
 
 
 class _ForSite:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -49,21 +50,18 @@ class RoutingCheck:
     def __init__(self, rows: RoutingRows, layers: tuple[int, ...]) -> None:
         self._rows = rows
         self._layers = layers
-        self._counted = rows.counted()
         self._pending: list[tuple[int, Tensor]] = []
-        self._pending_bytes = 0
+        self._num_pending = _PENDING_BYTES // max(rows.num_positions * rows.top_k * 8, 1)
         self._verified: dict[int, int] = {}
         self._verified_there: dict[int, Tensor] = {}
 
     def observe(self, layer: int, used_NK: Tensor, there: DeviceRows) -> None:
         """Note what `layer` used; `there`: the rows on its device."""
-        used_NK = used_NK.detach()
-        if used_NK.device.type != "cpu":
+        if not used_NK.is_cpu:
             self._compare_there(layer, used_NK, there)
             return
         self._pending.append((layer, used_NK))
-        self._pending_bytes += used_NK.nbytes
-        if self._pending_bytes > _PENDING_BYTES:
+        if len(self._pending) > self._num_pending:
             self._compare_pending()
 
     def report(self) -> RoutingReport:
@@ -78,14 +76,9 @@ class RoutingCheck:
         return RoutingReport(total=total, replayed=replayed, verified=verified, fallback=total - replayed)
 
     def _compare_pending(self) -> None:
-        pending, self._pending, self._pending_bytes = self._pending, [], 0
+        pending, self._pending = self._pending, []
         for layer, used_NK in pending:
-            recorded = self._rows.layer(layer)
-            used = used_NK.numpy()
-            if len(used) != len(recorded.ids):
-                raise ExpertsMismatch(f"layer {layer} used {len(used)} rows of ids, {len(recorded.ids)} are recorded")
-            agrees_N = (used == recorded.ids[:, : used.shape[1]]).all(axis=1) & recorded.valid & self._counted
-            verified = int(np.count_nonzero(agrees_N))
+            verified = _num_agreeing(self._rows, layer, used_NK.numpy())
             self._verified[layer] = min(verified, self._verified.get(layer, verified))
 
     def _compare_there(self, layer: int, used_NK: Tensor, there: DeviceRows) -> None:
@@ -93,3 +86,17 @@ class RoutingCheck:
         verified = agrees_N.sum()
         earlier = self._verified_there.get(layer)
         self._verified_there[layer] = verified if earlier is None else torch.minimum(verified, earlier)
+
+
+def _num_agreeing(rows: RoutingRows, layer: int, used_NK: npt.NDArray[np.int64]) -> int:
+    """How many valid rows of a layer, padding left out, equal the ids used; chunk by chunk, in the stored type."""
+    if len(used_NK) != rows.num_positions:
+        raise ExpertsMismatch(f"layer {layer} used {len(used_NK)} rows of ids, {rows.num_positions} are recorded")
+    byte, bit = divmod(layer, 8)
+    count = start = 0
+    for chunk, bits, mark in zip(rows.chunks, rows.valid_bits, rows.is_padding, strict=True):
+        used, start = used_NK[start : start + len(chunk)], start + len(chunk)
+        if not mark:
+            agrees = (used == chunk[:, layer, : used.shape[1]]).all(axis=1)
+            count += int(np.count_nonzero(agrees & (bits[:, byte] >> (7 - bit) & 1).view(np.bool_)))
+    return count
