@@ -17,7 +17,7 @@ import jinja2
 
 from gateway.contracts.errors import ConfigurationError
 from trainer.charts import HEIGHT, WIDTH, Chart, DrawnChart, Series, Values, draw, figure
-from trainer.metrics import Evaluation, MetricsLog, StepMetrics
+from trainer.metrics import Evaluation, MetricsLog, StepMetrics, token_mean
 from trainer.phases import Phase
 from trainer.samples import Piece, PieceKind, RolloutSample, read_samples
 
@@ -115,7 +115,7 @@ def _headlines(run: Run) -> list[Headline]:
         sum(getattr(step, name) for step in run.steps)
         for name in ("tokens_sampled", "tokens_trained", "tokens_left_out")
     )
-    with_replay, live = _token_mean(run.steps, "kl_with_replay"), _token_mean(run.steps, "kl_without_replay")
+    with_replay, live = token_mean(run.steps, "kl_with_replay"), token_mean(run.steps, "kl_without_replay")
     verified, replayed = (sum(getattr(step, n) for step in run.steps) for n in ("rows_verified", "rows_replayed"))
     return [
         Headline("step", str(newest.step), f"policy {newest.policy_version}"),
@@ -348,13 +348,6 @@ def _gap(piece: Piece) -> float | None:
     if piece.train_logprob is None or piece.rollout_logprob is None:
         return None
     return piece.train_logprob - piece.rollout_logprob
-
-
-def _token_mean(steps: Sequence[StepMetrics], name: str) -> float | None:
-    """Over trained tokens of the steps that measured it."""
-    measured = [(getattr(step, name), step.tokens_trained) for step in steps if getattr(step, name) is not None]
-    tokens = sum(weight for _, weight in measured)
-    return sum(value * weight for value, weight in measured) / tokens if tokens else None
 
 
 def _duration(seconds: float) -> str:
