@@ -31,6 +31,7 @@ _DOING = {
     Phase.CHECKPOINT: "writing the checkpoint",
     Phase.PUBLISH: "publishing weights",
 }
+_EVALUATING = "held-out rollouts"
 
 
 class Progress(Protocol):
@@ -87,11 +88,12 @@ class PlainProgress:
 
     def phase(self, phase: Phase) -> None:
         """Another phase begins."""
-        self._doing, self._count = _DOING[phase], ""
-        self._began = self._reminded = time.monotonic()
+        self._begin(_DOING[phase])
 
     def rollouts(self, ended: int, wanted: int) -> None:
-        """Of the rollouts under way."""
+        """Of the rollouts under way: a step's, or between steps an evaluation's."""
+        if not self._doing:
+            self._begin(_EVALUATING)
         self._count = f", {ended} of {wanted}"
 
     def microbatches(self, done: int, total: int) -> None:
@@ -105,7 +107,12 @@ class PlainProgress:
 
     def evaluation(self, evaluation: Evaluation) -> None:
         """The evaluation's line."""
+        self._doing = ""
         self._write(evaluation_line(evaluation))
+
+    def _begin(self, doing: str) -> None:
+        self._doing, self._count = doing, ""
+        self._began = self._reminded = time.monotonic()
 
     def _remind(self) -> None:
         while not self._ended.wait(self._reminder_seconds / 4):
@@ -127,14 +134,18 @@ class TerminalProgress:
         self._num_steps = num_steps
         self._steps = bars.add_task("steps", total=num_steps)
         self._phase = bars.add_task("starting", total=None)
+        self._in_step = False
 
     def phase(self, phase: Phase) -> None:
-        """The second bar begins anew; one that is reset would keep its total."""
-        self._bars.remove_task(self._phase)
-        self._phase = self._bars.add_task(_DOING[phase], total=None)
+        """The second bar begins anew."""
+        self._in_step = True
+        self._begin(_DOING[phase])
 
     def rollouts(self, ended: int, wanted: int) -> None:
-        """How far the second bar is."""
+        """How far the second bar is; between steps it is an evaluation's."""
+        if not self._in_step:
+            self._in_step = True
+            self._begin(_EVALUATING)
         self._bars.update(self._phase, completed=ended, total=wanted)
 
     def microbatches(self, done: int, total: int) -> None:
@@ -143,12 +154,19 @@ class TerminalProgress:
 
     def step(self, metrics: StepMetrics) -> None:
         """The step's line above the bars."""
+        self._in_step = False
         self._bars.update(self._steps, completed=metrics.step)
         self._bars.console.print(step_line(metrics, self._num_steps), highlight=False)
 
     def evaluation(self, evaluation: Evaluation) -> None:
         """The evaluation's line above the bars."""
+        self._in_step = False
         self._bars.console.print(evaluation_line(evaluation), highlight=False)
+
+    def _begin(self, doing: str) -> None:
+        # A task that is reset would keep its total.
+        self._bars.remove_task(self._phase)
+        self._phase = self._bars.add_task(doing, total=None)
 
 
 def step_line(metrics: StepMetrics, num_steps: int) -> str:

@@ -31,10 +31,17 @@ def test_a_long_phase_is_told_again_and_again_with_how_far_it_is(capsys: pytest.
             time.sleep(0.2)
         progress.step(METRICS)
         time.sleep(0.1)
+        progress.rollouts(7, 9)
+        time.sleep(0.2)
+        progress.evaluation(EVALUATION)
+        time.sleep(0.1)
     lines = capsys.readouterr().err.splitlines()
     assert sum(line.startswith("  rollouts, 3 of 96, for ") for line in lines) >= 2
     assert sum(line.startswith("  training, micro-batch 2 of 7, for ") for line in lines) >= 2
-    assert lines[-1] == step_line(METRICS, 5), "between steps there is nothing to remind of"
+    after = lines[lines.index(step_line(METRICS, 5)) + 1 :]
+    assert all(line.startswith("  held-out rollouts, 7 of 9, for ") for line in after[:-1])
+    assert len(after) >= 3
+    assert lines[-1] == evaluation_line(EVALUATION), "between steps there is nothing to remind of"
 
 
 def test_a_quick_step_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -60,6 +67,9 @@ def test_a_terminal_names_the_phase_under_way(phase: Phase) -> None:
         assert (under_way.completed, under_way.total) == (1, 3)
         progress.step(METRICS)
         assert bars.tasks[0].completed == 1
+        progress.rollouts(2, 9)
+        assert bars.tasks[1].description == "held-out rollouts"
+        assert (bars.tasks[1].completed, bars.tasks[1].total) == (2, 9)
 
 
 def test_a_backend_tells_each_micro_batch_of_each_pass(tiny_model: object) -> None:

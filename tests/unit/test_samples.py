@@ -69,9 +69,9 @@ def test_every_token_stands_with_its_own_text_kind_version_and_log_probs(tmp_pat
             as_words([i]) for i in batch.layout.labels[start:stop][batch.layout.trained[start:stop]]
         ]
         rollout = batch.layout.rollout_logprobs[start:stop][batch.layout.trained[start:stop]]
-        assert [piece.rollout_logprob for piece in trained] == rollout.tolist()
+        assert [piece.rollout_logprob for piece in trained] == pytest.approx(rollout.tolist(), rel=1e-5)
         gaps = [piece.train_logprob - piece.rollout_logprob for piece in trained]  # type: ignore[operator]
-        assert gaps == pytest.approx([0.0] * (len(trained) - 1) + [0.5 if name == "c" else 0.0], abs=1e-6)
+        assert gaps == pytest.approx([0.0] * (len(trained) - 1) + [0.5 if name == "c" else 0.0], abs=1e-5)
     assert samples["a"].reward == 1.0
     assert samples["c"].reward is None
 
@@ -105,7 +105,7 @@ def test_a_long_sample_loses_its_middle_and_says_how_much(tmp_path: Path) -> Non
     (omitted,) = [piece for piece in sample.pieces if piece.kind is PieceKind.OMITTED]
     assert omitted.num_tokens == 3001 - 1024
     last = [piece for piece in sample.pieces if piece.kind is PieceKind.TRAINED][-1]
-    assert last.train_logprob == pytest.approx(float(batch.layout.rollout_logprobs[2999]))
+    assert last.train_logprob == pytest.approx(float(batch.layout.rollout_logprobs[2999]), rel=1e-5)
 
 
 def test_the_file_is_bounded_keeps_the_newest_and_each_step_once(tmp_path: Path) -> None:
@@ -116,9 +116,16 @@ def test_the_file_is_bounded_keeps_the_newest_and_each_step_once(tmp_path: Path)
     log.write(399, [[batch]], [update_of(batch)], rewards={})
     steps = [sample.step for sample in read_samples(tmp_path / "samples.jsonl")]
     assert steps == sorted(set(steps))
-    assert 64 <= len(steps) <= 129
+    assert 32 <= len(steps) <= 64
     assert steps[-1] == 399
     assert min(steps) < 20, "the beginning of a run is still there"
+
+
+def test_a_line_of_a_long_sample_takes_little(tmp_path: Path) -> None:
+    """64 steps of three such samples are the most that a run keeps."""
+    batch, file = a_batch((3000,)), tmp_path / "samples.jsonl"
+    SampleLog(file, as_words).write(1, [[batch]], [update_of(batch)], rewards={})
+    assert file.stat().st_size < 64 * 1024
 
 
 def test_a_run_that_goes_back_drops_later_samples_and_torn_lines(tmp_path: Path) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, replace
+from dataclasses import asdict, astuple, replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -46,15 +47,17 @@ def a_run(folder: Path, *, steps: int = 3) -> Path:
     return folder
 
 
-def a_sample(text: str = "hello") -> RolloutSample:
-    pieces = (
+def a_line(text: str = "hello") -> dict[str, Any]:
+    """A line of samples.jsonl, every text of it `text`."""
+    pieces = [
         Piece(text, PieceKind.CONTEXT, 3),
         Piece(text, PieceKind.TRAINED, 1, 4, -0.5, -1.5),
         Piece(text, PieceKind.SAMPLED, 1, 5, -0.25, None),
         Piece("", PieceKind.OMITTED, 3120),
         Piece(text, PieceKind.TRAINED, 1, 5, float("nan"), float("-inf")),
-    )
-    return RolloutSample(3, "largest gap", f"session {text}", f"segment {text}", 1.0, 0.5, 3126, pieces)
+    ]
+    sample = RolloutSample(3, "largest gap", f"session {text}", f"segment {text}", 1.0, 0.5, 3126, ())
+    return asdict(sample) | {"pieces": [astuple(piece) for piece in pieces]}
 
 
 def page_of(folder: Path) -> Page:
@@ -64,10 +67,10 @@ def page_of(folder: Path) -> Page:
 def test_nothing_of_a_models_output_or_of_a_name_becomes_markup(tmp_path: Path) -> None:
     folder = a_run(tmp_path / "run <b>name</b>")
     plain = [tag for tag, _ in page_of(folder).tags]
-    JsonLines(folder / "samples.jsonl").append(asdict(a_sample("harmless")))
+    JsonLines(folder / "samples.jsonl").append(a_line("harmless"))
     expected = [tag for tag, _ in page_of(folder).tags]
     assert len(expected) > len(plain)
-    JsonLines(folder / "samples.jsonl").replace([asdict(a_sample(HOSTILE))])
+    JsonLines(folder / "samples.jsonl").replace([a_line(HOSTILE)])
     (folder / "settings.toml").write_text(f'name = "{HOSTILE}"')
     log = MetricsLog(folder / "metrics.jsonl")
     log.step(replace(METRICS, step=4, dropped_by={HOSTILE: 3}, shares={HOSTILE: 0.5}, seconds={HOSTILE: 1.0}))
@@ -83,7 +86,7 @@ def test_nothing_of_a_models_output_or_of_a_name_becomes_markup(tmp_path: Path) 
 
 def test_the_page_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
     folder = a_run(tmp_path)
-    JsonLines(folder / "samples.jsonl").append(asdict(a_sample()))
+    JsonLines(folder / "samples.jsonl").append(a_line())
     text = write_report(folder).read_text(encoding="utf-8")
     assert not [tag for tag, attributes in Page(text).tags if {"src", "href", "srcset", "data"} & set(attributes)]
     assert "http" not in text.replace("http-equiv", "")
@@ -137,7 +140,7 @@ def test_kl_is_told_with_replay_and_without_and_the_account_adds_up(tmp_path: Pa
 
 def test_samples_show_kind_version_and_gap_of_each_token(tmp_path: Path) -> None:
     folder = a_run(tmp_path)
-    JsonLines(folder / "samples.jsonl").append(asdict(a_sample()))
+    JsonLines(folder / "samples.jsonl").append(a_line())
     page = page_of(folder)
     spans = [(a["class"], a["title"]) for tag, a in page.tags if tag == "span" and "title" in a]
     assert spans == [
