@@ -33,7 +33,7 @@ class Series:
 @dataclass(frozen=True, slots=True)
 class Chart:
     """Series over the same x (steps). stacked: areas one above the other. log: y by powers of ten, where all values
-    permit it. dots: few points, each drawn, nothing smoothed."""
+    permit it. dots: few points, each drawn. smooth: the line is a moving average, over the values drawn faintly."""
 
     title: str
     xs: tuple[int, ...]
@@ -43,6 +43,7 @@ class Chart:
     stacked: bool = False
     log: bool = False
     dots: bool = False
+    smooth: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +95,7 @@ def draw(chart: Chart) -> DrawnChart | None:
         if chart.stacked:
             below = levels[number - 1] if number else tuple(0.0 for _ in xs)
             path, faint = _area(points, [(x, scale.y(value)) for x, value in zip(at_x, below, strict=True)]), ""
-        elif chart.dots:
+        elif chart.dots or not chart.smooth:
             path, faint = _line(points), ""
         else:
             smooth = [(x, scale.y(value)) for x, value in zip(at_x, _smoothed(level), strict=True)]
@@ -140,10 +141,12 @@ class _Scale:
         low, high = min(values), max(values)
         if log and low > 0 and high / low > 20:
             return cls(10 ** math.floor(math.log10(low)), 10 ** math.ceil(math.log10(high)), True)
-        if zero or (low > 0 and low < 0.4 * high):
+        largest = max(abs(low), abs(high))
+        is_constant = high - low <= 1e-9 * largest
+        if zero or (low > 0 and (low < 0.4 * high or is_constant)):
             low = 0.0
-        if low == high:
-            low, high = (low - 0.5 * (abs(low) or 1.0), high + 0.5 * (abs(high) or 1.0))
+        if high - low <= 1e-9 * largest:
+            low, high = low - (0.5 * largest or 1.0), high + (0.5 * largest or 1.0)
         step = _nice_step(high - low)
         return cls(math.floor(low / step) * step, math.ceil(high / step) * step, False)
 

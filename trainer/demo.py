@@ -26,8 +26,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from gateway.contracts.errors import ConfigurationError
 from gateway.contracts.settings import load_settings
+from trainer.demo_report import make_report, show_report
 from trainer.processes import Children, PeakMemory, free_port
-from trainer.report import make_report, show_report
 from trainer.settings import TrainSettings
 
 DEFAULT_STEPS = 25

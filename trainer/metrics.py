@@ -8,7 +8,7 @@ was killed between the two writes the line when it starts again. Other sinks fol
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from itertools import takewhile
 from pathlib import Path
@@ -134,6 +134,13 @@ def figures(metrics: StepMetrics) -> dict[str, float]:
 def evaluation_figures(evaluation: Evaluation) -> dict[str, float]:
     """An evaluation's numbers, under evaluation/."""
     return {f"evaluation/{name}": value for name, value in _flat(asdict(evaluation)).items()}
+
+
+def token_mean(steps: Sequence[StepMetrics], name: str) -> float | None:
+    """Mean of a field over the trained tokens of the steps that measured it; None if none did."""
+    measured = [(getattr(step, name), step.tokens_trained) for step in steps if getattr(step, name) is not None]
+    tokens = sum(weight for _, weight in measured)
+    return sum(value * weight for value, weight in measured) / tokens if tokens else None
 
 
 def _flat(values: Mapping[str, Any]) -> dict[str, float]:

@@ -7,7 +7,7 @@ middle, and of many steps every second, fourth, … stays, so that the file is b
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from enum import StrEnum
 from itertools import pairwise, takewhile
 from pathlib import Path
@@ -26,7 +26,7 @@ Decode = Callable[[Sequence[int]], str]
 """Token ids as text, special tokens included."""
 
 _MOST_TOKENS = 1024
-_MOST_STEPS = 128
+_MOST_STEPS = 64
 _LOOK_BACK = 4
 _LONGEST_CHARACTER = 8
 """Tokens that one character may take; a longer run of what is no text is shown as it is."""
@@ -44,7 +44,10 @@ class PieceKind(StrEnum):
 @dataclass(frozen=True, slots=True)
 class Piece:
     """One sampled token, or a run of context. policy_version: that sampled it, None for context. rollout_logprob: the
-    engine's; train_logprob: the trainer's before the update, None where it carries no loss."""
+    engine's; train_logprob: the trainer's before the update, None where it carries no loss; both to six digits.
+
+    In the file a piece is the list of its fields, in this order: there are many.
+    """
 
     text: str
     kind: PieceKind
@@ -95,10 +98,13 @@ class SampleLog:
     def __init__(self, file: Path, decode: Decode) -> None:
         self._lines = JsonLines(file)
         self._decode = decode
+        self._steps = {int(line["step"]) for line in self._lines.read()}
 
     def resume(self, *, step: int) -> None:
         """Drop what is of later steps than the checkpoint that the run goes on from."""
-        self._lines.replace(takewhile(lambda line: line["step"] <= step, self._lines.read()))
+        kept = list(takewhile(lambda line: line["step"] <= step, self._lines.read()))
+        self._lines.replace(kept)
+        self._steps = {int(line["step"]) for line in kept}
 
     def write(
         self,
@@ -109,8 +115,7 @@ class SampleLog:
         rewards: Mapping[str, float],
     ) -> None:
         """Add a step's samples, each step once; `minibatches` are what `updates` were made on, `rewards` by session."""
-        rows = self._lines.read()
-        if any(row["step"] == step for row in rows):
+        if step in self._steps:
             return
         candidates = [
             candidate
@@ -118,8 +123,9 @@ class SampleLog:
             for candidate in _candidates(minibatch, update.measured.logprobs.numpy())
         ]
         samples = [self._sample(step, why, each, rewards) for why, each in _chosen(candidates, rewards).items()]
-        self._lines.append(*map(asdict, samples))
-        if len({row["step"] for row in rows}) >= _MOST_STEPS:
+        self._lines.append(*map(_line, samples))
+        self._steps.add(step)
+        if len(self._steps) > _MOST_STEPS:
             self._thin(newest=step)
 
     def _sample(self, step: int, why: str, chosen: _Candidate, rewards: Mapping[str, float]) -> RolloutSample:
@@ -139,18 +145,19 @@ class SampleLog:
 
     def _thin(self, *, newest: int) -> None:
         """Half as many steps, evenly."""
-        rows = self._lines.read()
         stride = 1
-        while len({row["step"] for row in rows if row["step"] % stride == 0}) > _MOST_STEPS // 2:
+        while sum(step % stride == 0 for step in self._steps) > _MOST_STEPS // 2:
             stride *= 2
-        self._lines.replace(row for row in rows if row["step"] % stride == 0 or row["step"] == newest)
+        self._steps = {step for step in self._steps if step % stride == 0} | {newest}
+        self._lines.replace(line for line in self._lines.read() if line["step"] in self._steps)
 
 
 def read_samples(file: Path) -> list[RolloutSample]:
     """All samples of a run, oldest first; none without a file. Raises SchemaMismatch for another version's."""
     try:
         return [
-            RolloutSample(**(line | {"pieces": tuple(map(_piece, line["pieces"]))})) for line in JsonLines(file).read()
+            RolloutSample(**(line | {"pieces": tuple(_piece(*values) for values in line["pieces"])}))
+            for line in JsonLines(file).read()
         ]
     except (TypeError, KeyError, ValueError) as error:
         raise SchemaMismatch(f"{file} was written by another version of this program: {error}") from error
@@ -168,8 +175,12 @@ def tokenizer_decode(model: Path) -> Decode:
     return decode
 
 
-def _piece(values: Mapping[str, Any]) -> Piece:
-    return Piece(**{**values, "kind": PieceKind(values["kind"])})
+def _piece(text: str, kind: str, *rest: Any) -> Piece:
+    return Piece(text, PieceKind(kind), *rest)
+
+
+def _line(sample: RolloutSample) -> dict[str, Any]:
+    return asdict(sample) | {"pieces": [astuple(piece) for piece in sample.pieces]}
 
 
 def _candidates(batches: Sequence[PackedBatch], logprobs: npt.NDArray[np.float32]) -> Iterator[_Candidate]:
@@ -204,8 +215,8 @@ def _pieces(chosen: _Candidate, decode: Decode) -> Iterator[Piece]:
     ids = [int(layout.input_ids[start]), *layout.labels[start:stop].tolist()]
     trained = [False, *layout.trained[start:stop].tolist()]
     versions = [NOT_SAMPLED, *layout.policy_version[start:stop].tolist()]
-    rollout = [None, *layout.rollout_logprobs[start:stop].tolist()]
-    train_logprobs = iter(chosen.train_logprobs.tolist())
+    rollout = [None, *map(_six_digits, layout.rollout_logprobs[start:stop].tolist())]
+    train_logprobs = iter(map(_six_digits, chosen.train_logprobs.tolist()))
     train = [next(train_logprobs) if each else None for each in trained]
     half = _MOST_TOKENS // 2
     parts = [range(len(ids))] if len(ids) <= _MOST_TOKENS else [range(half), range(len(ids) - half, len(ids))]
@@ -224,6 +235,10 @@ def _pieces(chosen: _Candidate, decode: Decode) -> Iterator[Piece]:
             yield Piece(text, kind, 1, versions[i], rollout[i], train[i])
         if run:
             yield Piece("".join(run), PieceKind.CONTEXT, len(run))
+
+
+def _six_digits(value: float) -> float:
+    return float(f"{value:.6g}")
 
 
 def _texts(ids: Sequence[int], decode: Decode) -> list[str]:

@@ -7,6 +7,7 @@ What models wrote is shown and never trusted: the template engine escapes every 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +17,7 @@ import jinja2
 
 from gateway.contracts.errors import ConfigurationError
 from trainer.charts import HEIGHT, WIDTH, Chart, DrawnChart, Series, Values, draw, figure
-from trainer.metrics import Evaluation, MetricsLog, StepMetrics
+from trainer.metrics import Evaluation, MetricsLog, StepMetrics, token_mean
 from trainer.phases import Phase
 from trainer.samples import Piece, PieceKind, RolloutSample, read_samples
 
@@ -65,9 +66,7 @@ def read_run(folder: Path) -> Run:
     """Read a run folder; a torn last line is left out."""
     metrics = folder / "metrics.jsonl"
     if not metrics.is_file():
-        raise ConfigurationError(
-            f"{folder} holds no run: there is no metrics.jsonl (give the run.dir of a training run)"
-        )
+        raise ConfigurationError(f"{folder} holds no metrics.jsonl; give the run.dir of a training run")
     steps: list[StepMetrics] = []
     evaluations: list[tuple[int, Evaluation]] = []
     for entry in MetricsLog(metrics).entries():
@@ -116,13 +115,13 @@ def _headlines(run: Run) -> list[Headline]:
         sum(getattr(step, name) for step in run.steps)
         for name in ("tokens_sampled", "tokens_trained", "tokens_left_out")
     )
-    with_replay, live = _token_mean(run.steps, "kl_with_replay"), _token_mean(run.steps, "kl_without_replay")
+    with_replay, live = token_mean(run.steps, "kl_with_replay"), token_mean(run.steps, "kl_without_replay")
     verified, replayed = (sum(getattr(step, n) for step in run.steps) for n in ("rows_verified", "rows_replayed"))
     return [
         Headline("step", str(newest.step), f"policy {newest.policy_version}"),
         Headline("reward", figure(newest.reward_mean), f"{figure(first.reward_mean)} in step {first.step}"),
         *_held_out(run.evaluations),
-        Headline("KL rollout ‖ trainer", figure(with_replay), f"with replay; {figure(live)} through the live router"),
+        Headline("KL rollout ‖ trainer", figure(with_replay), _replay_note(with_replay, live)),
         Headline(
             "expert ids verified",
             f"{100 * verified / replayed:.4g} %" if replayed else "–",
@@ -142,9 +141,17 @@ def _headlines(run: Run) -> list[Headline]:
 def _held_out(evaluations: Sequence[tuple[int, Evaluation]]) -> Iterable[Headline]:
     if evaluations:
         newest, first = evaluations[-1][1], evaluations[0][1]
-        interval = "" if newest.ci_low is None else f" [{figure(newest.ci_low)}, {figure(newest.ci_high)}]"
-        before = f"{figure(_score(first))} under policy {first.policy_version}"
-        yield Headline("held-out", figure(_score(newest)) + interval, before if len(evaluations) > 1 else "")
+        notes = [] if newest.ci_low is None else [f"95 % in {figure(newest.ci_low)} to {figure(newest.ci_high)}"]
+        if len(evaluations) > 1:
+            notes.append(f"{figure(_score(first))} under policy {first.policy_version}")
+        yield Headline("held-out", figure(_score(newest)), "; ".join(notes))
+
+
+def _replay_note(with_replay: float | None, live: float | None) -> str:
+    if with_replay is None:
+        return f"nothing replayed; {figure(live)} through the live router"
+    times = f", {figure(live / with_replay)} times as much" if live is not None and with_replay > 0 else ""
+    return f"with replay; {figure(live)} through the live router{times}"
 
 
 def _sections(run: Run) -> list[tuple[str, list[DrawnChart]]]:
@@ -220,7 +227,7 @@ def _sections(run: Run) -> list[tuple[str, list[DrawnChart]]]:
             [
                 chart("Loss", ("loss", lambda m: m.loss)),
                 chart("Gradient norm", ("before clipping", lambda m: m.grad_norm), log=True),
-                chart("Learning rate", ("learning rate", lambda m: m.learning_rate)),
+                chart("Learning rate", ("learning rate", lambda m: m.learning_rate), smooth=False),
                 chart(
                     "Clipped and masked",
                     ("clipped low", lambda m: m.clipped_low_share),
@@ -322,9 +329,10 @@ def _shown(sample: RolloutSample) -> tuple[RolloutSample, list[_Token]]:
 
 def _style(piece: Piece) -> str:
     gap = _gap(piece)
-    if piece.kind is not PieceKind.TRAINED or gap is None:
+    if gap is None:
         return piece.kind.value
-    return f"{piece.kind.value} gap-{sum(abs(gap) >= level for level in _GAP_LEVELS)}"
+    level = sum(abs(gap) >= least for least in _GAP_LEVELS) if math.isfinite(gap) else len(_GAP_LEVELS)
+    return f"{piece.kind.value} gap-{level}"
 
 
 def _hint(piece: Piece) -> str:
@@ -332,23 +340,14 @@ def _hint(piece: Piece) -> str:
         return f"context, {piece.num_tokens} tokens"
     if piece.kind is PieceKind.OMITTED:
         return f"{piece.num_tokens} tokens are not shown"
-    trained = f", trainer {piece.train_logprob:.4f}, gap {_gap(piece):+.4f}" if piece.train_logprob is not None else ""
-    return (
-        f"{piece.kind.value} by policy {piece.policy_version}; log-prob engine {figure(piece.rollout_logprob)}{trained}"
-    )
+    hint = f"{piece.kind.value} by policy {piece.policy_version}; log-prob: engine {piece.rollout_logprob:.4g}"
+    return hint if piece.train_logprob is None else f"{hint}, trainer {piece.train_logprob:.4g}, gap {_gap(piece):+.2g}"
 
 
 def _gap(piece: Piece) -> float | None:
     if piece.train_logprob is None or piece.rollout_logprob is None:
         return None
     return piece.train_logprob - piece.rollout_logprob
-
-
-def _token_mean(steps: Sequence[StepMetrics], name: str) -> float | None:
-    """Over trained tokens of the steps that measured it."""
-    measured = [(getattr(step, name), step.tokens_trained) for step in steps if getattr(step, name) is not None]
-    tokens = sum(weight for _, weight in measured)
-    return sum(value * weight for value, weight in measured) / tokens if tokens else None
 
 
 def _duration(seconds: float) -> str:

@@ -12,12 +12,12 @@ Shape letters: S = trained positions of a micro-batch.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -42,6 +42,8 @@ from trainer.replay.verify import RoutingCheck, RoutingReport
 from trainer.settings import ReplayMode
 
 _log = logging.getLogger(__name__)
+
+_Batch = TypeVar("_Batch", PackedBatch, ScoredBatch)
 _Routing: TypeAlias = RoutingCheck | Compared | None
 
 
@@ -79,15 +81,18 @@ class HFBackend:
         num_updates: int = 1,
         needs_reference: bool = False,
         sharding: Sharding | None = None,
+        on_microbatch: Callable[[int, int], None] | None = None,
     ) -> None:
         """Load the checkpoint, install replay, and put adapters on it where `lora` has a rank.
 
         num_updates: optimiser steps of the whole run, which schedules end with. needs_reference: load what KL is taken
-        against. Raises ConfigurationError for a folder that holds no causal language model and for settings that do
-        not fit it, ReplayUnsupported where `replay` is not off and the model's routing cannot be replayed.
+        against. on_microbatch: told, in each pass, how many micro-batches of how many are done. Raises
+        ConfigurationError for a folder that holds no causal language model and for settings that do not fit it,
+        ReplayUnsupported where `replay` is not off and the model's routing cannot be replayed.
         """
         torch.manual_seed(seed)
         self._settings = model
+        self._on_microbatch = on_microbatch
         self._sharding = sharding or WholeModel()
         self._device = choose_device(model.device)
         self._dtype = torch.float32 if self._sharding.casts else getattr(torch, model.dtype)
@@ -131,14 +136,14 @@ class HFBackend:
         with torch.no_grad():
             if policy is Policy.REFERENCE:
                 return self._measure_reference(batches)
-            return _measured(batches, [self._scored(batch, replay=replay) for batch in batches])
+            return _measured(batches, [self._scored(batch, replay=replay) for batch in self._told(batches)])
 
     def record(self, batches: Sequence[PackedBatch]) -> tuple[tuple[PackedBatch, ...], Measured]:
         """The batches with the live router's choices as their rows; as they are where nothing is replayed."""
         if self._replay is None:
             return tuple(batches), self.measure(batches, replay=False)
         recorded, scored = [], []
-        for batch in batches:
+        for batch in self._told(batches):
             with torch.no_grad(), self._replay.recording() as record:
                 scored.append(_Scored(self._forward(batch), partial(self._live, batch)))
             recorded.append(replace(batch, layout=replace(batch.layout, routing=record.rows())))
@@ -159,7 +164,7 @@ class HFBackend:
         loss = torch.zeros((), dtype=torch.float64, device=self._device)
         shares: dict[str, Tensor] = {}
         scored_batches = []
-        for scored in batches:
+        for scored in self._told(batches):
             with self._routing(scored.batch, replay=True) as routing:
                 live = self._forward(scored.batch, entropy_gradient=objective.needs_entropy_gradient)
             part, part_shares = self._loss(scored, live, objective)
@@ -260,6 +265,13 @@ class HFBackend:
     def close(self) -> None:
         """Nothing is held beside this process."""
 
+    def _told(self, batches: Sequence[_Batch]) -> Iterator[_Batch]:
+        """The micro-batches of one pass, each told when its work has been handed to the device."""
+        for number, batch in enumerate(batches, start=1):
+            yield batch
+            if self._on_microbatch is not None:
+                self._on_microbatch(number, len(batches))
+
     def _loss(
         self, scored: ScoredBatch, live: TokenScores, objective: Objective
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
@@ -273,7 +285,7 @@ class HFBackend:
             raise ConfigurationError("no reference policy was loaded: the backend was made without needs_reference")
         forward, context = self._reference
         with context():
-            return _measured(batches, [_Scored(forward(batch), RoutingReport) for batch in batches])
+            return _measured(batches, [_Scored(forward(batch), RoutingReport) for batch in self._told(batches)])
 
     def _scored(self, batch: PackedBatch, *, replay: bool) -> _Scored:
         with self._routing(batch, replay=replay) as routing:

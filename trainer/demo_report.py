@@ -1,4 +1,4 @@
-"""What a finished run shows, read back from where it is kept: the gateway's ledger (over its feed) and metrics.jsonl.
+"""What a finished demo shows, read back from where it is kept: the gateway's ledger (over its feed) and metrics.jsonl.
 
 Nothing comes from the memory of the processes that ran, so anybody can read the same numbers again. Tokens are counted
 twice and independently: `tokens_sampled` from the ledger's turns, `tokens_trained` from the trainer's log (I3).
@@ -7,13 +7,11 @@ twice and independently: `tokens_sampled` from the ledger's turns, `tokens_train
 from __future__ import annotations
 
 import asyncio
-import json
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -22,6 +20,7 @@ from rich.table import Table
 from gateway.client import GatewayClient
 from gateway.contracts.errors import LedgerError
 from gateway.contracts.rollouts import FinishedRollout, LeasedRollout
+from trainer.metrics import MetricsLog, StepMetrics, token_mean
 
 _MOST_ROLLOUTS = 100_000
 _CONCURRENT_READS = 8
@@ -173,19 +172,18 @@ async def read_ledger(
 
 def read_metrics(file: Path) -> MetricsFigures:
     """Sum up a run's metrics.jsonl; raises LedgerError if it has no step."""
-    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    steps = [line for line in lines if "step" in line]
+    steps = [entry for entry in MetricsLog(file).entries() if isinstance(entry, StepMetrics)]
     if not steps:
         raise LedgerError(f"{file} holds no finished step")
-    rows = sum(step["rows_replayed"] for step in steps)
+    rows = sum(step.rows_replayed for step in steps)
     return MetricsFigures(
         steps=len(steps),
-        tokens_trained=sum(step["tokens_trained"] for step in steps),
-        rows_verified_share=sum(step["rows_verified"] for step in steps) / rows if rows else None,
-        kl_with_replay=_mean(steps, "kl_with_replay"),
-        kl_without_replay=_mean(steps, "kl_without_replay"),
-        extreme_share_with_replay=_mean(steps, "extreme_share_with_replay"),
-        extreme_share_without_replay=_mean(steps, "extreme_share_without_replay"),
+        tokens_trained=sum(step.tokens_trained for step in steps),
+        rows_verified_share=sum(step.rows_verified for step in steps) / rows if rows else None,
+        kl_with_replay=token_mean(steps, "kl_with_replay"),
+        kl_without_replay=token_mean(steps, "kl_without_replay"),
+        extreme_share_with_replay=token_mean(steps, "extreme_share_with_replay"),
+        extreme_share_without_replay=token_mean(steps, "extreme_share_without_replay"),
     )
 
 
@@ -230,10 +228,3 @@ def _figure(value: float | None) -> str:
 
 def _percent(value: float | None) -> str:
     return "not measured" if value is None else f"{100 * value:.4g} %"
-
-
-def _mean(steps: Sequence[Mapping[str, Any]], name: str) -> float | None:
-    """Over trained tokens; None if no step measured it."""
-    measured = [(step[name], step["tokens_trained"]) for step in steps if step[name] is not None]
-    tokens = sum(weight for _, weight in measured)
-    return sum(value * weight for value, weight in measured) / tokens if tokens else None
