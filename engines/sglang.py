@@ -53,6 +53,8 @@ from gateway.contracts.versions import VersionSpan, join_spans
 
 logger = logging.getLogger(__name__)
 
+_log = logging.getLogger(__name__)
+
 _KNOWN_META = frozenset(
     (
         "id",
@@ -484,7 +486,11 @@ class StreamReader:
             return None  # I9: missing stays missing
         if self._routing is None:
             raise EngineProtocolError(f"{self.named}: routing came, but the model's routing shape is not known")
-        return decode_routing(encoded, self._routing, start=start, stop=stop)
+        try:
+            return decode_routing(encoded, self._routing, start=start, stop=stop)
+        except ExpertsMismatch as error:  # I9: tokens and log-probs are sound; that its rows are missing is counted
+            _log.warning("%s: %s; the turn is recorded without routing rows", self.named, error.message)
+            return None
 
 
 def decode_routing(encoded: str, shape: RoutingShape, *, start: int, stop: int) -> RoutedExperts:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import binascii
 import io
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -31,6 +32,8 @@ from gateway.contracts.generation import (
     TopLogprob,
 )
 from gateway.contracts.versions import VersionSpan, join_spans
+
+_log = logging.getLogger(__name__)
 
 _KNOWN_TOP = frozenset(("request_id", "id", "object", "created", "model", "choices", "usage", "prompt_token_ids"))
 _KNOWN_CHOICE = frozenset(
@@ -235,7 +238,11 @@ class VllmStream:
             return None  # I9: missing stays missing
         if self._routing is None:
             raise EngineProtocolError(f"{self._named}: routing came, but the model's routing shape is not known")
-        return decode_npy_routing(self._experts, self._routing, start=start, stop=stop)
+        try:
+            return decode_npy_routing(self._experts, self._routing, start=start, stop=stop)
+        except ExpertsMismatch as error:  # I9: tokens and log-probs are sound; that its rows are missing is counted
+            _log.warning("%s: %s; the turn is recorded without routing rows", self._named, error.message)
+            return None
 
 
 def decode_npy_routing(encoded: str, shape: RoutingShape, *, start: int, stop: int) -> RoutedExperts:

@@ -76,17 +76,18 @@ def expert_dtype(num_experts: int) -> np.dtype[np.uint8] | np.dtype[np.uint16]:
 
 
 def narrow(ids: npt.NDArray[np.integer], shape: RoutingShape) -> ExpertIds:
-    """Ids [rows, layers, top_k] of any integer type as the stored type.
+    """Ids [rows, layers, top_k] of any integer type as the stored type; nothing wraps.
 
-    -1 is how engines mark what they did not capture: the layer's whole row becomes zeros, which `valid_rows` finds
-    (I9: missing stays missing). Raises ExpertsMismatch on any other id out of range (never wraps), and on -1 where
-    top_k is 1, as a row of one id can hold no mark.
+    A layer's row with an id that the model has not becomes zeros, which `valid_rows` finds (I9: missing stays missing);
+    -1 is how engines mark what they did not capture. Raises ExpertsMismatch on such an id where top_k is 1, as a row of
+    one id can hold no mark.
     """
     lowest, highest = (int(ids.min()), int(ids.max())) if ids.size else (0, 0)
-    if lowest < (-1 if shape.top_k > 1 else 0) or highest >= shape.num_experts:
-        raise ExpertsMismatch(f"expert ids span [{lowest}, {highest}], the model has {shape.num_experts} experts")
-    if lowest < 0:
-        ids = np.where((ids < 0).any(axis=-1, keepdims=True), 0, ids)
+    if lowest < 0 or highest >= shape.num_experts:
+        if shape.top_k == 1:
+            raise ExpertsMismatch(f"expert ids span [{lowest}, {highest}], the model has {shape.num_experts} experts")
+        known = ((ids >= 0) & (ids < shape.num_experts)).all(axis=-1, keepdims=True)
+        ids = np.where(known, ids, 0)
     return ids.astype(np.uint8) if shape.dtype == np.uint8 else ids.astype(np.uint16)
 
 

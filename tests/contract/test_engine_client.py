@@ -23,7 +23,7 @@ from gateway.contracts.errors import (
     EngineTimeout,
     EngineUnavailable,
 )
-from gateway.contracts.experts import RoutingShape
+from gateway.contracts.experts import RoutingShape, valid_rows
 from gateway.contracts.generation import GenerateChunk, GenerateEnd, GenerateRequest, SamplingParams
 from gateway.contracts.versions import VersionSpan
 
@@ -111,9 +111,6 @@ async def ask(engine: SglangEngine, **fields: Any) -> tuple[list[GenerateChunk],
             [event([7, 8], finish=LENGTH, weight_versions=[{"version": "1", "start": 0, "end": 1}])],
             "cover 1 tokens of 2",
         ),
-        ([event([7, 8], finish=LENGTH, routed_experts=rows(3))], "expected 4 rows"),
-        ([event([7, 8], finish=LENGTH, routed_experts=rows(4, highest=9))], "the model has 4 experts"),
-        ([event([7, 8], finish=LENGTH, routed_experts="§§§")], "not base64"),
         ([event([-7], finish=LENGTH)], "out of range"),
         ([event([7, 8], finish=LENGTH, output_top_logprobs=[[[-0.5, 7, None]]])], "1 positions for 2 tokens"),
         (
@@ -128,10 +125,30 @@ async def ask(engine: SglangEngine, **fields: Any) -> tuple[list[GenerateChunk],
     ],
 )
 async def test_an_answer_that_contradicts_itself_is_a_protocol_error(events: list[Any], words: str) -> None:
-    """I2, I9: lengths, ids, versions and rows are checked, never repaired."""
+    """I2, I9: lengths, ids and versions are checked, never repaired."""
     async with served(streaming(*events)) as engine:
         with pytest.raises(EngineProtocolError, match=words):
             await ask(engine, routed_experts_start=0, num_top_logprobs=2)
+
+
+@pytest.mark.parametrize(("routing", "words"), [(rows(3), "expected 4 rows"), ("§§§", "not base64")])
+async def test_routing_that_cannot_be_read_costs_the_rows_and_not_the_turn(
+    routing: str, words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """I6, I9: tokens and log-probs are sound; the rows are missing, and said to be."""
+    async with served(streaming(event([7, 8], finish=LENGTH, routed_experts=routing))) as engine:
+        chunks, end = await ask(engine, routed_experts_start=0)
+    assert [token for chunk in chunks for token in chunk.token_ids.tolist()] == [7, 8]
+    assert end.routed_experts is None
+    assert words in caplog.text
+
+
+async def test_a_row_with_an_expert_that_the_model_has_not_is_stored_as_invalid() -> None:
+    """I9: that row alone."""
+    async with served(streaming(event([7, 8], finish=LENGTH, routed_experts=rows(4, highest=9)))) as engine:
+        _, end = await ask(engine, routed_experts_start=0)
+    assert end.routed_experts is not None
+    assert not valid_rows(end.routed_experts.ids, 4).all()
 
 
 async def test_likeliest_tokens_are_read_from_both_kinds_of_stream() -> None:

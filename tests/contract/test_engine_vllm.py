@@ -29,7 +29,7 @@ from gateway.contracts.errors import (
     EngineUnavailable,
     InvalidRequest,
 )
-from gateway.contracts.experts import RoutingShape
+from gateway.contracts.experts import RoutingShape, valid_rows
 from gateway.contracts.generation import (
     Finish,
     FinishReason,
@@ -190,20 +190,42 @@ async def test_all_three_shapes_say_the_same(shape: str) -> None:
         (whole("0.32", weight_versions=[{"version": "1", "start": 0, "end": 1}]), "cover 1 tokens of 2"),
         (whole("0.32", weight_versions=[{"version": "who-knows", "start": 0, "end": 2}]), "no policy version"),
         (whole("0.32", weight_versions=[{"version": "1"}]), "unreadable end"),
-        (whole("0.30", routed_experts=rows(3)), "expected integers"),
-        (whole("0.30", routed_experts=rows(4, dtype="f4")), "expected integers"),
-        (whole("0.30", routed_experts=rows(4, highest=9)), "the model has 4 experts"),
-        (whole("0.30", routed_experts="§§§"), "no base64"),
-        (whole("0.30", routed_experts=base64.b64encode(b"\x80\x04pickle").decode()), "no base64 of a .npy"),
         ([{"choices": [{}, {}]}], "unreadable event"),
         ([{"usage": None}], "unreadable event"),
         ([[1]], "unreadable event"),
     ],
 )
 async def test_an_answer_that_contradicts_itself_is_a_protocol_error(events: list[Any], words: str) -> None:
-    """I1, I2, I5, I9: ids, counts, versions and rows are checked, never repaired."""
+    """I1, I2, I5, I9: ids, counts and versions are checked, never repaired."""
     with pytest.raises(EngineProtocolError, match=words):
         await ask(Upstream("0.30", events), routed_experts_start=0)
+
+
+@pytest.mark.parametrize(
+    ("routing", "words"),
+    [
+        (rows(3), "expected integers"),
+        (rows(4, dtype="f4"), "expected integers"),
+        ("§§§", "no base64"),
+        (base64.b64encode(b"\x80\x04pickle").decode(), "no base64 of a .npy"),
+    ],
+)
+async def test_routing_that_cannot_be_read_costs_the_rows_and_not_the_turn(
+    routing: str, words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """I6, I9: tokens and log-probs are sound; the rows are missing, and said to be."""
+    chunks, end = await ask(Upstream("0.30", whole("0.30", routed_experts=routing)), routed_experts_start=0)
+    assert [token for chunk in chunks for token in chunk.token_ids.tolist()] == [7, 8]
+    assert end.routed_experts is None
+    assert words in caplog.text
+
+
+async def test_a_row_with_an_expert_that_the_model_has_not_is_stored_as_invalid() -> None:
+    """I9: that row alone."""
+    upstream = Upstream("0.30", whole("0.30", routed_experts=rows(4, highest=9)))
+    _, end = await ask(upstream, routed_experts_start=0)
+    assert end.routed_experts is not None
+    assert not valid_rows(end.routed_experts.ids, 4).all()
 
 
 @pytest.mark.parametrize("dtype", ["u1", "u2", "i4", ">i2"])
