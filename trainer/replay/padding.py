@@ -24,8 +24,6 @@ def padding_rows(num_positions: int, shape: RoutingShape, num_ranks: int = 1) ->
     per_rank = shape.num_experts // num_ranks
     slots = np.arange(num_positions * shape.top_k, dtype=np.int64)
     ids = (slots % num_ranks * per_rank + slots // num_ranks % per_rank).astype(shape.dtype)
-    rows = np.broadcast_to(
-        ids.reshape(num_positions, 1, shape.top_k), (num_positions, shape.num_layers, shape.top_k)
-    )
+    rows = np.broadcast_to(ids.reshape(num_positions, 1, shape.top_k), (num_positions, shape.num_layers, shape.top_k))
     bits = np.broadcast_to(np.full(1, 0xFF, np.uint8), (num_positions, -(-shape.num_layers // 8)))
     return RoutingRows((rows,), (bits,), (True,))

@@ -18,7 +18,6 @@ from torch.overrides import TorchFunctionMode
 
 from trainer.replay.selection import SELECTING, Call, Masking, masked, parsed
 
-
 Place: TypeAlias = int | str
 """Position or keyword of an argument, or position among the parts of an output."""
 WHOLE = -1
@@ -39,8 +38,8 @@ class SeenCall:
 
 @dataclass(slots=True)
 class Watched:
-    """What a probe saw. inputs, outputs: by module path, the integer tensors [N, k] that it was called with or returned,
-    each with its position or name there (`WHOLE` for an output that is a tensor itself)."""
+    """What a probe saw. inputs, outputs: by module path, the integer tensors [N, k] that it was called with or
+    returned, each with its position or name there (`WHOLE` for an output that is a tensor itself)."""
 
     calls: list[SeenCall] = field(default_factory=list)
     inputs: dict[str, list[tuple[Place, Tensor]]] = field(default_factory=dict)
@@ -108,9 +107,7 @@ class _Watching(TorchFunctionMode):
 
     def _note(self, call: Call, masking: Masking, result: Any) -> None:
         indices = (result if isinstance(result, Tensor) else result[1]).reshape(self._num_positions, -1)
-        self._seen.calls.append(
-            SeenCall(self._stack[-1], call.function, call.num_scores, call.top_k, masking, indices)
-        )
+        self._seen.calls.append(SeenCall(self._stack[-1], call.function, call.num_scores, call.top_k, masking, indices))
 
 
 @contextmanager
