@@ -10,6 +10,7 @@ from typing import Any
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from trainer.replay.rows import RoutingRows
 
@@ -37,7 +38,9 @@ class DeviceRows:
             self._bits = _uploaded(self._bits, device)
         self._wide: tuple[Tensor, ...] | None = None
         if rows.nbytes <= _WIDENED_BYTES and len(self._chunks) == 1:
-            self._wide = self._chunks[0].transpose(0, 1).to(torch.int64, memory_format=torch.contiguous_format).unbind(0)
+            self._wide = (
+                self._chunks[0].transpose(0, 1).to(torch.int64, memory_format=torch.contiguous_format).unbind(0)
+            )
 
     def ids(self, layer: int, top_k: int) -> Tensor:
         """int64[N, K] of one layer; a layer may take fewer experts than rows have columns. Not to be written to."""
@@ -70,7 +73,7 @@ class DeviceRows:
 
 def _tensor(array: npt.NDArray[Any]) -> Tensor:
     """A view; DLPack takes read-only arrays too, and nothing here writes."""
-    return torch.from_dlpack(array)
+    return from_dlpack(array)
 
 
 def _uploaded(parts: tuple[Tensor, ...], device: torch.device) -> tuple[Tensor, ...]:

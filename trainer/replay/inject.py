@@ -54,7 +54,9 @@ class RoutingReplay:
             if site.witness is Witness.EXPERTS_INPUT:
                 experts = model.get_submodule(site.witness_path)
                 self._wrap(experts, self._witnessed_forward(site, experts.forward))
-        self._checkpointed = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
+        self._checkpointed: list[Any] = [
+            module for module in model.modules() if hasattr(module, "gradient_checkpointing")
+        ]
         self._aux_loss = _AuxLoss(model)
 
     @classmethod
@@ -132,7 +134,7 @@ class RoutingReplay:
         finally:
             self._slot.reset(token)
 
-    def _wrap(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+    def _wrap(self, module: Any, forward: Callable[..., Any]) -> None:
         module.forward = forward
         self._wrapped.append(module)
 
@@ -196,7 +198,7 @@ class _AuxLoss:
 
     def __init__(self, model: nn.Module) -> None:
         self._before: list[tuple[Any, str, Any]] = []
-        config = getattr(model, "config", None)
+        config: Any = getattr(model, "config", None)
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         for owner in {id(each): each for each in (config, text) if each is not None}.values():
             self._set(owner, "output_router_logits", False)

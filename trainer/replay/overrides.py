@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-Override: TypeAlias = Callable[[nn.Module, Tensor, Tensor], Any]
+Override: TypeAlias = Callable[[Any, Tensor, Tensor], Any]
 """(router, its hidden states [N, H], ids int64[N, K]) → what its forward returns when these experts are chosen."""
 
 NOT_REPLAYED: Mapping[str, str] = {
@@ -27,7 +27,7 @@ REFUSED: Mapping[str, str] = {
 """Modules whose choice does not fit a routing row."""
 
 
-def sparse_mixer(router: nn.Module, hidden_NH: Tensor, ids_NK: Tensor) -> Any:
+def sparse_mixer(router: Any, hidden_NH: Tensor, ids_NK: Tensor) -> Any:
     """PhiMoE's SparseMixer for two given experts (arXiv 2409.12136, its deterministic form, which engines compute).
 
     The weight of each expert is its softmax among the scores that lie within the jitter band of the largest score; for

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -241,7 +241,7 @@ def _overridden_site(modules: Mapping[str, nn.Module], layer: int, seen: Watched
         if len(ids_NK) != 1:
             raise ReplayUnsupported(f"router {path} ({name}) was not called exactly once in a forward")
         place, value = ids_NK[0]
-        selection = Selection("", int(module.num_experts), int(value.shape[1]))
+        selection = Selection("", int(cast(Any, module).num_experts), int(value.shape[1]))
         return RouterSite(path, layer, name, selection, Witness.ROUTER_OUTPUT, path, place, override=name)
     return None
 
@@ -250,7 +250,7 @@ def _left_alone(modules: Mapping[str, nn.Module], owned: Mapping[int, frozenset[
     left: dict[int, str] = {}
     for path, module in modules.items():
         layer = decoder_layer(path, modules)
-        if layer in owned and type(module).__name__ in NOT_REPLAYED:
+        if layer is not None and layer in owned and type(module).__name__ in NOT_REPLAYED:
             left[layer] = NOT_REPLAYED[type(module).__name__]
     return left
 

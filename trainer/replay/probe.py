@@ -38,8 +38,8 @@ class SeenCall:
 
 @dataclass(slots=True)
 class Watched:
-    """What a probe saw. inputs, outputs: by module path, the integer tensors [N, k] that it was called with or returned,
-    each with its position or name there (`WHOLE` for an output that is a tensor itself)."""
+    """What a probe saw. inputs, outputs: by module path, the integer tensors [N, k] that it was called with or
+    returned, each with its position or name there (`WHOLE` for an output that is a tensor itself)."""
 
     calls: list[SeenCall] = field(default_factory=list)
     inputs: dict[str, list[tuple[Place, Tensor]]] = field(default_factory=dict)

@@ -1,8 +1,9 @@
 """A model of a folder's architecture that is small enough to prove replay on here.
 
-A model of up to `_SMALL` parameters is taken as it is, with its weights where the folder has them. A larger one is built
-from its config with random weights: a first few layers that hold every kind of layer, narrow, with the same routers and
-the same numbers of experts, of groups and of experts a token. What replay depends on is that code, not the weights.
+A model of up to `_SMALL` parameters is taken as it is, with its weights where the folder has them. A larger one is
+built from its config with random weights: a first few layers that hold every kind of layer, narrow, with the same
+routers and the same numbers of experts, of groups and of experts a token. What replay depends on
+is that code, not the weights.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
@@ -50,7 +50,16 @@ _NARROW: Mapping[str, int] = {
     "linear_value_head_dim": 8,
 }
 _FEWER: Mapping[str, int] = {"moe_intermediate_size": 16, "intermediate_size": 64, "vocab_size": 512}
-_BUILD_ERRORS = (RuntimeError, ValueError, TypeError, AssertionError, IndexError, KeyError, ZeroDivisionError, StrictDataclassError)
+_BUILD_ERRORS = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    AssertionError,
+    IndexError,
+    KeyError,
+    ZeroDivisionError,
+    StrictDataclassError,
+)
 """What transformers raises for sizes that do not fit one another."""
 
 
@@ -68,7 +77,7 @@ def small_model(folder: Path) -> SmallModel:
     try:
         config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigurationError(f"{folder}: transformers {transformers.__version__} reads no config: {error}") from error
+        raise ConfigurationError(f"{folder}: transformers cannot read its config: {error}") from error
     try:
         with torch.device("meta"):
             whole = _built(config)
@@ -108,7 +117,7 @@ def _built(config: Any) -> Any:
     for kind in (AutoModelForCausalLM, AutoModelForImageTextToText):
         if type(config) in kind._model_mapping:
             return kind.from_config(config, dtype=torch.float32)
-    raise ConfigurationError(f"transformers {transformers.__version__} has no causal language model {config.model_type}")
+    raise ConfigurationError(f"transformers has no causal language model {config.model_type}")
 
 
 def _random(config: Any) -> Any:

@@ -6,9 +6,10 @@ and by the shape of its scores: the last dimension holds one score an expert, th
 the live scores.
 
 Group-limited routers mask the scores of groups that they did not choose, and some then use what their top-k returns as
-gate weights. A replayed expert may lie in such a group; its weight must come from the unmasked score, else it is exactly
-zero and without gradient. Masks are therefore lifted for replayed experts, which changes nothing for those that the live
-router could have chosen.
+gate weights. A replayed expert may lie in such a group; its weight must come from the unmasked score, else it is
+exactly zero and without gradient. Masks are therefore lifted for replayed experts, which changes nothing for those that
+the live router could have chosen. Masks by a product with zeros and ones are not seen; a router that uses such products
+as gate weights gets weights of zero for experts outside of its own groups.
 
 Shape letters: N = positions, E = scores a position, K = experts of a token.
 """
@@ -88,7 +89,8 @@ _MASK_ARGUMENT: Mapping[Any, int] = {
 }
 """Functions that mask, and which argument is the mask."""
 _SELECTING_OR_MASKING = frozenset({*SELECTING, *_MASK_ARGUMENT})
-_ENABLED = torch._C._TorchFunctionState.ENABLED
+_torch: Any = torch._C  # these are not in its type stubs
+_ENABLED, _DISABLED = _torch._TorchFunctionState.ENABLED, _torch._TorchFunctionState.ALL_DISABLED
 _KEEPS_WHERE_TRUE = frozenset({torch.where, Tensor.where})
 _IN_PLACE = frozenset({Tensor.masked_fill_, Tensor.__setitem__})
 
@@ -160,14 +162,14 @@ class AnsweringMode(TorchFunctionMode):
 
     def __exit__(self, *exception: Any) -> None:
         if self._has_left:
-            torch._C._set_torch_function_state(_ENABLED)
+            _torch._set_torch_function_state(_ENABLED)
         super().__exit__(*exception)
 
     def _leave(self) -> None:
-        is_alone = torch._C._len_torch_function_stack() == 0 and torch._C._get_torch_function_state() == _ENABLED
+        is_alone = _torch._len_torch_function_stack() == 0 and _torch._get_torch_function_state() == _ENABLED
         if self._leaves_early and is_alone and self.num_alike == self._selection.num_alike:
             self._has_left = True
-            torch._C._set_torch_function_state(torch._C._TorchFunctionState.ALL_DISABLED)
+            _torch._set_torch_function_state(_DISABLED)
 
     def _selecting(self, function: str, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         call = parsed(function, args, kwargs)
@@ -181,13 +183,11 @@ class AnsweringMode(TorchFunctionMode):
             self.answered = _indices(result).reshape(call.num_positions, -1)[:, : self._selection.top_k]
             return result
         ids, valid = self._ids_on(call.scores.device, call.num_positions)
-        sorts = function in SORTS
-        live_NK = live_NE = None
-        if valid is not None or sorts:
+        live_NE = None
+        if valid is not None or function in SORTS:
             live_NE = _indices(func(*args, **kwargs)).reshape(call.num_positions, -1)
-            live_NK = live_NE[:, : self._selection.top_k]
-        if valid is not None:
-            ids = torch.where(valid[:, None], ids, live_NK)
+        if valid is not None and live_NE is not None:
+            ids = torch.where(valid[:, None], ids, live_NE[:, : self._selection.top_k])
         self.answered = ids
         scores = self._unmasked[id(call.scores)][1] if id(call.scores) in self._unmasked else call.scores
         answer = _answer(call, scores, ids, live_NE)

@@ -67,8 +67,8 @@ def _counts(module: nn.Module, num_experts: frozenset[int]) -> Iterator[int]:
 def structural_experts(
     modules: Mapping[str, nn.Module], num_layers: int, num_scores: frozenset[int]
 ) -> dict[int, frozenset[int]]:
-    """As `experts_by_layer` for a model that names nothing after experts: lists of modules, or stacked weights, of which
-    a decoder layer has as many as some call of the probe had scores a position."""
+    """As `experts_by_layer` for a model that names nothing after experts: lists of modules, or stacked weights, of
+    which a decoder layer has as many as some call of the probe had scores a position."""
     found: defaultdict[int, set[int]] = defaultdict(set)
     for path, module in modules.items():
         layer = decoder_layer(path, modules)
