@@ -145,6 +145,8 @@ class _Scale:
         is_constant = high - low <= 1e-9 * largest
         if zero or (low > 0 and (low < 0.4 * high or is_constant)):
             low = 0.0
+        elif not largest:
+            high = 1.0
         if high - low <= 1e-9 * largest:
             low, high = low - (0.5 * largest or 1.0), high + (0.5 * largest or 1.0)
         step = _nice_step(high - low)

@@ -51,6 +51,7 @@ class WandbSink:
     def resume(self, *, step: int) -> None:
         """The same run id as before. A server forgets nothing: a run that went back repeats no step here."""
         self._note_history()
+        os.environ.setdefault("WANDB_DISABLE_WEAVE", "true")  # it advertises another product on standard error
         self._run: Any = self._start(self._run_id())
         self._run.define_metric("*", step_metric=_STEP)
         self._steps.update(range(1, int(self._run.summary.get(_STEP, 0)) + 1))
