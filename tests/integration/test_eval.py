@@ -118,32 +118,36 @@ def evaluate(config: Path, *flags: str, code: int = 0) -> tuple[str, str]:
 def test_an_evaluation_that_was_killed_goes_on_and_asks_nothing_twice(served: Served) -> None:
     """I3: what was scored before the kill is what counts after it; what was cut off is asked again."""
     output = served.folder / "killed.json"
-    config = gsm8k(served)
-    flags = ("--output", str(output), "--set", "rollouts.max_new_tokens=40")
-    first = evaluating(config, *flags)
-    assert first.stderr is not None
-    for line in first.stderr:
-        if line.startswith("attempts 4/12"):
-            first.send_signal(signal.SIGKILL)
-            break
-    first.communicate(timeout=60)
-    assert not output.exists()
+    config, flags = gsm8k(served), ("--output", str(output), "--set", "rollouts.max_new_tokens=200")
     with SyncGatewayClient(served.url) as gateway:
-        before = {s["session_id"]: s for s in gateway.sessions(labels={"purpose": "eval"}, limit=1000)}
-        scored = {session_id for session_id, s in before.items() if s["reward"] is not None}
-        assert 4 <= len(scored) < 12
+        killed = evaluating(config, *flags)
+        assert killed.stderr is not None
+        while not killed.stderr.readline().startswith("attempts 4/12"):
+            assert killed.poll() is None
+        while not any(session["state"] == "open" for session in eval_sessions(gateway)):
+            assert killed.poll() is None
+        killed.send_signal(signal.SIGKILL)
+        killed.communicate(timeout=60)
+        before = {session["session_id"]: session for session in eval_sessions(gateway)}
         evaluate(config, *flags)
         document = json.loads(output.read_text())
-        after = {s["session_id"]: s for s in gateway.sessions(labels={"run": document["name"]}, limit=1000)}
-        counted = {record["session_id"] for record in document["records"]}
-        assert len(counted) == 12
-        assert scored <= counted, "an attempt that was scored is not made again"
-        assert {i: after[i]["created_at"] for i in scored} == {i: before[i]["created_at"] for i in scored}
-        assert {s["outcome"] for i, s in after.items() if i not in counted} <= {"abandoned"}
-        assert all(s["state"] == "finished" for s in after.values())
+        after = {s["session_id"]: s for s in eval_sessions(gateway, run=document["name"])}
         assert_nobody_trains_on(gateway, document["name"])
+    scored = {session_id for session_id, session in before.items() if session["reward"] is not None}
+    cut = {session_id for session_id, session in before.items() if session["state"] == "open"}
+    counted = {record["session_id"] for record in document["records"]}
+    assert 4 <= len(scored) < 12
+    assert scored <= counted, "an attempt that was scored is not made again"
+    assert {i: after[i]["created_at"] for i in scored} == {i: before[i]["created_at"] for i in scored}
+    assert {after[session_id]["outcome"] for session_id in cut} == {"abandoned"}
+    assert {session_id + ".again1" for session_id in cut} <= counted
+    assert after.keys() == counted | cut
     assert {record["task_index"] for record in document["records"]} == set(range(12))
     assert document["figures"]["num_failed"] == 0
+
+
+def eval_sessions(gateway: SyncGatewayClient, **labels: str) -> list[dict[str, Any]]:
+    return gateway.sessions(labels={"purpose": "eval", **labels}, limit=1000)
 
 
 def assert_nobody_trains_on(gateway: SyncGatewayClient, run_name: str) -> None:
