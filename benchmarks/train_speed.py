@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,8 +31,6 @@ from trainer.backends.settings import ModelSettings, OptimizerSettings
 from trainer.data.assemble import TrainSample
 from trainer.data.layout import TokenLayout
 from trainer.data.packing import SampleWeights, ScoredBatch, pack
-from trainer.replay.rows import RoutingRows
-from trainer.replay.validate import RoutedLayers
 from trainer.settings import ReplayMode
 
 _CLIP = (0.2, 0.28)
@@ -65,8 +63,8 @@ def measure_speed(
     """Steps of all ways in turn, one to warm up and then `repeats`."""
     replayed = _backend(model, ReplayMode.R3)
     vocabulary = int(transformers.AutoConfig.from_pretrained(model).get_text_config().vocab_size)
-    samples = make_samples(lengths, seed=seed, vocabulary=vocabulary, routed=replayed.routed)
-    unrecorded = make_samples(lengths, seed=seed, vocabulary=vocabulary, routed=None)
+    unrecorded = make_samples(lengths, seed=seed, vocabulary=vocabulary)
+    samples = with_own_routing(unrecorded, replayed)
     ways: dict[str, Callable[[], object]] = {
         "verbatim": _our_step(replayed, samples, tokens_per_microbatch),
         "verbatim, replay off": _our_step(_backend(model, ReplayMode.OFF), unrecorded, tokens_per_microbatch),
@@ -125,16 +123,25 @@ class ClippedRatio:
         return TokenTerms(-torch.minimum(ratio * tokens.advantages, held * tokens.advantages))
 
 
-def make_samples(
-    lengths: Sequence[int], *, seed: int, vocabulary: int, routed: RoutedLayers | None
-) -> tuple[TrainSample, ...]:
-    """Random tokens, half of each sample trained, with random experts."""
+def make_samples(lengths: Sequence[int], *, seed: int, vocabulary: int) -> tuple[TrainSample, ...]:
+    """Random tokens, half of each sample trained, without routing rows."""
     random = np.random.default_rng(seed)
     tokens = [random.integers(vocabulary, size=length + 1, dtype=np.int32) for length in lengths]
-    return tuple(TrainSample(f"s{i}", f"s{i}", _layout(random, ids, routed)) for i, ids in enumerate(tokens))
+    return tuple(TrainSample(f"s{i}", f"s{i}", _layout(ids)) for i, ids in enumerate(tokens))
 
 
-def _layout(random: np.random.Generator, tokens: TokenIds, routed: RoutedLayers | None) -> TokenLayout:
+def with_own_routing(samples: Sequence[TrainSample], backend: HFBackend) -> tuple[TrainSample, ...]:
+    """The samples with the rows that the live routers choose: other rows would load experts otherwise, and compare
+    steps of different work."""
+    alone = [pack([sample], [SampleWeights(0.0, 0.0)], tokens_per_microbatch=1)[0] for sample in samples]
+    recorded, _ = backend.record(alone)
+    return tuple(
+        replace(sample, layout=replace(sample.layout, routing=batch.layout.routing))
+        for sample, batch in zip(samples, recorded, strict=True)
+    )
+
+
+def _layout(tokens: TokenIds) -> TokenLayout:
     length = len(tokens) - 1
     trained = np.arange(length) >= length // 2
     return TokenLayout(
@@ -147,16 +154,8 @@ def _layout(random: np.random.Generator, tokens: TokenIds, routed: RoutedLayers 
         temperature=np.ones(length, dtype=np.float32),
         top_p=np.ones(length, dtype=np.float32),
         top_k=np.zeros(length, dtype=np.int32),
-        routing=None if routed is None else _rows(random, length, routed),
+        routing=None,
     )
-
-
-def _rows(random: np.random.Generator, length: int, routed: RoutedLayers) -> RoutingRows:
-    shape = routed.shape
-    scores = random.random((length, shape.num_layers, shape.num_experts))
-    valid = np.zeros((length, shape.num_layers), dtype=np.bool_)
-    valid[:, list(routed.layers)] = True
-    return RoutingRows.of(np.argsort(scores, axis=-1)[..., : shape.top_k].astype(shape.dtype), valid)
 
 
 def _backend(model: Path, replay: ReplayMode) -> HFBackend:

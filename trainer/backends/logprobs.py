@@ -36,6 +36,11 @@ class Sampled(NamedTuple):
     top_p: Tensor | None = None
     top_k: Tensor | None = None
 
+    @property
+    def has_limits(self) -> bool:
+        """Whether some token's set is not the whole vocabulary."""
+        return self.top_p is not None or self.top_k is not None
+
     def rows(self, rows: slice) -> Sampled:
         """Those of a chunk of positions."""
         return Sampled(*(None if values is None else values[rows] for values in self))  # type: ignore[arg-type]
@@ -53,9 +58,7 @@ class _ChunkedScores(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits_SV: Tensor, sampled: Sampled, entropy_gradient: bool) -> tuple[Tensor, Tensor]:
-        parts = [
-            _scores(_logprobs(logits_SV[rows], sampled.rows(rows)), sampled.labels[rows]) for rows in _chunks(logits_SV)
-        ]
+        parts = [_scores(logits_SV[rows], sampled.rows(rows)) for rows in _chunks(logits_SV)]
         logprobs_S, entropy_S = (torch.cat(column) for column in zip(*parts, strict=True))
         ctx.save_for_backward(logits_SV, *sampled)
         ctx.set_materialize_grads(False)
@@ -69,15 +72,15 @@ class _ChunkedScores(torch.autograd.Function):
         grad_logits_SV = torch.zeros_like(logits_SV) if grad_logprobs_S is None else torch.empty_like(logits_SV)
         for rows in _chunks(logits_SV):
             part = sampled.rows(rows)
-            logprobs_CV = _logprobs(logits_SV[rows], part)
-            grad_CV = torch.zeros_like(logprobs_CV)
+            scaled_CV = _scaled(logits_SV[rows], part)
+            probs_CV = torch.softmax(scaled_CV, -1)
+            grad_CV = torch.zeros_like(probs_CV)
             if grad_logprobs_S is not None:
                 grad_C1 = grad_logprobs_S[rows, None]
-                grad_CV = logprobs_CV.exp().mul_(-grad_C1).scatter_add_(1, part.labels[:, None], grad_C1)
+                grad_CV = (probs_CV * -grad_C1).scatter_add_(1, part.labels[:, None], grad_C1)
             if grad_entropy_S is not None:
-                weighted_CV = _plogp(logprobs_CV)
-                entropy_C1 = -weighted_CV.sum(-1, keepdim=True)
-                grad_CV -= grad_entropy_S[rows, None] * (weighted_CV + logprobs_CV.exp() * entropy_C1)
+                plogp_CV = _plogp(probs_CV, torch.log_softmax(scaled_CV, -1), part)
+                grad_CV -= grad_entropy_S[rows, None] * (plogp_CV - probs_CV * plogp_CV.sum(-1, keepdim=True))
             if part.temperature is not None:
                 grad_CV /= part.temperature[:, None]
             grad_logits_SV[rows] = grad_CV
@@ -91,23 +94,27 @@ def _chunks(logits_SV: Tensor) -> list[slice]:
     return [slice(start, start + step) for start in range(0, max(num_positions, 1), step)]
 
 
-def _scores(logprobs_CV: Tensor, labels_C: Tensor) -> tuple[Tensor, Tensor]:
-    return logprobs_CV.gather(1, labels_C[:, None])[:, 0], -_plogp(logprobs_CV).sum(-1)
+def _scores(logits_CV: Tensor, sampled: Sampled) -> tuple[Tensor, Tensor]:
+    logprobs_CV = torch.log_softmax(_scaled(logits_CV, sampled), -1)
+    entropy_C = -_plogp(logprobs_CV.exp(), logprobs_CV, sampled).sum(-1)
+    return logprobs_CV.gather(1, sampled.labels[:, None])[:, 0], entropy_C
 
 
-def _plogp(logprobs_CV: Tensor) -> Tensor:
+def _plogp(probs_CV: Tensor, logprobs_CV: Tensor, sampled: Sampled) -> Tensor:
     """`p log p`, 0 where a token is not in the kept set."""
-    return torch.special.entr(logprobs_CV.exp()).neg_()
+    if sampled.has_limits:
+        logprobs_CV = logprobs_CV.masked_fill(logprobs_CV == -torch.inf, 0.0)
+    return probs_CV * logprobs_CV
 
 
-def _logprobs(logits_CV: Tensor, sampled: Sampled) -> Tensor:
-    """float32[C, V], normalised over the kept set, -inf outside."""
+def _scaled(logits_CV: Tensor, sampled: Sampled) -> Tensor:
+    """float32[C, V]: the logits of the sampled distribution, -inf outside of the kept set."""
     scaled_CV = logits_CV.float()
     if sampled.temperature is not None:
         scaled_CV = scaled_CV / sampled.temperature[:, None]
-    if sampled.top_p is not None or sampled.top_k is not None:
+    if sampled.has_limits:
         scaled_CV = scaled_CV.masked_fill(~kept_set(scaled_CV, sampled), -torch.inf)
-    return torch.log_softmax(scaled_CV, dim=-1)
+    return scaled_CV
 
 
 def kept_set(scaled_CV: Tensor, sampled: Sampled) -> Tensor:
