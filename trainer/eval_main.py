@@ -39,6 +39,7 @@ from trainer.rollouts.controller import RolloutController, Sandboxes, verdict_of
 from trainer.rollouts.recipe import Recipe, load_recipe
 from trainer.rollouts.settings import RolloutSettings
 from trainer.rollouts.tasks import Task
+from trainer.sandboxes import open_sandboxes
 from trainer.settings import TrainSettings
 
 FILE_VERSION = 1
@@ -186,9 +187,6 @@ async def _open_sandboxes(plan: Plan) -> AsyncIterator[Sandboxes]:
     if not plan.recipe.tools:
         yield _NoSandboxes()
         return
-    # Only here, because the trainer's composition root brings torch along, which an evaluation does without.
-    from trainer.main import open_sandboxes
-
     async with open_sandboxes(plan.settings) as sandboxes:
         yield sandboxes
 

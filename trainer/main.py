@@ -10,8 +10,8 @@ import asyncio
 import signal
 import sys
 import tomllib
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
 
@@ -23,14 +23,13 @@ from gateway.client import GatewayClient
 from gateway.contracts.errors import ConfigurationError
 from gateway.contracts.ports import WeightTransport
 from gateway.contracts.settings import engine_key, load_settings, settings_toml
-from sandbox.drivers import make_driver
-from sandbox.pool import SandboxPool
 from trainer.algorithms.advantages import make_estimator
 from trainer.algorithms.aggregation import make_aggregation
 from trainer.algorithms.objective import Objective
 from trainer.algorithms.policy_objective import PolicyObjective
 from trainer.backends.hf import HFBackend
 from trainer.backends.protocol import TrainBackend
+from trainer.backends.ranks import PolicySettings
 from trainer.checkpoint import CheckpointStore, RunState
 from trainer.connection import open_gateway
 from trainer.data.source import RolloutSource
@@ -44,6 +43,7 @@ from trainer.publish import Publisher
 from trainer.rollouts.controller import RolloutController, Sandboxes
 from trainer.rollouts.recipe import Recipe, load_recipe
 from trainer.samples import SampleLog, tokenizer_decode
+from trainer.sandboxes import open_sandboxes
 from trainer.settings import EngineSettings, ReplayMode, TrainSettings
 from trainer.sinks import RunMetrics, make_sinks
 from trainer.training_report import write_report
@@ -94,7 +94,7 @@ def run_batch_again(settings: TrainSettings, file: Path) -> str:
     """What `--replay-batch` prints: a kept step run again on its checkpoint, in this process alone."""
     torch.set_num_threads(settings.run.threads)
     objective = PolicyObjective(settings.loss)
-    backend = make_backend(settings, needs_reference=objective.needs_reference)
+    backend = make_own_backend(settings, needs_reference=objective.needs_reference)
     return replay_batch(backend, objective, file, checkpoints=settings.run.dir / "checkpoints")
 
 
@@ -235,8 +235,27 @@ class RecipeRollouts:
         return evaluation_of(eval_figures(records, samples=samples), policy_version)
 
 
-def make_backend(settings: TrainSettings, *, needs_reference: bool) -> HFBackend:
+def make_backend(settings: TrainSettings, *, needs_reference: bool) -> TrainBackend:
     """The backend that the settings name, its model loaded."""
+    if settings.parallel.processes == 1:
+        return make_own_backend(settings, needs_reference=needs_reference)
+    from trainer.cluster import ClusterBackend  # Ray takes seconds to import, and one process needs none
+
+    policy = PolicySettings(
+        model=settings.model,
+        optimizer=settings.optimizer,
+        parallel=settings.parallel,
+        replay=settings.replay.mode,
+        seed=settings.run.seed,
+        lora=settings.lora,
+        num_updates=settings.run.steps * settings.batch.minibatches,
+        needs_reference=needs_reference,
+    )
+    return ClusterBackend(policy, threads=settings.run.threads)
+
+
+def make_own_backend(settings: TrainSettings, *, needs_reference: bool) -> HFBackend:
+    """The backend of this process alone, however many the settings name."""
     return HFBackend(
         settings.model,
         settings.optimizer,
@@ -277,20 +296,6 @@ async def check_experts(gateway: GatewayClient, mode: ReplayMode) -> None:
             "engines with --enable-return-routed-experts, and the gateway with --require routed_experts, or set "
             "replay.mode to off"
         )
-
-
-@asynccontextmanager
-async def open_sandboxes(settings: TrainSettings) -> AsyncIterator[SandboxPool]:
-    """As many as there are rollouts at once; they end with the block."""
-    driver = make_driver(settings.sandbox.driver)
-    try:
-        pool = SandboxPool(driver, size=settings.rollouts.concurrency)
-        try:
-            yield pool
-        finally:
-            await pool.aclose()
-    finally:
-        await driver.aclose()
 
 
 def _make_transport(engines: EngineSettings) -> WeightTransport:
