@@ -62,8 +62,10 @@ def _mixtral(shape: MoeShape, common: Mapping[str, Any]) -> PretrainedConfig:
 
 
 def _olmoe(shape: MoeShape, common: Mapping[str, Any]) -> PretrainedConfig:
-    """Queries and keys are normalised over all heads; gates are not renormalised."""
-    return OlmoeConfig(**(common | {"intermediate_size": shape.expert_size}), num_experts=shape.num_experts)
+    """Queries and keys are normalised over all heads, of which there are as many keys as queries; gates are not
+    renormalised."""
+    sizes = {"intermediate_size": shape.expert_size, "num_key_value_heads": common["num_attention_heads"]}
+    return OlmoeConfig(**(common | sizes), num_experts=shape.num_experts)
 
 
 def _granite(shape: MoeShape, common: Mapping[str, Any]) -> PretrainedConfig:
