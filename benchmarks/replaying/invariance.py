@@ -7,16 +7,17 @@ replay matters, and old log-probs that stand off the live ones, so that clips an
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from benchmarks.replaying.checkpoints import MoeShape, make_moe, perturbed_routers
-from trainer.algorithms.losses import PolicyObjective
+from trainer.algorithms.policy_objective import PolicyObjective
 from trainer.algorithms.settings import LossSettings
 from trainer.backends.hf import HFBackend
 from trainer.backends.protocol import TrainBackend, Update
@@ -31,6 +32,15 @@ ROUNDING = 1e-5
 _OLD_NOISE = 0.1
 _ROUTER_NOISE = 0.05
 
+Logprobs = npt.NDArray[np.float32]
+
+LOSSES: Mapping[str, LossSettings] = {
+    "ppo": LossSettings(),
+    "gspo": LossSettings(policy="gspo", clip_low=0.05, clip_high=0.05, correction="off"),
+    "cispo with tis": LossSettings(policy="cispo", correction="tis"),
+}
+"""A clip a token with tokens masked, ratios of whole sequences, and weights that carry no gradient."""
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -38,7 +48,7 @@ class Step:
 
     samples: tuple[TrainSample, ...]
     weights: tuple[SampleWeights, ...]
-    old_logprobs: tuple[np.ndarray[Any, np.dtype[np.float32]], ...]
+    old_logprobs: tuple[Logprobs, ...]
 
     def cut(self, *, tokens_per_microbatch: int) -> list[ScoredBatch]:
         """As micro-batches of at most so many tokens."""
@@ -54,12 +64,9 @@ class Step:
             tuple(self.old_logprobs[i] for i in order),
         )
 
-    def _old_of(self, batch: PackedBatch) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """Found again by the samples' tokens, which packing reorders."""
-        old_of = {s.layout.input_ids.tobytes(): old for s, old in zip(self.samples, self.old_logprobs, strict=True)}
-        starts = [*batch.sample_starts, batch.layout.num_positions]
-        keys = [batch.layout.input_ids[a:b].tobytes() for a, b in zip(starts[:-1], starts[1:], strict=True)]
-        return np.concatenate([old_of[key] for key in keys])
+    def _old_of(self, batch: PackedBatch) -> Logprobs:
+        old_of = {sample.segment_id: old for sample, old in zip(self.samples, self.old_logprobs, strict=True)}
+        return np.concatenate([old_of[origin.segment_id] for origin in batch.origins])
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,17 +105,21 @@ def run_cuts(folder: Path, *, seed: int, ranks: Sequence[int] = (1, 2, 4)) -> li
     """Every way, of one step on one model."""
     model = make_moe(folder / "model", "qwen3_moe", seed=seed, shape=MoeShape(num_experts=16, top_k=4))
     step = make_step(model, folder, seed=seed)
-    one = [replace_step for replace_step in (step,)]
     ways: list[tuple[str, Step, int]] = [
-        ("one micro-batch", one[0], 1 << 20),
+        ("one micro-batch", step, 1 << 20),
         ("one sample a micro-batch", step, 1),
         ("256 tokens a micro-batch", step, 256),
         ("512 tokens, samples shuffled", step.shuffled(seed + 1), 512),
         ("one sample a micro-batch, shuffled", step.shuffled(seed + 2), 1),
     ]
-    measured = [(name, *_updated(_hf_backend(model), s, tokens)) for name, s, tokens in ways]
-    first = measured[0]
-    return [_against(first[2], first[3], name, num, update, grad) for name, num, update, grad in measured]
+    cuts = []
+    for loss_name, loss in LOSSES.items():
+        first: _Stepped | None = None
+        for name, cut_step, tokens in ways:
+            stepped = _stepped(_hf_backend(model), cut_step, tokens, PolicyObjective(loss))
+            first = first or stepped
+            cuts.append(_against(first, stepped, f"{loss_name}, {name}"))
+    return cuts
 
 
 def make_step(model: Path, folder: Path, *, seed: int, num_samples: int = 24) -> Step:
@@ -124,11 +135,18 @@ def make_step(model: Path, folder: Path, *, seed: int, num_samples: int = 24) ->
         (recorded,), _ = other.record(pack([sample], [weights[i]], tokens_per_microbatch=1))
         samples.append(replace(sample, layout=recorded.layout))
     live = _hf_backend(model)
-    old = []
+    old, with_rollout = [], []
     for sample, weight in zip(samples, weights, strict=True):
         logprobs = live.measure(pack([sample], [weight], tokens_per_microbatch=1), replay=True).logprobs.numpy()
-        old.append((logprobs + _OLD_NOISE * rng.normal(size=logprobs.shape)).astype(np.float32))
-    return Step(tuple(samples), weights, tuple(old))
+        old.append(_off(logprobs, rng))
+        rollout_logprobs = np.full(sample.layout.num_positions, np.nan, np.float32)
+        rollout_logprobs[sample.layout.trained] = _off(old[-1], rng)
+        with_rollout.append(replace(sample, layout=replace(sample.layout, rollout_logprobs=rollout_logprobs)))
+    return Step(tuple(with_rollout), weights, tuple(old))
+
+
+def _off(logprobs_S: Logprobs, rng: np.random.Generator) -> Logprobs:
+    return (logprobs_S + _OLD_NOISE * rng.normal(size=logprobs_S.shape)).astype(np.float32)
 
 
 def _conversation(rng: np.random.Generator) -> TokenLayout:
@@ -159,13 +177,18 @@ def _hf_backend(model: Path) -> HFBackend:
     return HFBackend(ModelSettings(path=model), OptimizerSettings(grad_clip=0.0), replay=ReplayMode.R3, seed=0)
 
 
-def _updated(backend: TrainBackend, step: Step, tokens: int) -> tuple[int, Update, torch.Tensor | None]:
-    """How many micro-batches, the update, and the step's gradient."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _Stepped:
+    microbatches: int
+    update: Update
+    gradient: torch.Tensor | None
+
+
+def _stepped(backend: TrainBackend, step: Step, tokens: int, objective: PolicyObjective) -> _Stepped:
     batches = step.cut(tokens_per_microbatch=tokens)
-    objective = PolicyObjective(LossSettings(correction="off"))
     update = backend.update(batches, objective)
     try:
-        return len(batches), update, _gradient(backend)
+        return _Stepped(len(batches), update, _gradient(backend))
     finally:
         backend.close()
 
@@ -182,18 +205,17 @@ def _gradient(backend: TrainBackend) -> torch.Tensor | None:
     return torch.cat([moments[i]["exp_avg"].double().flatten() for i in sorted(moments)]) / (1 - beta1)
 
 
-def _against(
-    first: Update, first_gradient: torch.Tensor | None, name: str, num: int, update: Update, gradient: torch.Tensor | None
-) -> Cut:
-    off = None
-    if first_gradient is not None and gradient is not None:
-        off = float((gradient - first_gradient).norm() / first_gradient.norm())
+def _against(first: _Stepped, stepped: _Stepped, name: str) -> Cut:
+    gradient_difference = None
+    if first.gradient is not None and stepped.gradient is not None:
+        gradient_difference = float((stepped.gradient - first.gradient).norm() / first.gradient.norm())
+    one, other = first.update, stepped.update
     return Cut(
         name=name,
-        microbatches=num,
-        loss=update.loss,
-        grad_norm=update.grad_norm,
-        loss_difference=abs(update.loss - first.loss) / abs(first.loss),
-        grad_norm_difference=abs(update.grad_norm - first.grad_norm) / first.grad_norm,
-        gradient_difference=off,
+        microbatches=stepped.microbatches,
+        loss=other.loss,
+        grad_norm=other.grad_norm,
+        loss_difference=abs(other.loss - one.loss) / abs(one.loss),
+        grad_norm_difference=abs(other.grad_norm - one.grad_norm) / one.grad_norm,
+        gradient_difference=gradient_difference,
     )
