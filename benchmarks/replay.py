@@ -50,6 +50,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--family", action="append", metavar="NAME", help=f"parity: architecture, repeatable ({_FAMILY})")
     parser.add_argument("--mode", action="append", metavar="NAME", help="learning: off, r2, r3 (all)")
     parser.add_argument("--steps", type=int, metavar="N", help="learning: training steps (25)")
+    parser.add_argument("--warmup-steps", type=int, metavar="N", help="learning: supervised steps before (550)")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="learning: a setting of the trainer")
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="FILE", help="where the figures go")
 
@@ -159,17 +160,21 @@ def _cost(place: Place) -> bool:
 
 def _learning(place: Place) -> bool:
     """(c) The calculator run with replay off, r2 and r3. It has no target of its own: its figures are compared."""
-    from benchmarks.replaying.learning import MINIBATCHES, MODES, STEPS, run_learning, summary
+    from benchmarks.replaying.learning import MODES, STEPS, run_learning, summary
     from benchmarks.replaying.results import entries
+    from trainer.demo import DEFAULT_WARMUP_STEPS
 
     arguments = place.arguments
-    steps = arguments.steps or STEPS
+    steps, warmup_steps = arguments.steps or STEPS, arguments.warmup_steps or DEFAULT_WARMUP_STEPS
     folder = (arguments.data or LEARNING_DATA).absolute()
+    flags = ["--steps", str(steps), "--warmup-steps", str(warmup_steps)]
+    flags += [word for setting in arguments.set for word in ("--set", setting)]
     for mode in arguments.mode or MODES:
-        figures = run_learning(folder, mode=mode, seed=place.seed, steps=steps, overrides=arguments.set)
-        flags = ["--mode", mode, "--steps", str(steps), *(word for each in arguments.set for word in ("--set", each))]
-        place.keep("learning", f"{mode} seed {place.seed}", figures, *flags)
-    _tell(f"{MINIBATCHES} minibatches a step\n" + summary(entries(place.output, "learning")))
+        figures = run_learning(
+            folder, mode=mode, seed=place.seed, steps=steps, warmup_steps=warmup_steps, overrides=arguments.set
+        )
+        place.keep("learning", f"{mode} seed {place.seed}", figures, "--mode", mode, *flags)
+    _tell(summary(entries(place.output, "learning")))
     return True
 
 

@@ -44,21 +44,26 @@ _KEPT = {
 
 
 def run_learning(
-    folder: Path, *, mode: str, seed: int, steps: int, minibatches: int = MINIBATCHES, overrides: Sequence[str] = ()
+    folder: Path,
+    *,
+    mode: str,
+    seed: int,
+    steps: int,
+    warmup_steps: int = DEFAULT_WARMUP_STEPS,
+    overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """One run, or what is left of it; its figures."""
+    """One run, or what is left of it; its figures. overrides: settings of the trainer, which win over ours."""
     place = folder / f"seed-{seed}" / mode
     if not (place / "warmed-up").exists():
-        _share_warm_up(folder / f"seed-{seed}" / "warm-up", place, seed=seed)
-    settings = [f"replay.mode={mode}", f"batch.minibatches={minibatches}", *overrides]
+        _share_warm_up(folder / f"seed-{seed}" / "warm-up", place, DemoRun(seed=seed, warmup_steps=warmup_steps))
+    settings = [f"replay.mode={mode}", f"batch.minibatches={MINIBATCHES}", *overrides]
     started = time.monotonic()
-    words = ["demo", "--data", str(place), "--seed", str(seed), "--steps", str(steps)]
-    with Children(place / "learning-logs") as children:
-        children.run(words[0], [*words[1:], *(word for setting in settings for word in ("--set", setting))])
+    words = ["--data", str(place), "--steps", str(steps), *(word for each in settings for word in ("--set", each))]
+    with Children(place / "bench-logs") as children:
+        children.run("demo", words)
     figures = run_figures(place / "run" / "metrics.jsonl")
-    return {"mode": mode, "seed": seed, "minibatches": minibatches, **figures} | {
-        "seconds_of_this_call": round(time.monotonic() - started, 1)
-    }
+    seconds = round(time.monotonic() - started, 1)
+    return {"mode": mode, "warmup_steps": warmup_steps, "settings": settings, "seconds_of_this_call": seconds, **figures}
 
 
 def run_figures(file: Path) -> dict[str, Any]:
@@ -102,17 +107,16 @@ def _mean_of(values: Sequence[float | None]) -> str:
     return f"{statistics.mean(present):.4g}" if present else "none"
 
 
-def _share_warm_up(warm: Path, place: Path, *, seed: int) -> None:
+def _share_warm_up(warm: Path, place: Path, run: DemoRun) -> None:
     """The seed's warm-up, made once, as the data folder of a demo that has not begun to train."""
     if not (warm / "done").exists():
         shutil.rmtree(warm, ignore_errors=True)
-        words = ("-m", "trainer.recipes.warmup", str(warm / "model"), str(seed), str(DEFAULT_WARMUP_STEPS))
+        words = ("-m", "trainer.recipes.warmup", str(warm / "model"), str(run.seed), str(run.warmup_steps))
         with Children(warm / "logs") as children:
             for line in children.lines_of("warm-up", words):
-                step = int(line.split()[0])
-                if step % 50 == 0:
-                    sys.stderr.write(f"warm-up of seed {seed}: {line}\n")
+                if int(line.split()[0]) % 50 == 0:
+                    sys.stderr.write(f"warm-up of seed {run.seed}: {line}\n")
         (warm / "done").touch()
     shutil.copytree(warm / "model", place / "model", dirs_exist_ok=True)
-    (place / "demo.json").write_text(json.dumps(asdict(DemoRun(seed=seed, warmup_steps=DEFAULT_WARMUP_STEPS))) + "\n")
+    (place / "demo.json").write_text(json.dumps(asdict(run)) + "\n")
     (place / "warmed-up").touch()
