@@ -32,7 +32,7 @@ from trainer.backends.hf import HFBackend
 from trainer.backends.settings import ModelSettings, OptimizerSettings
 from trainer.data.assemble import assemble
 from trainer.data.packing import PackedBatch, SampleWeights, ScoredBatch, pack
-from trainer.replay.inject import RoutingReplay, recorded_rows
+from trainer.replay.inject import RoutingReplay
 from trainer.replay.validate import RoutedLayers
 from trainer.settings import ReplayMode
 
@@ -47,7 +47,7 @@ LEAST_SPEED = 1.0
 _SHAPE = MoeShape(num_layers=8, hidden_size=256, num_experts=32, top_k=4, expert_size=128, vocab_size=2048)
 _TOKENS_PER_MICROBATCH = 512
 _PAIRS = 12
-_CALLS, _CALL_BLOCKS, _CALL_POSITIONS = 50, 60, (16, 128, 512, 2048)
+_FORWARDS, _CALL_BLOCKS, _CALL_POSITIONS = 8, 60, (16, 128, 512, 2048)
 _TINY_STEP = 1e-9
 
 
@@ -108,24 +108,26 @@ def step_cost(model: Path, step: Step) -> Cost:
 
 
 def call_cost(model: Path, *, num_positions: int, seed: int) -> Cost:
-    """What replay adds to one call of a router: choosing, handing out and verifying ids, less the top-k that it saves."""
+    """What replay adds to one call of a router, less the top-k that it saves: every router once in a context of its own
+    forward, with choosing, handing out and verifying ids."""
     loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     replay = RoutingReplay.install(loaded)
     ids = torch.randint(8, 300, (1, num_positions), generator=torch.Generator().manual_seed(seed))
     with torch.no_grad(), replay.recording() as record:
         loaded(input_ids=ids)
-    rows = recorded_rows(record.ids(), replay.plan.routed)
-    router = loaded.get_submodule(replay.plan.routers[0].path)
+    rows = record.rows()
+    routers = [loaded.get_submodule(site.path) for site in replay.plan.routers]
     hidden = torch.randn(num_positions, loaded.config.hidden_size)
     seconds: dict[bool, list[float]] = {True: [], False: []}
     with torch.no_grad():
         for _ in range(_CALL_BLOCKS):
             for replays in (True, False):
-                with replay.replaying(rows) if replays else nullcontext():
-                    started = time.process_time()
-                    for _ in range(_CALLS):
-                        router(hidden)
-                    seconds[replays].append((time.process_time() - started) / _CALLS)
+                started = time.process_time()
+                for _ in range(_FORWARDS):
+                    with replay.replaying(rows) if replays else nullcontext():
+                        for router in routers:
+                            router(hidden)
+                seconds[replays].append((time.process_time() - started) / (_FORWARDS * len(routers)))
     added = [one - other for one, other in zip(seconds[True], seconds[False], strict=True)]
     return _cost(f"replay in a router call of {num_positions} positions", added, MOST_PER_CALL_SECONDS, of="seconds more")
 
