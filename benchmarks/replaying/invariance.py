@@ -21,7 +21,7 @@ from trainer.algorithms.policy_objective import PolicyObjective
 from trainer.algorithms.settings import LossSettings
 from trainer.backends.hf import HFBackend
 from trainer.backends.protocol import TrainBackend, Update
-from trainer.backends.settings import ModelSettings, OptimizerSettings
+from trainer.backends.settings import LoraSettings, ModelSettings, OptimizerSettings, ParallelSettings
 from trainer.data.assemble import TrainSample
 from trainer.data.layout import TokenLayout
 from trainer.data.packing import PackedBatch, SampleWeights, ScoredBatch, pack
@@ -31,6 +31,11 @@ ROUNDING = 1e-5
 """Largest relative difference of loss, gradient norm or gradient that counts as rounding in float32."""
 _OLD_NOISE = 0.1
 _ROUTER_NOISE = 0.05
+
+_TOKENS_OF_A_RANK = 256
+
+RANKS = ((1, 1), (2, 1), (4, 1), (2, 2))
+"""Processes, and over how many of them a layer's experts are spread."""
 
 Logprobs = npt.NDArray[np.float32]
 
@@ -101,7 +106,7 @@ class Cut:
         return asdict(self)
 
 
-def run_cuts(folder: Path, *, seed: int, ranks: Sequence[int] = (1, 2, 4)) -> list[Cut]:
+def run_cuts(folder: Path, *, seed: int, ranks: Sequence[tuple[int, int]] = RANKS) -> list[Cut]:
     """Every way, of one step on one model."""
     model = make_moe(folder / "model", "qwen3_moe", seed=seed, shape=MoeShape(num_experts=16, top_k=4))
     step = make_step(model, folder, seed=seed)
@@ -112,14 +117,38 @@ def run_cuts(folder: Path, *, seed: int, ranks: Sequence[int] = (1, 2, 4)) -> li
         ("512 tokens, samples shuffled", step.shuffled(seed + 1), 512),
         ("one sample a micro-batch, shuffled", step.shuffled(seed + 2), 1),
     ]
-    cuts = []
+    cuts, references = [], {}
     for loss_name, loss in LOSSES.items():
-        first: _Stepped | None = None
         for name, cut_step, tokens in ways:
             stepped = _stepped(_hf_backend(model), cut_step, tokens, PolicyObjective(loss))
-            first = first or stepped
+            first = references.setdefault(loss_name, stepped)
             cuts.append(_against(first, stepped, f"{loss_name}, {name}"))
+    for processes, expert_parallel in ranks:
+        name = f"{processes} ranks" + (f", experts over {expert_parallel}" if expert_parallel > 1 else "")
+        for loss_name, loss in LOSSES.items():
+            backend = _cluster(model, processes, expert_parallel)
+            stepped = _stepped(backend, step, _TOKENS_OF_A_RANK, PolicyObjective(loss))
+            cuts.append(_against(references[loss_name], stepped, f"{loss_name}, {name}"))
     return cuts
+
+
+def _cluster(model: Path, processes: int, expert_parallel: int) -> TrainBackend:
+    """Ranks as Ray actors that talk over gloo."""
+    from trainer.backends.ranks import PolicySettings
+    from trainer.cluster import ClusterBackend
+
+    return ClusterBackend(
+        PolicySettings(
+            model=ModelSettings(path=model, device="cpu"),
+            optimizer=OptimizerSettings(grad_clip=0.0),
+            parallel=ParallelSettings(processes=processes, expert_parallel=expert_parallel),
+            replay=ReplayMode.R3,
+            seed=0,
+            lora=LoraSettings(),
+            num_updates=1,
+            needs_reference=False,
+        )
+    )
 
 
 def make_step(model: Path, folder: Path, *, seed: int, num_samples: int = 24) -> Step:
@@ -174,7 +203,7 @@ def _conversation(rng: np.random.Generator) -> TokenLayout:
 
 
 def _hf_backend(model: Path) -> HFBackend:
-    return HFBackend(ModelSettings(path=model), OptimizerSettings(grad_clip=0.0), replay=ReplayMode.R3, seed=0)
+    return HFBackend(ModelSettings(path=model, device="cpu"), OptimizerSettings(grad_clip=0.0), replay=ReplayMode.R3, seed=0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
