@@ -165,7 +165,8 @@ def examine(scorer: Scorer, rollouts: Sequence[FinishedRollout], *, seed: int) -
 def _harmed(segment: Segment, harm: Harm, chosen: npt.NDArray[np.bool_], num_experts: int) -> Segment:
     if segment.routed_experts is None:
         return segment
-    return replace(segment, routed_experts=harm(segment.routed_experts.copy(), chosen, num_experts))
+    rows = harm(segment.routed_experts.copy(), chosen, num_experts)
+    return replace(segment, routed_experts=np.ascontiguousarray(rows))
 
 
 def _judged(name: str, expected: Expected, rows: int, gap: Gap, flipped_share: float, clean: Gap) -> Examined:
