@@ -41,8 +41,8 @@ class MoeShape:
     context_length: int = 2048
 
 
-WIDE = MoeShape(num_layers=8, num_experts=32, top_k=4)
-"""Eight layers that choose 4 of 32 experts: many near-ties, as in a real model."""
+WIDE = MoeShape(num_layers=8, num_experts=32, top_k=4, scale=0.12)
+"""Eight layers that choose 4 of 32 experts: many near-ties, and a gap of the size that real models have."""
 
 
 def _qwen3(shape: MoeShape, common: Mapping[str, Any]) -> PretrainedConfig:

@@ -17,7 +17,7 @@ from benchmarks.replaying.checkpoints import WIDE, make_moe, perturbed_routers
 from benchmarks.replaying.conversations import Talk, converse, embedded_engine, serving
 from benchmarks.replaying.scoring import Comparison, Scorer
 
-ROUTER_NOISE = 0.02
+ROUTER_NOISES = (0.02, 0.1)
 """In standard deviations of a router's weights."""
 LEAST_TIMES = 3.0
 """By which replay must lower KL."""
@@ -46,12 +46,11 @@ class GapRun:
 def run_gaps(folder: Path, *, seed: int, engines: Sequence[tuple[str, StartEngine]] = ()) -> list[GapRun]:
     """The embedded engine in bfloat16 and with perturbed routers; then `engines`, by name, in bfloat16."""
     model = make_moe(folder / "model", "qwen3_moe", seed=seed, shape=WIDE)
-    perturbed = perturbed_routers(model, folder / "perturbed", noise=ROUTER_NOISE, seed=seed)
-    pairs: list[tuple[str, Path, StartEngine]] = [
-        ("bfloat16 engine", model, lambda path, logs: embedded_engine(path, logs, "--dtype", "bfloat16")),
-        ("perturbed routers", perturbed, lambda path, logs: embedded_engine(path, logs, "--dtype", "float32")),
-        *((f"bfloat16 {name}", model, start) for name, start in engines),
-    ]
+    pairs: list[tuple[str, Path, StartEngine]] = [("bfloat16 embedded engine", model, _embedded("bfloat16"))]
+    for noise in ROUTER_NOISES:
+        perturbed = perturbed_routers(model, folder / f"perturbed-{noise:g}", noise=noise, seed=seed)
+        pairs.append((f"routers off by {noise:g}", perturbed, _embedded("float32")))
+    pairs += [(f"bfloat16 {name}", model, start) for name, start in engines]
     scorer = Scorer(model)
     runs = []
     for name, served, start in pairs:
@@ -61,3 +60,7 @@ def run_gaps(folder: Path, *, seed: int, engines: Sequence[tuple[str, StartEngin
             talk = Talk(name.replace(" ", "-"), seed=seed, groups=8, group_size=8)
             runs.append(GapRun(name, scorer.compare(asyncio.run(converse(gateway, talk)).rollouts)))
     return runs
+
+
+def _embedded(dtype: str) -> StartEngine:
+    return lambda model, logs: embedded_engine(model, logs, "--dtype", dtype)

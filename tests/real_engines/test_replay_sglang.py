@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.replaying.checkpoints import MoeShape, make_moe
+from benchmarks.replaying.checkpoints import WIDE, make_moe
 from benchmarks.replaying.conversations import Talk, converse, serving
 from benchmarks.replaying.corruption import examine
 from benchmarks.replaying.gap import LEAST_TIMES
@@ -17,8 +17,6 @@ from benchmarks.replaying.parity import SERVED_FAMILIES, SGLANG, real_engine, ru
 from benchmarks.replaying.scoring import Scorer
 
 pytestmark = [pytest.mark.real_engine, pytest.mark.timeout(600)]
-
-WIDE = MoeShape(num_layers=8, num_experts=32, top_k=4)
 
 
 @pytest.mark.parametrize("family", SERVED_FAMILIES["sglang"])
