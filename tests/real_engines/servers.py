@@ -28,14 +28,14 @@ VLLM_ENVIRONMENT = {
 
 
 @contextmanager
-def real_sglang(checkpoint: Path, log: Path) -> Iterator[str]:
-    """The address of SGLang 0.5.23 serving `checkpoint` in float32 with routing."""
-    flags = [
+def real_sglang(checkpoint: Path, log: Path, *flags: str) -> Iterator[str]:
+    """The address of SGLang 0.5.23 serving `checkpoint` in float32 with routing, with `flags` on top."""
+    fixed = [
         "--model-path", str(checkpoint), "--served-model-name", "tiny", "--device", "cpu", "--attention-backend",
         "torch_native", "--sampling-backend", "pytorch", "--disable-overlap-schedule", "--disable-cuda-graph",
         "--max-total-tokens", "20000", "--dtype", "float32", "--enable-return-routed-experts",
     ]  # fmt: skip
-    with _serving("sglang", [str(HERE / "launch_sglang.py"), *flags], {}, log) as url:
+    with _serving("sglang", [str(HERE / "launch_sglang.py"), *fixed, *flags], {}, log) as url:
         yield url
 
 

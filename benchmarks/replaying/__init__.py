@@ -1,0 +1,1 @@
+"""What `verbatim bench replay` consists of."""
