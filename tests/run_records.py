@@ -52,6 +52,8 @@ METRICS = StepMetrics(
     peak_device_bytes=None,
     seconds={phase.value: 0.5 for phase in Phase},
     dropped_by={"stale": 2},
+    dropped_tokens_by={"stale": 5},
+    left_out_by={"undelivered": 2},
     shares={"dual_clipped": 0.01},
 )
 """A step in which everything was measured but what needs a reference policy or an accelerator."""

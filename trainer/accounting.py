@@ -96,6 +96,8 @@ def step_metrics(
         peak_device_bytes=max((u.device_bytes for u in updates if u.device_bytes is not None), default=None),
         seconds=seconds,
         dropped_by=batch.dropped_by,
+        dropped_tokens_by=batch.dropped_tokens_by,
+        left_out_by=batch.left_out_by,
         shares=shares,
     )
 

@@ -139,7 +139,7 @@ class _Scale:
     def of(cls, lines: Sequence[Values], *, log: bool, zero: bool) -> _Scale:
         values = [value for line in lines for value in line if value is not None and _is_finite(value)]
         low, high = min(values), max(values)
-        if log and low > 0 and high / low > 20:
+        if log and not zero and low > 0 and high / low > 20:
             return cls(10 ** math.floor(math.log10(low)), 10 ** math.ceil(math.log10(high)), True)
         largest = max(abs(low), abs(high))
         is_constant = high - low <= 1e-9 * largest

@@ -31,7 +31,7 @@ class StepMetrics:
 
     Tokens (I3): tokens_sampled of the rollouts that entered, by the gateway's account, is tokens_trained (labels that a
     loss was computed on) + tokens_left_out (by the gateway's pick or the trainer's masks). tokens_dropped: sampled in
-    dropped rollouts.
+    dropped rollouts. left_out_by and dropped_tokens_by count these tokens by reason.
 
     Update: updates is their number; loss and grad_norm (before clipping) are their means, learning_rate is the last's.
     clipped_low_share, clipped_high_share: tokens whose ratio was held at that bound; masked_share: tokens that the
@@ -93,6 +93,8 @@ class StepMetrics:
     peak_device_bytes: int | None
     seconds: Mapping[str, float] = field(default_factory=dict)
     dropped_by: Mapping[str, int] = field(default_factory=dict)
+    dropped_tokens_by: Mapping[str, int] = field(default_factory=dict)
+    left_out_by: Mapping[str, int] = field(default_factory=dict)
     shares: Mapping[str, float] = field(default_factory=dict)
 
     @property

@@ -252,6 +252,8 @@ def _sections(run: Run) -> list[tuple[str, list[DrawnChart]]]:
                 ),
                 mapping("Tokens", _token_accounts, order=("trained", "left out", "of dropped rollouts")),
                 mapping("Dropped rollouts by reason", lambda m: m.dropped_by),
+                mapping("Tokens of dropped rollouts by reason", lambda m: m.dropped_tokens_by),
+                mapping("Tokens left out by reason", lambda m: m.left_out_by),
                 chart(
                     "Groups",
                     ("all", lambda m: m.groups),

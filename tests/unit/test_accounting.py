@@ -9,9 +9,12 @@ import pytest
 import torch
 
 from gateway.contracts.errors import IntegrityError
+from tests.packed_batches import a_batch
 from trainer.accounting import step_metrics
 from trainer.backends.protocol import Measured, Update
-from trainer.data.batch import StepBatch
+from trainer.data.assemble import TrainSample
+from trainer.data.batch import Minibatch, StepBatch
+from trainer.data.packing import SampleWeights
 from trainer.metrics import StepMetrics
 from trainer.phases import Phase, PhaseClock
 from trainer.replay.verify import RoutingReport
@@ -30,16 +33,22 @@ def update(tokens: Measured, **shares: float) -> Update:
     return Update(loss=0.5, grad_norm=2.0, learning_rate=1e-6, shares=shares, measured=tokens)
 
 
+def minibatch(num_tokens: int) -> Minibatch:
+    sample = TrainSample("s", "seg", a_batch((2 * num_tokens,)).layout)
+    return Minibatch((sample,), (SampleWeights(1.0, 1.0),))
+
+
 def batch(**changes: object) -> StepBatch:
     fields = {
-        "minibatches": (),
+        "minibatches": (minibatch(4),),
         "rollouts": 3,
         "groups": 2,
         "zero_variance_groups": 1,
         "dropped_by": {"stale": 2},
+        "dropped_tokens_by": {"stale": 7},
+        "left_out_by": {"undelivered": 1},
         "tokens_sampled": 5,
-        "tokens_left_out": 1,
-        "tokens_dropped": 7,
+        "tokens_trained": 4,
         "staleness_mean": 0.5,
         "staleness_max": 1,
         "rewards": (0.0, 1.0, 0.5),
@@ -79,6 +88,8 @@ def test_figures_are_over_all_tokens_of_all_updates() -> None:
     assert metrics.tokens_per_second == 4 / 2.0
     assert metrics.peak_device_bytes == 9
     assert metrics.peak_rss_bytes > 2**20
+    assert (metrics.tokens_left_out, dict(metrics.left_out_by)) == (1, {"undelivered": 1})
+    assert (metrics.tokens_dropped, dict(metrics.dropped_tokens_by)) == (7, {"stale": 7})
 
 
 FOUR = measured(0.1, 0.1, 0.1, 0.1)
@@ -118,17 +129,17 @@ def test_under_r2_the_recorded_forward_is_the_live_one_and_the_update_replays() 
     assert metrics.kl_without_replay == pytest.approx(k3(0.3), abs=1e-6)
 
 
-@pytest.mark.parametrize("tokens_left_out", [0, 2])
-def test_a_token_that_is_neither_trained_nor_left_out_stops_the_step(tokens_left_out: int) -> None:
+@pytest.mark.parametrize("num_tokens", [3, 5])
+def test_a_token_that_the_updates_lost_or_trained_twice_stops_the_step(num_tokens: int) -> None:
     """I3."""
-    with pytest.raises(IntegrityError, match=r"step 3: 5 tokens were sampled, 4 trained and . left out"):
-        account(batch(tokens_left_out=tokens_left_out), [update(FOUR)])
+    with pytest.raises(IntegrityError, match=r"step 3: 5 tokens were sampled, . trained and 1 left out"):
+        account(batch(), [update(measured(*[0.1] * num_tokens))])
 
 
 def test_a_step_without_a_sample_has_counts_and_no_means() -> None:
     empty = batch(
-        rollouts=0, groups=0, tokens_sampled=0, tokens_left_out=0, rewards=(), response_tokens=(), turns=(),
-        staleness_mean=None, staleness_max=None,
+        minibatches=(), rollouts=0, groups=0, tokens_sampled=0, tokens_trained=0, left_out_by={}, rewards=(),
+        response_tokens=(), turns=(), staleness_mean=None, staleness_max=None,
     )  # fmt: skip
     metrics = account(empty, [])
     assert (metrics.updates, metrics.tokens_trained, metrics.dropped_rollouts) == (0, 0, 2)
