@@ -82,8 +82,11 @@ class Learner:
             packed = self._packed(batch)
         with clock.phase(Phase.MEASURE):
             old = self._before(packed)
-        with clock.phase(Phase.REFERENCE):
-            reference = self._reference(old.minibatches)
+        reference = None
+        if self._objective.needs_reference:
+            with clock.phase(Phase.REFERENCE):
+                everything = _joined(old.minibatches)
+                reference = self._backend.measure(everything, replay=False, policy=Policy.REFERENCE)
         with clock.phase(Phase.UPDATE):
             scored = _scored(old.minibatches, old.before, reference)
             updates = tuple(self._update(scored[: number + 1]) for number in range(len(scored)))
@@ -97,7 +100,7 @@ class Learner:
 
     def _before(self, minibatches: Minibatches) -> _Old:
         """The old policy's log-probs and routing, as far as somebody needs them."""
-        everything = [batch for minibatch in minibatches for batch in minibatch]
+        everything = _joined(minibatches)
         if self._replay is ReplayMode.R2:
             recorded, measured = self._backend.record(everything)
             return _Old(_cut_like(minibatches, recorded), measured, measured)
@@ -105,12 +108,6 @@ class Learner:
         if len(minibatches) == 1:
             return _Old(minibatches, None, live)
         return _Old(minibatches, self._backend.measure(everything, replay=self._replay is ReplayMode.R3), live)
-
-    def _reference(self, minibatches: Minibatches) -> Measured | None:
-        if not self._objective.needs_reference:
-            return None
-        everything = [batch for minibatch in minibatches for batch in minibatch]
-        return self._backend.measure(everything, replay=False, policy=Policy.REFERENCE)
 
     def _update(self, minibatches: Sequence[Sequence[ScoredBatch]]) -> Update:
         """One optimiser step with the last of these."""
@@ -122,6 +119,10 @@ class Learner:
         if update.shares.get(Share.UNRECORDED) == 1.0:
             raise TrainingError("no token has a rollout log-prob: nothing was learnt (does the engine return them?)")
         return update
+
+
+def _joined(minibatches: Minibatches) -> list[PackedBatch]:
+    return [batch for minibatch in minibatches for batch in minibatch]
 
 
 def _cut_like(minibatches: Minibatches, batches: Sequence[PackedBatch]) -> Minibatches:

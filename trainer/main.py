@@ -113,7 +113,12 @@ async def run_training(settings: TrainSettings, progress: Progress) -> RunState:
         await _check_pick(gateway, settings.batch.pick)
         await check_experts(gateway, settings.replay.mode)
         objective = PolicyObjective(settings.loss)
-        backend = await asyncio.to_thread(make_backend, settings, needs_reference=objective.needs_reference)
+        backend = await asyncio.to_thread(
+            make_backend,
+            settings,
+            needs_reference=objective.needs_reference,
+            on_microbatch=progress.microbatches,
+        )
         stack.callback(backend.close)
         rollouts = RecipeRollouts(settings, gateway, sandboxes, recipe, progress)
         await rollouts.abandon_open_sessions()
@@ -235,10 +240,12 @@ class RecipeRollouts:
         return evaluation_of(eval_figures(records, samples=samples), policy_version)
 
 
-def make_backend(settings: TrainSettings, *, needs_reference: bool) -> TrainBackend:
-    """The backend that the settings name, its model loaded."""
+def make_backend(
+    settings: TrainSettings, *, needs_reference: bool, on_microbatch: Callable[[int, int], None] | None = None
+) -> TrainBackend:
+    """The backend that the settings name, its model loaded; on_microbatch hears of this process's, not of ranks'."""
     if settings.parallel.processes == 1:
-        return make_own_backend(settings, needs_reference=needs_reference)
+        return make_own_backend(settings, needs_reference=needs_reference, on_microbatch=on_microbatch)
     from trainer.cluster import ClusterBackend  # Ray takes seconds to import, and one process needs none
 
     policy = PolicySettings(
@@ -254,7 +261,9 @@ def make_backend(settings: TrainSettings, *, needs_reference: bool) -> TrainBack
     return ClusterBackend(policy, threads=settings.run.threads)
 
 
-def make_own_backend(settings: TrainSettings, *, needs_reference: bool) -> HFBackend:
+def make_own_backend(
+    settings: TrainSettings, *, needs_reference: bool, on_microbatch: Callable[[int, int], None] | None = None
+) -> HFBackend:
     """The backend of this process alone, however many the settings name."""
     return HFBackend(
         settings.model,
@@ -264,6 +273,7 @@ def make_own_backend(settings: TrainSettings, *, needs_reference: bool) -> HFBac
         lora=settings.lora,
         num_updates=settings.run.steps * settings.batch.minibatches,
         needs_reference=needs_reference,
+        on_microbatch=on_microbatch,
     )
 
 
