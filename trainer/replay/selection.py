@@ -166,8 +166,10 @@ class AnsweringMode(TorchFunctionMode):
         super().__exit__(*exception)
 
     def _leave(self) -> None:
+        if not self._leaves_early or torch.compiler.is_compiling():
+            return
         is_alone = _torch._len_torch_function_stack() == 0 and _torch._get_torch_function_state() == _ENABLED
-        if self._leaves_early and is_alone and self.num_alike == self._selection.num_alike:
+        if is_alone and self.num_alike == self._selection.num_alike:
             self._has_left = True
             _torch._set_torch_function_state(_DISABLED)
 
