@@ -1,0 +1,183 @@
+"""FullySharded: a policy cut over processes, by FSDP2 `fully_shard` and expert parallelism.
+
+    all ranks        every weight is cut over all of them; a layer's are gathered while it runs
+    dp x ep          experts: `ep` ranks own a block each (expert_parallel.py), cut over the `dp` ranks of one block
+
+Every rank runs micro-batches of its own, and gradients are *sums* over ranks: a step's global denominators are in the
+tokens' weights. Ranks meet in every layer, so all must run the same number of forwards and backwards in one order.
+Needs the default process group (gloo or nccl); knows nothing of who started the ranks.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_loader import load as load_shares
+from torch.distributed.checkpoint.state_dict_saver import save as save_shares
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate
+from torch.optim import Optimizer
+
+from gateway.contracts.errors import ConfigurationError
+from trainer.backends.expert_parallel import spread_experts
+
+_SHARES_FOLDER = "shares"
+_COMMON_FILE = "common.pt"
+_LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.\d+$")
+
+
+class FullySharded:
+    """The meshes of one run, the same on every rank."""
+
+    casts = True
+
+    def __init__(self, *, device: torch.device, compute_dtype: torch.dtype, expert_parallel: int) -> None:
+        """Collective: every rank of the default process group must come here. Forwards compute in `compute_dtype`;
+        weights keep their own, and gradients are summed in float32."""
+        self.num_ranks = dist.get_world_size()
+        self.rank = dist.get_rank()
+        self._device = device
+        self._policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+        self._all = init_device_mesh(device.type, (self.num_ranks, 1), mesh_dim_names=("all", "single"))
+        self._experts: DeviceMesh | None = None
+        if expert_parallel > 1:
+            shape = (self.num_ranks // expert_parallel, expert_parallel)
+            self._experts = init_device_mesh(device.type, shape, mesh_dim_names=("dp", "ep"))
+
+    def shard(self, model: Any) -> Any:
+        """Cut a model that is the same on all ranks, in place.
+
+        Raises ConfigurationError where experts cannot be spread.
+        """
+        if self._experts is not None:
+            for experts in spread_experts(model, self._experts["ep"], self._all["single"]):
+                self._cut(experts, self._experts["dp"])
+        for layer in _decoder_layers(model):
+            self._cut(layer, self._all["all"])
+        self._cut(model, self._all["all"])
+        return model
+
+    def parameter_groups(self, parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+        """Those cut over one mesh together: experts, and all others."""
+        groups: dict[Any, list[nn.Parameter]] = {}
+        for parameter in parameters:
+            mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+            groups.setdefault(mesh, []).append(parameter)
+        return list(groups.values())
+
+    def total(self, values: Tensor) -> Tensor:
+        """`values` summed over the ranks."""
+        summed = values.to(self._device, copy=True)
+        dist.all_reduce(summed)
+        return summed.to(values.device)
+
+    def clip(self, parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
+        """Scale gradients so that their global norm is at most `limit` (0: leave them); returns the norm before.
+
+        Every element of a gradient lies on exactly one rank, whichever mesh it is cut over.
+        """
+        gradients = [_local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+        square = torch.zeros((), dtype=torch.float64, device=self._device)
+        for gradient in gradients:
+            square += torch.linalg.vector_norm(gradient).double().square()
+        norm = self.total(square).sqrt()
+        if limit > 0:
+            # The factor of torch.nn.utils.clip_grads_with_norm_, which cannot be given tensors of two meshes.
+            factor = (limit / (norm + 1e-6)).clamp(max=1.0)
+            for gradient in gradients:
+                gradient.mul_(factor.to(gradient.dtype))
+        return norm
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """A tensor gathered from all ranks, which must all ask for it: in host memory on rank 0, empty elsewhere.
+
+        Dimension by dimension of its mesh, the outer first: the inner cut, by expert, was made before it.
+        """
+        gathered: Any = tensor.detach()
+        if isinstance(gathered, DTensor):
+            placements = list(gathered.placements)
+            for dimension in range(len(placements)):
+                placements[dimension] = Replicate()
+                gathered = gathered.redistribute(placements=placements)
+            gathered = gathered.to_local()
+        return gathered.cpu() if self.rank == 0 else gathered.new_empty(0, device="cpu")
+
+    def save(
+        self, folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer, rest: dict[str, Any]
+    ) -> None:
+        """Each rank writes its own shares into `folder`, which all ranks must see; rank 0 what all have in common."""
+        save_shares(_shares(parameters, optimizer), checkpoint_id=folder / _SHARES_FOLDER)
+        if self.rank == 0:
+            groups = [{key: group[key] for key in group if key != "params"} for group in optimizer.param_groups]
+            torch.save({"rest": rest, "groups": groups}, folder / _COMMON_FILE)
+
+    def load(self, folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> dict[str, Any]:
+        """Take up what `save` wrote, bit for bit; with another number of ranks too.
+
+        Raises ConfigurationError for other parameters, and for a checkpoint of one process.
+        """
+        if not (folder / _COMMON_FILE).is_file():
+            raise ConfigurationError(
+                f"checkpoint {folder} was not written by several processes (no {_COMMON_FILE} in it): go on with "
+                "parallel.processes = 1, or start a new run from its exported policy"
+            )
+        shares = _shares(parameters, optimizer)
+        try:
+            load_shares(shares, checkpoint_id=folder / _SHARES_FOLDER)
+        except CheckpointException as error:
+            reason = next(iter(error.failures.values()))[0]
+            raise ConfigurationError(f"checkpoint {folder} is not of this model: {reason}") from error
+        for name, parameter in parameters.items():
+            optimizer.state[parameter] = {key: shares[key][name] for key in _fresh_moments(parameter)}
+        common = torch.load(folder / _COMMON_FILE, weights_only=True)
+        for group, stored in zip(optimizer.param_groups, common["groups"], strict=True):
+            group.update(stored)
+        rest: dict[str, Any] = common["rest"]
+        return rest
+
+    def _cut(self, module: nn.Module, mesh: DeviceMesh) -> None:
+        """FSDP2 takes means over the ranks of a mesh by default, which are others for experts; these are sums."""
+        sharded = fully_shard(module, mesh=mesh, mp_policy=self._policy)
+        sharded.set_gradient_divide_factor(1.0)
+        sharded.set_force_sum_reduction_for_comms(True)  # without it a factor is a reduction that gloo does not know
+
+
+def _decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers that weights are gathered for, one at a time; inner ones (a layer of a layer) are part of theirs."""
+    found: dict[str, nn.Module] = {}
+    for path, module in model.named_modules():
+        if _LAYER.search(path) and not any(path.startswith(f"{outer}.") for outer in found):
+            found[path] = module
+    return list(found.values())
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _shares(parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> dict[str, dict[str, Tensor]]:
+    """This rank's shares of parameters and of AdamW's moments, by kind and name; a load writes into them."""
+    shares: dict[str, dict[str, Tensor]] = {"parameters": {}}
+    for name, parameter in parameters.items():
+        shares["parameters"][name] = parameter.detach()
+        fresh = _fresh_moments(parameter)
+        for key, value in (optimizer.state.get(parameter) or fresh).items():
+            shares.setdefault(key, {})[name] = value
+    return shares
+
+
+def _fresh_moments(parameter: nn.Parameter) -> dict[str, Tensor]:
+    """AdamW's state before its first step."""
+    return {
+        "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+        "exp_avg": torch.zeros_like(parameter, requires_grad=False),
+        "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
+    }
