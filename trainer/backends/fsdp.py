@@ -11,7 +11,7 @@ Needs the default process group (gloo or nccl); knows nothing of who started the
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,12 @@ class FullySharded:
         summed = values.to(self._device, copy=True)
         dist.all_reduce(summed)
         return summed.to(values.device)
+
+    def union(self, names: Iterable[str]) -> list[str]:
+        """The names that any rank has, in one order."""
+        of_ranks: list[list[str]] = [[] for _ in range(self.num_ranks)]
+        dist.all_gather_object(of_ranks, list(names))
+        return sorted({name for one in of_ranks for name in one})
 
     def clip(self, parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
         """Scale gradients so that their global norm is at most `limit` (0: leave them); returns the norm before.
