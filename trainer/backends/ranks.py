@@ -67,7 +67,7 @@ class RankScores(NamedTuple):
 
 
 class RankUpdate(NamedTuple):
-    """One optimiser step: `scores` of the rank's own tokens, `device_bytes` of its own device, the rest of all ranks."""
+    """One optimiser step: `scores` of the rank's own tokens, `device_bytes` of its device, the rest of all ranks."""
 
     scores: RankScores
     loss: float
