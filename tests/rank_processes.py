@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import multiprocessing
+import socket
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from trainer.backends.ranks import join_ranks, listening_socket
+from trainer.backends.hf import HFBackend
+from trainer.backends.ranks import PolicySettings, join_ranks, listening_socket
 from trainer.data.assemble import TrainSample
 from trainer.data.layout import TokenLayout
 from trainer.data.packing import PackedBatch, SampleWeights, ScoredBatch, pack
@@ -23,7 +26,7 @@ NUM_EXPERTS, TOP_K, NUM_LAYERS = 8, 2, 4
 
 
 def made_batches(*, num_samples: int, tokens: int, seed: int = 0) -> tuple[PackedBatch, ...]:
-    """Micro-batches of random samples of several lengths, with random routing of which some rows may not be replayed."""
+    """Micro-batches of random samples of several lengths, with random routing, of which a tenth may not be replayed."""
     random = np.random.default_rng(seed)
     samples = [_sample(random, index, 5 + 3 * index) for index in range(num_samples)]
     weights = [SampleWeights(advantage=float(random.normal()), weight=0.02) for _ in samples]
@@ -58,34 +61,38 @@ def _sample(random: np.random.Generator, index: int, num_positions: int) -> Trai
     return TrainSample(f"s{index}", f"g{index}", layout)
 
 
+def one_process(settings: PolicySettings) -> HFBackend:
+    """What ranks are compared with."""
+    return HFBackend(
+        settings.model,
+        settings.optimizer,
+        replay=settings.replay,
+        seed=settings.seed,
+        lora=settings.lora,
+        num_updates=settings.num_updates,
+        needs_reference=settings.needs_reference,
+    )
+
+
 def run_ranks(num_ranks: int, work: Callable[..., None], *arguments: Any) -> None:
     """`work(rank, *arguments)` in as many processes, which form the default process group; returns when all ended.
 
-    An exception of any rank is raised here.
+    An exception of any rank is raised here. Processes are forked from a server that has imported this module once.
     """
-    listener = listening_socket(LOOPBACK)
-    port = listener.getsockname()[1]
-    listener.close()
-    mp.spawn(_one_rank, (num_ranks, port, work, arguments), nprocs=num_ranks)
+    with listening_socket(LOOPBACK) as listener:
+        port = listener.getsockname()[1]
+    multiprocessing.set_forkserver_preload([__name__])
+    mp.start_processes(
+        _one_rank, (num_ranks, port, work, arguments), nprocs=num_ranks, join=True, start_method="forkserver"
+    )
 
 
 def _one_rank(rank: int, num_ranks: int, port: int, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    with _ranks_joined(rank, num_ranks, port):
-        work(rank, *arguments)
-
-
-@contextmanager
-def _ranks_joined(rank: int, num_ranks: int, port: int) -> Iterator[None]:
-    import socket
-    import warnings
-
     warnings.simplefilter("error")
     torch.set_num_threads(1)
-    listener = None
-    if rank == 0:
-        listener = socket.create_server((LOOPBACK, port))
+    listener = socket.create_server((LOOPBACK, port)) if rank == 0 else None
     join_ranks(rank, num_ranks, host=LOOPBACK, port=port, device=torch.device("cpu"), listener=listener)
     try:
-        yield
+        work(rank, *arguments)
     finally:
         dist.destroy_process_group()

@@ -28,6 +28,8 @@ from trainer.backends.ranks import Deal, PolicySettings, RankBackend, RankFacts,
 from trainer.data.packing import PackedBatch, ScoredBatch
 from trainer.replay.validate import RoutedLayers
 
+_START_SECONDS = 300.0
+"""How long Ray may take to find room for the ranks and to start their processes."""
 _OTHERS_SECONDS = 5.0
 """How long after a first failure the other ranks' own word is waited for, to tell cause from consequence."""
 
@@ -239,9 +241,20 @@ class ClusterBackend:
         one where they can."""
         actor = self._ray.remote(RankActor).options(num_cpus=threads, num_gpus=int(on_gpu), max_restarts=0)
         self._actors = [actor.remote(threads) for _ in range(num_ranks)]
-        nodes = self._results("start", [actor.node.remote() for actor in self._actors])
+        calls = [actor.node.remote() for actor in self._actors]
+        started, missing = self._ray.wait(calls, num_returns=num_ranks, timeout=_START_SECONDS)
+        if missing:
+            raise ConfigurationError(
+                f"parallel.processes {num_ranks}: only {len(started)} ranks started within {_START_SECONDS:g} s; each "
+                f"needs {threads} CPU{' and a GPU' if on_gpu else ''} of Ray, which has {self._room()} free"
+            )
+        nodes = self._results("start", calls)
         order = sorted(range(num_ranks), key=lambda index: nodes[index])
         return [self._actors[index] for index in order]
+
+    def _room(self) -> str:
+        free = self._ray.available_resources()
+        return ", ".join(f"{free.get(kind, 0.0):g} {kind}" for kind in ("CPU", "GPU"))
 
     def _joined(self, settings: PolicySettings) -> RankFacts:
         first: Any = self._actors[0]

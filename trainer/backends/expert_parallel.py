@@ -48,6 +48,11 @@ def expert_modules(model: nn.Module, *, num_ranks: int) -> dict[str, nn.Module]:
     if not found:
         raise ConfigurationError(f"parallel.expert_parallel {num_ranks}: {name} has no experts to spread; set it to 1")
     for path, module in found.items():
+        if "forward" in vars(module):
+            raise ConfigurationError(
+                f"parallel.expert_parallel {num_ranks}: routing of {name} is verified at the inputs of {path}, which "
+                "do not stay on one rank; set it to 1"
+            )
         num_experts = int(module.num_experts)  # type: ignore[arg-type]
         for weight_name, weight in module.named_parameters(recurse=False):
             if weight.shape[0] != num_experts:

@@ -122,8 +122,9 @@ class FullySharded:
         """Each rank writes its own shares into `folder`, which all ranks must see; rank 0 what all have in common."""
         save_shares(_shares(parameters, optimizer), checkpoint_id=folder / _SHARES_FOLDER)
         if self.rank == 0:
-            groups = [{key: group[key] for key in group if key != "params"} for group in optimizer.param_groups]
-            torch.save({"rest": rest, "groups": groups}, folder / _COMMON_FILE)
+            # Groups differ in their meshes only, of which another number of ranks has others.
+            group = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
+            torch.save({"rest": rest, "group": group}, folder / _COMMON_FILE)
 
     def load(self, folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> dict[str, Any]:
         """Take up what `save` wrote, bit for bit; with another number of ranks too.
@@ -144,8 +145,8 @@ class FullySharded:
         for name, parameter in parameters.items():
             optimizer.state[parameter] = {key: shares[key][name] for key in _fresh_moments(parameter)}
         common = torch.load(folder / _COMMON_FILE, weights_only=True)
-        for group, stored in zip(optimizer.param_groups, common["groups"], strict=True):
-            group.update(stored)
+        for group in optimizer.param_groups:
+            group.update(common["group"])
         rest: dict[str, Any] = common["rest"]
         return rest
 

@@ -30,7 +30,7 @@ from trainer.backends.model import choose_device
 from trainer.backends.protocol import Measured, Policy, Update
 from trainer.backends.settings import LoraSettings, ModelSettings, OptimizerSettings, ParallelSettings
 from trainer.data.layout import TokenLayout
-from trainer.data.packing import PackedBatch, ScoredBatch
+from trainer.data.packing import PackedBatch, SampleOrigin, ScoredBatch
 from trainer.replay.padding import padding_rows
 from trainer.replay.rows import RoutingRows
 from trainer.replay.validate import RoutedLayers
@@ -246,6 +246,7 @@ def padding_batch(routed: RoutedLayers | None, expert_parallel: int) -> PackedBa
         sample_index=zeros,
         advantages=ones * 0.0,
         weights=ones * 0.0,
+        origins=(SampleOrigin("", ""),),
     )
 
 
