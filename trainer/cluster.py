@@ -139,6 +139,7 @@ class ClusterBackend:
             self._owns_ray = False
 
     def _dealt(self, batches: Sequence[PackedBatch]) -> Deal:
+        self._check_alive()
         if not batches:
             raise TrainingError("there is no micro-batch to run")
         return Deal(batches, len(self._actors))
@@ -148,12 +149,15 @@ class ClusterBackend:
 
     def _each(self, method: str, arguments: Sequence[tuple[Any, ...]], **options: Any) -> list[Any]:
         """The method's results on all ranks, called at once with each rank's own arguments."""
-        if not self._actors:
-            raise TrainingError(f"{method}: the ranks have ended; start a new run from the last checkpoint")
+        self._check_alive()
         return self._results(
             method,
             [actor.call.remote(method, *one, **options) for actor, one in zip(self._actors, arguments, strict=True)],
         )
+
+    def _check_alive(self) -> None:
+        if not self._actors:
+            raise TrainingError("the ranks have ended; go on from the last checkpoint with a new backend")
 
     def _results(self, what: str, calls: list[Any]) -> list[Any]:
         """Results in the order of ranks. After a failure nothing runs any more, unless all ranks say NonFiniteLoss."""

@@ -66,12 +66,13 @@ class FullySharded:
         return model
 
     def parameter_groups(self, parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
-        """Those cut over one mesh together: experts, and all others."""
-        groups: dict[Any, list[nn.Parameter]] = {}
-        for parameter in parameters:
-            mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
-            groups.setdefault(mesh, []).append(parameter)
-        return list(groups.values())
+        """Those cut over all ranks, and experts that are spread, which one kernel does not take together. Always two
+        groups, of which one may be empty: schedules are saved by group, for any number of ranks."""
+        spread = [isinstance(one, DTensor) and one.device_mesh.ndim > 1 for one in parameters]
+        return [
+            [one for one, is_spread in zip(parameters, spread, strict=True) if is_spread is wanted]
+            for wanted in (False, True)
+        ]
 
     def total(self, values: Tensor) -> Tensor:
         """`values` summed over the ranks."""

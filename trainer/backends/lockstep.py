@@ -15,7 +15,7 @@ def deal(sizes: Sequence[int], num_ranks: int) -> tuple[tuple[int | None, ...], 
     Deterministic. Within a round the largest goes to the rank that has the fewest tokens so far.
 
     >>> deal([5, 9, 4], num_ranks=2)
-    ((1, 2), (0, None))
+    ((1, None), (0, 2))
     """
     rounds: list[list[int | None]] = [[] for _ in range(num_ranks)]
     load = [0] * num_ranks
