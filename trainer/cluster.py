@@ -179,7 +179,11 @@ class ClusterBackend:
         rank, failure = min(failures.items(), key=lambda item: self._remoteness(item[1]))
         if isinstance(failure, VerbatimError):
             raise failure
-        raise TrainingError(f"{what}: rank {rank} of {num_ranks} failed, and the others were ended: {_line(failure)}")
+        if isinstance(failure, self._ray.exceptions.RayActorError):
+            reason = "died (killed, out of memory, or crashed; Ray's logs of its process say more)"
+        else:
+            reason = f"failed ({_line(failure)})"
+        raise TrainingError(f"{what}: rank {rank} of {num_ranks} {reason}, and the others were ended")
 
     def _failure(self, call: Any) -> Exception | None:
         """What a finished call raised, in the rank; None if it returned."""
@@ -270,5 +274,5 @@ class ClusterBackend:
 
 
 def _line(error: Exception) -> str:
-    """The last line of what Ray says, or of a rank's own error."""
-    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+    """What kind of error, and the first line of what it says."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"

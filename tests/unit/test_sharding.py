@@ -58,6 +58,7 @@ class RankResult:
     updates: tuple[RankUpdate, ...]
     single: RankUpdate
     weights: Mapping[str, Tensor]
+    reference: RankScores | None
     refused_non_finite: bool
     resumes_equal: bool
 
@@ -67,6 +68,7 @@ class Expected:
     """The same in one process."""
 
     measured: Measured
+    without_replay: Measured
     gradients: Mapping[str, Tensor]
     updates: tuple[Update, ...]
     single: Update
@@ -76,7 +78,11 @@ class Expected:
 CASES: Mapping[str, dict[str, Any]] = {
     "2 ranks": {"parallel": ParallelSettings(2, 1)},
     "2 ranks, experts spread, live routers": {"parallel": ParallelSettings(2, 2), "replay": ReplayMode.OFF},
-    "2 ranks, experts spread, adapters": {"parallel": ParallelSettings(2, 2), "lora": LoraSettings(rank=4)},
+    "2 ranks, experts spread, adapters": {
+        "parallel": ParallelSettings(2, 2),
+        "lora": LoraSettings(rank=4),
+        "needs_reference": True,
+    },
     "4 ranks, experts spread, layers computed again": {"parallel": ParallelSettings(4, 2)},
 }
 
@@ -117,6 +123,9 @@ def run_case(rank: int, settings: PolicySettings, folder: Path) -> None:
     backend.save(folder / "checkpoint")
     second = backend.update(scored, rounds, PPO)
     weights = whole_weights(backend)
+    reference = None
+    if settings.needs_reference:
+        reference = backend.measure(mine, rounds, replay=False, policy=Policy.REFERENCE)
     alone = Deal(BATCHES[:1], settings.parallel.processes)
     single = backend.update(alone.of(scored_batches(BATCHES)[:1])[rank], alone.num_rounds, PPO)
 
@@ -126,7 +135,7 @@ def run_case(rank: int, settings: PolicySettings, folder: Path) -> None:
     equal = (resumed.loss, resumed.grad_norm) == (second.loss, second.grad_norm)
     resumed_weights = whole_weights(other)
     equal &= all(torch.equal(weights[name], resumed_weights[name]) for name in weights)
-    result = RankResult(before, gradients, (first, second), single, weights, refused, equal)
+    result = RankResult(before, gradients, (first, second), single, weights, reference, refused, equal)
     torch.save(result, folder / f"rank-{rank}.pt")
 
 
@@ -157,13 +166,13 @@ def whole_weights(backend: RankBackend) -> dict[str, Tensor]:
 
 def expected_of(settings: PolicySettings) -> Expected:
     backend = one_process(settings)
-    measured = backend.measure(BATCHES, replay=True)
+    measured, without_replay = (backend.measure(BATCHES, replay=replay) for replay in (True, False))
     backend.accumulate(scored_batches(BATCHES), PPO)
     gradients = {name: grad_of(parameter).clone() for name, parameter in backend._masters.by_name.items()}
     updates = tuple(backend.update(scored_batches(BATCHES), PPO) for _ in range(2))
     weights = {name: tensor.clone() for name, tensor in backend.policy_state().items()}
     single = backend.update(scored_batches(BATCHES)[:1], PPO)
-    return Expected(measured, gradients, updates, single, weights)
+    return Expected(measured, without_replay, gradients, updates, single, weights)
 
 
 @dataclass(frozen=True)
@@ -260,6 +269,14 @@ def test_a_loss_that_is_not_finite_is_refused_by_all_ranks_before_any_weight_cha
 @each_case
 def test_ranks_go_on_from_their_checkpoint_bit_for_bit(outcomes: Outcomes, case: str) -> None:
     assert all(result.resumes_equal for result in outcomes[case].ranks)
+
+
+def test_the_reference_of_adapters_is_the_sharded_model_without_them(outcomes: Outcomes) -> None:
+    outcome = outcomes["2 ranks, experts spread, adapters"]
+    scores = [result.reference for result in outcome.ranks if result.reference is not None]
+    reference = outcome.dealt.measured(scores).logprobs
+    untrained = outcome.expected.without_replay
+    assert torch.allclose(reference, untrained.logprobs, atol=LOGPROB_TOLERANCE, rtol=0.0)
 
 
 def test_a_checkpoint_of_four_ranks_is_taken_up_by_two(outcomes: Outcomes, tiny_model: Path, tmp_path: Path) -> None:
