@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from trainer.replay.validate import RoutedLayers
 
 _START_SECONDS = 300.0
 """How long Ray may take to find room for the ranks and to start their processes."""
+_CONNECT_SECONDS = 10.0
 _OTHERS_SECONDS = 5.0
 """How long after a first failure the other ranks' own word is waited for, to tell cause from consequence."""
 
@@ -217,6 +219,8 @@ class ClusterBackend:
             ) from error
         if ray.is_initialized():
             return ray
+        if address is not None:
+            _check_reachable(address)
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         if address is None:
             options |= {"address": "local", "num_cpus": num_cpus, "include_dashboard": False}
@@ -271,6 +275,20 @@ class ClusterBackend:
         calls = [actor.join.remote(rank, host, port, settings) for rank, actor in enumerate(self._actors)]
         facts: list[RankFacts] = self._results("load", calls)
         return facts[0]
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself tries for minutes before it gives up on HOST:PORT; other forms (auto, ray://…) are left to it.
+
+    Raises ConfigurationError.
+    """
+    host, _colon, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigurationError(f"parallel.address {address}: nothing answers there ({error})") from error
 
 
 def _line(error: Exception) -> str:
