@@ -24,7 +24,7 @@ _FAMILY = "qwen3_moe"
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Of one measurement: a folder for all that it makes, its seed, where its figures go and the words that ask for it."""
+    """Of one measurement: a folder for all that it makes, its seed, where its figures go, and what was asked for."""
 
     folder: Path
     seed: int
@@ -47,11 +47,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--engine", action="append", metavar="NAME", help="parity and gap: sglang, vllm (those that are installed)"
     )
-    parser.add_argument("--family", action="append", metavar="NAME", help=f"parity: architecture, repeatable ({_FAMILY})")
+    parser.add_argument(
+        "--family", action="append", metavar="NAME", help=f"parity: architecture, repeatable ({_FAMILY})"
+    )
     parser.add_argument("--mode", action="append", metavar="NAME", help="learning: off, r2, r3 (all)")
     parser.add_argument("--steps", type=int, metavar="N", help="learning: training steps (25)")
     parser.add_argument("--warmup-steps", type=int, metavar="N", help="learning: supervised steps before (550)")
-    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="learning: a setting of the trainer")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="A.B=C", help="learning: a setting of the trainer"
+    )
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="FILE", help="where the figures go")
 
 
@@ -139,11 +143,12 @@ def _invariance(place: Place) -> bool:
     """(d) One step, cut into micro-batches and ranks in many ways."""
     from benchmarks.replaying.invariance import run_cuts
 
-    cuts = run_cuts(place.folder, seed=place.seed)
-    for cut in cuts:
+    holds = True
+    for cut in run_cuts(place.folder, seed=place.seed):
         _tell(cut.line())
         place.keep("invariance", cut.name, cut.figures() | {"holds": cut.holds})
-    return all(cut.holds for cut in cuts)
+        holds &= cut.holds
+    return holds
 
 
 def _cost(place: Place) -> bool:

@@ -1,7 +1,7 @@
 """Agents that talk to a gateway, and what the feed then hands to a trainer.
 
-    talk ──chat──▶ gateway ──▶ engine          Talk says how; sessions of a group open alike, so that prefixes are cached
-    rollouts ◀──feed── gateway                 as `verbatim train` reads them: leased, whole groups, decoded
+talk ──chat──▶ gateway ──▶ engine          Talk says how; sessions of a group open alike, so prefixes are cached
+rollouts ◀──feed── gateway                 as `verbatim train` reads them: leased, whole groups, decoded
 """
 
 from __future__ import annotations

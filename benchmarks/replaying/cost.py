@@ -129,7 +129,9 @@ def call_cost(model: Path, *, num_positions: int, seed: int) -> Cost:
                             router(hidden)
                 seconds[replays].append((time.process_time() - started) / (_FORWARDS * len(routers)))
     added = [one - other for one, other in zip(seconds[True], seconds[False], strict=True)]
-    return _cost(f"replay in a router call of {num_positions} positions", added, MOST_PER_CALL_SECONDS, of="seconds more")
+    return _cost(
+        f"replay in a router call of {num_positions} positions", added, MOST_PER_CALL_SECONDS, of="seconds more"
+    )
 
 
 def memory_cost(*, seed: int, num_rollouts: int = 8, num_tokens: int = 6000) -> Cost:
@@ -158,7 +160,9 @@ def step_speed(model: Path, step: Step) -> Cost:
     batches = step.cut(tokens_per_microbatch=_TOKENS_PER_MICROBATCH)
     ours, plain = _backend(model, ReplayMode.R3), PlainLoop(model)
     objective = PolicyObjective(LossSettings(correction="off"))
-    ratios = _ratios(lambda: plain.update([scored.batch for scored in batches]), lambda: ours.update(batches, objective))
+    ratios = _ratios(
+        lambda: plain.update([scored.batch for scored in batches]), lambda: ours.update(batches, objective)
+    )
     return _cost("tokens a second", ratios, LEAST_SPEED, at_most=False, of="times those of a plain loop")
 
 

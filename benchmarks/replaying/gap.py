@@ -1,7 +1,7 @@
 """How far an engine is from its trainer, with the engine's routing replayed and without.
 
-Two gaps that real stacks have: the engine computes in bfloat16 and the trainer in float32, and the engine's routers have
-other weights than the trainer's (a policy some steps old; here: noise on every router).
+Two gaps that real stacks have: the engine computes in bfloat16 and the trainer in float32, and the engine's routers
+have other weights than the trainer's (a policy some steps old; here: noise on every router).
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ replay matters, and old log-probs that stand off the live ones, so that clips an
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,7 @@ class Cut:
         return asdict(self)
 
 
-def run_cuts(folder: Path, *, seed: int, ranks: Sequence[tuple[int, int]] = RANKS) -> list[Cut]:
+def run_cuts(folder: Path, *, seed: int, ranks: Sequence[tuple[int, int]] = RANKS) -> Iterator[Cut]:
     """Every way, of one step on one model."""
     model = make_moe(folder / "model", "qwen3_moe", seed=seed, shape=MoeShape(num_experts=16, top_k=4))
     step = make_step(model, folder, seed=seed)
@@ -117,19 +117,18 @@ def run_cuts(folder: Path, *, seed: int, ranks: Sequence[tuple[int, int]] = RANK
         ("512 tokens, samples shuffled", step.shuffled(seed + 1), 512),
         ("one sample a micro-batch, shuffled", step.shuffled(seed + 2), 1),
     ]
-    cuts, references = [], {}
+    references: dict[str, _Stepped] = {}
     for loss_name, loss in LOSSES.items():
         for name, cut_step, tokens in ways:
             stepped = _stepped(_hf_backend(model), cut_step, tokens, PolicyObjective(loss))
             first = references.setdefault(loss_name, stepped)
-            cuts.append(_against(first, stepped, f"{loss_name}, {name}"))
+            yield _against(first, stepped, f"{loss_name}, {name}")
     for processes, expert_parallel in ranks:
         name = f"{processes} ranks" + (f", experts over {expert_parallel}" if expert_parallel > 1 else "")
         for loss_name, loss in LOSSES.items():
             backend = _cluster(model, processes, expert_parallel)
             stepped = _stepped(backend, step, _TOKENS_OF_A_RANK, PolicyObjective(loss))
-            cuts.append(_against(references[loss_name], stepped, f"{loss_name}, {name}"))
-    return cuts
+            yield _against(references[loss_name], stepped, f"{loss_name}, {name}")
 
 
 def _cluster(model: Path, processes: int, expert_parallel: int) -> TrainBackend:
@@ -181,10 +180,7 @@ def _off(logprobs_S: Logprobs, rng: np.random.Generator) -> Logprobs:
 def _conversation(rng: np.random.Generator) -> TokenLayout:
     """Turns of 5 to 30 prompt tokens and 5 to 40 sampled ones."""
     mask = np.concatenate(
-        [
-            np.repeat([False, True], [rng.integers(5, 30), rng.integers(5, 40)])
-            for _ in range(int(rng.integers(1, 5)))
-        ]
+        [np.repeat([False, True], [rng.integers(5, 30), rng.integers(5, 40)]) for _ in range(int(rng.integers(1, 5)))]
     )
     ids = rng.integers(8, 300, len(mask)).astype(np.int32)
     trained, num = mask[1:], len(mask) - 1
@@ -203,7 +199,9 @@ def _conversation(rng: np.random.Generator) -> TokenLayout:
 
 
 def _hf_backend(model: Path) -> HFBackend:
-    return HFBackend(ModelSettings(path=model, device="cpu"), OptimizerSettings(grad_clip=0.0), replay=ReplayMode.R3, seed=0)
+    return HFBackend(
+        ModelSettings(path=model, device="cpu"), OptimizerSettings(grad_clip=0.0), replay=ReplayMode.R3, seed=0
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

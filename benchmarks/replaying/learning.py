@@ -63,7 +63,13 @@ def run_learning(
         children.run("demo", words)
     figures = run_figures(place / "run" / "metrics.jsonl")
     seconds = round(time.monotonic() - started, 1)
-    return {"mode": mode, "warmup_steps": warmup_steps, "settings": settings, "seconds_of_this_call": seconds, **figures}
+    return {
+        "mode": mode,
+        "warmup_steps": warmup_steps,
+        "settings": settings,
+        "seconds_of_this_call": seconds,
+        **figures,
+    }
 
 
 def run_figures(file: Path) -> dict[str, Any]:
@@ -93,7 +99,9 @@ def summary(runs: Mapping[str, Mapping[str, Any]]) -> str:
             before, after = (
                 _mean_of([run[name] for run in mine]) for name in ("held_out_reward_before", "held_out_reward_after")
             )
-            lines.append(f"{mode:4} seeds {seeds}: held-out reward {before} → {after}, last steps: {', '.join(shown)}\n")
+            lines.append(
+                f"{mode:4} seeds {seeds}: held-out reward {before} → {after}, last steps: {', '.join(shown)}\n"
+            )
     return "".join(lines)
 
 

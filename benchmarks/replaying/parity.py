@@ -1,7 +1,7 @@
 """Log-probs of a real engine in float32 against those of the trainer that replays its routing.
 
-    real SGLang or vLLM ◀── gateway ◀── conversations          several temperatures, cached prefixes, edited histories
-                               └─feed─▶ assemble ▶ pack ▶ HFBackend.measure under replay: equal within TOLERANCE
+real SGLang or vLLM ◀── gateway ◀── conversations          several temperatures, cached prefixes, edited histories
+                           └─feed─▶ assemble ▶ pack ▶ HFBackend.measure under replay: equal within TOLERANCE
 """
 
 from __future__ import annotations
@@ -38,9 +38,7 @@ class RealEngine:
 
 SGLANG = RealEngine("sglang", "sglang")
 VLLM_RAW = RealEngine("vllm raw", "vllm", _VLLM_ROUTING)
-VLLM_PROCESSED = RealEngine(
-    "vllm processed", "vllm", (*_VLLM_ROUTING, "--logprobs-mode", "processed_logprobs")
-)
+VLLM_PROCESSED = RealEngine("vllm processed", "vllm", (*_VLLM_ROUTING, "--logprobs-mode", "processed_logprobs"))
 ENGINES: Mapping[str, RealEngine] = {engine.name: engine for engine in (SGLANG, VLLM_RAW, VLLM_PROCESSED)}
 
 SERVED_FAMILIES: Mapping[str, tuple[str, ...]] = {

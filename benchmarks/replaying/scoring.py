@@ -75,8 +75,8 @@ class Comparison:
     def lines(self, name: str) -> str:
         """For people."""
         return f"{name}: {self.times_less_kl:.2f} times less KL with replay\n" + "".join(
-            f"    {way:14} KL {gap.kl:.3e}  F(2) {gap.f2:.2e}  F(1.2) {gap.f1_2:.2e}  |difference| {gap.max_difference:.1e}"
-            f" at most, {gap.mean_difference:.1e} on average  {gap.tokens} tokens"
+            f"    {way:14} KL {gap.kl:.3e}  F(2) {gap.f2:.2e}  F(1.2) {gap.f1_2:.2e}  "
+            f"|difference| {gap.max_difference:.1e} at most, {gap.mean_difference:.1e} on average  {gap.tokens} tokens"
             f"  {gap.verified} of {gap.rows} rows verified, {gap.flipped} of {gap.compared} flipped\n"
             for way, gap in (("with replay", self.replay), ("without", self.live))
         )
