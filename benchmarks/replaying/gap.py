@@ -7,7 +7,7 @@ have other weights than the trainer's (a policy some steps old; here: noise on e
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +43,7 @@ class GapRun:
         return self.comparison.figures()
 
 
-def run_gaps(folder: Path, *, seed: int, engines: Sequence[tuple[str, StartEngine]] = ()) -> list[GapRun]:
+def run_gaps(folder: Path, *, seed: int, engines: Sequence[tuple[str, StartEngine]] = ()) -> Iterator[GapRun]:
     """The embedded engine in bfloat16 and with perturbed routers; then `engines`, by name, in bfloat16."""
     model = make_moe(folder / "model", "qwen3_moe", seed=seed, shape=WIDE)
     pairs: list[tuple[str, Path, StartEngine]] = [("bfloat16 embedded engine", model, _embedded("bfloat16"))]
@@ -52,14 +52,13 @@ def run_gaps(folder: Path, *, seed: int, engines: Sequence[tuple[str, StartEngin
         pairs.append((f"routers off by {noise:g}", perturbed, _embedded("float32")))
     pairs += [(f"bfloat16 {name}", model, start) for name, start in engines]
     scorer = Scorer(model)
-    runs = []
     for name, served, start in pairs:
         place = folder / name.replace(" ", "-")
         # The gateway is told of the folder that the engine serves: it refuses an engine of another model.
         with start(served, place) as engine, serving(served, f"sglang={engine}", place) as gateway:
             talk = Talk(name.replace(" ", "-"), seed=seed, groups=8, group_size=8)
-            runs.append(GapRun(name, scorer.compare(asyncio.run(converse(gateway, talk)).rollouts)))
-    return runs
+            heard = asyncio.run(converse(gateway, talk))
+        yield GapRun(name, scorer.compare(heard.rollouts))
 
 
 def _embedded(dtype: str) -> StartEngine:
