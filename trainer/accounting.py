@@ -31,16 +31,16 @@ def step_metrics(
     """The account of one step; `step` and `policy_version` are those after it, `seconds` of its phases so far.
 
     with_replay: all tokens before the first update, under the routing that trains, where the step measured that; else
-    the updates' own forwards stand for it. without_replay: the same tokens through the live router.
+    the updates' own forwards stand for it; with r2 it is the forward that was recorded, which chose those experts by
+    itself. without_replay: the same tokens through the live router.
     Raises IntegrityError if a sampled token is neither trained nor left out, or both (I3).
     """
     trained = _Forwards.of([update.measured for update in updates])
     measured = _Forwards.of([] if with_replay is None else [with_replay])
     live = _Forwards.of([] if without_replay is None else [without_replay])
-    # With r2 the forward before the update is the one that is recorded, through the live router.
-    before = measured if measured.routing.replayed else trained
-    if not before.routing.replayed:  # replay off, a dense model, or nothing recorded: these are the live router's
-        before, live = _Forwards.of([]), next((each for each in (live, measured) if each.num_tokens), trained)
+    before = measured if measured.num_tokens else trained
+    if not trained.routing.replayed:  # replay off, a dense model, or nothing recorded: these are the live router's
+        before, live = _Forwards.of([]), live if live.num_tokens else before
     if batch.tokens_sampled != trained.num_tokens + batch.tokens_left_out:
         raise IntegrityError(
             f"step {step}: {batch.tokens_sampled} tokens were sampled, {trained.num_tokens} trained and "

@@ -31,6 +31,9 @@ from trainer.settings import ReplayMode
 PPO: Objective = PolicyObjective(LossSettings())
 BATCHES = made_batches(num_samples=9, tokens=30)
 """An odd number of micro-batches, of several lengths."""
+WITH_REFERENCE: Objective = PolicyObjective(LossSettings(kl_coefficient=0.1))
+ONE_BATCH = tuple(replace(scored, ref_logprobs=scored.old_logprobs) for scored in scored_batches(BATCHES[:1]))
+"""Less than there are ranks, under a loss that padding has no reference for."""
 
 LOGPROB_TOLERANCE = 5e-6
 GRADIENT_TOLERANCE = 1e-6
@@ -127,7 +130,7 @@ def run_case(rank: int, settings: PolicySettings, folder: Path) -> None:
     if settings.needs_reference:
         reference = backend.measure(mine, rounds, replay=False, policy=Policy.REFERENCE)
     alone = Deal(BATCHES[:1], settings.parallel.processes)
-    single = backend.update(alone.of(scored_batches(BATCHES)[:1])[rank], alone.num_rounds, PPO)
+    single = backend.update(alone.of(ONE_BATCH)[rank], alone.num_rounds, WITH_REFERENCE)
 
     other = RankBackend(replace(settings, seed=99))
     other.load(folder / "checkpoint")
@@ -171,7 +174,7 @@ def expected_of(settings: PolicySettings) -> Expected:
     gradients = {name: grad_of(parameter).clone() for name, parameter in backend._masters.by_name.items()}
     updates = tuple(backend.update(scored_batches(BATCHES), PPO) for _ in range(2))
     weights = {name: tensor.clone() for name, tensor in backend.policy_state().items()}
-    single = backend.update(scored_batches(BATCHES)[:1], PPO)
+    single = backend.update(ONE_BATCH, WITH_REFERENCE)
     return Expected(measured, without_replay, gradients, updates, single, weights)
 
 

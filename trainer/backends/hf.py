@@ -275,9 +275,9 @@ class HFBackend:
     def _loss(
         self, scored: ScoredBatch, live: TokenScores, objective: Objective
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        terms = objective(LiveTokens(live.logprobs, live.entropy), self._forward.trained_tokens(scored, live))
         if not scored.batch.layout.num_trained:
-            return live.logprobs.sum(), terms.shares  # 0 with a graph: other ranks wait for this one's backward pass
+            return live.logprobs.sum(), {}  # 0 with a graph: other ranks wait for this one's backward pass
+        terms = objective(LiveTokens(live.logprobs, live.entropy), self._forward.trained_tokens(scored, live))
         return (terms.loss * self._forward.weights(scored.batch)).sum(), terms.shares
 
     def _measure_reference(self, batches: Sequence[PackedBatch]) -> Measured:
