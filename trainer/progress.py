@@ -187,6 +187,8 @@ def evaluation_line(evaluation: Evaluation) -> str:
         f"policy {evaluation.policy_version}  held-out reward {_figure(evaluation.reward_mean)} "
         f"on {evaluation.num_tasks} tasks"
     )
+    if evaluation.num_failed:
+        line += f" ({evaluation.num_failed} attempts have no score: see their sessions' outcomes)"
     if evaluation.pass_at_1 is None:
         return line
     interval = "" if evaluation.ci_low is None else f" [{_figure(evaluation.ci_low)}, {_figure(evaluation.ci_high)}]"

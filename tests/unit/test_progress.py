@@ -92,3 +92,5 @@ def test_lines_say_what_matters() -> None:
     assert "dropped" not in step_line(replace(METRICS, dropped_by={}), 5)
     assert "correct 0.4 [0.2, 0.6]" in evaluation_line(EVALUATION)
     assert "correct" not in evaluation_line(replace(EVALUATION, pass_at_1=None))
+    assert "3 attempts have no score" in evaluation_line(replace(EVALUATION, num_failed=3))
+    assert "no score" not in evaluation_line(replace(EVALUATION, num_failed=0))
