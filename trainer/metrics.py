@@ -26,7 +26,7 @@ class StepMetrics:
 
     Rollouts: rollouts, groups, reward_*, response_tokens_* (sampled in one rollout) and turns_mean are of the rollouts
     that entered the step; reward_std is the population's. zero_variance_groups: whose rewards are all equal.
-    dropped_rollouts did not enter, dropped_by counts them by `DropReason`. staleness: policy versions that trained
+    dropped_rollouts did not enter, dropped_by counts them by `Reason`. staleness: policy versions that trained
     tokens were behind.
 
     Tokens (I3): tokens_sampled of the rollouts that entered, by the gateway's account, is tokens_trained (labels that a

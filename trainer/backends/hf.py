@@ -30,7 +30,7 @@ from trainer.backends.forward import ModelForward
 from trainer.backends.logprobs import TokenScores
 from trainer.backends.lora import adapters_off, add_adapters, base_model, merged_state
 from trainer.backends.model import choose_device, is_dense, load_model, packing_holds, recompute_layers
-from trainer.backends.optimizer import MasterWeights, make_optimizer
+from trainer.backends.optimizer import MasterWeights, make_optimizer, resume_schedule
 from trainer.backends.protocol import Measured, Policy, Update
 from trainer.backends.settings import LoraSettings, ModelSettings, OptimizerSettings
 from trainer.backends.sharding import Sharding, WholeModel
@@ -233,7 +233,7 @@ class HFBackend:
         """Take up what `save` wrote; raises ConfigurationError if it is of another model or other adapters."""
         rest = self._sharding.load(folder, self._masters.by_name, self._optimizer)
         self._masters.round_to_model()
-        self._schedule.load_state_dict(rest["schedule"])
+        resume_schedule(self._schedule, rest["schedule"])
         torch.set_rng_state(rest["torch_rng"])
         if rest["cuda_rng"] is not None and self._device.type == "cuda":
             torch.cuda.set_rng_state(rest["cuda_rng"], self._device)
