@@ -154,12 +154,12 @@ class HFBackend:
 
         Raises NonFiniteLoss, TrainingError without a trained token; parameters and optimiser are then as before.
         """
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
         return self.step(self.accumulate(batches, objective))
 
     def accumulate(self, batches: Sequence[ScoredBatch], objective: Objective) -> Accumulated:
         """Gradients of this process's micro-batches, from zero."""
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
         self._zero_gradients()
         loss = torch.zeros((), dtype=torch.float64, device=self._device)
         shares: dict[str, Tensor] = {}

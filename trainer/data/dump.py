@@ -109,6 +109,7 @@ def _taken_apart(scored: ScoredBatch) -> tuple[dict[str, npt.NDArray[Any]], dict
         "sample_starts": batch.sample_starts,
         "origins": batch.origins,
         "num_chunks": None if rows is None else len(rows.chunks),
+        "padding": [] if rows is None else list(rows.padding),
         "scores": [name for name in ("old_logprobs", "ref_logprobs") if name in arrays],
     }
 
@@ -121,7 +122,9 @@ def _put_together(tensors: Any, prefix: str, about: Mapping[str, Any]) -> Scored
     if about["num_chunks"] is not None:
         chunks = range(about["num_chunks"])
         routing = RoutingRows(
-            tuple(array(f"routing.{c}") for c in chunks), tuple(array(f"valid_bits.{c}") for c in chunks)
+            tuple(array(f"routing.{c}") for c in chunks),
+            tuple(array(f"valid_bits.{c}") for c in chunks),
+            tuple(about["padding"]),
         )
     batch = PackedBatch(
         layout=TokenLayout(**{name: array(name) for name in _ARRAYS}, routing=routing),
