@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gateway.contracts.errors import ConfigurationError
-from trainer.json_lines import write_synced
+from trainer.durable import write_text
 from trainer.metrics import Evaluation, MetricsLog, StepMetrics, evaluation_figures, figures
 from trainer.wandb_sink import WandbSink
 
@@ -190,7 +190,4 @@ class _ToldFile:
         return json.loads(self._file.read_text()) if self._file.exists() else {"step": 0, "evaluated": {}}
 
     def _write(self, **changes: Any) -> None:
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        partial = self._file.with_name(f".partial-{self._file.name}")
-        write_synced(partial, json.dumps(self._values() | changes), mode="w")
-        partial.replace(self._file)
+        write_text(self._file, json.dumps(self._values() | changes))

@@ -7,7 +7,6 @@ header   verbatim                        everything else as JSON, with `schema_v
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -21,6 +20,7 @@ from safetensors.numpy import save_file
 from gateway.contracts.errors import IntegrityError, SchemaMismatch
 from trainer.data.layout import TokenLayout
 from trainer.data.packing import PackedBatch, SampleOrigin, ScoredBatch
+from trainer.durable import write_file
 from trainer.replay.rows import RoutingRows
 
 DUMP_VERSION = 1
@@ -64,13 +64,7 @@ def write_dump(file: Path, step: DumpedStep) -> None:
             tensors |= {f"{i}/{j}/{name}": np.ascontiguousarray(array) for name, array in arrays.items()}
             described[-1].append(description)
     header = {"schema_version": DUMP_VERSION, "origin": asdict(step.origin), "minibatches": described}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".partial-{file.name}")
-    save_file(tensors, partial, metadata={_HEADER: json.dumps(header)})
-    for path in (partial, file.parent):
-        _sync(path)
-    partial.replace(file)
-    _sync(file.parent)
+    write_file(file, lambda partial: save_file(tensors, partial, metadata={_HEADER: json.dumps(header)}))
 
 
 def read_dump(file: Path) -> DumpedStep:
@@ -135,11 +129,3 @@ def _put_together(tensors: Any, prefix: str, about: Mapping[str, Any]) -> Scored
         origins=tuple(SampleOrigin(*origin) for origin in about["origins"]),
     )
     return ScoredBatch(batch, **{name: array(name) for name in about["scores"]})
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
