@@ -37,7 +37,7 @@ class StepMetrics:
     clipped_low_share, clipped_high_share: tokens whose ratio was held at that bound; masked_share: tokens that the
     correction took out of the loss; kl_reference: to the reference policy. shares: the objective's other means.
 
-    Rollout against trainer (I10), on the log-probs before each token's own update: kl_* is k3 of rollout‖train,
+    Rollout against trainer (I10), on the log-probs before the step's first update: kl_* is k3 of rollout‖train,
     extreme_share_* is F(2); `without_replay` is the same batch through the live router. With replay off, and for dense
     models, there is only `without_replay`. rows_*: routing rows, one for each position and routed layer; replayed of
     total, verified of replayed (their ids were used), fallback (to the live router) of total, flipped of compared (the
