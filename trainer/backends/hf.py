@@ -3,8 +3,9 @@
     update      accumulate: for each micro-batch  forward under replay → objective → backward
                 step:       clip → is all finite? → AdamW → schedule
 
-Deterministic on CPU with one thread: no operation draws random numbers. On a GPU the host waits for the device once a
-step, for loss and gradient norm, not once a micro-batch. Whatever concerns several processes is behind `Sharding`.
+Deterministic on CPU with one thread: no operation draws random numbers. On a GPU the host waits for the device
+once a micro-batch, for which tokens the objective takes out, and once a step, for loss and gradient norm. Whatever
+concerns several processes is behind `Sharding`.
 
 Shape letters: S = trained positions of a micro-batch.
 """
