@@ -52,3 +52,28 @@ def object_server() -> Iterator[ObjectServer]:
     """One server of the S3 protocol for the whole run."""
     with running_object_server() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def dense_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen3 without experts, in bfloat16, with tied embeddings and the tiny model's tokenizer."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    folder = tmp_path_factory.mktemp("dense") / "model"
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=351,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        tie_word_embeddings=True,
+        initializer_range=0.1,
+    )
+    Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (folder / name).write_bytes((tiny_model / name).read_bytes())
+    return folder

@@ -38,8 +38,10 @@ def step_metrics(
     trained = _Forwards.of([update.measured for update in updates])
     measured = _Forwards.of([] if with_replay is None else [with_replay])
     live = _Forwards.of([] if without_replay is None else [without_replay])
+    # After the first update a forward sees parameters that no engine had. With r2 the forward before it ran through the
+    # live router, whose choice is what the updates replay.
     before = measured if measured.num_tokens else trained
-    if not trained.routing.replayed:  # replay off, a dense model, or nothing recorded: these are the live router's
+    if not trained.routing.replayed:  # replay off, a dense model, or nothing recorded: all are the live router's
         before, live = _Forwards.of([]), live if live.num_tokens else before
     if batch.tokens_sampled != trained.num_tokens + batch.tokens_left_out:
         raise IntegrityError(

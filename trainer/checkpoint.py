@@ -14,7 +14,6 @@ consumed are acknowledged, so going back costs their step, which is for a person
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import zlib
 from collections.abc import Callable, Mapping
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from gateway.contracts.errors import ConfigurationError, IntegrityError, SchemaMismatch, TrainingError
+from trainer.durable import write_folder
 from trainer.metrics import StepMetrics
 
 CHECKPOINT_VERSION = 3
@@ -106,38 +106,6 @@ def check_same_run(state: RunState, *, run_name: str, seed: int, where: Path) ->
             f"{where} holds run {state.run_name!r} with seed {state.seed}, not {run_name!r} with seed {seed}; "
             "choose another run.dir"
         )
-
-
-def write_folder(target: Path, write: Callable[[Path], None]) -> None:
-    """Make the folder `target` by `write(partial)`, so that it is never seen half-written, also after a power cut.
-
-    An older folder of that name is replaced; partial folders of killed runs are removed.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.parent / f".partial-{target.name}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        write(partial)
-        for path in partial.rglob("*"):
-            sync(path)
-        sync(partial)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the room
-        raise
-    if target.exists():
-        shutil.rmtree(target)
-    partial.rename(target)
-    sync(target.parent)
-
-
-def sync(path: Path) -> None:
-    """fsync a file or a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def retain_newest(folder: Path, prefix: str, keep: int, *, keep_every: int = 0) -> None:

@@ -15,7 +15,6 @@ import argparse
 import asyncio
 import hashlib
 import json
-import os
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -34,6 +33,7 @@ from gateway.contracts.generation import JsonValue
 from gateway.contracts.ports import Sandbox, SandboxSpec
 from gateway.contracts.settings import load_settings, settings_toml
 from trainer.connection import open_gateway
+from trainer.durable import write_text
 from trainer.evaluation import Estimate, EvalFigures, EvalRecord, Spread, eval_figures, evaluate, evaluation_rollouts
 from trainer.rollouts.controller import RolloutController, Sandboxes, verdict_of
 from trainer.rollouts.recipe import Recipe, load_recipe
@@ -235,14 +235,7 @@ def _plain(settings: Any) -> JsonValue:
 def _write(file: Path, document: Mapping[str, JsonValue]) -> None:
     """Whole or not at all."""
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f".partial-{file.name}")
-        with partial.open("w", encoding="utf-8") as stream:
-            json.dump(document, stream, indent=1, ensure_ascii=False)
-            stream.write("\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(file)
+        write_text(file, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
     except OSError as error:
         raise ConfigurationError(f"--output {file}: {error.strerror}; the rollouts are at the gateway") from error
 

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from trainer.durable import write_text
+
 
 class JsonLines:
     """The file; it need not exist yet."""
@@ -21,26 +23,19 @@ class JsonLines:
         """All whole lines."""
         if not self.file.exists():
             return []
-        whole, _, _torn = self.file.read_text().rpartition("\n")
+        whole, _, _torn = self.file.read_text(encoding="utf-8").rpartition("\n")
         return [json.loads(line) for line in whole.splitlines()]
 
     def append(self, *rows: Mapping[str, Any]) -> None:
         """Add lines behind the last."""
-        write_synced(self.file, _text(rows), mode="a")
+        with self.file.open("a", encoding="utf-8") as stream:
+            stream.write(_text(rows))
+            stream.flush()
+            os.fsync(stream.fileno())
 
     def replace(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Make these the file's lines, all at once."""
-        partial = self.file.with_name(f".partial-{self.file.name}")
-        write_synced(partial, _text(rows), mode="w")
-        partial.replace(self.file)
-
-
-def write_synced(file: Path, text: str, *, mode: str) -> None:
-    """Write (mode "w") or append ("a") text that is on disk when this returns."""
-    with file.open(mode) as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
+        write_text(self.file, _text(rows))
 
 
 def _text(rows: Iterable[Mapping[str, Any]]) -> str:

@@ -69,9 +69,10 @@ class Learner:
     ) -> None:
         self._backend = backend
         self._objective = objective
-        self._replay = replay
+        # A dense model has one routing: comparing it with itself would cost a forward of every step.
+        self._replay = replay if backend.routed is not None else ReplayMode.OFF
         self._tokens_per_microbatch = tokens_per_microbatch if backend.packs_samples else 1
-        self._measures_live = measure_without_replay and replay is not ReplayMode.OFF
+        self._measures_live = measure_without_replay and self._replay is not ReplayMode.OFF
         self._save_batches = save_batches
 
     def learn(self, batch: StepBatch, clock: PhaseClock) -> Learned:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -84,10 +85,7 @@ async def train(settings: TrainSettings, parts: LoopParts, *, stop: asyncio.Even
         state = await _step(settings, parts, state)
         empty_steps = 0 if state.metrics is not None and state.metrics.tokens_trained else empty_steps + 1
         if empty_steps == _MOST_EMPTY_STEPS:
-            raise TrainingError(
-                f"{empty_steps} steps in a row had no rollout to train on (the last dropped "
-                f"{state.metrics.dropped_rollouts if state.metrics else 0}); see the sessions' outcomes"
-            )
+            raise TrainingError(f"{empty_steps} steps in a row trained no token; {_left_out(state.metrics)}")
         await _evaluate(settings, parts, state)
     return state
 
@@ -187,7 +185,7 @@ def _check(settings: TrainSettings, parts: LoopParts, state: RunState, taken: Ta
         step=state.step,
     )
     if batch.dropped_rollouts:
-        reasons = ", ".join(f"{reason} {count}" for reason, count in batch.dropped_by.items())
+        reasons = _by_reason(batch.dropped_by)
         _log.warning("step %d leaves out %d rollouts (%s)", state.step + 1, batch.dropped_rollouts, reasons)
     return batch
 
@@ -204,3 +202,16 @@ async def _evaluate(settings: TrainSettings, parts: LoopParts, state: RunState) 
         evaluation = await parts.rollouts.evaluate(state.policy_version)
         parts.metrics.evaluation(evaluation)
         parts.watcher.evaluation(evaluation)
+
+
+def _left_out(metrics: StepMetrics | None) -> str:
+    if metrics is None or not (metrics.dropped_by or metrics.left_out_by):
+        return "no rollout came; see the sessions' outcomes"
+    return (
+        f"the last left out rollouts: {_by_reason(metrics.dropped_by) or 'none'}; tokens of the others: "
+        f"{_by_reason(metrics.left_out_by) or 'none'}"
+    )
+
+
+def _by_reason(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{reason} {count}" for reason, count in counts.items())

@@ -26,7 +26,7 @@ class StepMetrics:
 
     Rollouts: rollouts, groups, reward_*, response_tokens_* (sampled in one rollout) and turns_mean are of the rollouts
     that entered the step; reward_std is the population's. zero_variance_groups: whose rewards are all equal.
-    dropped_rollouts did not enter, dropped_by counts them by `DropReason`. staleness: policy versions that trained
+    dropped_rollouts did not enter, dropped_by counts them by `Reason`. staleness: policy versions that trained
     tokens were behind.
 
     Tokens (I3): tokens_sampled of the rollouts that entered, by the gateway's account, is tokens_trained (labels that a
@@ -37,7 +37,7 @@ class StepMetrics:
     clipped_low_share, clipped_high_share: tokens whose ratio was held at that bound; masked_share: tokens that the
     correction took out of the loss; kl_reference: to the reference policy. shares: the objective's other means.
 
-    Rollout against trainer (I10), on the log-probs before each token's own update: kl_* is k3 of rollout‖train,
+    Rollout against trainer (I10), on the log-probs before the step's first update: kl_* is k3 of rollout‖train,
     extreme_share_* is F(2); `without_replay` is the same batch through the live router. With replay off, and for dense
     models, there is only `without_replay`. rows_*: routing rows, one for each position and routed layer; replayed of
     total, verified of replayed (their ids were used), fallback (to the live router) of total, flipped of compared (the

@@ -19,7 +19,8 @@ from gateway.client import GatewayClient
 from gateway.contracts.errors import LedgerError, TransportError
 from gateway.contracts.ports import WeightTransport
 from trainer.backends.protocol import TrainBackend
-from trainer.checkpoint import retain_newest, write_folder
+from trainer.checkpoint import retain_newest
+from trainer.durable import write_folder
 
 _PREFIX = "policy-"
 _RETRY_SECONDS = 0.5

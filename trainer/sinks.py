@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gateway.contracts.errors import ConfigurationError
-from trainer.json_lines import write_synced
+from trainer.durable import write_text
 from trainer.metrics import Evaluation, MetricsLog, StepMetrics, evaluation_figures, figures
 from trainer.wandb_sink import WandbSink
 
@@ -33,7 +33,9 @@ class MetricsSink(Protocol):
         """`step`: the last one before it."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """The last call; the only one where a run ended before it could be taken up."""
+        ...
 
 
 class RunMetrics:
@@ -122,12 +124,13 @@ class TensorBoardSink:
         self._folder = folder / "tensorboard"
         self._settings = settings
         self._told = _ToldFile(folder / "tensorboard.json")
+        self._writer: Any = None
 
     def resume(self, *, step: int) -> None:
         """The marker stands behind what this sink was told for sure, so half a step in a file does no harm."""
         told = self._told.forget(after=step)
         is_new = not self._folder.exists()
-        self._writer: Any = self._open(str(self._folder), purge_step=None if is_new else told + 1)
+        self._writer = self._open(str(self._folder), purge_step=None if is_new else told + 1)
         if is_new:
             self._writer.add_text("settings", f"```\n{json.dumps(self._settings, indent=1, default=str)}\n```", 0)
 
@@ -147,7 +150,8 @@ class TensorBoardSink:
 
     def close(self) -> None:
         """The file is whole after every step already."""
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
 
     def _write(self, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
@@ -186,7 +190,4 @@ class _ToldFile:
         return json.loads(self._file.read_text()) if self._file.exists() else {"step": 0, "evaluated": {}}
 
     def _write(self, **changes: Any) -> None:
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        partial = self._file.with_name(f".partial-{self._file.name}")
-        write_synced(partial, json.dumps(self._values() | changes), mode="w")
-        partial.replace(self._file)
+        write_text(self._file, json.dumps(self._values() | changes))

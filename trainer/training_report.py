@@ -17,6 +17,7 @@ import jinja2
 
 from gateway.contracts.errors import ConfigurationError
 from trainer.charts import HEIGHT, WIDTH, Chart, DrawnChart, Series, Values, draw, figure
+from trainer.durable import write_text
 from trainer.metrics import Evaluation, MetricsLog, StepMetrics, token_mean
 from trainer.phases import Phase
 from trainer.samples import Piece, PieceKind, RolloutSample, read_samples
@@ -54,11 +55,8 @@ def write_report(folder: Path) -> Path:
 
     Raises ConfigurationError where the folder holds no run.
     """
-    page = render_report(read_run(folder))
     file = folder / "report.html"
-    partial = file.with_name(f".partial-{file.name}")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(file)
+    write_text(file, render_report(read_run(folder)))
     return file
 
 

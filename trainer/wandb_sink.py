@@ -45,6 +45,7 @@ class WandbSink:
         self._folder = folder
         self._run_name = run_name
         self._settings = settings
+        self._run: Any = None
         self._steps: set[int] = set()
         self._evaluated: set[int] = set()
 
@@ -52,7 +53,7 @@ class WandbSink:
         """The same run id as before. A server forgets nothing: a run that went back repeats no step here."""
         self._note_history()
         os.environ.setdefault("WANDB_DISABLE_WEAVE", "true")  # it advertises another product on standard error
-        self._run: Any = self._start(self._run_id())
+        self._run = self._start(self._run_id())
         self._run.define_metric("*", step_metric=_STEP)
         self._steps.update(range(1, int(self._run.summary.get(_STEP, 0)) + 1))
         self._evaluated.update(range(int(self._run.summary.get(_EVALUATED, -1)) + 1))
@@ -71,6 +72,8 @@ class WandbSink:
 
     def close(self) -> None:
         """Wait until everything is sent or, offline, written: `finish` alone returns before wandb's process did so."""
+        if self._run is None:
+            return
         self._run.finish()
         self._wandb.teardown()
 

@@ -76,7 +76,9 @@ def gateways(engine_url: str, tiny_model: Path, tmp_path: Path) -> Iterator[Gate
         yield running
 
 
-def train_settings(folder: Path, model: Path, gateway_url: str, *, steps: int, name: str = "loop") -> TrainSettings:
+def train_settings(
+    folder: Path, model: Path, gateway_url: str, *extra: str, steps: int, name: str = "loop"
+) -> TrainSettings:
     overrides = [
         f"run.dir='{folder}'",
         f"run.name={name}",
@@ -88,6 +90,7 @@ def train_settings(folder: Path, model: Path, gateway_url: str, *, steps: int, n
         "optimizer.learning_rate=1e-2",
         "batch.max_staleness=10",
         "evaluation.num_tasks=0",
+        *extra,
     ]
     return load_settings(TrainSettings, file=RECIPE, overrides=overrides)
 
@@ -109,18 +112,19 @@ class Chats(AllThere):
     gateway: GatewayClient
     run_name: str
     groups: int = GROUPS
+    group_size: int = GROUP_SIZE
 
     async def produce(self, *, step: int) -> None:
         async with httpx.AsyncClient(timeout=60) as http, asyncio.TaskGroup() as running:
             for group in range(self.groups):
-                for attempt in range(GROUP_SIZE):
+                for attempt in range(self.group_size):
                     running.create_task(self._rollout(http, f"{self.run_name}-{step}-{group}", attempt))
 
     async def _rollout(self, http: httpx.AsyncClient, group: str, attempt: int) -> None:
         session = await self.gateway.create_session(
             session_id=f"{group}-{attempt}",
             group=group,
-            group_size=GROUP_SIZE,
+            group_size=self.group_size,
             labels={"run": self.run_name, "purpose": "train"},
         )
         messages: list[Any] = [{"role": "user", "content": f"Count to {attempt % 2 + 3}."}]
@@ -185,6 +189,42 @@ async def test_each_step_replays_trains_and_publishes_and_the_next_rollouts_carr
         assert line["loss"] is not None
         assert line["staleness_mean"] == 0.0
         assert line["grad_norm"] > 0
+
+
+WAYS = {
+    "off": ("replay.mode=off", "batch.minibatches=2"),
+    "r2": ("replay.mode=r2", "batch.minibatches=2", "loss.kl_coefficient=0.1"),
+    "r3": ("lora.rank=2", "loss.kl_coefficient=0.1", "batch.max_tokens=60", "batch.overlong=mask"),
+    "flat": ("rollouts.group_size=1", "batch.zero_variance=drop"),
+}
+
+
+async def test_modes_minibatches_references_adapters_and_masks_go_through_the_whole_loop(
+    gateways: Gateways, tiny_model: Path, tmp_path: Path
+) -> None:
+    """I3, I10: what a step says of itself fits what it was asked to do."""
+    url = gateways.start(tmp_path / "ledger")
+    last = {}
+    async with GatewayClient(url) as gateway:
+        for name, extra in WAYS.items():
+            settings = train_settings(tmp_path / name, tiny_model, url, *extra, steps=2, name=name)
+            chats = Chats(gateway, name, group_size=settings.rollouts.group_size)
+            await train(settings, loop_parts(settings, gateway, rollouts=chats), stop=asyncio.Event())
+            last[name] = metrics_lines(tmp_path / name)[-1]
+            assert last[name]["tokens_sampled"] == last[name]["tokens_trained"] + last[name]["tokens_left_out"]
+    off, r2, r3, flat = last.values()
+    assert (off["updates"], off["policy_version"], off["rows_total"], off["kl_with_replay"]) == (2, 2, 0, None)
+    assert off["kl_without_replay"] < 0.1
+    assert r2["updates"] == 2
+    assert r2["rows_verified"] == r2["rows_replayed"] == r2["rows_total"] > 0
+    assert r2["kl_with_replay"] == r2["kl_without_replay"] < 0.1, "before the first update, both"
+    assert r2["kl_reference"] > 0
+    assert r3["left_out_by"] == {"overlong": r3["tokens_left_out"]}
+    assert r3["rows_verified"] == r3["rows_replayed"] == r3["rows_total"] == r3["rows_compared"] > 0
+    assert 0 < r3["kl_with_replay"] < 0.1
+    assert r3["kl_reference"] > 0
+    assert (flat["updates"], flat["policy_version"], flat["tokens_sampled"]) == (0, 0, 0)
+    assert flat["dropped_by"] == {"zero_variance": GROUPS}
 
 
 async def test_a_trainer_killed_at_every_point_ends_with_the_weights_of_one_that_was_not(

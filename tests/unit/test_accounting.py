@@ -130,6 +130,15 @@ def test_under_r2_the_recorded_forward_is_the_live_one_and_stands_for_the_update
     assert metrics.kl_with_replay == metrics.kl_without_replay == pytest.approx(k3(0.3), abs=1e-6)
 
 
+def test_under_r2_too_later_minibatches_are_told_from_before_the_first_update() -> None:
+    """The recorded routing is the live one there, so both figures are of that forward."""
+    recorded = measured(0.3, 0.3, 0.3, 0.3, routing=RoutingReport(total=10, fallback=10))
+    updates = [update(measured(0.3, 0.3)), update(measured(0.9, 0.9))]
+    metrics = account(batch(), updates, with_replay=recorded, without_replay=recorded)
+    assert metrics.kl_with_replay == metrics.kl_without_replay == pytest.approx(k3(0.3), abs=1e-6)
+    assert metrics.rows_verified_share == 1.0
+
+
 @pytest.mark.parametrize("num_tokens", [3, 5])
 def test_a_token_that_the_updates_lost_or_trained_twice_stops_the_step(num_tokens: int) -> None:
     """I3."""

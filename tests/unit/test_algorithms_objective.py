@@ -214,6 +214,13 @@ def test_missing_reference_is_named() -> None:
         PolicyObjective(LossSettings(kl_coefficient=0.1))(_live(old), _tokens(old))
 
 
+def test_micro_batch_without_a_token_needs_no_reference() -> None:
+    """A rank that was dealt fewer micro-batches than others fills up with padding, of which nothing was measured."""
+    none = torch.zeros(0, dtype=torch.int64)
+    live, tokens = _live(torch.zeros(1)).only(none), _tokens(torch.zeros(1)).only(none)
+    assert PolicyObjective(LossSettings(kl_coefficient=0.1))(live, tokens).loss.shape == (0,)
+
+
 def test_objective_survives_pickling() -> None:
     old = torch.tensor([-1.0, -2.0], dtype=torch.float64)
     tokens = _tokens(old, w=[1.5, 0.1])

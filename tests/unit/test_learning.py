@@ -132,6 +132,13 @@ def test_forwards_are_made_only_for_who_asks(tiny_model: Path, replay: ReplayMod
         assert learned.live.routing.compared > 0
 
 
+@pytest.mark.parametrize("replay", [ReplayMode.R2, ReplayMode.R3])
+def test_a_dense_model_makes_no_forward_for_routing_that_it_has_not(dense_model: Path, replay: ReplayMode) -> None:
+    learned, _ = learn(dense_model, replay, LENGTHS[:1], live=True)
+    assert (learned.trained, learned.live) == (None, None)
+    assert len(learned.updates) == 1
+
+
 def test_the_reference_is_measured_for_a_loss_that_needs_it(tiny_model: Path) -> None:
     objective = PolicyObjective(LossSettings(kl_coefficient=0.1, correction="off"))
     backend = make_backend(tiny_model, ReplayMode.OFF, needs_reference=True)

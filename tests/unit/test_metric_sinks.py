@@ -134,6 +134,12 @@ def test_a_step_that_only_the_file_got_before_a_kill_is_told_at_the_next_start(p
     assert [(x, "loss" in row) for x, row in rows] == [(1, True), (1, False)]
 
 
+def test_a_run_that_ends_before_it_began_closes_its_sinks(place: Place, tmp_path: Path) -> None:
+    """What ended it (a damaged checkpoint, an engine that takes no weights) is the error to be seen."""
+    sinks = make_sinks(place.names, tmp_path, run_name="a-run", settings={})
+    RunMetrics(MetricsLog(tmp_path / "metrics.jsonl"), sinks).close()
+
+
 def test_a_run_that_goes_back_to_an_older_checkpoint_has_each_step_once(place: Place, tmp_path: Path) -> None:
     """As after a damaged newest checkpoint: step 3 happens again."""
     metrics = place.open(tmp_path, step=0)

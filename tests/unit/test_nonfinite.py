@@ -69,9 +69,10 @@ def test_a_kept_step_reads_back_to_the_bit(
     assert [path.name for path in file.parent.iterdir()] == ["step.safetensors"]
 
 
-def test_rows_that_were_never_recorded_read_back_as_such(tmp_path: Path) -> None:
+def test_rows_that_were_never_recorded_and_padding_read_back_as_such(tmp_path: Path) -> None:
     batch = a_batch((5,))
-    shapeless = RoutingRows((np.broadcast_to(np.zeros(1, np.uint16), (5, 4, 2)),), (np.zeros((5, 1), np.uint8),))
+    ids = np.broadcast_to(np.zeros(1, np.uint16), (5, 4, 2))
+    shapeless = RoutingRows((ids,), (np.zeros((5, 1), np.uint8),), (True,))
     step = DumpedStep(ORIGIN, ((ScoredBatch(replace(batch, layout=replace(batch.layout, routing=shapeless))),),))
     write_dump(tmp_path / "f", step)
     assert same(read_dump(tmp_path / "f"), step)

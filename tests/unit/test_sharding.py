@@ -293,6 +293,18 @@ def test_a_checkpoint_of_four_ranks_is_taken_up_by_two(outcomes: Outcomes, tiny_
         assert torch.allclose(weights[name], weight, atol=WEIGHT_TOLERANCE, rtol=0.0), name
 
 
+def test_a_checkpoint_of_four_ranks_is_taken_up_by_one_process(outcomes: Outcomes, tiny_model: Path) -> None:
+    """As `--replay-batch` does, which runs in one process whatever the run had."""
+    outcome = outcomes["4 ranks, experts spread, layers computed again"]
+    backend = one_process(settings_of("2 ranks", tiny_model))
+    backend.load(outcome.folder / "checkpoint")
+    update = backend.update(scored_batches(BATCHES), PPO)
+    assert update.loss == pytest.approx(outcome.expected.updates[1].loss, abs=1e-6)
+    assert update.learning_rate == outcome.expected.updates[1].learning_rate
+    for name, weight in outcome.expected.weights.items():
+        assert torch.allclose(backend.policy_state()[name], weight, atol=WEIGHT_TOLERANCE, rtol=0.0), name
+
+
 @given(sizes=st.lists(st.integers(1, 1000), max_size=40), num_ranks=st.integers(1, 8))
 def test_every_microbatch_is_dealt_once_and_all_ranks_run_as_many(sizes: list[int], num_ranks: int) -> None:
     dealt = deal(sizes, num_ranks)

@@ -15,7 +15,8 @@ from gateway.contracts.settings import load_settings, settings_toml
 from tests.run_records import EVALUATION, METRICS
 from tests.small_disk import fill, small_disk
 from trainer.algorithms.settings import OldPolicy
-from trainer.checkpoint import CheckpointStore, RunState, check_same_run, write_folder
+from trainer.checkpoint import CheckpointStore, RunState, check_same_run
+from trainer.durable import write_folder
 from trainer.metrics import MetricsLog
 from trainer.settings import ReplayMode, TrainSettings
 

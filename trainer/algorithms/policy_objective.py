@@ -51,10 +51,10 @@ class PolicyObjective:
 
         Raises TrainingError if a reference is needed and not there; for a user's function see `extension`.
         """
+        if not live.logprobs.numel():  # a rank's filler, of which nothing was measured
+            return TokenTerms(live.logprobs)
         if self.needs_reference and tokens.ref_logprobs is None:
             raise TrainingError("loss.kl_coefficient is set, but no log-probs of a reference policy were measured")
-        if not live.logprobs.numel():
-            return TokenTerms(live.logprobs)  # a rank's filler: no function of the user's need bear it
         recorded_S = torch.isfinite(tokens.rollout_logprobs)
         tokens = replace(tokens, rollout_logprobs=torch.where(recorded_S, tokens.rollout_logprobs, tokens.old_logprobs))
         factor_S = self._correction(tokens)

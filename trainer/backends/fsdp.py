@@ -18,9 +18,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict_loader import load as load_shares
-from torch.distributed.checkpoint.state_dict_saver import save as save_shares
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate
@@ -28,9 +25,8 @@ from torch.optim import Optimizer
 
 from gateway.contracts.errors import ConfigurationError
 from trainer.backends.expert_parallel import spread_experts
+from trainer.backends.shares import COMMON_FILE, read_shares, write_shares
 
-_SHARES_FOLDER = "shares"
-_COMMON_FILE = "common.pt"
 _LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.\d+$")
 
 
@@ -121,35 +117,19 @@ class FullySharded:
         self, folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer, rest: dict[str, Any]
     ) -> None:
         """Each rank writes its own shares into `folder`, which all ranks must see; rank 0 what all have in common."""
-        save_shares(_shares(parameters, optimizer), checkpoint_id=folder / _SHARES_FOLDER)
-        if self.rank == 0:
-            # Groups differ in their meshes only, of which another number of ranks has others.
-            group = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
-            torch.save({"rest": rest, "group": group}, folder / _COMMON_FILE)
+        write_shares(folder, parameters, optimizer, rest, rank=self.rank)
 
     def load(self, folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> dict[str, Any]:
         """Take up what `save` wrote, bit for bit; with another number of ranks too.
 
         Raises ConfigurationError for other parameters, and for a checkpoint of one process.
         """
-        if not (folder / _COMMON_FILE).is_file():
+        if not (folder / COMMON_FILE).is_file():
             raise ConfigurationError(
-                f"checkpoint {folder} was not written by several processes (no {_COMMON_FILE} in it): go on with "
+                f"checkpoint {folder} was not written by several processes (no {COMMON_FILE} in it): go on with "
                 "parallel.processes = 1, or start a new run from its exported policy"
             )
-        shares = _shares(parameters, optimizer)
-        try:
-            load_shares(shares, checkpoint_id=folder / _SHARES_FOLDER)
-        except CheckpointException as error:
-            reason = next(iter(error.failures.values()))[0]
-            raise ConfigurationError(f"checkpoint {folder} is not of this model: {reason}") from error
-        for name, parameter in parameters.items():
-            optimizer.state[parameter] = {key: shares[key][name] for key in _fresh_moments(parameter)}
-        common = torch.load(folder / _COMMON_FILE, weights_only=True)
-        for group in optimizer.param_groups:
-            group.update(common["group"])
-        rest: dict[str, Any] = common["rest"]
-        return rest
+        return read_shares(folder, parameters, optimizer)
 
     def _cut(self, module: nn.Module, mesh: DeviceMesh) -> None:
         """FSDP2 takes means over the ranks of a mesh by default, which are others for experts; these are sums."""
@@ -169,23 +149,3 @@ def _decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _shares(parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> dict[str, dict[str, Tensor]]:
-    """This rank's shares of parameters and of AdamW's moments, by kind and name; a load writes into them."""
-    shares: dict[str, dict[str, Tensor]] = {"parameters": {}}
-    for name, parameter in parameters.items():
-        shares["parameters"][name] = parameter.detach()
-        fresh = _fresh_moments(parameter)
-        for key, value in (optimizer.state.get(parameter) or fresh).items():
-            shares.setdefault(key, {})[name] = value
-    return shares
-
-
-def _fresh_moments(parameter: nn.Parameter) -> dict[str, Tensor]:
-    """AdamW's state before its first step."""
-    return {
-        "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-        "exp_avg": torch.zeros_like(parameter, requires_grad=False),
-        "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
-    }

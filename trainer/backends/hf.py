@@ -3,8 +3,9 @@
     update      accumulate: for each micro-batch  forward under replay → objective → backward
                 step:       clip → is all finite? → AdamW → schedule
 
-Deterministic on CPU with one thread: no operation draws random numbers. On a GPU the host waits for the device once a
-step, for loss and gradient norm, not once a micro-batch. Whatever concerns several processes is behind `Sharding`.
+Deterministic on CPU with one thread: no operation draws random numbers. On a GPU the host waits for the device
+once a micro-batch, for which tokens the objective takes out, and once a step, for loss and gradient norm. Whatever
+concerns several processes is behind `Sharding`.
 
 Shape letters: S = trained positions of a micro-batch.
 """
@@ -30,7 +31,7 @@ from trainer.backends.forward import ModelForward
 from trainer.backends.logprobs import TokenScores
 from trainer.backends.lora import adapters_off, add_adapters, base_model, merged_state
 from trainer.backends.model import choose_device, is_dense, load_model, packing_holds, recompute_layers
-from trainer.backends.optimizer import MasterWeights, make_optimizer
+from trainer.backends.optimizer import MasterWeights, make_optimizer, resume_schedule
 from trainer.backends.protocol import Measured, Policy, Update
 from trainer.backends.settings import LoraSettings, ModelSettings, OptimizerSettings
 from trainer.backends.sharding import Sharding, WholeModel
@@ -154,12 +155,12 @@ class HFBackend:
 
         Raises NonFiniteLoss, TrainingError without a trained token; parameters and optimiser are then as before.
         """
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
         return self.step(self.accumulate(batches, objective))
 
     def accumulate(self, batches: Sequence[ScoredBatch], objective: Objective) -> Accumulated:
         """Gradients of this process's micro-batches, from zero."""
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
         self._zero_gradients()
         loss = torch.zeros((), dtype=torch.float64, device=self._device)
         shares: dict[str, Tensor] = {}
@@ -233,7 +234,7 @@ class HFBackend:
         """Take up what `save` wrote; raises ConfigurationError if it is of another model or other adapters."""
         rest = self._sharding.load(folder, self._masters.by_name, self._optimizer)
         self._masters.round_to_model()
-        self._schedule.load_state_dict(rest["schedule"])
+        resume_schedule(self._schedule, rest["schedule"])
         torch.set_rng_state(rest["torch_rng"])
         if rest["cuda_rng"] is not None and self._device.type == "cuda":
             torch.cuda.set_rng_state(rest["cuda_rng"], self._device)

@@ -91,3 +91,12 @@ def make_optimizer(
     if not isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
         raise ConfigurationError(f"optimizer.schedule {settings.schedule!r} follows a metric, which no step reports")
     return optimizer, schedule
+
+
+def resume_schedule(schedule: torch.optim.lr_scheduler.LRScheduler, state: Mapping[str, Any]) -> None:
+    """Take up a schedule's `state_dict()`. All parameter groups follow one course, and one process has fewer of them
+    than several: what is kept by group is cut to those that there are."""
+    num_groups = len(schedule.base_lrs)
+    schedule.load_state_dict(
+        {key: value[:num_groups] if isinstance(value, list) else value for key, value in state.items()}
+    )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gateway.contracts.errors import ConfigurationError
+from trainer.backends.shares import COMMON_FILE, read_shares
 
 Parameters: TypeAlias = Mapping[str, nn.Parameter]
 """What the optimiser steps, by name."""
@@ -92,7 +93,9 @@ class WholeModel:
         torch.save({"parameters": values, "optimizer": optimizer.state_dict(), "rest": rest}, folder / _STATE_FILE)
 
     def load(self, folder: Path, parameters: Parameters, optimizer: Optimizer) -> dict[str, Any]:
-        """From that file."""
+        """From that file, or from what several processes wrote."""
+        if (folder / COMMON_FILE).is_file():
+            return read_shares(folder, parameters, optimizer)
         state = torch.load(folder / _STATE_FILE, weights_only=True, map_location="cpu")
         if state.keys() != {"parameters", "optimizer", "rest"}:
             raise ConfigurationError(f"{folder} was written by another version of this program; choose another run.dir")

@@ -7,7 +7,6 @@ header   verbatim                        everything else as JSON, with `schema_v
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -21,6 +20,7 @@ from safetensors.numpy import save_file
 from gateway.contracts.errors import IntegrityError, SchemaMismatch
 from trainer.data.layout import TokenLayout
 from trainer.data.packing import PackedBatch, SampleOrigin, ScoredBatch
+from trainer.durable import write_file
 from trainer.replay.rows import RoutingRows
 
 DUMP_VERSION = 1
@@ -64,13 +64,7 @@ def write_dump(file: Path, step: DumpedStep) -> None:
             tensors |= {f"{i}/{j}/{name}": np.ascontiguousarray(array) for name, array in arrays.items()}
             described[-1].append(description)
     header = {"schema_version": DUMP_VERSION, "origin": asdict(step.origin), "minibatches": described}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".partial-{file.name}")
-    save_file(tensors, partial, metadata={_HEADER: json.dumps(header)})
-    for path in (partial, file.parent):
-        _sync(path)
-    partial.replace(file)
-    _sync(file.parent)
+    write_file(file, lambda partial: save_file(tensors, partial, metadata={_HEADER: json.dumps(header)}))
 
 
 def read_dump(file: Path) -> DumpedStep:
@@ -109,6 +103,7 @@ def _taken_apart(scored: ScoredBatch) -> tuple[dict[str, npt.NDArray[Any]], dict
         "sample_starts": batch.sample_starts,
         "origins": batch.origins,
         "num_chunks": None if rows is None else len(rows.chunks),
+        "padding": [] if rows is None else list(rows.padding),
         "scores": [name for name in ("old_logprobs", "ref_logprobs") if name in arrays],
     }
 
@@ -121,7 +116,9 @@ def _put_together(tensors: Any, prefix: str, about: Mapping[str, Any]) -> Scored
     if about["num_chunks"] is not None:
         chunks = range(about["num_chunks"])
         routing = RoutingRows(
-            tuple(array(f"routing.{c}") for c in chunks), tuple(array(f"valid_bits.{c}") for c in chunks)
+            tuple(array(f"routing.{c}") for c in chunks),
+            tuple(array(f"valid_bits.{c}") for c in chunks),
+            tuple(about["padding"]),
         )
     batch = PackedBatch(
         layout=TokenLayout(**{name: array(name) for name in _ARRAYS}, routing=routing),
@@ -132,11 +129,3 @@ def _put_together(tensors: Any, prefix: str, about: Mapping[str, Any]) -> Scored
         origins=tuple(SampleOrigin(*origin) for origin in about["origins"]),
     )
     return ScoredBatch(batch, **{name: array(name) for name in about["scores"]})
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -120,12 +120,3 @@ def save_model(model: PreTrainedModel, folder: Path) -> None:
     file = folder / "config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps(config | {"num_experts": config["num_local_experts"]}, indent=2, sort_keys=True) + "\n")
-
-
-def checkpoint_summary(folder: Path) -> str:
-    """One line on a checkpoint that `make_checkpoint` wrote."""
-    config = json.loads((folder / "config.json").read_text())
-    return (
-        f"{config['num_hidden_layers']} layers, hidden {config['hidden_size']}, "
-        f"{config['num_experts']} experts top-{config['num_experts_per_tok']}, vocabulary {config['vocab_size']}"
-    )
