@@ -18,8 +18,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from gateway.contracts.errors import NonFiniteLoss, TrainingError
-from trainer.algorithms.objective import Objective, Share
+from gateway.contracts.errors import NonFiniteLoss
+from trainer.algorithms.objective import Objective
 from trainer.backends.protocol import Measured, Policy, TrainBackend, Update
 from trainer.data.batch import StepBatch
 from trainer.data.packing import PackedBatch, ScoredBatch, pack
@@ -40,6 +40,18 @@ class Learned:
     minibatches: Minibatches = ()
     trained: Measured | None = None
     live: Measured | None = None
+
+    @property
+    def batches(self) -> list[PackedBatch]:
+        """Micro-batches of all minibatches."""
+        return _joined(self.minibatches)
+
+    @property
+    def logprobs(self) -> npt.NDArray[np.float32]:
+        """float32[S] of the tokens of `batches`, before the first update as far as that was measured."""
+        if self.trained is not None:
+            return self.trained.logprobs.numpy()
+        return np.concatenate([np.empty(0, np.float32), *(update.measured.logprobs.numpy() for update in self.updates)])
 
 
 class _Old(NamedTuple):
@@ -113,13 +125,10 @@ class Learner:
     def _update(self, minibatches: Sequence[Sequence[ScoredBatch]]) -> Update:
         """One optimiser step with the last of these."""
         try:
-            update = self._backend.update(minibatches[-1], self._objective)
+            return self._backend.update(minibatches[-1], self._objective)
         except NonFiniteLoss as error:
             file = self._save_batches(minibatches, error)
             raise NonFiniteLoss(f"{error.message}; the batch is in {file}: --replay-batch shows where") from error
-        if update.shares.get(Share.UNRECORDED) == 1.0:
-            raise TrainingError("no token has a rollout log-prob: nothing was learnt (does the engine return them?)")
-        return update
 
 
 def _joined(minibatches: Minibatches) -> list[PackedBatch]:

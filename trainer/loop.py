@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from gateway.contracts.errors import TrainingError
+from gateway.contracts.settings import settings_toml
 from trainer.accounting import step_metrics
 from trainer.algorithms.advantages import Estimator
 from trainer.algorithms.aggregation import Aggregation
@@ -22,9 +23,11 @@ from trainer.backends.protocol import TrainBackend
 from trainer.checkpoint import CheckpointStore, RunState, check_same_run
 from trainer.data.batch import StepBatch, step_batch
 from trainer.data.source import RolloutSource, TakenRollouts
+from trainer.durable import write_text
 from trainer.learning import Learner
 from trainer.metrics import Evaluation, StepMetrics
 from trainer.phases import Phase, PhaseClock
+from trainer.progress import Progress
 from trainer.publish import Publisher
 from trainer.samples import SampleLog
 from trainer.settings import ReplayMode, TrainSettings
@@ -49,16 +52,6 @@ class Rollouts(Protocol):
         ...
 
 
-class Watcher(Protocol):
-    """Told how a run goes on."""
-
-    def phase(self, phase: Phase) -> None: ...
-
-    def step(self, metrics: StepMetrics) -> None: ...
-
-    def evaluation(self, evaluation: Evaluation) -> None: ...
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class LoopParts:
     """What the loop is composed of."""
@@ -73,7 +66,7 @@ class LoopParts:
     checkpoints: CheckpointStore
     metrics: RunMetrics
     samples: SampleLog
-    watcher: Watcher
+    watcher: Progress
 
 
 async def train(settings: TrainSettings, parts: LoopParts, *, stop: asyncio.Event) -> RunState:
@@ -83,7 +76,7 @@ async def train(settings: TrainSettings, parts: LoopParts, *, stop: asyncio.Even
     await _evaluate(settings, parts, state)
     while state.step < settings.run.steps and not stop.is_set():
         state = await _step(settings, parts, state)
-        empty_steps = 0 if state.metrics is not None and state.metrics.tokens_trained else empty_steps + 1
+        empty_steps = 0 if _has_lesson(state.metrics) else empty_steps + 1
         if empty_steps == _MOST_EMPTY_STEPS:
             raise TrainingError(f"{empty_steps} steps in a row trained no token; {_left_out(state.metrics)}")
         await _evaluate(settings, parts, state)
@@ -105,6 +98,7 @@ async def _begin(settings: TrainSettings, parts: LoopParts) -> RunState:
     await parts.publisher.publish(parts.backend, policy_version=state.policy_version)
     parts.metrics.resume(step=state.step)
     parts.samples.resume(step=state.step)
+    write_text(settings.run.dir / "settings.toml", settings_toml(settings))  # not before the folder is known as ours
     if state.metrics is not None and parts.metrics.last_step() < state.step:
         seconds = {**state.metrics.seconds, Phase.PUBLISH.value: time.monotonic() - started}
         parts.metrics.step(replace(state.metrics, seconds=seconds))
@@ -155,7 +149,7 @@ async def _learn(
         await asyncio.to_thread(parts.checkpoints.save, state, parts.backend.save)
     await parts.source.acknowledge(taken.lease_ids)
     rewards = {r.session.session_id: r.finish.reward for r in taken.rollouts if r.finish.reward is not None}
-    parts.samples.write(state.step, learned.minibatches, learned.updates, rewards=rewards)
+    parts.samples.write(state.step, learned.batches, learned.logprobs, rewards=rewards)
     return state, metrics
 
 
@@ -202,6 +196,11 @@ async def _evaluate(settings: TrainSettings, parts: LoopParts, state: RunState) 
         evaluation = await parts.rollouts.evaluate(state.policy_version)
         parts.metrics.evaluation(evaluation)
         parts.watcher.evaluation(evaluation)
+
+
+def _has_lesson(metrics: StepMetrics | None) -> bool:
+    """Whether a step trained a token, or had rollouts that could have: groups of equal rewards are no fault."""
+    return metrics is not None and bool(metrics.tokens_trained or metrics.zero_variance_groups)
 
 
 def _left_out(metrics: StepMetrics | None) -> str:

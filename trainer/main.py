@@ -35,7 +35,7 @@ from trainer.connection import open_gateway
 from trainer.data.source import RolloutSource
 from trainer.evaluation import eval_figures, evaluate, evaluation_of, evaluation_rollouts
 from trainer.learning import Learner
-from trainer.loop import LoopParts, Rollouts, Watcher, train
+from trainer.loop import LoopParts, Rollouts, train
 from trainer.metrics import Evaluation, MetricsLog
 from trainer.nonfinite import BatchKeeper, replay_batch
 from trainer.progress import Progress, make_progress
@@ -146,7 +146,7 @@ def make_parts(
     transport: WeightTransport,
     rollouts: Rollouts,
     metrics: RunMetrics,
-    watcher: Watcher,
+    watcher: Progress,
 ) -> LoopParts:
     """The loop's parts as the settings want them, around what was opened already."""
     folder, kept = settings.run.dir, settings.checkpoint
@@ -278,13 +278,9 @@ def make_own_backend(
 
 
 def open_metrics(settings: TrainSettings) -> RunMetrics:
-    """metrics.jsonl and the sinks beside it; the settings stand in the run folder for whoever reads them."""
-    folder = settings.run.dir
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "settings.toml").write_text(settings_toml(settings))
-    sinks = make_sinks(
-        settings.metrics.sinks, folder, run_name=settings.run.name, settings=tomllib.loads(settings_toml(settings))
-    )
+    """metrics.jsonl and the sinks beside it."""
+    folder, shown = settings.run.dir, tomllib.loads(settings_toml(settings))
+    sinks = make_sinks(settings.metrics.sinks, folder, run_name=settings.run.name, settings=shown)
     return RunMetrics(MetricsLog(folder / "metrics.jsonl"), sinks)
 
 

@@ -18,7 +18,6 @@ import numpy.typing as npt
 
 from gateway.contracts.errors import SchemaMismatch
 from gateway.contracts.versions import NOT_SAMPLED
-from trainer.backends.protocol import Update
 from trainer.data.packing import PackedBatch
 from trainer.json_lines import JsonLines
 
@@ -109,19 +108,16 @@ class SampleLog:
     def write(
         self,
         step: int,
-        minibatches: Sequence[Sequence[PackedBatch]],
-        updates: Sequence[Update],
+        batches: Sequence[PackedBatch],
+        logprobs_S: npt.NDArray[np.float32],
         *,
         rewards: Mapping[str, float],
     ) -> None:
-        """Add a step's samples, each step once; `minibatches` are what `updates` were made on, `rewards` by session."""
+        """Add a step's samples, each step once. logprobs_S: of the trained tokens of all `batches` before the step's
+        first update; rewards: by session."""
         if step in self._steps:
             return
-        candidates = [
-            candidate
-            for minibatch, update in zip(minibatches, updates, strict=True)
-            for candidate in _candidates(minibatch, update.measured.logprobs.numpy())
-        ]
+        candidates = list(_candidates(batches, logprobs_S))
         samples = [self._sample(step, why, each, rewards) for why, each in _chosen(candidates, rewards).items()]
         self._lines.append(*map(_line, samples))
         self._steps.add(step)

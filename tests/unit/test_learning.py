@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gateway.contracts.errors import NonFiniteLoss, TrainingError
+from gateway.contracts.errors import NonFiniteLoss
 from tests.train_samples import random_samples, token_mean_weights
 from trainer.algorithms.objective import LiveTokens, Objective, Share, TokenTerms, TrainedTokens
 from trainer.algorithms.policy_objective import PolicyObjective
@@ -177,14 +177,3 @@ def test_a_step_that_is_not_finite_is_kept_up_to_the_minibatch_that_failed(tiny_
     with pytest.raises(NonFiniteLoss, match=r"kept\.safetensors"):
         made.learn(step, PhaseClock())
     assert len(kept.minibatches) == 2
-
-
-def test_a_step_without_a_single_rollout_logprob_is_an_error_and_not_an_empty_lesson(tiny_model: Path) -> None:
-    """I9: the default correction masks what the engine did not record; all of it cannot be what a user wants."""
-    backend = make_backend(tiny_model, ReplayMode.OFF)
-    step = step_of(backend, LENGTHS[:1], ReplayMode.OFF)
-    for sample in step.minibatches[0].samples:
-        sample.layout.rollout_logprobs[:] = float("nan")
-    made = learner(backend, PolicyObjective(LossSettings()), ReplayMode.OFF)
-    with pytest.raises(TrainingError, match="rollout log-prob"):
-        made.learn(step, PhaseClock())

@@ -8,16 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.contracts.errors import SchemaMismatch
 from tests.packed_batches import a_batch
-from trainer.backends.protocol import Measured, Update
 from trainer.data.packing import PackedBatch, SampleOrigin
-from trainer.replay.verify import RoutingReport
 from trainer.samples import PieceKind, RolloutSample, SampleLog, read_samples, tokenizer_decode
 
 
@@ -25,21 +23,14 @@ def as_words(ids: Sequence[int]) -> str:
     return "".join(f"<{i}>" for i in ids)
 
 
-def update_of(*batches: PackedBatch, gap: float = 0.0) -> Update:
+def logprobs_of(batch: PackedBatch, *, gap: float = 0.0) -> npt.NDArray[np.float32]:
     """Train log-probs that differ from the engine's by `gap` at each sample's last trained token."""
-    parts = []
-    for batch in batches:
-        layout = batch.layout
-        logprobs = layout.rollout_logprobs.copy()
-        for sample in range(len(batch.sample_starts)):
-            positions = np.flatnonzero((batch.sample_index == sample) & layout.trained)
-            logprobs[positions[-1]] += gap * (sample + 1)
-        parts.append(logprobs[layout.trained])
-    logprobs_S = torch.from_numpy(np.concatenate(parts))
-    rollout_S = torch.from_numpy(
-        np.concatenate([batch.layout.rollout_logprobs[batch.layout.trained] for batch in batches])
-    )
-    return Update(0.0, 0.0, 0.0, {}, Measured(logprobs_S, rollout_S, torch.zeros_like(rollout_S), RoutingReport()))
+    layout = batch.layout
+    logprobs = layout.rollout_logprobs.copy()
+    for sample in range(len(batch.sample_starts)):
+        positions = np.flatnonzero((batch.sample_index == sample) & layout.trained)
+        logprobs[positions[-1]] += gap * (sample + 1)
+    return logprobs[layout.trained]
 
 
 def named(batch: PackedBatch, *sessions: str) -> PackedBatch:
@@ -50,7 +41,8 @@ def test_every_token_stands_with_its_own_text_kind_version_and_log_probs(tmp_pat
     """I1, I2: what is shown is what was trained, position by position."""
     first, second = named(a_batch((9, 6), seed=1), "a", "b"), named(a_batch((7,), seed=2), "c")
     log = SampleLog(tmp_path / "samples.jsonl", as_words)
-    log.write(4, [[first], [second]], [update_of(first), update_of(second, gap=0.5)], rewards={"a": 1.0, "b": 0.0})
+    logprobs = np.concatenate([logprobs_of(first), logprobs_of(second, gap=0.5)])
+    log.write(4, [first, second], logprobs, rewards={"a": 1.0, "b": 0.0})
     samples = {sample.session_id: sample for sample in read_samples(tmp_path / "samples.jsonl")}
     assert {name: sample.why for name, sample in samples.items()} == {
         "a": "highest reward",
@@ -83,7 +75,7 @@ def test_sampled_tokens_without_loss_are_told_from_context(tmp_path: Path) -> No
     layout = replace(layout, rollout_logprobs=np.where(layout.policy_version >= 0, -1.0, np.nan).astype(np.float32))
     batch = replace(batch, layout=layout)
     log = SampleLog(tmp_path / "samples.jsonl", as_words)
-    log.write(1, [[batch]], [update_of(batch)], rewards={})
+    log.write(1, [batch], logprobs_of(batch), rewards={})
     (sample,) = read_samples(tmp_path / "samples.jsonl")
     assert [(piece.kind.value, piece.num_tokens, piece.policy_version) for piece in sample.pieces] == [
         ("context", 2, None),
@@ -99,7 +91,7 @@ def test_sampled_tokens_without_loss_are_told_from_context(tmp_path: Path) -> No
 def test_a_long_sample_loses_its_middle_and_says_how_much(tmp_path: Path) -> None:
     batch = a_batch((3000,))
     log = SampleLog(tmp_path / "samples.jsonl", as_words)
-    log.write(1, [[batch]], [update_of(batch)], rewards={})
+    log.write(1, [batch], logprobs_of(batch), rewards={})
     (sample,) = read_samples(tmp_path / "samples.jsonl")
     assert sum(piece.num_tokens for piece in sample.pieces) == sample.num_tokens == 3001
     (omitted,) = [piece for piece in sample.pieces if piece.kind is PieceKind.OMITTED]
@@ -112,8 +104,8 @@ def test_the_file_is_bounded_keeps_the_newest_and_each_step_once(tmp_path: Path)
     batch = a_batch((3,))
     log = SampleLog(tmp_path / "samples.jsonl", as_words)
     for step in range(1, 400):
-        log.write(step, [[batch]], [update_of(batch)], rewards={})
-    log.write(399, [[batch]], [update_of(batch)], rewards={})
+        log.write(step, [batch], logprobs_of(batch), rewards={})
+    log.write(399, [batch], logprobs_of(batch), rewards={})
     steps = [sample.step for sample in read_samples(tmp_path / "samples.jsonl")]
     assert steps == sorted(set(steps))
     assert 32 <= len(steps) <= 64
@@ -124,7 +116,7 @@ def test_the_file_is_bounded_keeps_the_newest_and_each_step_once(tmp_path: Path)
 def test_a_line_of_a_long_sample_takes_little(tmp_path: Path) -> None:
     """64 steps of three such samples are the most that a run keeps."""
     batch, file = a_batch((3000,)), tmp_path / "samples.jsonl"
-    SampleLog(file, as_words).write(1, [[batch]], [update_of(batch)], rewards={})
+    SampleLog(file, as_words).write(1, [batch], logprobs_of(batch), rewards={})
     assert file.stat().st_size < 64 * 1024
 
 
@@ -132,7 +124,7 @@ def test_a_run_that_goes_back_drops_later_samples_and_torn_lines(tmp_path: Path)
     batch, file = a_batch((3,)), tmp_path / "samples.jsonl"
     log = SampleLog(file, as_words)
     for step in (1, 2, 3):
-        log.write(step, [[batch]], [update_of(batch)], rewards={})
+        log.write(step, [batch], logprobs_of(batch), rewards={})
     with file.open("a") as stream:
         stream.write('{"step": 4, "w')
     log.resume(step=2)
@@ -166,5 +158,5 @@ def test_characters_of_several_tokens_are_whole_in_the_text(
     batch = replace(batch, layout=layout)
     file = tmp_path_factory.mktemp("text") / "samples.jsonl"
     decode = tokenizer_decode(tiny_model)
-    SampleLog(file, decode).write(1, [[batch]], [update_of(batch)], rewards={})
+    SampleLog(file, decode).write(1, [batch], logprobs_of(batch), rewards={})
     assert text_of(read_samples(file)) == decode(ids.tolist())
