@@ -52,6 +52,7 @@ class RoutingCheck:
         self._layers = layers
         self._pending: list[tuple[int, Tensor]] = []
         self._num_pending = _PENDING_BYTES // max(rows.num_positions * rows.top_k * 8, 1)
+        self._agreed: set[int] = set()
         self._verified: dict[int, int] = {}
         self._verified_there: dict[int, Tensor] = {}
 
@@ -70,16 +71,28 @@ class RoutingCheck:
         self._compare_pending()
         total = self._rows.num_real * len(self._layers)
         replayed = self._rows.num_valid(self._layers)
-        verified = sum(self._verified.values())
+        agreed = tuple(layer for layer in self._layers if layer in self._agreed and layer not in self._verified)
+        verified = replayed if len(agreed) == len(self._layers) else self._rows.num_valid(agreed)
+        verified += sum(self._verified.values())
         if self._verified_there:
             verified += int(torch.stack(list(self._verified_there.values())).sum())
         return RoutingReport(total=total, replayed=replayed, verified=verified, fallback=total - replayed)
 
     def _compare_pending(self) -> None:
+        """Layers of one width together: where every row agrees, which is the rule, that is all there is to do."""
         pending, self._pending = self._pending, []
+        by_width: dict[int, list[tuple[int, Tensor]]] = {}
         for layer, used_NK in pending:
-            verified = _num_agreeing(self._rows, layer, used_NK.numpy())
-            self._verified[layer] = min(verified, self._verified.get(layer, verified))
+            by_width.setdefault(used_NK.shape[1], []).append((layer, used_NK))
+        for same in by_width.values():
+            used_PNK = np.stack([used_NK.numpy() for _, used_NK in same])
+            layers = [layer for layer, _ in same]
+            for number, (layer, agrees) in enumerate(zip(layers, _agreeing(self._rows, layers, used_PNK), strict=True)):
+                if agrees:
+                    self._agreed.add(layer)
+                    continue
+                verified = _num_agreeing(self._rows, layer, used_PNK[number])
+                self._verified[layer] = min(verified, self._verified.get(layer, verified))
 
     def _compare_there(self, layer: int, used_NK: Tensor, there: DeviceRows) -> None:
         agrees_N = (used_NK == there.ids(layer, used_NK.shape[1])).all(dim=1) & there.counted_valid(layer)
@@ -88,10 +101,23 @@ class RoutingCheck:
         self._verified_there[layer] = verified if earlier is None else torch.minimum(verified, earlier)
 
 
+def _agreeing(rows: RoutingRows, layers: list[int], used_PNK: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """bool[P]: layers of which every row, valid or not, equals the ids used; in the stored type, chunk by chunk."""
+    if used_PNK.shape[1] != rows.num_positions:
+        raise ExpertsMismatch(
+            f"layers {layers} used {used_PNK.shape[1]} rows of ids, {rows.num_positions} are recorded"
+        )
+    agrees = np.ones(len(layers), dtype=np.bool_)
+    start = 0
+    for chunk in rows.chunks:
+        used, start = used_PNK[:, start : start + len(chunk)], start + len(chunk)
+        recorded = chunk[:, layers[0] : layers[0] + 1] if len(layers) == 1 else chunk[:, layers]
+        agrees &= (used == recorded[..., : used.shape[2]].swapaxes(0, 1)).all(axis=(1, 2))
+    return agrees
+
+
 def _num_agreeing(rows: RoutingRows, layer: int, used_NK: npt.NDArray[np.int64]) -> int:
     """How many valid rows of a layer, padding left out, equal the ids used; chunk by chunk, in the stored type."""
-    if len(used_NK) != rows.num_positions:
-        raise ExpertsMismatch(f"layer {layer} used {len(used_NK)} rows of ids, {rows.num_positions} are recorded")
     byte, bit = divmod(layer, 8)
     count = start = 0
     for chunk, bits, mark in zip(rows.chunks, rows.valid_bits, rows.is_padding, strict=True):
