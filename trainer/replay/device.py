@@ -27,13 +27,14 @@ class DeviceRows:
 
     def __init__(self, rows: RoutingRows, device: torch.device) -> None:
         self.num_positions = rows.num_positions
-        self._always_valid = rows.always_valid()
+        self._always_valid = rows.always_valid().tolist()
         self.device = device
-        self._chunks: tuple[Tensor, ...] = tuple(map(_tensor, rows.chunks))
-        self._bits: tuple[Tensor, ...] = () if self._always_valid.all() else tuple(map(_tensor, rows.valid_bits))
         self._rows = rows
         self._counted: Tensor | None = None
-        if device.type != "cpu" or (len(rows.chunks) > 1 and rows.nbytes <= _JOINED_BYTES):
+        is_small = device.type == "cpu" and rows.nbytes <= _JOINED_BYTES
+        self._chunks: tuple[Tensor, ...] = tuple(map(_tensor, (rows.joined(),) if is_small else rows.chunks))
+        self._bits: tuple[Tensor, ...] = () if all(self._always_valid) else tuple(map(_tensor, rows.valid_bits))
+        if device.type != "cpu":
             self._chunks = _uploaded(self._chunks, device)
             self._bits = _uploaded(self._bits, device)
         self._wide: tuple[Tensor, ...] | None = None

@@ -29,10 +29,11 @@ import torch
 from torch import nn
 
 from gateway.contracts.errors import ReplayUnsupported
+from trainer.replay.direct import answered_forward, own_forward
 from trainer.replay.plan import ReplayPlan, RouterSite, Witness, plan_replay
 from trainer.replay.probe import run_probe
 from trainer.replay.rows import RoutingRows
-from trainer.replay.slots import Compared, Live, Recorded, Replayed, Slot, ids_among, recorded_rows
+from trainer.replay.slots import Compared, Live, Recorded, Replayed, Router, Slot, ids_among, recorded_rows
 from trainer.replay.verify import RoutingCheck
 
 _LIVE = Live()
@@ -49,8 +50,8 @@ class RoutingReplay:
         self._has_replayed = False
         self._wrapped: list[nn.Module] = []
         for site in plan.routers:
-            router = model.get_submodule(site.path)
-            self._wrap(router, self._routing_forward(site, router, router.forward))
+            router = self._router(site, model.get_submodule(site.path))
+            self._wrap(router.module, self._routing_forward(router))
             if site.witness is Witness.EXPERTS_INPUT:
                 experts = model.get_submodule(site.witness_path)
                 self._wrap(experts, self._witnessed_forward(site, experts.forward))
@@ -138,14 +139,29 @@ class RoutingReplay:
         module.forward = forward
         self._wrapped.append(module)
 
-    def _routing_forward(self, site: RouterSite, router: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def _router(self, site: RouterSite, module: nn.Module) -> Router:
+        selection, current = site.selection, self._slot
+        if not selection.direct or own_forward(module) is None:
+            return Router(site, module, module.forward, None)
+
+        def answer(scores: torch.Tensor) -> Any:
+            slot = current.get()
+            assert isinstance(slot, Replayed)
+            return slot.answer(site, scores)
+
+        direct = answered_forward(module, selection.num_scores, selection.top_k, answer)
+        return Router(site, module, module.forward, direct)
+
+    def _routing_forward(self, router: Router) -> Callable[..., Any]:
+        forward, current = router.forward, self._slot
+
         def routing_forward(*args: Any, **kwargs: Any) -> Any:
-            slot = self._slot.get()
+            slot = current.get()
             if slot is not None:
-                return slot.route(site, router, forward, args, kwargs)
+                return slot.route(router, args, kwargs)
             if self._has_replayed and torch._C._current_graph_task_id() != -1:
                 raise ReplayUnsupported(
-                    f"router {site.path} is computed again in a backward pass that does not say with which routing:"
+                    f"router {router.site.path} is computed again in a backward pass that does not say with which routing:"
                     " give torch.utils.checkpoint context_fn=replay.checkpoint_contexts"
                 )
             return forward(*args, **kwargs)

@@ -7,15 +7,18 @@ that scores of experts cannot be mistaken for scores of positions (as an attenti
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+import sys
+import types
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from trainer.replay.direct import own_forward
 from trainer.replay.selection import SELECTING, Call, Masking, masked, parsed
 
 Place: TypeAlias = int | str
@@ -26,7 +29,7 @@ WHOLE = -1
 @dataclass(frozen=True, slots=True, eq=False)
 class SeenCall:
     """A call of the probe that may select: the innermost module whose forward made it, and the indices it returned,
-    int64[N, k] (of a sort: int64[N, E])."""
+    int64[N, k] (of a sort: int64[N, E]). by_forward: the code of that module's own `forward` called `torch.topk`."""
 
     path: str
     function: str
@@ -34,6 +37,7 @@ class SeenCall:
     top_k: int | None
     masking: Masking
     indices: Tensor
+    by_forward: bool
 
 
 @dataclass(slots=True)
@@ -44,6 +48,18 @@ class Watched:
     calls: list[SeenCall] = field(default_factory=list)
     inputs: dict[str, list[tuple[Place, Tensor]]] = field(default_factory=dict)
     outputs: dict[str, list[tuple[Place, Tensor]]] = field(default_factory=dict)
+    picked: dict[int, tuple[Tensor, int]] = field(default_factory=dict)
+    """By identity: scores that a call picked (held, so that no other tensor gets their identity), and which call."""
+    used: set[int] = field(default_factory=set)
+    """Calls of which the picked scores, not only their indices, were used."""
+
+    def note_use(self, values: Iterable[Any]) -> None:
+        """Of picked scores among the arguments of a call, or in lists of them."""
+        for value in values:
+            if isinstance(value, list | tuple):
+                self.note_use(value)
+            elif id(value) in self.picked:
+                self.used.add(self.picked[id(value)][1])
 
 
 def probe_length(counts: frozenset[int]) -> int:
@@ -67,14 +83,22 @@ def run_probe(model: nn.Module, num_positions: int) -> Any:
 def watch(model: nn.Module, num_positions: int) -> Watched:
     """Probe a model and return what was seen."""
     seen = Watched()
-    with _module_stack(model, seen, num_positions) as stack, _Watching(stack, seen, num_positions):
+    forwards = {path: own_forward(module) for path, module in model.named_modules()}
+    codes = {path: forward.__code__ for path, forward in forwards.items() if forward is not None}
+    with _module_stack(model, seen, num_positions) as stack, _Watching(stack, seen, num_positions, codes):
         run_probe(model, num_positions)
+    seen.calls = [
+        call if number in seen.used else replace(call, masking=Masking.NONE) for number, call in enumerate(seen.calls)
+    ]  # a mask matters to those that use the scores that they picked
     return seen
 
 
 class _Watching(TorchFunctionMode):
-    def __init__(self, stack: list[str], seen: Watched, num_positions: int) -> None:
+    def __init__(
+        self, stack: list[str], seen: Watched, num_positions: int, codes: Mapping[str, types.CodeType]
+    ) -> None:
         super().__init__()
+        self._codes = codes
         self._stack = stack
         self._seen = seen
         self._num_positions = num_positions
@@ -85,12 +109,15 @@ class _Watching(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        caller = sys._getframe(1)
+        self._seen.note_use((*args, *kwargs.values()))
         function = SELECTING.get(func)
         call = None if function is None else parsed(function, args, kwargs)
         masking = None if call is None else self._masking_of(call)
         result = func(*args, **kwargs)
         if call is not None and masking is not None and call.num_positions == self._num_positions:
-            self._note(call, masking, result)
+            by_forward = func is torch.topk and caller.f_code is self._codes.get(self._stack[-1])
+            self._note(call, masking, result, by_forward=by_forward)
         found = masked(func, args, kwargs)
         if found is not None:
             self._masked_sizes.add((self._stack[-1], found.scores.numel()))
@@ -105,9 +132,13 @@ class _Watching(TorchFunctionMode):
             return Masking.EARLIER
         return Masking.NONE
 
-    def _note(self, call: Call, masking: Masking, result: Any) -> None:
+    def _note(self, call: Call, masking: Masking, result: Any, *, by_forward: bool) -> None:
         indices = (result if isinstance(result, Tensor) else result[1]).reshape(self._num_positions, -1)
-        self._seen.calls.append(SeenCall(self._stack[-1], call.function, call.num_scores, call.top_k, masking, indices))
+        if not isinstance(result, Tensor):
+            self._seen.picked[id(result[0])] = (result[0], len(self._seen.calls))
+        self._seen.calls.append(
+            SeenCall(self._stack[-1], call.function, call.num_scores, call.top_k, masking, indices, by_forward)
+        )
 
 
 @contextmanager
@@ -119,12 +150,14 @@ def _module_stack(model: nn.Module, seen: Watched, num_positions: int) -> Iterat
 
         def enter(_module: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
             stack.append(path)
+            seen.note_use((*args, *kwargs.values()))
             for place, value in (*enumerate(args), *kwargs.items()):
                 if is_ids(value, num_positions):
                     seen.inputs.setdefault(path, []).append((place, value.reshape(num_positions, -1)))
 
         def leave(_module: nn.Module, _args: Any, output: Any, path: str = path) -> None:
             stack.pop()
+            seen.note_use((output,))
             for place, value in enumerate(output) if isinstance(output, tuple | list) else ((WHOLE, output),):
                 if is_ids(value, num_positions):
                     seen.outputs.setdefault(path, []).append((place, value.reshape(num_positions, -1)))

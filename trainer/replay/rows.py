@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -115,14 +116,14 @@ class RoutingRows:
         bits = np.full(-(-self.num_layers // 8), 0xFF, dtype=np.uint8)
         for chunk_bits in self.valid_bits:
             if len(chunk_bits):
-                bits &= np.bitwise_and.reduce(_distinct(chunk_bits), axis=0)
+                bits &= chunk_bits[0] if _is_shared(chunk_bits) else np.bitwise_and.reduce(chunk_bits, axis=0)
         return np.unpackbits(bits, count=self.num_layers).astype(np.bool_)
 
     def num_valid(self, layers: Sequence[int]) -> int:
         """How many (position, layer) pairs of these layers may be replayed, padding left out."""
-        wanted = np.packbits(np.isin(np.arange(self.num_layers), layers))
+        wanted = _bits_of(tuple(layers), self.num_layers)
         return sum(
-            int(np.bitwise_count(bits & wanted).sum())
+            _num_set(bits[:1] & wanted) * len(bits) if _is_shared(bits) else _num_set(bits & wanted)
             for bits, mark in zip(self.valid_bits, self.is_padding, strict=True)
             if not mark
         )
@@ -136,6 +137,10 @@ class RoutingRows:
             left -= len(chunks[-1])
         return RoutingRows(tuple(chunks), tuple(bits), self.padding)
 
+    def joined(self) -> ExpertIds:
+        """All rows in one array; a copy where there are several chunks."""
+        return self.chunks[0] if len(self.chunks) == 1 else np.concatenate(self.chunks)
+
     def largest_id(self) -> int:
         """Of any row, valid or not."""
         return max((int(chunk.max()) for chunk in self.chunks if chunk.size), default=0)
@@ -146,6 +151,15 @@ def shared_bits(bits: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     return np.broadcast_to(bits[:1].copy(), bits.shape) if len(bits) and (bits == bits[0]).all() else bits
 
 
-def _distinct(bits: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """One row where all positions share it, else every row."""
-    return bits[:1] if bits.strides[0] == 0 else bits
+def _is_shared(bits: npt.NDArray[np.uint8]) -> bool:
+    return bits.strides[0] == 0
+
+
+def _num_set(bits: npt.NDArray[np.uint8]) -> int:
+    return int(np.bitwise_count(bits).sum())
+
+
+@lru_cache(maxsize=64)
+def _bits_of(layers: tuple[int, ...], num_layers: int) -> npt.NDArray[np.uint8]:
+    """One row of bits in which those of `layers` are set."""
+    return np.packbits(np.isin(np.arange(num_layers), layers))

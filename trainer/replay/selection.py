@@ -46,6 +46,8 @@ class Selection:
     index: int = 0
     num_alike: int = 1
     masking: Masking = Masking.NONE
+    direct: bool = False
+    """Whether the router's own forward can be given the answer without a mode (`direct.py`)."""
 
 
 class LayerIds(NamedTuple):

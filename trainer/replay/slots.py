@@ -7,6 +7,7 @@ routers say which layer they are.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,10 +26,21 @@ from trainer.replay.verify import RoutingCheck, RoutingReport
 Forward = Callable[..., Any]
 
 
+@dataclass(frozen=True, slots=True)
+class Router:
+    """A router that replay is installed on: its forward as it was, and the one that asks the slot for its selection
+    where it has one (`direct.py`)."""
+
+    site: RouterSite
+    module: nn.Module
+    forward: Forward
+    direct: Forward | None
+
+
 class Slot(Protocol):
     """Runs routers and sees the ids that they used."""
 
-    def route(self, site: RouterSite, router: nn.Module, forward: Forward, args: Any, kwargs: Any) -> Any:
+    def route(self, router: Router, args: Any, kwargs: Any) -> Any:
         """The router's forward, as this slot wants it."""
         ...
 
@@ -40,9 +52,9 @@ class Slot(Protocol):
 class Live:
     """The live router, unseen: what a layer that was run outside of any context is recomputed with."""
 
-    def route(self, site: RouterSite, router: nn.Module, forward: Forward, args: Any, kwargs: Any) -> Any:
+    def route(self, router: Router, args: Any, kwargs: Any) -> Any:
         """The untouched forward."""
-        return forward(*args, **kwargs)
+        return router.forward(*args, **kwargs)
 
     def observe(self, site: RouterSite, used_NK: Tensor) -> None:
         """Nothing is kept."""
@@ -58,13 +70,36 @@ class Replayed:
         self._check = check
         self._on: DeviceRows | None = None
 
-    def route(self, site: RouterSite, router: nn.Module, forward: Forward, args: Any, kwargs: Any) -> Any:
+    def route(self, router: Router, args: Any, kwargs: Any) -> Any:
         """The router's forward with its selection answered."""
+        site = router.site
+        if router.direct is not None and not torch.compiler.is_compiling():
+            output = router.direct(*args, **kwargs)
+            if site.witness is Witness.ROUTER_OUTPUT:
+                self.observe(site, ids_among(output, site))
+            return output
         if site.override:
-            return self._overridden(site, router, forward, args, kwargs)
+            return self._overridden(router, args, kwargs)
+        return self._under_mode(router, args, kwargs)
+
+    def answer(self, site: RouterSite, scores: Tensor) -> Any:
+        """What the selecting `torch.topk` of a router's own forward returns."""
+        selection = site.selection
+        ids, valid = self.layer_ids(site, scores.device, scores.numel() // selection.num_scores)
+        if valid is not None:
+            live = torch.topk(scores, selection.top_k).indices.view(-1, selection.top_k)
+            ids = torch.where(valid[:, None], ids, live)
+        if site.witness is Witness.ANSWER:
+            self.observe(site, ids)
+        if scores.ndim != 2:
+            ids = ids.view(*scores.shape[:-1], selection.top_k)
+        return torch.return_types.topk((scores.gather(-1, ids), ids))
+
+    def _under_mode(self, router: Router, args: Any, kwargs: Any) -> Any:
+        site = router.site
         mode = AnsweringMode(site.selection, _ForSite(self, site), leaves_early=site.path in self._plan.plain)
         with mode:
-            output = forward(*args, **kwargs)
+            output = router.forward(*args, **kwargs)
         if mode.num_alike != site.selection.num_alike:
             raise ReplayUnsupported(
                 f"router {site.path} selected {mode.num_alike} times in one forward, not {site.selection.num_alike}"
@@ -89,14 +124,15 @@ class Replayed:
             )
         return LayerIds(there.ids(site.layer, site.selection.top_k), there.valid(site.layer))
 
-    def _overridden(self, site: RouterSite, router: nn.Module, forward: Forward, args: Any, kwargs: Any) -> Any:
+    def _overridden(self, router: Router, args: Any, kwargs: Any) -> Any:
+        site = router.site
         hidden_NH = args[0].reshape(-1, args[0].shape[-1])
         ids_NK, valid_N = self.layer_ids(site, hidden_NH.device, len(hidden_NH))
         if valid_N is not None:
             with torch.no_grad():
-                live_NK = ids_among(forward(*args, **kwargs), site)
+                live_NK = ids_among(router.forward(*args, **kwargs), site)
             ids_NK = torch.where(valid_N[:, None], ids_NK, live_NK)
-        output = OVERRIDES[site.override](router, hidden_NH, ids_NK)
+        output = OVERRIDES[site.override](router.module, hidden_NH, ids_NK)
         self.observe(site, ids_among(output, site))
         return output
 
@@ -122,16 +158,17 @@ class _ForSite:
 class _Watching:
     """The live router, with the ids that it chose."""
 
-    def route(self, site: RouterSite, router: nn.Module, forward: Forward, args: Any, kwargs: Any) -> Any:
+    def route(self, router: Router, args: Any, kwargs: Any) -> Any:
         """The untouched forward, with the plan's witness."""
+        site = router.site
         if site.witness is not Witness.ANSWER:
-            output = forward(*args, **kwargs)
+            output = router.forward(*args, **kwargs)
             if site.witness is Witness.ROUTER_OUTPUT:
                 self.observe(site, ids_among(output, site))
             return output
         mode = AnsweringMode(site.selection, None)
         with mode:
-            output = forward(*args, **kwargs)
+            output = router.forward(*args, **kwargs)
         if mode.answered is None:
             raise ReplayUnsupported(f"router {site.path} made no call that selects")
         self.observe(site, mode.answered)
@@ -227,4 +264,5 @@ def check_rows(rows: RoutingRows, plan: ReplayPlan) -> None:
 def ids_among(values: Any, site: RouterSite) -> Tensor:
     """The ids [N, K] at the plan's place among a module's results or arguments."""
     value = values if isinstance(values, Tensor) else values[site.witness_place]
-    return value.reshape(-1, site.selection.top_k)
+    top_k = site.selection.top_k
+    return value if value.ndim == 2 and value.shape[1] == top_k else value.reshape(-1, top_k)

@@ -20,6 +20,8 @@ from trainer.replay.device import DeviceRows
 from trainer.replay.rows import RoutingRows
 
 _PENDING_BYTES = 1 << 19
+_JOINED_BYTES = 1 << 17
+"""Rows up to this size are joined: of many short samples the calls cost, not the bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +111,7 @@ def _agreeing(rows: RoutingRows, layers: list[int], used_PNK: npt.NDArray[np.int
         )
     agrees = np.ones(len(layers), dtype=np.bool_)
     start = 0
-    for chunk in rows.chunks:
+    for chunk in (rows.joined(),) if rows.nbytes <= _JOINED_BYTES else rows.chunks:
         used, start = used_PNK[:, start : start + len(chunk)], start + len(chunk)
         recorded = chunk[:, layers[0] : layers[0] + 1] if len(layers) == 1 else chunk[:, layers]
         agrees &= (used == recorded[..., : used.shape[2]].swapaxes(0, 1)).all(axis=(1, 2))
