@@ -143,6 +143,44 @@ class MaskedByGroup(Block):
         return tuple(torch.topk(by_group.flatten(1), TOP_K))  # type: ignore[return-value]
 
 
+class MaskedByProduct(Block):
+    def pick(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        scores = self.flat_scores(hidden)
+        return tuple(torch.topk(scores * allowed(scores).float(), TOP_K))  # type: ignore[return-value]
+
+
+class MaskedByProductOfGroups(Block):
+    def pick(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        scores = self.gate(hidden.reshape(-1, HIDDEN)).softmax(-1) * 1.5
+        groups = allowed(scores).view(-1, 4, 2)[..., :1].to(scores.dtype)
+        weights, ids = torch.mul(groups, scores.view(-1, 4, 2)).flatten(1).topk(TOP_K)
+        return weights / weights.sum(dim=-1, keepdim=True), ids
+
+
+class MaskedByClamping(Block):
+    def pick(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        scores = self.flat_scores(hidden)
+        return tuple(torch.topk(scores.minimum(allowed(scores).float()), TOP_K))  # type: ignore[return-value]
+
+
+class MaskedByClampingInARouter(MaskedByClamping):
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = _Picking(self)
+
+    def pick(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        return self.router(hidden)
+
+
+class _Picking(nn.Module):
+    def __init__(self, block: MaskedByClamping) -> None:
+        super().__init__()
+        self._block = [block]
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        return MaskedByClamping.pick(self._block[0], hidden)
+
+
 class WithIdleExperts(ThreeDimensional):
     num_scores = NUM_EXPERTS + 3  # of which the last three do nothing
 
@@ -211,6 +249,8 @@ SORTING = {BySorting: {"num_experts_per_tok": TOP_K}, ByArgsort: {"num_experts_p
         MaskedByWhere,
         MaskedInPlace,
         MaskedByGroup,
+        MaskedByProduct,
+        MaskedByProductOfGroups,
         WithIdleExperts,
         NothingNamedExperts,
     ],
@@ -272,6 +312,8 @@ def test_the_plan_says_where_used_ids_are_read() -> None:
     [
         (Sampled, "no call was seen that does"),
         (ExpertChoice, "no call was seen that does"),
+        (MaskedByClamping, "no weight"),
+        (MaskedByClampingInARouter, "no weight"),
         (BySorting, "the config does not name how many experts a token takes"),
     ],
 )

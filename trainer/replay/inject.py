@@ -24,7 +24,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -32,8 +31,9 @@ from gateway.contracts.errors import ReplayUnsupported
 from trainer.replay.direct import answered_forward, own_forward
 from trainer.replay.plan import ReplayPlan, RouterSite, Witness, plan_replay
 from trainer.replay.probe import run_probe
+from trainer.replay.proof import ForeignRows, Ranked, gives_weight, same_logits
 from trainer.replay.rows import RoutingRows
-from trainer.replay.slots import Compared, Live, Recorded, Replayed, Router, Slot, ids_among, recorded_rows
+from trainer.replay.slots import Compared, Live, Recorded, Replayed, Router, Slot, ids_among
 from trainer.replay.verify import RoutingCheck
 
 _LIVE = Live()
@@ -178,24 +178,49 @@ class RoutingReplay:
         return witnessed_forward
 
     def _prove(self, model: nn.Module) -> None:
-        """A forward that is recorded, and one with foreign ids, which must come out at every witness and change the
-        model's result."""
-        with self.recording() as record:
+        """A forward of the live routers, and one with the experts that they ranked last, which must come out at every
+        witness, have weights, and change the model's result."""
+        with self._using(ranked := Ranked(self.plan, self.plan.num_probed)):
             live = run_probe(model, self.plan.num_probed)
-        rows = record.rows()
-        foreign = np.zeros_like(rows.chunks[0])
-        for site in self.plan.routers:
-            top_k, num_scores = site.selection.top_k, site.selection.num_scores
-            ids = rows.chunks[0][:, site.layer, :top_k].astype(np.int64)
-            foreign[:, site.layer, :top_k] = (ids + 1) % num_scores  # a shift keeps ids distinct, and changes each
-        with self.replaying(recorded_rows(foreign, self.plan.routed)) as check:
+        foreign = ranked.rows()
+        with self._weights_seen(model, foreign) as unweighted, self.replaying(foreign.last) as check:
             shifted = run_probe(model, self.plan.num_probed)
         self._has_replayed = False
         report = check.report()
         if report.verified != report.total:
             raise ReplayUnsupported(f"{type(model).__name__}: ids handed to its routers are not the ids that they used")
-        if any(site.witness is Witness.ANSWER for site in self.plan.routers) and _same(live, shifted):
+        if unweighted:
+            raise ReplayUnsupported(
+                f"{type(model).__name__}: experts that its routers rank last get no weight in {unweighted[0]}: it masks"
+                " scores in a way that replay cannot lift"
+            )
+        if any(site.witness is Witness.ANSWER for site in self.plan.routers) and same_logits(live, shifted):
             raise ReplayUnsupported(f"{type(model).__name__}: other experts do not change its result")
+
+    @contextmanager
+    def _weights_seen(self, model: nn.Module, foreign: ForeignRows) -> Iterator[list[str]]:
+        """Within, each router that gives replayed experts no weight is put on the list that is yielded."""
+        unweighted: list[str] = []
+        handles = []
+        for site in self.plan.routers:
+            ids_NK = torch.from_numpy(foreign.last.layer(site.layer).ids[:, : site.selection.top_k])
+
+            def look(
+                router: nn.Module, args: Any, kwargs: Any, output: Any, site: RouterSite = site, ids: torch.Tensor = ids_NK
+            ) -> None:
+                def otherwise() -> Any:
+                    with self.replaying(foreign.before):
+                        return router.forward(*args, **kwargs)
+
+                if not gives_weight(output, ids, site, otherwise):
+                    unweighted.append(site.path)
+
+            handles.append(model.get_submodule(site.path).register_forward_hook(look, with_kwargs=True))
+        try:
+            yield unweighted
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 class _SlotKeeping:
@@ -231,8 +256,3 @@ class _AuxLoss:
         for owner, name, value in self._before:
             setattr(owner, name, value)
         self._before = []
-
-
-def _same(output: Any, other: Any) -> bool:
-    logits, others = (getattr(value, "logits", value) for value in (output, other))
-    return isinstance(logits, torch.Tensor) and torch.equal(logits, others)

@@ -193,6 +193,7 @@ def _site(
         index=next(i for i, call in enumerate(alike) if call is chosen),
         num_alike=len(alike),
         masking=chosen.masking,
+        factors=chosen.factors,
         direct=chosen.by_forward and len(alike) == 1 and chosen.masking is Masking.NONE,
     )
     site = RouterSite(chosen.path, layer, type(modules[chosen.path]).__name__, selection, Witness.ANSWER)

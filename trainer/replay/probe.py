@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import sys
 import types
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,18 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from trainer.replay.direct import own_forward
-from trainer.replay.selection import SELECTING, Call, Masking, masked, parsed
+from trainer.replay.selection import (
+    IN_PLACE,
+    PRODUCTS,
+    SELECTING,
+    Call,
+    Masked,
+    Masking,
+    factors,
+    masked,
+    parsed,
+    place_of_factor,
+)
 
 Place: TypeAlias = int | str
 """Position or keyword of an argument, or position among the parts of an output."""
@@ -29,7 +41,8 @@ WHOLE = -1
 @dataclass(frozen=True, slots=True, eq=False)
 class SeenCall:
     """A call of the probe that may select: the innermost module whose forward made it, and the indices it returned,
-    int64[N, k] (of a sort: int64[N, E]). by_forward: the code of that module's own `forward` called `torch.topk`."""
+    int64[N, k] (of a sort: int64[N, E]). by_forward: the code of that module's own `forward` called `torch.topk`. factors: products
+    before it that mask, see `Selection`."""
 
     path: str
     function: str
@@ -38,6 +51,7 @@ class SeenCall:
     masking: Masking
     indices: Tensor
     by_forward: bool
+    factors: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(slots=True)
@@ -104,12 +118,14 @@ class _Watching(TorchFunctionMode):
         self._num_positions = num_positions
         self._masked_sizes: set[tuple[str, int]] = set()
         self._masked_results: dict[int, Any] = {}
+        self._num_products: Counter[str] = Counter()
+        self._factors: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        caller = sys._getframe(1)
+        caller = sys._getframe(1)  # who called `func`: modes are called from C
         self._seen.note_use((*args, *kwargs.values()))
         function = SELECTING.get(func)
         call = None if function is None else parsed(function, args, kwargs)
@@ -118,12 +134,25 @@ class _Watching(TorchFunctionMode):
         if call is not None and masking is not None and call.num_positions == self._num_positions:
             by_forward = func is torch.topk and caller.f_code is self._codes.get(self._stack[-1])
             self._note(call, masking, result, by_forward=by_forward)
-        found = masked(func, args, kwargs)
+        found = self._factor(func, args) if func in PRODUCTS else masked(func, args, kwargs)
         if found is not None:
             self._masked_sizes.add((self._stack[-1], found.scores.numel()))
             if not found.in_place:
                 self._masked_results[id(result)] = result
         return result
+
+    def _factor(self, func: Any, args: tuple[Any, ...]) -> Masked | None:
+        operands = factors(args)
+        if operands is None:
+            return None
+        path = self._stack[-1]
+        number = self._num_products[path]
+        self._num_products[path] += 1
+        place = place_of_factor(operands)
+        if place is None:
+            return None
+        self._factors[path].append((number, place))
+        return Masked(operands[1 - place], operands[place], func in IN_PLACE)
 
     def _masking_of(self, call: Call) -> Masking:
         if id(call.scores) in self._masked_results:
@@ -136,8 +165,10 @@ class _Watching(TorchFunctionMode):
         indices = (result if isinstance(result, Tensor) else result[1]).reshape(self._num_positions, -1)
         if not isinstance(result, Tensor):
             self._seen.picked[id(result[0])] = (result[0], len(self._seen.calls))
+        path = self._stack[-1]
+        by = tuple(self._factors[path])
         self._seen.calls.append(
-            SeenCall(self._stack[-1], call.function, call.num_scores, call.top_k, masking, indices, by_forward)
+            SeenCall(path, call.function, call.num_scores, call.top_k, masking, indices, by_forward, by)
         )
 
 

@@ -8,8 +8,7 @@ the live scores.
 Group-limited routers mask the scores of groups that they did not choose, and some then use what their top-k returns as
 gate weights. A replayed expert may lie in such a group; its weight must come from the unmasked score, else it is
 exactly zero and without gradient. Masks are therefore lifted for replayed experts, which changes nothing for those that
-the live router could have chosen. Masks by a product with zeros and ones are not seen; a router that uses such products
-as gate weights gets weights of zero for experts outside of its own groups.
+the live router could have chosen. A mask may be boolean, or a factor of zeros and ones.
 
 Shape letters: N = positions, E = scores a position, K = experts of a token.
 """
@@ -46,6 +45,8 @@ class Selection:
     index: int = 0
     num_alike: int = 1
     masking: Masking = Masking.NONE
+    factors: tuple[tuple[int, int], ...] = ()
+    """Products by which the router masks: which of its products of two tensors, and which of the two is the mask."""
     direct: bool = False
     """Whether the router's own forward can be given the answer without a mode (`direct.py`)."""
 
@@ -90,11 +91,21 @@ _MASK_ARGUMENT: Mapping[Any, int] = {
     Tensor.where: 1,
 }
 """Functions that mask, and which argument is the mask."""
-_SELECTING_OR_MASKING = frozenset({*SELECTING, *_MASK_ARGUMENT})
+PRODUCTS: frozenset[Any] = frozenset(
+    getattr(owner, name)
+    for owner, names in (
+        (torch, ("mul", "multiply")),
+        (Tensor, ("mul", "mul_", "multiply", "multiply_", "__mul__", "__rmul__", "__imul__")),
+    )
+    for name in names
+)
+"""Functions that multiply."""
+_SELECTING_OR_MASKING = frozenset({*SELECTING, *_MASK_ARGUMENT, *PRODUCTS})
 _torch: Any = torch._C  # these are not in its type stubs
 _ENABLED, _DISABLED = _torch._TorchFunctionState.ENABLED, _torch._TorchFunctionState.ALL_DISABLED
 _KEEPS_WHERE_TRUE = frozenset({torch.where, Tensor.where})
-_IN_PLACE = frozenset({Tensor.masked_fill_, Tensor.__setitem__})
+IN_PLACE = frozenset({Tensor.masked_fill_, Tensor.__setitem__, Tensor.mul_, Tensor.multiply_, Tensor.__imul__})
+"""Functions that change the scores themselves."""
 
 
 def parsed(function: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call | None:
@@ -127,7 +138,8 @@ def _is_last(dim: Any, scores: Tensor) -> bool:
 class AnsweringMode(TorchFunctionMode):
     """While active, answers the selection of one router forward and counts the calls that look like it.
 
-    With `layer_ids` None it only notes the live answer. Either way `answered` holds int64[N, K] afterwards.
+    With `layer_ids` None it only notes the live answer, and the `scores` that it is of. Either way `answered` holds
+    int64[N, K] afterwards.
     """
 
     def __init__(
@@ -149,8 +161,11 @@ class AnsweringMode(TorchFunctionMode):
         self._watched = _SELECTING_OR_MASKING if masks else SELECTING
         self._given: LayerIds | None = None
         self._unmasked: dict[int, tuple[Any, Tensor]] = {}
+        self._factors = dict(selection.factors)
+        self._num_products = 0
         self.num_alike = 0
         self.answered: Tensor | None = None
+        self.scores: Tensor | None = None
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -184,6 +199,7 @@ class AnsweringMode(TorchFunctionMode):
             return func(*args, **kwargs)
         if self._layer_ids is None:
             result = func(*args, **kwargs)
+            self.scores = call.scores
             self.answered = _indices(result).reshape(call.num_positions, -1)[:, : self._selection.top_k]
             return result
         ids, valid = self._ids_on(call.scores.device, call.num_positions)
@@ -199,7 +215,7 @@ class AnsweringMode(TorchFunctionMode):
         return answer
 
     def _masking(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        found = masked(func, args, kwargs)
+        found = self._factor(func, args) if func in PRODUCTS else masked(func, args, kwargs)
         num_scores = self._selection.num_scores
         if found is None or self.answered is not None or found.scores.numel() % num_scores:
             return func(*args, **kwargs)
@@ -212,11 +228,23 @@ class AnsweringMode(TorchFunctionMode):
         if valid is not None:
             kept_NE &= valid[:, None]
         kept = kept_NE.view(found.scores.shape)
+        if func in PRODUCTS:
+            lifted = torch.where(kept, torch.ones_like(found.mask), found.mask)
+            return func(*((lifted, args[1]) if args[0] is found.mask else (args[0], lifted)))
         lifted = found.mask | kept if func in _KEEPS_WHERE_TRUE else found.mask & ~kept
         position = _MASK_ARGUMENT[func]
         if len(args) > position:
             return func(*args[:position], lifted, *args[position + 1 :], **kwargs)
         return func(*args, **{**kwargs, _mask_name(func): lifted})
+
+    def _factor(self, func: Any, args: tuple[Any, ...]) -> Masked | None:
+        """A product that the plan knows as a mask."""
+        operands = factors(args)
+        if operands is None:
+            return None
+        place = self._factors.get(self._num_products)
+        self._num_products += 1
+        return None if place is None else Masked(operands[1 - place], operands[place], func in IN_PLACE)
 
     def _ids_on(self, device: torch.device, num_positions: int) -> LayerIds:
         if self._given is None:
@@ -244,7 +272,23 @@ def masked(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Maske
         scores = _argument(args, kwargs, 0, "input", None)
     if not (isinstance(mask, Tensor) and isinstance(scores, Tensor) and mask.dtype == torch.bool):
         return None
-    return Masked(scores, mask, func in _IN_PLACE)
+    return Masked(scores, mask, func in IN_PLACE)
+
+
+def factors(args: tuple[Any, ...]) -> tuple[Tensor, Tensor] | None:
+    """The two tensors of a product; None where one of them is none."""
+    is_both = len(args) == 2 and isinstance(args[0], Tensor) and isinstance(args[1], Tensor)
+    return (args[0], args[1]) if is_both else None
+
+
+def place_of_factor(operands: tuple[Tensor, Tensor]) -> int | None:
+    """Which operand masks the other: one of zeros and ones, both among them, that is not the larger one."""
+    for place, (mask, scores) in enumerate((operands, operands[::-1])):
+        if mask.numel() <= scores.numel() and scores.is_floating_point() and not mask.is_complex():
+            values = mask.unique()
+            if len(values) == 2 and values.tolist() == [0, 1]:
+                return place
+    return None
 
 
 def _mask_name(func: Any) -> str:
