@@ -7,21 +7,21 @@ from __future__ import annotations
 
 import statistics
 import time
-import tracemalloc
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.replaying.checkpoints import MoeShape, make_moe
 from benchmarks.replaying.invariance import Step, make_step
 from gateway.contracts.codec import decode_rollout, encode_rollout
-from gateway.contracts.experts import RoutingShape
+from gateway.contracts.experts import ExpertIds, RoutingShape
 from gateway.contracts.generation import LogprobKind
 from gateway.contracts.records import FinishRecord, SessionOrigin, SessionRecord
 from gateway.contracts.rollouts import FinishedRollout, PickReport
@@ -33,7 +33,12 @@ from trainer.backends.settings import ModelSettings, OptimizerSettings
 from trainer.data.assemble import assemble
 from trainer.data.packing import PackedBatch, SampleWeights, ScoredBatch, pack
 from trainer.replay.inject import RoutingReplay
+from trainer.replay.plan import ReplayPlan, RouterSite, Witness
+from trainer.replay.rows import RoutingRows
+from trainer.replay.selection import Selection
+from trainer.replay.slots import Replayed
 from trainer.replay.validate import RoutedLayers
+from trainer.replay.verify import RoutingCheck
 from trainer.settings import ReplayMode
 
 MOST_OF_A_STEP = 1.02
@@ -47,7 +52,29 @@ LEAST_SPEED = 1.0
 _SHAPE = MoeShape(num_layers=8, hidden_size=256, num_experts=32, top_k=4, expert_size=128, vocab_size=2048)
 _TOKENS_PER_MICROBATCH = 512
 _PAIRS = 12
-_FORWARDS, _CALL_BLOCKS, _CALL_POSITIONS = 8, 60, (16, 128, 512, 2048)
+_FORWARDS, _CALL_BLOCKS, _CALL_POSITIONS, _CALL_SAMPLES = 8, 100, (16, 64, 512), 4
+_ROUTERS = ("qwen3_moe", "deepseek_v3")
+_ROUTER_CONFIG = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 8,
+    "num_hidden_layers": 9,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "num_experts": 128,
+    "num_local_experts": 128,
+    "n_routed_experts": 128,
+    "num_experts_per_tok": 8,
+    "n_group": 8,
+    "topk_group": 4,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "pad_token_id": 0,
+}
+_ROLLOUTS, _ROLLOUT_TOKENS, _MEMORY_RUNS = 16, 11_000, 3
+_ROLLOUT_SHAPE = RoutingShape(num_layers=48, num_experts=128, top_k=8)
 _TINY_STEP = 1e-9
 
 
@@ -87,8 +114,8 @@ def measure_costs(folder: Path, *, seed: int) -> list[Cost]:
     step = make_step(model, folder, seed=seed, num_samples=16)
     return [
         step_cost(model, step),
-        *(call_cost(model, num_positions=num, seed=seed) for num in _CALL_POSITIONS),
-        memory_cost(seed=seed),
+        *(call_cost(name, num_positions=num, seed=seed) for name in _ROUTERS for num in _CALL_POSITIONS),
+        memory_cost(folder / "memory", seed=seed),
         step_speed(model, step),
     ]
 
@@ -107,51 +134,89 @@ def step_cost(model: Path, step: Step) -> Cost:
     return _cost("a step with replay", ratios, MOST_OF_A_STEP, of="steps without")
 
 
-def call_cost(model: Path, *, num_positions: int, seed: int) -> Cost:
-    """What replay adds to one call of a router, less the top-k that it saves: every router once in a context of its own
-    forward, with choosing, handing out and verifying ids."""
-    loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    replay = RoutingReplay.install(loaded)
-    ids = torch.randint(8, 300, (1, num_positions), generator=torch.Generator().manual_seed(seed))
-    with torch.no_grad(), replay.recording() as record:
-        loaded(input_ids=ids)
-    rows = record.rows()
-    routers = [loaded.get_submodule(site.path) for site in replay.plan.routers]
-    hidden = torch.randn(num_positions, loaded.config.hidden_size)
-    seconds: dict[bool, list[float]] = {True: [], False: []}
+def call_cost(model_type: str, *, num_positions: int, seed: int) -> Cost:
+    """What replay adds to one call of a router, less the top-k that it saves: every router of a model once, in a
+    context of its own, with handing ids in, validity and verification, against calls of the untouched class."""
+    model = _router_model(model_type, seed=seed)
+    replay = RoutingReplay.install(model)
+    routers: list[Any] = [model.get_submodule(site.path) for site in replay.plan.routers]
+    hidden = torch.randn(num_positions, _ROUTER_CONFIG["hidden_size"])
+    rows = _random_rows(replay.plan.shape, [num_positions // _CALL_SAMPLES] * _CALL_SAMPLES, seed=seed)
+
+    def live() -> None:
+        for router in routers:
+            type(router).forward(router, hidden)
+
+    def replayed() -> None:
+        with replay.replaying(rows) as check:
+            for router in routers:
+                router(hidden)
+        check.report()
+
+    seconds: dict[Callable[[], None], list[float]] = {live: [], replayed: []}
     with torch.no_grad():
-        for _ in range(_CALL_BLOCKS):
-            for replays in (True, False):
-                started = time.process_time()
+        for i in range(_CALL_BLOCKS):
+            for work in (live, replayed) if i % 2 else (replayed, live):
+                started = time.thread_time()
                 for _ in range(_FORWARDS):
-                    with replay.replaying(rows) if replays else nullcontext():
-                        for router in routers:
-                            router(hidden)
-                seconds[replays].append((time.process_time() - started) / (_FORWARDS * len(routers)))
-    added = [one - other for one, other in zip(seconds[True], seconds[False], strict=True)]
-    return _cost(
-        f"replay in a router call of {num_positions} positions", added, MOST_PER_CALL_SECONDS, of="seconds more"
-    )
+                    work()
+                seconds[work].append((time.thread_time() - started) / (_FORWARDS * len(routers)))
+    added = [one - other for one, other in zip(seconds[replayed], seconds[live], strict=True)]
+    name = f"replay in a {model_type} router call of {num_positions} positions"
+    return _cost(name, added, MOST_PER_CALL_SECONDS, of="seconds more")
 
 
-def memory_cost(*, seed: int, num_rollouts: int = 8, num_tokens: int = 6000) -> Cost:
-    """Peak of what experts take from the feed's body to the layers of the last micro-batch, over their bytes: with rows
-    less without. Qwen3-30B-A3B's shape: 48 layers, 8 of 128 experts. Arrays of this process as tracemalloc counts."""
-    shape = RoutingShape(num_layers=48, num_experts=128, top_k=8)
-    routed = RoutedLayers(shape, tuple(range(shape.num_layers)))
-    peaks, num_bytes = {}, num_rollouts * (num_tokens - 1) * shape.num_layers * shape.top_k
-    for has_rows in (False, True):
-        bodies = [_body(seed + i, shape, num_tokens, routed=has_rows) for i in range(num_rollouts)]
-        tracemalloc.start()
-        own = [bytearray(body) for body in bodies]  # what the client read
-        samples = [sample for body in own for sample in assemble(decode_rollout(body), routed)]
-        del own
-        for batch in pack(samples, [SampleWeights(1.0, 1.0)] * len(samples), tokens_per_microbatch=num_tokens):
-            _walk(batch, routed)
-        peaks[has_rows] = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-    ratio = (peaks[True] - peaks[False]) / num_bytes
-    return Cost("memory of a batch's experts", ratio, ratio, ratio, MOST_MEMORY, at_most=True, of="of their bytes")
+def memory_cost(folder: Path, *, seed: int) -> Cost:
+    """Peak of what experts take from the feed's body to the last layer of the last micro-batch, over their bytes: with
+    rows less without, resident memory of fresh processes, so numpy's, torch's and the allocator's own alike.
+    Qwen3-30B-A3B's shape: 48 layers, 8 of 128 experts; 64 MiB of rows in micro-batches of one rollout."""
+    peaks = {}
+    for routed in (False, True):
+        bodies = folder / ("with-rows" if routed else "without-rows")
+        bodies.mkdir(parents=True)
+        for i in range(_ROLLOUTS):
+            body = _body(seed + i, _ROLLOUT_SHAPE, _ROLLOUT_TOKENS, routed=routed)
+            (bodies / f"{i:02}").write_bytes(body)
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as fresh:
+            peaks[routed] = list(fresh.map(peak_memory, [bodies] * _MEMORY_RUNS, [routed] * _MEMORY_RUNS))
+    num_bytes = _ROLLOUTS * (_ROLLOUT_TOKENS - 1) * _ROLLOUT_SHAPE.num_layers * _ROLLOUT_SHAPE.top_k
+    ratios = [(one - statistics.median(peaks[False])) / num_bytes for one in peaks[True]]
+    return _cost("memory of a batch's experts", ratios, MOST_MEMORY, of="of their bytes")
+
+
+def peak_memory(bodies: Path, routed: bool) -> int:
+    """Bytes by which this process's resident memory rose at most (Linux) while it read rollouts, packed them and handed
+    each layer of each micro-batch its ids and verified them."""
+    torch.set_num_threads(1)
+    layers = RoutedLayers(_ROLLOUT_SHAPE, tuple(range(_ROLLOUT_SHAPE.num_layers)))
+    selection = Selection("topk", _ROLLOUT_SHAPE.num_experts, _ROLLOUT_SHAPE.top_k)
+    sites = tuple(RouterSite(f"layers.{i}", i, "", selection, Witness.ROUTER_OUTPUT) for i in layers.layers)
+    plan = ReplayPlan(_ROLLOUT_SHAPE, sites, {}, 0)
+    _hand_in([_body(0, _ROLLOUT_SHAPE, 64, routed=routed)], plan, routed=routed)  # what is made once
+    before = _resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    _hand_in((path.read_bytes() for path in sorted(bodies.iterdir())), plan, routed=routed)
+    return _resident("VmHWM") - before
+
+
+def _hand_in(read: Iterable[bytes], plan: ReplayPlan, *, routed: bool) -> None:
+    samples = [sample for body in read for sample in assemble(decode_rollout(body), plan.routed if routed else None)]
+    weights = [SampleWeights(1.0, 1.0)] * len(samples)
+    for batch in pack(samples, weights, tokens_per_microbatch=max(sample.layout.num_positions for sample in samples)):
+        rows = batch.layout.routing
+        if rows is None:
+            continue
+        check = RoutingCheck(rows, plan.routed.layers)
+        slot = Replayed(rows, plan, check)
+        for site in plan.routers:
+            slot.observe(site, slot.layer_ids(site, torch.device("cpu"), rows.num_positions).ids)
+        report = check.report()
+        assert report.verified == report.total, report
+
+
+def _resident(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
 
 
 def step_speed(model: Path, step: Step) -> Cost:
@@ -216,18 +281,31 @@ def _cost(name: str, values: Sequence[float], target: float, *, of: str, at_most
     return Cost(name, middle, low, high, target, at_most=at_most, of=of)
 
 
-def _walk(batch: PackedBatch, routed: RoutedLayers) -> None:
-    """Each layer's rows, as a forward asks for them."""
-    if batch.layout.routing is not None:
-        for layer in routed.layers:
-            batch.layout.routing.layer(layer)
+def _router_model(model_type: str, *, seed: int) -> Any:
+    """A narrow random model with routers of real width; groups where its type has them."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(model_type, **_ROUTER_CONFIG)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def _random_rows(shape: RoutingShape, lengths: Sequence[int], *, seed: int) -> RoutingRows:
+    """Distinct random experts in every layer, one chunk a sample, all valid."""
+    rng = np.random.default_rng(seed)
+    return RoutingRows.join(
+        [RoutingRows.of(_ids(rng, length, shape), np.ones((length, shape.num_layers), np.bool_)) for length in lengths]
+    )
+
+
+def _ids(rng: np.random.Generator, num_rows: int, shape: RoutingShape) -> ExpertIds:
+    first = rng.integers(0, shape.num_experts, (num_rows, shape.num_layers, 1), dtype=np.uint16)
+    ids: ExpertIds = ((first + np.arange(shape.top_k, dtype=np.uint16)) % shape.num_experts).astype(shape.dtype)
+    return ids
 
 
 def _body(seed: int, shape: RoutingShape, num_tokens: int, *, routed: bool) -> bytes:
     """One rollout of one segment, as the feed sends it."""
     rng = np.random.default_rng(seed)
-    first = rng.integers(0, shape.num_experts, (num_tokens - 1, shape.num_layers, 1))
-    ids = ((first + np.arange(shape.top_k)) % shape.num_experts).astype(shape.dtype)
+    ids = _ids(rng, num_tokens - 1, shape)
     mask = np.arange(num_tokens) >= num_tokens // 10
     segment = Segment(
         segment_id=f"segment-{seed}",

@@ -34,7 +34,7 @@ def answered_forward(module: nn.Module, num_scores: int, top_k: int, answer: Ans
     forward = own_forward(module)
     assert forward is not None
 
-    def topk(input: Tensor, k: int, dim: int = -1, *options: Any, **named: Any) -> Any:
+    def topk(input: Tensor, k: int, dim: int = -1, *options: Any, **named: Any) -> Any:  # noqa: A002
         if k == top_k and input.shape[-1] == num_scores and dim in (-1, input.ndim - 1) and "out" not in named:
             return answer(input)
         return torch.topk(input, k, dim, *options, **named)

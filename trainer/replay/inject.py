@@ -161,8 +161,8 @@ class RoutingReplay:
                 return slot.route(router, args, kwargs)
             if self._has_replayed and torch._C._current_graph_task_id() != -1:
                 raise ReplayUnsupported(
-                    f"router {router.site.path} is computed again in a backward pass that does not say with which routing:"
-                    " give torch.utils.checkpoint context_fn=replay.checkpoint_contexts"
+                    f"router {router.site.path} is computed again in a backward pass that does not say with which"
+                    " routing: give torch.utils.checkpoint context_fn=replay.checkpoint_contexts"
                 )
             return forward(*args, **kwargs)
 
@@ -203,16 +203,14 @@ class RoutingReplay:
         unweighted: list[str] = []
         handles = []
         for site in self.plan.routers:
-            ids_NK = torch.from_numpy(foreign.last.layer(site.layer).ids[:, : site.selection.top_k])
 
-            def look(
-                router: nn.Module, args: Any, kwargs: Any, output: Any, site: RouterSite = site, ids: torch.Tensor = ids_NK
-            ) -> None:
+            def look(router: nn.Module, args: Any, kwargs: Any, output: Any, site: RouterSite = site) -> None:
                 def otherwise() -> Any:
                     with self.replaying(foreign.before):
                         return router.forward(*args, **kwargs)
 
-                if not gives_weight(output, ids, site, otherwise):
+                ids_NK = torch.from_numpy(foreign.last.layer(site.layer).ids[:, : site.selection.top_k])
+                if not gives_weight(output, ids_NK, site, otherwise):
                     unweighted.append(site.path)
 
             handles.append(model.get_submodule(site.path).register_forward_hook(look, with_kwargs=True))

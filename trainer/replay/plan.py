@@ -194,12 +194,17 @@ def _site(
         num_alike=len(alike),
         masking=chosen.masking,
         factors=chosen.factors,
+        num_idle=0 if chosen.num_scores in counts else chosen.num_scores - _largest_below(counts, chosen.num_scores),
         direct=chosen.by_forward and len(alike) == 1 and chosen.masking is Masking.NONE,
     )
     site = RouterSite(chosen.path, layer, type(modules[chosen.path]).__name__, selection, Witness.ANSWER)
-    if chosen.num_scores not in counts:
+    if selection.num_idle:
         return site  # an expert that does nothing may be left out of what the router returns
     return _with_witness(site, modules, chosen.indices[:, :top_k], seen)
+
+
+def _largest_below(counts: frozenset[int], num_scores: int) -> int:
+    return max(count for count in counts if count < num_scores)
 
 
 def _selecting(calls: list[SeenCall], counts: frozenset[int], sizes: NamedSizes) -> list[SeenCall]:

@@ -41,8 +41,10 @@ WHOLE = -1
 @dataclass(frozen=True, slots=True, eq=False)
 class SeenCall:
     """A call of the probe that may select: the innermost module whose forward made it, and the indices it returned,
-    int64[N, k] (of a sort: int64[N, E]). by_forward: the code of that module's own `forward` called `torch.topk`. factors: products
-    before it that mask, see `Selection`."""
+    int64[N, k] (of a sort: int64[N, E]).
+
+    by_forward: the code of that module's own `forward` called `torch.topk`. factors: see `Selection`.
+    """
 
     path: str
     function: str

@@ -48,8 +48,9 @@ class Ranked:
             output = router.forward(*args, **kwargs)
         if mode.scores is None:
             raise ReplayUnsupported(f"router {site.path} made no call that selects")
-        order_NE = mode.scores.detach().reshape(-1, site.selection.num_scores).argsort(dim=-1)
-        top_k = site.selection.top_k
+        selection, top_k = site.selection, site.selection.top_k
+        scores_NE = mode.scores.detach().reshape(-1, selection.num_scores)
+        order_NE = scores_NE[:, : selection.num_scores - selection.num_idle].argsort(dim=-1)  # idle ones weigh nothing
         self._keep(site, order_NE[:, :top_k], order_NE[:, top_k : 2 * top_k])
         return output
 

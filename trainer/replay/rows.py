@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -139,7 +139,9 @@ class RoutingRows:
 
     def joined(self) -> ExpertIds:
         """All rows in one array; a copy where there are several chunks."""
-        return self.chunks[0] if len(self.chunks) == 1 else np.concatenate(self.chunks)
+        if len(self.chunks) == 1:
+            return self.chunks[0]
+        return cast(ExpertIds, np.concatenate(self.chunks))
 
     def largest_id(self) -> int:
         """Of any row, valid or not."""
