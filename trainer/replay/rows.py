@@ -123,7 +123,9 @@ class RoutingRows:
         """How many (position, layer) pairs of these layers may be replayed, padding left out."""
         wanted = _bits_of(tuple(layers), self.num_layers)
         return sum(
-            _num_set(bits[:1] & wanted) * len(bits) if _is_shared(bits) else _num_set(bits & wanted)
+            (int.from_bytes(bits[0].tobytes()) & int.from_bytes(wanted)).bit_count() * len(bits)
+            if _is_shared(bits)
+            else int(np.bitwise_count(bits & np.frombuffer(wanted, np.uint8)).sum())
             for bits, mark in zip(self.valid_bits, self.is_padding, strict=True)
             if not mark
         )
@@ -154,14 +156,10 @@ def shared_bits(bits: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
 
 
 def _is_shared(bits: npt.NDArray[np.uint8]) -> bool:
-    return bits.strides[0] == 0
-
-
-def _num_set(bits: npt.NDArray[np.uint8]) -> int:
-    return int(np.bitwise_count(bits).sum())
+    return bits.strides[0] == 0 and len(bits) > 0
 
 
 @lru_cache(maxsize=64)
-def _bits_of(layers: tuple[int, ...], num_layers: int) -> npt.NDArray[np.uint8]:
+def _bits_of(layers: tuple[int, ...], num_layers: int) -> bytes:
     """One row of bits in which those of `layers` are set."""
-    return np.packbits(np.isin(np.arange(num_layers), layers))
+    return np.packbits(np.isin(np.arange(num_layers), layers)).tobytes()

@@ -87,7 +87,7 @@ class RoutingCheck:
         for layer, used_NK in pending:
             by_width.setdefault(used_NK.shape[1], []).append((layer, used_NK))
         for same in by_width.values():
-            used_PNK = np.stack([used_NK.numpy() for _, used_NK in same])
+            used_PNK = torch.stack([used_NK for _, used_NK in same]).numpy()
             layers = [layer for layer, _ in same]
             for number, (layer, agrees) in enumerate(zip(layers, _agreeing(self._rows, layers, used_PNK), strict=True)):
                 if agrees:
@@ -113,8 +113,11 @@ def _agreeing(rows: RoutingRows, layers: list[int], used_PNK: npt.NDArray[np.int
     start = 0
     for chunk in (rows.joined(),) if rows.nbytes <= _JOINED_BYTES else rows.chunks:
         used, start = used_PNK[:, start : start + len(chunk)], start + len(chunk)
-        recorded = chunk[:, layers[0] : layers[0] + 1] if len(layers) == 1 else chunk[:, layers]
-        agrees &= (used == recorded[..., : used.shape[2]].swapaxes(0, 1)).all(axis=(1, 2))
+        is_row = layers == list(range(layers[0], layers[-1] + 1))
+        recorded = chunk[:, layers[0] : layers[-1] + 1] if is_row else chunk[:, layers]
+        equal = used == recorded[..., : used.shape[2]].swapaxes(0, 1)
+        if not equal.all():
+            agrees &= equal.all(axis=(1, 2))
     return agrees
 
 
