@@ -175,8 +175,17 @@ SLOW = frozenset({"kimi_linear"})
 
 NESTED: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "aria": ("text_config", ARCHITECTURES["aria_text"]),
+    "ernie4_5_vl_moe": (
+        "text_config",
+        {"moe_num_experts": NUM_EXPERTS, "moe_k": TOP_K, "moe_intermediate_size": [16, 16], **_MROPE},
+    ),
+    "glm4v_moe": (
+        "text_config",
+        {**_ONE_GROUP, "rope_parameters": {**_MROPE["rope_parameters"], "mrope_section": [1, 1, 0]}},
+    ),
     "kimi_k25": ("text_config", ARCHITECTURES["deepseek_v3"]),
     "mistral_large4": ("text_config", {**_LATENT, **_GROUPS}),
+    "qwen3_omni_moe_thinker": ("text_config", _MROPE),
     "qwen3_vl_moe": ("text_config", _MROPE),
 }
 """By model type of a multi-modal model: where its text part is, and what that needs."""

@@ -85,7 +85,9 @@ class ReplayPlan:
     @property
     def routed(self) -> RoutedLayers:
         """What assembly must know to validate rows."""
-        return RoutedLayers(self.shape, tuple(site.layer for site in self.routers))
+        sizes = tuple((site.selection.num_scores, site.selection.top_k) for site in self.routers)
+        is_uniform = set(sizes) == {(self.shape.num_experts, self.shape.top_k)}
+        return RoutedLayers(self.shape, tuple(site.layer for site in self.routers), () if is_uniform else sizes)
 
 
 class NamedSizes(NamedTuple):

@@ -9,7 +9,10 @@ recorded and replayed log-probs shows those.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+import numpy as np
 
 from gateway.contracts.errors import ExpertsMismatch
 from gateway.contracts.experts import RoutingShape, valid_row_bits
@@ -19,10 +22,24 @@ from trainer.replay.rows import RoutingRows, shared_bits
 
 @dataclass(frozen=True, slots=True)
 class RoutedLayers:
-    """The routing of a model: its shape, and the global indices of the decoder layers that route, ascending."""
+    """The routing of a model: its shape, and the global indices of the decoder layers that route, ascending.
+
+    sizes: beside each layer its own number of experts and of experts a token, which may be less than the shape's; empty
+    where all layers have the shape's. A row of a layer with fewer experts a token has them in its first columns.
+    """
 
     shape: RoutingShape
     layers: tuple[int, ...]
+    sizes: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def layers_by_size(self) -> Mapping[tuple[int, int], tuple[int, ...]]:
+        """Layers that are alike, by their number of experts and of experts a token."""
+        sizes = self.sizes or ((self.shape.num_experts, self.shape.top_k),) * len(self.layers)
+        return {
+            size: tuple(layer for layer, own in zip(self.layers, sizes, strict=True) if own == size)
+            for size in dict.fromkeys(sizes)
+        }
 
 
 def replayable_rows(segment: Segment, routed: RoutedLayers) -> RoutingRows:
@@ -38,5 +55,8 @@ def replayable_rows(segment: Segment, routed: RoutedLayers) -> RoutingRows:
             f"segment {segment.segment_id}: routing rows are {rows.dtype} [{rows.shape[1]} layers, {rows.shape[2]}],"
             f" the model routes {shape.dtype} [{shape.num_layers}, {shape.top_k}]"
         )
-    bits = valid_row_bits(rows, shape.num_experts, recorded=segment.routed_valid, routed_layers=routed.layers)
+    bits = np.zeros((len(rows), -(-shape.num_layers // 8)), dtype=np.uint8)
+    for (num_experts, top_k), layers in routed.layers_by_size.items():
+        own = rows[..., :top_k]  # what an engine puts behind the experts of a narrower layer is not looked at
+        bits |= valid_row_bits(own, num_experts, recorded=segment.routed_valid, routed_layers=layers)
     return RoutingRows((rows,), (shared_bits(bits),))
