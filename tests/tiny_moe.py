@@ -171,7 +171,7 @@ ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {
 """By model type of a text model: what its tiny config needs beside `TINY`."""
 
 SLOW = frozenset({"kimi_linear", "qwen3_omni_moe_thinker"})
-"""Types that take long: the first compiles kernels for half a minute, the other has large towers beside its text part."""
+"""Types that take long: one compiles kernels for half a minute, one has large towers beside its text part."""
 
 NESTED: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "aria": ("text_config", ARCHITECTURES["aria_text"]),

@@ -34,7 +34,7 @@ def valid(ids_NLK: np.ndarray, routed: RoutedLayers) -> list[list[bool]]:
 
 
 def test_a_layer_that_takes_fewer_experts_is_judged_by_its_own_columns_and_its_own_number_of_experts() -> None:
-    """I9. What stands behind a narrower layer's experts may repeat; its own experts may not, nor be out of its range."""
+    """I9. What is behind a narrower layer's experts may repeat; they themselves may not, nor be out of range."""
     ids = np.tile(np.array([0, 1, 2, 3]), (4, 3, 1))
     ids[:, 1] = [4, 5, 0, 0]
     ids[1, 1] = [4, 4, 0, 0]
