@@ -192,7 +192,7 @@ def peak_memory(bodies: Path, routed: bool) -> int:
     selection = Selection("topk", _ROLLOUT_SHAPE.num_experts, _ROLLOUT_SHAPE.top_k)
     sites = tuple(RouterSite(f"layers.{i}", i, "", selection, Witness.ROUTER_OUTPUT) for i in layers.layers)
     plan = ReplayPlan(_ROLLOUT_SHAPE, sites, {}, 0)
-    _hand_in([_body(0, _ROLLOUT_SHAPE, 64, routed=routed)], plan, routed=routed)  # what is made once
+    _hand_in([_body(0, _ROLLOUT_SHAPE, 1024, routed=routed)], plan, routed=routed)  # what is made once
     before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     _hand_in((path.read_bytes() for path in sorted(bodies.iterdir())), plan, routed=routed)
