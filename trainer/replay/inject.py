@@ -28,7 +28,6 @@ import torch
 from torch import nn
 
 from gateway.contracts.errors import ReplayUnsupported
-from trainer.replay.direct import answered_forward, own_forward
 from trainer.replay.plan import ReplayPlan, RouterSite, Witness, plan_replay
 from trainer.replay.probe import run_probe
 from trainer.replay.proof import ForeignRows, Ranked, gives_weight, same_logits
@@ -50,8 +49,8 @@ class RoutingReplay:
         self._has_replayed = False
         self._wrapped: list[nn.Module] = []
         for site in plan.routers:
-            router = self._router(site, model.get_submodule(site.path))
-            self._wrap(router.module, self._routing_forward(router))
+            module = model.get_submodule(site.path)
+            self._wrap(module, self._routing_forward(Router(site, module, module.forward)))
             if site.witness is Witness.EXPERTS_INPUT:
                 experts = model.get_submodule(site.witness_path)
                 self._wrap(experts, self._witnessed_forward(site, experts.forward))
@@ -138,19 +137,6 @@ class RoutingReplay:
     def _wrap(self, module: Any, forward: Callable[..., Any]) -> None:
         module.forward = forward
         self._wrapped.append(module)
-
-    def _router(self, site: RouterSite, module: nn.Module) -> Router:
-        selection, current = site.selection, self._slot
-        if not selection.direct or own_forward(module) is None:
-            return Router(site, module, module.forward, None)
-
-        def answer(scores: torch.Tensor) -> Any:
-            slot = current.get()
-            assert isinstance(slot, Replayed)
-            return slot.answer(site, scores)
-
-        direct = answered_forward(module, selection.num_scores, selection.top_k, answer)
-        return Router(site, module, module.forward, direct)
 
     def _routing_forward(self, router: Router) -> Callable[..., Any]:
         forward, current = router.forward, self._slot

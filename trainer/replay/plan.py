@@ -21,7 +21,7 @@ from gateway.contracts.errors import ReplayUnsupported
 from gateway.contracts.experts import RoutingShape
 from trainer.replay.overrides import NOT_REPLAYED, OVERRIDES, REFUSED
 from trainer.replay.probe import WHOLE, Place, SeenCall, Watched, probe_length, watch
-from trainer.replay.selection import SORTS, Masking, Selection
+from trainer.replay.selection import SORTS, Selection
 from trainer.replay.sites import decoder_layer, experts_by_layer, structural_experts
 from trainer.replay.validate import RoutedLayers
 
@@ -197,7 +197,6 @@ def _site(
         masking=chosen.masking,
         factors=chosen.factors,
         num_idle=0 if chosen.num_scores in counts else chosen.num_scores - _largest_below(counts, chosen.num_scores),
-        direct=chosen.by_forward and len(alike) == 1 and chosen.masking is Masking.NONE,
     )
     site = RouterSite(chosen.path, layer, type(modules[chosen.path]).__name__, selection, Witness.ANSWER)
     if selection.num_idle:

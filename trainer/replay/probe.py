@@ -7,8 +7,6 @@ that scores of experts cannot be mistaken for scores of positions (as an attenti
 from __future__ import annotations
 
 import inspect
-import sys
-import types
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from trainer.replay.direct import own_forward
 from trainer.replay.selection import (
     IN_PLACE,
     PRODUCTS,
@@ -41,9 +38,7 @@ WHOLE = -1
 @dataclass(frozen=True, slots=True, eq=False)
 class SeenCall:
     """A call of the probe that may select: the innermost module whose forward made it, and the indices it returned,
-    int64[N, k] (of a sort: int64[N, E]).
-
-    by_forward: the code of that module's own `forward` called `torch.topk`. factors: see `Selection`.
+    int64[N, k] (of a sort: int64[N, E]). factors: see `Selection`.
     """
 
     path: str
@@ -52,7 +47,6 @@ class SeenCall:
     top_k: int | None
     masking: Masking
     indices: Tensor
-    by_forward: bool
     factors: tuple[tuple[int, int], ...] = ()
 
 
@@ -99,9 +93,7 @@ def run_probe(model: nn.Module, num_positions: int) -> Any:
 def watch(model: nn.Module, num_positions: int) -> Watched:
     """Probe a model and return what was seen."""
     seen = Watched()
-    forwards = {path: own_forward(module) for path, module in model.named_modules()}
-    codes = {path: forward.__code__ for path, forward in forwards.items() if forward is not None}
-    with _module_stack(model, seen, num_positions) as stack, _Watching(stack, seen, num_positions, codes):
+    with _module_stack(model, seen, num_positions) as stack, _Watching(stack, seen, num_positions):
         run_probe(model, num_positions)
     seen.calls = [
         call if number in seen.used else replace(call, masking=Masking.NONE) for number, call in enumerate(seen.calls)
@@ -110,11 +102,8 @@ def watch(model: nn.Module, num_positions: int) -> Watched:
 
 
 class _Watching(TorchFunctionMode):
-    def __init__(
-        self, stack: list[str], seen: Watched, num_positions: int, codes: Mapping[str, types.CodeType]
-    ) -> None:
+    def __init__(self, stack: list[str], seen: Watched, num_positions: int) -> None:
         super().__init__()
-        self._codes = codes
         self._stack = stack
         self._seen = seen
         self._num_positions = num_positions
@@ -127,15 +116,13 @@ class _Watching(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        caller = sys._getframe(1)  # who called `func`: modes are called from C
         self._seen.note_use((*args, *kwargs.values()))
         function = SELECTING.get(func)
         call = None if function is None else parsed(function, args, kwargs)
         masking = None if call is None else self._masking_of(call)
         result = func(*args, **kwargs)
         if call is not None and masking is not None and call.num_positions == self._num_positions:
-            by_forward = func is torch.topk and caller.f_code is self._codes.get(self._stack[-1])
-            self._note(call, masking, result, by_forward=by_forward)
+            self._note(call, masking, result)
         found = self._factor(func, args) if func in PRODUCTS else masked(func, args, kwargs)
         if found is not None:
             self._masked_sizes.add((self._stack[-1], found.scores.numel()))
@@ -163,15 +150,13 @@ class _Watching(TorchFunctionMode):
             return Masking.EARLIER
         return Masking.NONE
 
-    def _note(self, call: Call, masking: Masking, result: Any, *, by_forward: bool) -> None:
+    def _note(self, call: Call, masking: Masking, result: Any) -> None:
         indices = (result if isinstance(result, Tensor) else result[1]).reshape(self._num_positions, -1)
         if not isinstance(result, Tensor):
             self._seen.picked[id(result[0])] = (result[0], len(self._seen.calls))
         path = self._stack[-1]
         by = tuple(self._factors[path])
-        self._seen.calls.append(
-            SeenCall(path, call.function, call.num_scores, call.top_k, masking, indices, by_forward, by)
-        )
+        self._seen.calls.append(SeenCall(path, call.function, call.num_scores, call.top_k, masking, indices, by))
 
 
 @contextmanager

@@ -49,8 +49,6 @@ class Selection:
     """Products by which the router masks: which of its products of two tensors, and which of the two is the mask."""
     num_idle: int = 0
     """How many of the scores, the last ones, are of experts that do nothing."""
-    direct: bool = False
-    """Whether the router's own forward can be given the answer without a mode (`direct.py`)."""
 
 
 class LayerIds(NamedTuple):

@@ -28,13 +28,11 @@ Forward = Callable[..., Any]
 
 @dataclass(frozen=True, slots=True)
 class Router:
-    """A router that replay is installed on: its forward as it was, and the one that asks the slot for its selection
-    where it has one (`direct.py`)."""
+    """A router that replay is installed on, and its forward as it was."""
 
     site: RouterSite
     module: nn.Module
     forward: Forward
-    direct: Forward | None
 
 
 class Slot(Protocol):
@@ -73,30 +71,8 @@ class Replayed:
     def route(self, router: Router, args: Any, kwargs: Any) -> Any:
         """The router's forward with its selection answered."""
         site = router.site
-        if router.direct is not None and not torch.compiler.is_compiling():
-            output = router.direct(*args, **kwargs)
-            if site.witness is Witness.ROUTER_OUTPUT:
-                self.observe(site, ids_among(output, site))
-            return output
         if site.override:
             return self._overridden(router, args, kwargs)
-        return self._under_mode(router, args, kwargs)
-
-    def answer(self, site: RouterSite, scores: Tensor) -> Any:
-        """What the selecting `torch.topk` of a router's own forward returns."""
-        selection = site.selection
-        ids, valid = self.layer_ids(site, scores.device, scores.numel() // selection.num_scores)
-        if valid is not None:
-            live = torch.topk(scores, selection.top_k).indices.view(-1, selection.top_k)
-            ids = torch.where(valid[:, None], ids, live)
-        if site.witness is Witness.ANSWER:
-            self.observe(site, ids)
-        if scores.ndim != 2:
-            ids = ids.view(*scores.shape[:-1], selection.top_k)
-        return torch.return_types.topk((scores.gather(-1, ids), ids))
-
-    def _under_mode(self, router: Router, args: Any, kwargs: Any) -> Any:
-        site = router.site
         mode = AnsweringMode(site.selection, _ForSite(self, site), leaves_early=site.path in self._plan.plain)
         with mode:
             output = router.forward(*args, **kwargs)
