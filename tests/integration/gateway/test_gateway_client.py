@@ -19,7 +19,7 @@ AWKWARD_ID = "train/4/späß 🙂 ?#%2F"
 async def ask(url: str, session_id: str, content: str) -> dict[str, Any]:
     """One call of an agent, by the stock client."""
     async with GatewayClient(url) as gateway:
-        handle = await gateway.create_session(session_id=session_id)
+        handle = await gateway.create_session(session_id=session_id, labels={"asked": session_id})
     async with openai.AsyncOpenAI(base_url=handle.base_url, api_key=handle.api_key, max_retries=0) as agent:
         reply = await agent.chat.completions.create(model="tiny", messages=[{"role": "user", "content": content}])
     return reply.model_dump()
@@ -37,7 +37,8 @@ async def test_a_rollout_goes_from_an_agent_to_a_trainer(gateway: Any) -> None:
         with pytest.raises(openai.ConflictError, match="finished"):
             await ask(gateway.url, AWKWARD_ID, "more")
 
-        lease = await client.lease(consumer="rollout-test", limit=100, wait_seconds=5.0)
+        own = {"asked": AWKWARD_ID}  # other tests finish sessions in this gateway, too
+        lease = await client.lease(consumer="rollout-test", limit=100, wait_seconds=5.0, labels=own)
         assert lease is not None
         lent = next(rollout for rollout in lease.rollouts if rollout.session_id == AWKWARD_ID)
         assert (lent.snapshot, lent.reward) == (first["snapshot"], 0.25)
@@ -51,7 +52,7 @@ async def test_a_rollout_goes_from_an_agent_to_a_trainer(gateway: Any) -> None:
         with pytest.raises(Conflict):
             await client.delete_session(AWKWARD_ID)
         assert AWKWARD_ID in await client.acknowledge(lease.lease_id)
-        again = await client.lease(consumer="rollout-test", limit=100)
+        again = await client.lease(consumer="rollout-test", limit=100, labels=own)
         assert again is None or AWKWARD_ID not in [rollout.session_id for rollout in again.rollouts]
         await client.drop(AWKWARD_ID, lent.snapshot)
         await client.delete_session(AWKWARD_ID)
