@@ -73,7 +73,7 @@ _ROUTER_CONFIG = {
     "kv_lora_rank": 16,
     "pad_token_id": 0,
 }
-_ROLLOUTS, _ROLLOUT_TOKENS, _MEMORY_RUNS = 16, 11_000, 3
+_ROLLOUTS, _ROLLOUT_TOKENS, _MEMORY_RUNS = 64, 11_000, 3
 _ROLLOUT_SHAPE = RoutingShape(num_layers=48, num_experts=128, top_k=8)
 _TINY_STEP = 1e-9
 
@@ -169,7 +169,7 @@ def call_cost(model_type: str, *, num_positions: int, seed: int) -> Cost:
 def memory_cost(folder: Path, *, seed: int) -> Cost:
     """Peak of what experts take from the feed's body to the last layer of the last micro-batch, over their bytes: with
     rows less without, resident memory of fresh processes, so numpy's, torch's and the allocator's own alike.
-    Qwen3-30B-A3B's shape: 48 layers, 8 of 128 experts; 64 MiB of rows in micro-batches of one rollout."""
+    Qwen3-30B-A3B's shape: 48 layers, 8 of 128 experts; 258 MiB of rows in micro-batches of one rollout."""
     peaks = {}
     for routed in (False, True):
         bodies = folder / ("with-rows" if routed else "without-rows")
