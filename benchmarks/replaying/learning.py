@@ -24,7 +24,6 @@ from trainer.processes import Children
 from trainer.settings import ReplayMode
 
 MODES = tuple(mode.value for mode in ReplayMode)
-SEEDS = (1, 2, 3)
 STEPS = 25
 MINIBATCHES = 4
 _KEPT = {
