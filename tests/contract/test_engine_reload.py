@@ -78,11 +78,13 @@ async def test_weights_are_loaded_while_nothing_is_generated_and_no_prefix_survi
 
 async def test_a_mixture_of_experts_on_a_cpu_is_refused(engine_process: EngineProcess, tiny_model: Path) -> None:
     """I5, I9: it would answer 200 and serve wrong weights; nothing is touched."""
-    with pytest.raises(TransportError, match="wrong weights"):
-        await VllmReloadTransport().publish(tiny_model, policy_version=4, engine_urls=[engine_process.url])
     async with httpx.AsyncClient(base_url=engine_process.url) as client:
+        before = (await client.get("/weight_info")).json()
+        with pytest.raises(TransportError, match="wrong weights"):
+            await VllmReloadTransport().publish(tiny_model, policy_version=4, engine_urls=[engine_process.url])
         assert (await client.get("/is_paused")).json() == {"is_paused": False}
-        assert (await client.get("/weight_info")).json() == {"weight_version": "default"}
+        assert (await client.get("/weight_info")).json() == before
+        assert before["weight_version"] != "policy-000004"
 
 
 @pytest.mark.parametrize(
