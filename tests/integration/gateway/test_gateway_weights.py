@@ -41,6 +41,8 @@ from gateway.client import GatewayClient
 
 async def main(gateway, engine, checkpoint, version, mode, seconds):
     async with GatewayClient(gateway) as client:
+        print("here", flush=True)
+        await asyncio.to_thread(sys.stdin.readline)
         await client.pause(mode, max_seconds=float(seconds))
         transport = DiskTransport(pause=None, flush_cache=mode != "keep")
         await transport.publish(Path(checkpoint), policy_version=int(version), engine_urls=[engine])
@@ -49,7 +51,7 @@ async def main(gateway, engine, checkpoint, version, mode, seconds):
 
 asyncio.run(main(*sys.argv[1:]))
 """
-"""A trainer's publisher that never comes to resuming: it is killed."""
+"""A trainer's publisher, which begins at a line of its input and never comes to resuming: it is killed."""
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +98,6 @@ async def test_a_publisher_killed_mid_update_leaves_a_gateway_that_goes_on(
     async with fresh_stage(tmp_path, engine_url, weights) as stage:
         async with agents_under_way(stage.url, FEW) as seen:
             for version, mode in enumerate(("abort", "keep", "retract"), start=1):
-                await until_busy(stage)
                 async with killed_publisher(stage, version, mode):
                     assert (await stage.gateway.generation())["paused"] == mode
                     await until_paused(stage, None)
@@ -245,14 +246,19 @@ async def fresh_stage(folder: Path, engine_url: str, weights: TellingWeights) ->
 
 @asynccontextmanager
 async def killed_publisher(stage: Stage, version: int, mode: str) -> AsyncIterator[None]:
-    """One that paused for at most so long, brought weights, and is killed before it tells the gateway."""
+    """One that paused while turns were under way, brought weights, and is killed before it tells the gateway."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-c", PUBLISHER, stage.url, stage.door.engine_url),
         *(str(stage.weights.folders[version]), str(version), mode, "3.0"),
+        stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
     )
     try:
+        assert process.stdin is not None
         assert process.stdout is not None
+        assert await process.stdout.readline() == b"here\n"
+        await until_busy(stage)
+        process.stdin.write(b"\n")
         assert await process.stdout.readline() == b"now\n"
         process.send_signal(signal.SIGKILL)
         yield
