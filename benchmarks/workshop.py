@@ -160,7 +160,7 @@ class LocalChat:
 
     async def _run(self, body: Message, *, leave_early: bool) -> Answer:
         runner = self.bench.runner
-        turn = runner.start(self.session, parse_chat_request(orjson.dumps(body)))
+        turn = runner.start(self.session, parse_chat_request(orjson.dumps(body), self.session.recent.texts))
         if leave_early:
             for _ in range(body[SEED_FIELD] % 12):  # somewhere between its first step and its last
                 await asyncio.sleep(0)

@@ -7,6 +7,7 @@ the messages say. Nothing is ever refused (I6): a request that matches nothing o
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,9 +16,12 @@ from gateway.contracts.generation import JsonValue
 from gateway.contracts.records import MatchTier, RootContext, SegmentReason
 from gateway.sessions.messages import (
     NO_CALLS,
+    CallPositions,
     MessageKey,
     arguments_digest,
+    calls_behind,
     compare,
+    message_key,
     message_keys,
     reasoning_of,
     root_digest,
@@ -27,6 +31,8 @@ from gateway.sessions.tree import Node, RecordedMessage, TurnTree
 RAW = "raw"
 """`meta.certified_by` of a turn whose prompt was no conversation (`sessions.raw`)."""
 
+_MOST_WAYS = 4
+
 _RANK = {MatchTier.EXACT: 0, MatchTier.SEMANTIC: 1, MatchTier.PROJECTION: 2}
 
 
@@ -35,7 +41,8 @@ class Place:
     """Where a request stands.
 
     parent: the turn whose tokens it may extend; None opens a new segment for `reason`. num_matched: how many of the
-    request's messages the parent covers. follows: the turn it continues as a conversation, if any.
+    request's messages the parent covers. follows: the turn it continues as a conversation, if any. keys: of the
+    messages that the parent does not cover, as the tree would make them; None where they were not read so.
     """
 
     parent: Node | None
@@ -43,6 +50,7 @@ class Place:
     num_matched: int
     tier: MatchTier
     reason: SegmentReason | None
+    keys: Sequence[MessageKey] | None = None
 
 
 class _Trail(NamedTuple):
@@ -64,21 +72,90 @@ class _Match(NamedTuple):
     num_messages: int
 
 
-def attach(tree: TurnTree, messages: Sequence[JsonValue], root: RootContext) -> Place:
-    """Find the deepest turn whose conversation the messages begin with."""
+class _Step(NamedTuple):
+    """What is known behind a request's first messages: the trails that lead there, the calls that hold, and the deepest
+    matches so far, under the request's own root and under others."""
+
+    num_messages: int
+    trails: Sequence[_Trail]
+    calls: CallPositions
+    here: Sequence[_Match]
+    elsewhere: Sequence[_Match]
+
+
+class KnownWay(NamedTuple):
+    """The way of an earlier request as far as its deepest match, and the messages that led there. num_turns: that the
+    tree had then."""
+
+    messages: Sequence[JsonValue]
+    root: RootContext
+    root_digest: bytes
+    step: _Step
+    num_turns: int
+
+    def leads(self, tree: TurnTree, messages: Sequence[JsonValue]) -> bool:
+        """Whether a request that begins with the same messages, the very objects, would come the same way again."""
+        num = self.step.num_messages
+        return (
+            len(messages) >= num
+            and all(map(operator.is_, self.messages, messages))
+            and tree.first_change_since(self.num_turns) > num
+        )
+
+
+class KnownWays:
+    """The latest ways of one session, of a conversation each; what they spare is reading the whole history again."""
+
+    def __init__(self) -> None:
+        self._known: list[KnownWay] = []
+
+    def find(self, tree: TurnTree, messages: Sequence[JsonValue]) -> KnownWay | None:
+        """The longest that a request goes too."""
+        found = [way for way in self._known if way.leads(tree, messages)]
+        return max(found, key=lambda way: way.step.num_messages, default=None)
+
+    def keep(self, new: KnownWay, instead_of: KnownWay | None) -> None:
+        """Remember a way; the one that it goes on from is not needed any more."""
+        others = [way for way in self._known if way is not instead_of]
+        self._known = [*others[-_MOST_WAYS + 1 :], new]
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._known = []
+
+
+_START = _Step(0, (), NO_CALLS, (), ())
+
+
+def attach(tree: TurnTree, messages: Sequence[JsonValue], root: RootContext, ways: KnownWays | None = None) -> Place:
+    """Find the deepest turn whose conversation the messages begin with. ways: of the session's earlier requests."""
     if not len(tree):
         return Place(None, None, 0, MatchTier.NONE, SegmentReason.FIRST)
-    wanted_root = root_digest(root)
-    here: list[_Match] = []
-    elsewhere: list[_Match] = []
-    for matches in _matches(tree, messages):
-        here = [match for match in matches if match.node.root_digest == wanted_root] or here
-        elsewhere = [match for match in matches if match.node.root_digest != wanted_root] or elsewhere
-    best, other = _best(tree, here), _best(tree, elsewhere)
+    way = None if ways is None else ways.find(tree, messages)
+    wanted_root = root_digest(root) if way is None or not _is_same(way.root, root) else way.root_digest
+    step = _START if way is None or way.root_digest != wanted_root else way.step
+    if step is _START:
+        step = step._replace(trails=[_Trail(tree.start, MatchTier.EXACT, 0)])
+    deepest, keys = step, list[MessageKey]()
+    while step.trails and step.num_messages < len(messages):
+        message = messages[step.num_messages]
+        key = message_key(message, step.calls)
+        keys.append(key)
+        step = _stepped(step, message, key, wanted_root)
+        if step.here is not deepest.here:
+            deepest, keys = step, []
+    if ways is not None and deepest.num_messages:
+        known = KnownWay(messages[: deepest.num_messages], root, wanted_root, deepest, len(tree))
+        ways.keep(known, way)
+    best, other = _best(tree, step.here), _best(tree, step.elsewhere)
     if best is None:
         return Place(None, other.node if other else None, 0, MatchTier.NONE, _reason(other, root))
     follows = other if other is not None and other.num_messages > best.num_messages else best
-    return Place(best.node, follows.node, best.num_messages, best.trail.tier, None)
+    # Results of calls that the agent renamed have other keys in the tree.
+    added = None if best.trail.num_other_ids or best.num_messages != deepest.num_messages else keys
+    if added is not None:
+        added += message_keys(messages[step.num_messages :], calls=step.calls)[0]
+    return Place(best.node, follows.node, best.num_messages, best.trail.tier, None, added)
 
 
 def restore_reasoning(place: Place, messages: Sequence[JsonValue]) -> tuple[JsonValue, ...]:
@@ -93,24 +170,29 @@ def restore_reasoning(place: Place, messages: Sequence[JsonValue]) -> tuple[Json
     return (*restored, *messages[len(restored) :])
 
 
-def _matches(tree: TurnTree, messages: Sequence[JsonValue]) -> Iterator[list[_Match]]:
-    """Turns that have sampled something and end after 1, 2, … of the request's messages; only where there are any.
+def _stepped(step: _Step, message: JsonValue, key: MessageKey, wanted_root: bytes) -> _Step:
+    """One message further. Matches are turns that have sampled something and end just there.
 
     Turns of raw prompts have no conversation, whatever a message looks like that stands for one."""
-    keys, _ = message_keys(messages, calls=NO_CALLS)
-    trails = [_Trail(tree.start, MatchTier.EXACT, 0)]
-    for num_messages, key in enumerate(keys, start=1):
-        trails = [step for trail in trails for step in _steps(trail, key)]
-        if not trails:
-            return
-        matches = [
-            _Match(node, trail, num_messages)
-            for trail in trails
-            for node in trail.at.turns
-            if len(node.record.output_token_ids) and node.record.meta.get("certified_by") != RAW
-        ]
-        if matches:
-            yield matches
+    trails = [further for trail in step.trails for further in _steps(trail, key)]
+    matches = [
+        _Match(node, trail, step.num_messages + 1)
+        for trail in trails
+        for node in trail.at.turns
+        if len(node.record.output_token_ids) and node.record.meta.get("certified_by") != RAW
+    ]
+    return _Step(
+        step.num_messages + 1,
+        trails,
+        calls_behind(message, key, step.calls),
+        [match for match in matches if match.node.root_digest == wanted_root] or step.here,
+        [match for match in matches if match.node.root_digest != wanted_root] or step.elsewhere,
+    )
+
+
+def _is_same(one: RootContext, other: RootContext) -> bool:
+    """Whether two roots are made of the very same objects, as those of requests that begin with the same text are."""
+    return one.tools is other.tools and one.template_arguments is other.template_arguments
 
 
 def _steps(trail: _Trail, key: MessageKey) -> Iterator[_Trail]:

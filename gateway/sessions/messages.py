@@ -16,6 +16,8 @@ from decimal import Decimal
 from types import MappingProxyType
 from typing import NamedTuple, TypeAlias
 
+import orjson
+
 from gateway.contracts.generation import JsonValue
 from gateway.contracts.records import MatchTier, RootContext
 
@@ -80,11 +82,17 @@ def message_keys(
     """
     keys: list[MessageKey] = []
     for message in messages:
-        key = _message_key(message, calls)
+        key = message_key(message, calls)
         keys.append(key)
-        if key.call_ids and message.get("role") == "assistant":
-            calls = {call_id: position for position, call_id in enumerate(key.call_ids) if call_id} or NO_CALLS
+        calls = calls_behind(message, key, calls)
     return tuple(keys), calls
+
+
+def calls_behind(message: Mapping[str, JsonValue], key: MessageKey, calls: CallPositions) -> CallPositions:
+    """The calls that hold after a message, `calls` before it."""
+    if key.call_ids and message.get("role") == "assistant":
+        return {call_id: position for position, call_id in enumerate(key.call_ids) if call_id} or NO_CALLS
+    return calls
 
 
 def root_digest(root: RootContext) -> bytes:
@@ -106,7 +114,8 @@ def reasoning_of(message: Mapping[str, JsonValue]) -> str | None:
     return None
 
 
-def _message_key(message: Mapping[str, JsonValue], calls: CallPositions) -> MessageKey:
+def message_key(message: Mapping[str, JsonValue], calls: CallPositions) -> MessageKey:
+    """Of a message that follows an assistant message with `calls`."""
     if "refusal" in message and message["refusal"] is None:  # our replies say so, and records do not
         message = {name: value for name, value in message.items() if name != "refusal"}
     content = message.get("content")
@@ -282,7 +291,11 @@ _encode = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode
 
 
 def _json(value: JsonValue) -> bytes:
-    return _encode(value).encode()
+    """Equal values have equal text, whichever of the two writes it: what one cannot write never equals what it can."""
+    try:
+        return orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
+    except TypeError:  # integers beyond 64 bits, halves of surrogate pairs
+        return _encode(value).encode()
 
 
 def _text_digest(text: str) -> bytes:

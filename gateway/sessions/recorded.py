@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -71,27 +70,6 @@ async def recorded_rows(ledger: Ledger, node: Node) -> RoutedExperts | None:
     records = [part.record for part in node.reply_nodes() if part.record.experts_stop > part.record.experts_start]
     rows = [await ledger.experts(record.session_id, record.turn_id) for record in records]
     return joined_rows([part for part in rows if part is not None])
-
-
-class MissingRows(NamedTuple):
-    """Routing rows at the end of a path that no turn of it holds: from index `first` on, the last token's included,
-    which has none before it is an input. policy_versions: of the turns that should have held the others."""
-
-    first: int
-    policy_versions: frozenset[int]
-
-
-def missing_rows(node: Node) -> MissingRows:
-    """What the turn behind `node` has to ask for: engines lose a turn's rows now and then, and give them with the next
-    turn's, as long as its prefix is cached."""
-    versions: set[int] = set()
-    for turn in reversed(node.path()):
-        record = turn.record
-        if record.experts_stop < turn.num_tokens - 1:
-            versions.update(span.policy_version for span in record.version_spans)
-        if record.experts_stop > record.experts_start:
-            return MissingRows(record.experts_stop, frozenset(versions))
-    return MissingRows(0, frozenset(versions))
 
 
 def joined_rows(parts: Sequence[RoutedExperts]) -> RoutedExperts | None:

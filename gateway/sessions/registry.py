@@ -16,6 +16,7 @@ from gateway.contracts.ports import Ledger
 from gateway.contracts.records import FinishRecord, SessionOrigin, SessionRecord
 from gateway.sessions.idempotency import OpenTurn, SessionCalls, is_whole
 from gateway.sessions.raw import TokenPaths
+from gateway.sessions.recent import Recent
 from gateway.sessions.tree import TurnTree
 
 _NOTE_SECONDS = 1.0
@@ -50,6 +51,7 @@ class Session:
     held_until: float = 0.0
     running: set[RunningTurn] = field(default_factory=set)
     deliveries: set[asyncio.Task[None]] = field(default_factory=set)
+    recent: Recent = field(default_factory=Recent)
     token_paths: TokenPaths = field(init=False)
     calls: SessionCalls[RunningTurn] = field(init=False)
 

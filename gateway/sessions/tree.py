@@ -7,9 +7,10 @@ recorded conversation, each stored once, so that a request finds its place in on
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,14 @@ import numpy.typing as npt
 from gateway.contracts.errors import LedgerCorrupt
 from gateway.contracts.generation import JsonValue, TokenIds
 from gateway.contracts.records import RootContext, TurnRecord, conversation
-from gateway.sessions.messages import NO_CALLS, CallPositions, MessageKey, message_keys, root_digest
+from gateway.sessions.messages import (
+    NO_CALLS,
+    CallPositions,
+    MessageKey,
+    calls_behind,
+    message_keys,
+    root_digest,
+)
 
 
 class RecordedMessage:
@@ -40,6 +48,10 @@ class RecordedMessage:
         found = () if self._following is None else self._following.get(core, ())
         return found if isinstance(found, tuple) else (found,)
 
+    def holds(self, key: MessageKey) -> bool:
+        """Whether a message with just this key was recorded right after this one."""
+        return any(known.key == key for known in self.following(key.core))
+
     def extended(self, key: MessageKey, message: JsonValue) -> RecordedMessage:
         """This message followed by another one: what is recorded already, or a new branch."""
         found = self.following(key.core)
@@ -53,12 +65,25 @@ class RecordedMessage:
         return new
 
 
+class MissingRows(NamedTuple):
+    """Routing rows at the end of a path that no turn of it holds: from index `first` on, the last token's included,
+    which has none before it is an input. policy_versions: of the turns that should have held the others."""
+
+    first: int
+    policy_versions: frozenset[int]
+
+
+NO_ROWS = MissingRows(0, frozenset())
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Node:
     """One recorded turn in the tree.
 
     asked, last: its latest message and its reply, at their places among the recorded messages. asked_calls, calls: ids
-    of the latest tool calls up to there. num_messages, num_tokens: of the whole path.
+    of the latest tool calls up to there. num_messages, num_tokens: of the whole path. missing_rows: what the turn
+    behind it has to ask for; engines lose a turn's rows now and then, and give them with the next turn's, as long as
+    its prefix is cached.
     """
 
     record: TurnRecord
@@ -71,6 +96,7 @@ class Node:
     calls: CallPositions
     num_messages: int
     num_tokens: int
+    missing_rows: MissingRows
 
     def path(self) -> list[Node]:
         """From the root to this node."""
@@ -114,6 +140,7 @@ class TurnTree:
         self._next_index = 0
         self._num_complete = 0
         self._beyond: set[int] = set()
+        self._changes: list[int] = []
         self.start = RecordedMessage(None, None)
         for record in records:
             self.add(record)
@@ -144,15 +171,21 @@ class TurnTree:
         self._next_index += 1
         return index
 
-    def add(self, record: TurnRecord) -> Node:
-        """Hang a turn into the tree, which may hang there already; raises LedgerCorrupt if its parent is not there."""
+    def first_change_since(self, num_turns: int) -> int:
+        """The least number of messages after which anything was added with the turns behind the first `num_turns`."""
+        return min(self._changes[num_turns:], default=sys.maxsize)
+
+    def add(self, record: TurnRecord, keys: Sequence[MessageKey] | None = None) -> Node:
+        """Hang a turn into the tree, which may hang there already; raises LedgerCorrupt if its parent is not there.
+
+        keys: of its added messages, where they are known."""
         if record.turn_id in self._nodes:
             return self._nodes[record.turn_id]
         parent_id = record.attachment.parent_id
         if parent_id is not None and parent_id not in self._nodes:
             raise LedgerCorrupt(f"session {record.session_id} turn {record.index}: its parent {parent_id} is missing")
         parent = None if parent_id is None else self._nodes[parent_id]
-        node = self._node(record, parent)
+        node = self._node(record, parent, keys)
         node.last.turns = (*node.last.turns, node)
         self._went_on.update(one for one in (parent_id, record.attachment.follows_id) if one is not None)
         self._nodes[record.turn_id] = node
@@ -180,24 +213,33 @@ class TurnTree:
             self._beyond.remove(self._num_complete)
             self._num_complete += 1
 
-    def _node(self, record: TurnRecord, parent: Node | None) -> Node:
+    def _node(self, record: TurnRecord, parent: Node | None, keys: Sequence[MessageKey] | None) -> Node:
         if parent is None:
             asked, calls = self.start, NO_CALLS
         elif record.attachment.continues:
             asked, calls = parent.asked, parent.asked_calls
         else:
             asked, calls = parent.last, parent.calls
+        num_before = 0 if parent is None else parent.num_messages - record.attachment.continues
         known: list[JsonValue] = []
-        keys, asked_calls = message_keys(record.added_messages, calls=calls)
+        if keys is None:
+            keys, asked_calls = message_keys(record.added_messages, calls=calls)
+        else:
+            asked_calls = calls
+            for key, message in zip(keys, record.added_messages, strict=True):
+                asked_calls = calls_behind(message, key, asked_calls)
+        num_found = 0
         for key, message in zip(keys, record.added_messages, strict=True):
+            num_found += asked.holds(key)
             asked = asked.extended(key, message)
             known.append(asked.message)
         (key,), calls = message_keys((record.reply,), calls=asked_calls)
         last = asked.extended(key, record.reply)
         known.append(last.message)
+        self._changes.append(num_before + num_found + 1)
         root, digest = self._root(record, parent)
-        num_before = 0 if parent is None else parent.num_messages - record.attachment.continues
-        num_own_tokens = len(record.prompt_token_ids) + len(record.output_token_ids)
+        num_tokens = len(record.prompt_token_ids) + len(record.output_token_ids)
+        num_tokens += 0 if parent is None else parent.num_tokens
         return Node(
             record=_slim(record, known, root, parent),
             parent=parent,
@@ -208,7 +250,8 @@ class TurnTree:
             last=last,
             calls=calls,
             num_messages=len(known) + num_before,
-            num_tokens=num_own_tokens + (0 if parent is None else parent.num_tokens),
+            num_tokens=num_tokens,
+            missing_rows=_missing_rows(record, NO_ROWS if parent is None else parent.missing_rows, num_tokens),
         )
 
     def _root(self, record: TurnRecord, parent: Node | None) -> tuple[RootContext, bytes]:
@@ -218,6 +261,16 @@ class TurnTree:
             raise LedgerCorrupt(f"session {record.session_id} turn {record.index}: a root without its context")
         digest = root_digest(record.root)
         return self._roots.setdefault(digest, record.root), digest
+
+
+def _missing_rows(record: TurnRecord, before: MissingRows, num_tokens: int) -> MissingRows:
+    """Behind a turn, `before`: behind its parent."""
+    holds_some = record.experts_stop > record.experts_start
+    versions = frozenset[int]() if holds_some else before.policy_versions
+    if record.experts_stop < num_tokens - 1:
+        versions |= {span.policy_version for span in record.version_spans}
+    first = record.experts_stop if holds_some else before.first
+    return before if (first, versions) == before else MissingRows(first, versions)
 
 
 def _slim(record: TurnRecord, messages: Sequence[JsonValue], root: RootContext, parent: Node | None) -> TurnRecord:

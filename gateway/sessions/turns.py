@@ -14,7 +14,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from urllib.parse import quote
 
@@ -63,9 +63,10 @@ from gateway.sessions.idempotency import NO_HINT, CallChoice, RetryHint, can_go_
 from gateway.sessions.media import UNTRAINABLE, check_placeholders, keep_media, load_media, shown_media
 from gateway.sessions.model import ServedModel
 from gateway.sessions.raw import attach_raw, check_ids, check_sampling_ids
-from gateway.sessions.recorded import MissingRows, WholeReply, joined_rows, missing_rows, recorded_reply, recorded_rows
+from gateway.sessions.recent import RecentBudget
+from gateway.sessions.recorded import WholeReply, joined_rows, recorded_reply, recorded_rows
 from gateway.sessions.registry import Session
-from gateway.sessions.tree import Node
+from gateway.sessions.tree import NO_ROWS, MissingRows, Node
 from gateway.sessions.turn import Turn, TurnFinished, TurnProgress, TurnStarted, TurnTimes
 from gateway.sessions.upkeep import PromptUpkeep
 from gateway.tito.conversation import BuiltPrompt, Conversation, ParentTurn
@@ -100,6 +101,7 @@ class TurnSettings:
     disconnect_grace_seconds: float = 10.0
     timeout_seconds: float = 3600.0
     inline_prompt_bytes: int = 65_536
+    recent_bytes: int = 64 * 2**20
     media_urls: bool = True
 
 
@@ -183,7 +185,7 @@ async def run_turn(
     record = _record(parts, session, request, prompt, sampling, sampled, turn)
     await keep_media(parts.ledger, session.record.session_id, record.added_messages, request.blobs)
     record = await _append(parts, session, record, sampled.generated.experts)  # I4
-    session.tree.add(record)
+    session.tree.add(record, prompt.place.keys if record.attachment.parent_id is not None else None)
     finished = await _finished(parts, prompt, sampled, record)
     parts.observe(finished, sampled.generated, turn.times())
     if sampled.failure is not None:
@@ -206,6 +208,7 @@ class TurnRunner:
         self.parts = parts
         self._turns: dict[Turn, asyncio.Task[TurnFinished]] = {}
         self._deliveries: set[asyncio.Task[None]] = set()
+        self._recent = RecentBudget(parts.settings.recent_bytes)
         self._upkeep = PromptUpkeep(parts.model.prompts)
 
     def prepare(self) -> None:
@@ -373,6 +376,7 @@ class TurnRunner:
         session.running.discard(turn)
         session.hold(session.record.ttl_seconds or 0.0)
         session.calls.end(turn.turn_id)
+        self._recent.note(session.recent)
         self._upkeep.poke()
         task = self._turns.pop(turn)
         # Retrieved here too, because the reader may have gone; what is no VerbatimError is a bug and is logged as one.
@@ -389,10 +393,10 @@ async def _build_prompt(parts: TurnParts, session: Session, request: TurnRequest
 
 async def _chat_prompt(parts: TurnParts, session: Session, request: TurnRequest) -> _Prompt:
     root = RootContext(request.tools, request.template_arguments)
-    place = attach(session.tree, request.messages, root)
+    place = attach(session.tree, request.messages, root, session.recent.ways)
     conversation = Conversation(restore_reasoning(place, request.messages), root.tools, root.template_arguments)
-    media = shown_media(parts.model.template, conversation.messages)
-    parent = _parent_turn(place)
+    media = shown_media(parts.model.template, conversation.messages) if request.has_media else ()
+    parent = _parent_turn(session, place)
     prompts, reason = parts.model.prompts, place.reason or SegmentReason.UNCERTIFIED
     if request.num_bytes <= parts.settings.inline_prompt_bytes:
         built = prompts.build(conversation, parent, reason=reason)
@@ -447,11 +451,11 @@ def _begun_prompt(session: Session, node: Node) -> _Prompt:
     return _Prompt(place, node.root, (), built, begun.prompt_token_ids, media, begun)
 
 
-def _parent_turn(place: Place) -> ParentTurn | None:
+def _parent_turn(session: Session, place: Place) -> ParentTurn | None:
     if place.parent is None:
         return None
     return ParentTurn(
-        token_ids=place.parent.token_ids(),
+        token_ids=session.recent.token_ids(place.parent),
         num_output_tokens=place.parent.num_reply_tokens(),
         num_messages=place.num_matched,
         finish=place.parent.record.finish,
@@ -569,7 +573,7 @@ def _generate_request(
     """Rows are wanted from the parent's last token on, which had none until now (I2), and what its path lacks."""
     return GenerateRequest(
         request_id="",
-        token_ids=np.concatenate([prompt.token_ids, prompt.begun_ids]),
+        token_ids=np.concatenate([prompt.token_ids, prompt.begun_ids]) if prompt.begun else prompt.token_ids,
         sampling=sampling,
         routed_experts_start=_missing_rows(prompt).first if prompt.is_provable else None,
         passthrough=request.passthrough,
@@ -584,8 +588,8 @@ def _missing_rows(prompt: _Prompt) -> MissingRows:
     """The routing rows that the recorded path has not."""
     parent = prompt.place.parent
     if parent is None or prompt.built.segment_reason is not None:
-        return MissingRows(0, frozenset())
-    return missing_rows(parent)
+        return NO_ROWS
+    return parent.missing_rows
 
 
 def _cut_or_timed_out(parts: TurnParts, turn: Turn) -> VerbatimError:
@@ -695,9 +699,16 @@ def _attachment(prompt: _Prompt) -> Attachment:
 
 
 def _sampling_json(sampling: SamplingParams) -> dict[str, JsonValue]:
-    return asdict(sampling) | {
+    return {
+        "max_new_tokens": sampling.max_new_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
         "stop": list(sampling.stop),
         "stop_token_ids": list(sampling.stop_token_ids),
+        "seed": sampling.seed,
+        "ignore_eos": sampling.ignore_eos,
         "extra": dict(sampling.extra),
     }
 

@@ -23,6 +23,11 @@ def check_nesting(fields: Mapping[str, JsonValue]) -> None:
             raise InvalidRequest(f"{name}: is nested too deeply: at most {_MAX_NESTING} levels")
 
 
+def is_shallow_text(text: bytes) -> bool:
+    """Whether JSON cannot be nested too deeply, because it has not enough brackets for that."""
+    return text.count(b"[") + text.count(b"{") <= _MAX_NESTING
+
+
 def _is_shallow(value: JsonValue) -> bool:
     level = [value]
     for _ in range(_MAX_NESTING):

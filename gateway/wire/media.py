@@ -18,7 +18,7 @@ import pybase64
 
 from gateway.contracts.errors import InvalidRequest
 from gateway.contracts.generation import JsonValue, MediaKind
-from gateway.contracts.media import MEDIA_KEYS, MEDIA_PARTS, SENT_BLOCKS, Blob, blob_name
+from gateway.contracts.media import MEDIA_KEYS, MEDIA_PARTS, SENT_BLOCKS, Blob, blob_name, blob_names, placed_media
 from gateway.wire.fields import kind_of
 
 MAX_BLOB_BYTES = 32 * 2**20
@@ -43,19 +43,22 @@ _FILES = frozenset(("file", "file_url", "input_file"))
 
 
 class TakenMedia(NamedTuple):
-    """Messages with references in place of bytes, and the bytes by sha256."""
+    """Messages with references in place of bytes, the bytes by sha256, and whether any part is no text."""
 
     messages: tuple[JsonValue, ...]
     blobs: Mapping[str, Blob]
+    has_media: bool
 
 
-def take_media(messages: Sequence[JsonValue]) -> TakenMedia:
-    """Put the parts of messages that are no text into one spelling; raises InvalidRequest naming the part that cannot
-    be read, or that no model is shown (a file)."""
+def take_media(messages: Sequence[JsonValue], first: int = 0) -> TakenMedia:
+    """Put the parts of messages, from index `first` on, that are no text into one spelling; raises InvalidRequest
+    naming the part that cannot be read, or that no model is shown (a file)."""
+    if not any(isinstance(message.get(key), list) for message in messages for key in ("content", SENT_BLOCKS)):
+        return TakenMedia(tuple(messages), {}, has_media=False)  # nearly all
     taker = _Taker()
-    return TakenMedia(
-        tuple(taker.message(message, f"messages[{i}]") for i, message in enumerate(messages)), taker.blobs
-    )
+    taken = tuple(taker.message(message, f"messages[{i}]") for i, message in enumerate(messages, start=first))
+    has_media = bool(taker.blobs or blob_names(taken)) or any(True for _ in placed_media(taken))
+    return TakenMedia(taken, taker.blobs, has_media)
 
 
 def take_engine_media(

@@ -18,8 +18,9 @@ from gateway.contracts.generation import FinishReason, JsonValue, TokenIds
 from gateway.contracts.replies import ContentDelta, ReasoningDelta, ReplyDelta, ToolCallDelta
 from gateway.wire import sse
 from gateway.wire.errors import error_body
-from gateway.wire.fields import check_nesting, flag, inside, kind_of, objects, optional, within
-from gateway.wire.json_text import Base64, load_json_object
+from gateway.wire.fields import check_nesting, flag, inside, is_shallow_text, kind_of, objects, optional, within
+from gateway.wire.json_text import Base64, load_json_list, load_json_object
+from gateway.wire.known_texts import KnownText, KnownTexts, known_text, longer_text
 from gateway.wire.media import take_media
 from gateway.wire.reply import FinishedChoice, ReplyTokens, Usage
 from gateway.wire.request import PROTECTED, TurnRequest, Wanted, protected_names
@@ -42,16 +43,34 @@ MAX_TOP_LOGPROBS = 20
 memory for every token, in the engine's streams and in the record."""
 
 
-def parse_chat_request(body: bytes) -> TurnRequest:
-    """Read a request; raises InvalidRequest naming the field that is wrong."""
+def parse_chat_request(body: bytes, known: KnownTexts | None = None) -> TurnRequest:
+    """Read a request; raises InvalidRequest naming the field that is wrong. known: earlier texts of its session."""
+    if known is not None and (found := known.find(body)) is not None:
+        longer = _longer_request(*found, body)
+        if longer is not None:
+            known.keep(longer, found[0])
+            return longer.request
     fields = load_json_object(body)
     check_nesting(fields)
-    return chat_request(fields, body=body)
+    request = chat_request(fields, body=body)
+    if known is not None and (new := known_text(body, fields, request)) is not None:
+        known.keep(new, None)
+    return request
+
+
+def _longer_request(known: KnownText, added: bytes, body: bytes) -> KnownText | None:
+    """A request that adds messages to a known one; None where it must be read as a whole."""
+    messages = load_json_list(b"[0" + added + b"]") if is_shallow_text(added) else None
+    if not messages or len(messages) < 2:
+        return None
+    first = len(known.request.messages)
+    taken = take_media(_checked_messages(messages[1:], first), first)
+    return None if taken.has_media else longer_text(known, body, added, taken.messages)
 
 
 def chat_request(fields: Mapping[str, JsonValue], *, body: bytes) -> TurnRequest:
     """A request from chat's fields, which other dialects are translated into; `body` is what the client sent."""
-    messages, blobs = take_media(_messages(fields))
+    messages, blobs, has_media = take_media(_messages(fields))
     tools = objects(fields, "tools")
     for name, now in (("functions", "tools"), ("function_call", "tool_choice")):
         if fields.get(name) is not None:
@@ -74,6 +93,7 @@ def chat_request(fields: Mapping[str, JsonValue], *, body: bytes) -> TurnRequest
         digest=hashlib.sha256(body).hexdigest(),
         num_bytes=len(body),
         blobs=blobs,
+        has_media=has_media,
     )
 
 
@@ -253,12 +273,19 @@ def _messages(fields: Mapping[str, JsonValue]) -> tuple[JsonValue, ...]:
     messages = objects(fields, "messages")
     if not messages:
         raise InvalidRequest("messages: at least one message is needed")
-    for i, message in enumerate(messages):
+    return _checked_messages(messages, 0)
+
+
+def _checked_messages(messages: Sequence[JsonValue], first: int) -> tuple[JsonValue, ...]:
+    """Messages from index `first` on."""
+    for i, message in enumerate(messages, start=first):
+        if not isinstance(message, dict):
+            raise InvalidRequest(f"messages[{i}]: expected an object, got {kind_of(message)}")
         if not isinstance(message.get("role"), str):
             raise InvalidRequest(f"messages[{i}].role: expected a string, got {kind_of(message.get('role'))}")
         if isinstance(message.get("content"), int | float):
             raise InvalidRequest(f"messages[{i}].content: expected text or parts, got {kind_of(message['content'])}")
-    return messages
+    return tuple(messages)
 
 
 def required_calls(tool_choice: JsonValue, tools: Sequence[JsonValue]) -> tuple[str, ...]:

@@ -72,7 +72,8 @@ class TurnRequest:
     template_arguments: `chat_template_kwargs`, `reasoning_effort` and `documents`. digest: sha256 hex of the body.
     kept: what the dialect must find again in the record (meta "request"); nothing else reads it.
     required_calls: names of functions of which the reply must call one; () leaves it to the model. several_calls:
-    whether such a reply may call more than one. blobs: the bytes that its parts refer to, by sha256.
+    whether such a reply may call more than one. blobs: the bytes that its parts refer to, by sha256. has_media: whether
+    any part of its messages is no text.
     """
 
     model: str | None
@@ -93,3 +94,4 @@ class TurnRequest:
     required_calls: tuple[str, ...] = ()
     several_calls: bool = True
     blobs: Mapping[str, Blob] = field(default_factory=dict)
+    has_media: bool = True
