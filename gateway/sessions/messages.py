@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
+from functools import lru_cache
 from types import MappingProxyType
 from typing import NamedTuple, TypeAlias
 
@@ -28,6 +29,9 @@ _DECORATION = frozenset(("annotations", "cache_control", "provider_specific_fiel
 
 _MAX_ARGUMENT_DEPTH = 100
 """Arguments nested deeper compare as text: how deep a JSON reader gets must not depend on who calls it."""
+
+_SHORT_TEXT = 1024
+_TOOL_ROLE = b'"tool"'
 
 _NO_EXTRAS: Mapping[str, bytes] = MappingProxyType({})
 
@@ -123,6 +127,10 @@ def message_key(message: Mapping[str, JsonValue], calls: CallPositions) -> Messa
     if text is not None and len(message) == 2 and "role" in message:  # most messages, and most bytes
         digest = _digest(_json(message["role"]) + text)
         return MessageKey(digest, digest)
+    if text is not None and len(message) == 3 and message.get("role") == "tool" and "tool_call_id" in message:
+        call_id = message["tool_call_id"]  # most of the others, as below
+        exact = _digest(_json({"role": "tool", "tool_call_id": call_id}) + text)
+        return MessageKey(exact, _digest(_TOOL_ROLE + text), result_of=_result_of(message, calls))
     written = message if text is None else {name: value for name, value in message.items() if name != "content"}
     reasoning = reasoning_of(message)
     return MessageKey(
@@ -190,6 +198,10 @@ def _tool_call(call: JsonValue) -> JsonValue:
 def _arguments(arguments: JsonValue) -> JsonValue:
     """Arguments as a JSON value of tagged numbers; text that is not JSON stays text, marked as such."""
     text = arguments if isinstance(arguments, str) else _json(arguments).decode()
+    return _short_arguments(text) if len(text) <= _SHORT_TEXT else _read_arguments(text)
+
+
+def _read_arguments(text: str) -> JsonValue:
     try:
         value = _decode(text)
     except (ValueError, ArithmeticError, RecursionError):
@@ -288,6 +300,12 @@ _decode = json.JSONDecoder(
     parse_float=_fraction, parse_int=_integer, parse_constant=_refuse, object_pairs_hook=_unique
 ).decode
 _encode = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode
+
+
+@lru_cache(maxsize=1024)
+def _short_arguments(text: str) -> JsonValue:
+    """A call is read twice: as it was sampled, and when the agent sends it back."""
+    return _read_arguments(text)
 
 
 def _json(value: JsonValue) -> bytes:

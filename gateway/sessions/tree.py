@@ -7,6 +7,7 @@ recorded conversation, each stored once, so that a request finds its place in on
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -276,16 +277,19 @@ def _missing_rows(record: TurnRecord, before: MissingRows, num_tokens: int) -> M
 def _slim(record: TurnRecord, messages: Sequence[JsonValue], root: RootContext, parent: Node | None) -> TurnRecord:
     """The record with what the session holds already: one copy of equal messages and tools, no borrowed memory."""
     like = record if parent is None else parent.record
-    return replace(
-        record,
-        added_messages=tuple(messages[:-1]),
-        reply=messages[-1],
-        root=None if record.root is None else root,
-        sampling=like.sampling if like.sampling == record.sampling else record.sampling,
-        prompt_token_ids=_own(record.prompt_token_ids),
-        output_token_ids=_own(record.output_token_ids),
-        output_logprobs=_own(record.output_logprobs),
-    )
+    slim = {
+        "added_messages": tuple(messages[:-1]),
+        "reply": messages[-1],
+        "root": None if record.root is None else root,
+        "sampling": like.sampling if like.sampling == record.sampling else record.sampling,
+        "prompt_token_ids": _own(record.prompt_token_ids),
+        "output_token_ids": _own(record.output_token_ids),
+        "output_logprobs": _own(record.output_logprobs),
+    }
+    others = {name: value for name, value in slim.items() if value is not getattr(record, name)}
+    if all(map(operator.is_, messages, record.added_messages)):
+        others.pop("added_messages", None)
+    return replace(record, **others) if others else record
 
 
 def _own(array: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -88,6 +88,10 @@ _NOTE_PAUSES_SECONDS = (0.1, 0.5, 2.0, 5.0, 10.0)
 """Between tries to note a delivery, while the ledger cannot be written."""
 
 
+_NO_TOKENS: TokenIds = np.zeros(0, dtype=np.int32)
+_NO_LOGPROBS = np.zeros(0, dtype=np.float32)
+
+
 @dataclass(frozen=True, slots=True)
 class TurnSettings:
     """default_max_new_tokens: where neither request nor session says and no context length is known.
@@ -147,7 +151,7 @@ class _Prompt:
     @property
     def begun_ids(self) -> TokenIds:
         """int32[B]: what of the reply is sampled already."""
-        return np.zeros(0, dtype=np.int32) if self.begun is None else self.begun.token_ids
+        return _NO_TOKENS if self.begun is None else self.begun.token_ids
 
     @property
     def is_provable(self) -> bool:
@@ -465,14 +469,19 @@ def _parent_turn(session: Session, place: Place) -> ParentTurn | None:
 def _check_vocabulary(parts: TurnParts, token_ids: TokenIds) -> None:
     """An id that the engine does not have kills some engines; it must never leave. What an engine sampled, it has."""
     vocab_size = parts.vocab_size
-    if len(token_ids) and (int(token_ids.min()) < 0 or int(token_ids.max()) >= vocab_size):
+    # Without a sign a negative id is a large one.
+    if len(token_ids) and int(token_ids.view(np.uint32).max()) >= vocab_size:
         raise IntegrityError(f"a prompt holds ids outside [0, {vocab_size}): engine and tokenizer do not fit")
 
 
 def _sampling(parts: TurnParts, session: Session, request: TurnRequest, prompt: _Prompt) -> SamplingParams:
     """Request, then the session's overrides; the rest of the context where nobody limits the reply."""
     num_prompt_tokens, num_begun = len(prompt.token_ids), len(prompt.begun_ids)
-    fields = {**request.sampling, **sampling_fields(session.record.sampling)}
+    fields = (
+        {**request.sampling, **sampling_fields(session.record.sampling)}
+        if session.record.sampling
+        else request.sampling
+    )
     context_length = parts.context_length
     left = context_length - num_prompt_tokens if context_length else None
     asked = fields.get("max_new_tokens", fields.get(DEFAULT_LENGTH))
@@ -487,12 +496,8 @@ def _sampling(parts: TurnParts, session: Session, request: TurnRequest, prompt: 
             f"{max(asked, 1)} in the completion). Please reduce the length of the messages or completion."
         )
     asked -= num_begun
-    params = _with_forced_calls(parts, request, sampling_params(fields, max_new_tokens=asked))
-    if params.ignore_eos:
-        return params
-    return replace(
-        params, stop_token_ids=tuple(dict.fromkeys((*params.stop_token_ids, *parts.model.tokenizer.eos_token_ids)))
-    )
+    params = sampling_params(fields, max_new_tokens=asked, stops=parts.model.tokenizer.eos_token_ids)
+    return _with_forced_calls(parts, request, params)
 
 
 def _with_forced_calls(parts: TurnParts, request: TurnRequest, params: SamplingParams) -> SamplingParams:
@@ -557,8 +562,8 @@ async def _sample(
     if failure is not None and not len(generated.token_ids):
         raise failure
     late_deltas, reply = parser.finish(finish)
-    none = np.zeros(0, dtype=np.int32)
-    turn.emit(TurnProgress(none, none.astype(np.float32), late_deltas))
+    if late_deltas:
+        turn.emit(TurnProgress(_NO_TOKENS, _NO_LOGPROBS, late_deltas))
     return _Sampled(generated, reply, failure)
 
 

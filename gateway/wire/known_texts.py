@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import msgspec
 
@@ -97,7 +97,5 @@ def longer_text(known: KnownText, body: bytes, added: bytes, messages: tuple[Jso
     head = body[: len(known.head) + len(stripped)]
     whole = hashed.copy()
     whole.update(body[len(head) :])
-    request = replace(
-        known.request, messages=known.request.messages + messages, digest=whole.hexdigest(), num_bytes=len(body)
-    )
+    request = known.request.longer(messages, digest=whole.hexdigest(), num_bytes=len(body))
     return KnownText(head, known.tail, hashed, request)

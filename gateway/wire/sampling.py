@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from gateway.contracts.errors import InvalidRequest
 from gateway.contracts.generation import JsonValue, SamplingParams
@@ -76,9 +76,13 @@ def sampling_fields(fields: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
     return sampling | _constraint(fields.get("response_format"))
 
 
-def sampling_params(sampling: Mapping[str, JsonValue], *, max_new_tokens: int) -> SamplingParams:
+def sampling_params(
+    sampling: Mapping[str, JsonValue], *, max_new_tokens: int, stops: Sequence[int] = ()
+) -> SamplingParams:
     """Typed sampling of normalised fields, `unknown` ones among them as they came; raises InvalidRequest for an
-    impossible value."""
+    impossible value. stops: ids that end a reply besides, unless nothing may."""
+    ignores_stops = sampling.get("ignore_eos", False)
+    stop_token_ids = (*sampling.get("stop_token_ids", ()), *(() if ignores_stops else stops))
     extra = {name: value for name, value in sampling.items() if name in SAMPLING_EXTRA}
     extra = {**sampling.get(UNKNOWN, {}), **extra}
     return SamplingParams(
@@ -88,9 +92,9 @@ def sampling_params(sampling: Mapping[str, JsonValue], *, max_new_tokens: int) -
         top_k=sampling.get("top_k", -1),
         min_p=sampling.get("min_p", 0.0),
         stop=tuple(sampling.get("stop", ())),
-        stop_token_ids=tuple(sampling.get("stop_token_ids", ())),
+        stop_token_ids=tuple(dict.fromkeys(stop_token_ids)) if stops else stop_token_ids,
         seed=sampling.get("seed"),
-        ignore_eos=sampling.get("ignore_eos", False),
+        ignore_eos=ignores_stops,
         extra=extra,
     )
 
