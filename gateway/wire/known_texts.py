@@ -79,7 +79,10 @@ def known_text(body: bytes, fields: Mapping[str, JsonValue], request: TurnReques
     """Of a request that was read as a whole; None where its messages are found nowhere for sure."""
     if request.has_media or not request.messages:
         return None
-    raw = bytes(_values(body)["messages"])
+    try:
+        raw = bytes(_values(body)["messages"])
+    except msgspec.DecodeError:  # halves of surrogate pairs, which were mended
+        return None
     start = body.find(raw)
     # The same text may stand at another place before: without it the messages must be gone.
     rest = _values(body[:start] + b"0" + body[start + len(raw) :])

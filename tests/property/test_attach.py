@@ -17,7 +17,7 @@ from gateway.contracts.examples import example_turn
 from gateway.contracts.generation import LogprobKind
 from gateway.contracts.records import Attachment, MatchTier, RootContext, SegmentReason, TurnRecord
 from gateway.contracts.versions import VersionSpan
-from gateway.sessions.attach import Place, attach, restore_reasoning
+from gateway.sessions.attach import KnownWays, Place, attach, restore_reasoning
 from gateway.sessions.tree import TurnTree
 
 TOOL = {"type": "function", "function": {"name": "f"}}
@@ -53,7 +53,7 @@ def add(tree: TurnTree, place: Place, sent: list[Any], root: RootContext, reply:
     parent_id = None if place.parent is None else place.parent.record.turn_id
     attachment = Attachment(parent_id, None, place.tier, place.reason)
     turn = record(tree.take_index(), attachment, None if place.parent else root, list(sent[place.num_matched :]), reply)
-    tree.add(turn)
+    tree.add(turn, place.keys if place.parent else None)
     return turn
 
 
@@ -162,6 +162,7 @@ class Agent:
 
     data: st.DataObject
     tree: TurnTree = field(default_factory=TurnTree)
+    ways: KnownWays = field(default_factory=KnownWays)
     told: list[Told] = field(default_factory=list)
     clock: int = 0
 
@@ -176,7 +177,7 @@ class Agent:
         sent = [*history, self.one_of(QUESTION, {"role": "user", "content": "r"}, self.result(history))]
         root = self.one_of(0, 0, 0, *range(len(ROOTS)))
         parent, tier = expected(self.told, sent, root)
-        places = [attach(self.tree, sent, ROOTS[root]) for _ in range(self.one_of(1, 1, 1, 3))]
+        places = [attach(self.tree, sent, ROOTS[root], self.ways) for _ in range(self.one_of(1, 1, 1, 3))]
         for place in places:
             self.check(place, parent, tier, sent)
         for place in places:
@@ -387,6 +388,23 @@ def test_another_root_says_why_and_what_it_follows(root: int, reason: SegmentRea
     back = attach(tree, [*sent, assistant("b"), QUESTION], ROOTS[1])
     assert (back.parent, back.num_matched) == (tree[first.turn_id], 2)
     assert back.follows is tree[second.turn_id]
+
+
+def test_a_request_that_begins_with_the_same_objects_is_compared_from_where_the_last_one_matched() -> None:
+    """The whole way is walked once; a turn that was added beside it has it walked again."""
+    tree, ways, history = TurnTree(), KnownWays(), [QUESTION]
+    for index in range(8):
+        place = attach(tree, history, ROOTS[0], ways)
+        assert place.num_matched == 2 * index
+        add(tree, place, history, ROOTS[0], assistant(f"a{index}"))
+        history = [*history, assistant(f"a{index}"), {"role": "user", "content": f"q{index}"}]
+    way = ways.find(tree, history)
+    assert way is not None
+    assert way.step.num_messages == 14
+    assert ways.find(tree, json.loads(json.dumps(history))) is None
+    add(tree, attach(tree, history[:3], ROOTS[0]), history[:3], ROOTS[0], assistant("a1"))
+    assert ways.find(tree, history) is None
+    assert attach(tree, history, ROOTS[0], ways).num_matched == 16
 
 
 # ---- cost ----
