@@ -37,8 +37,7 @@ class ArrayRecord(NamedTuple):
     payload: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Arrival:
+class Arrival(NamedTuple):
     """A turn on its way into the store; `location` of its routing rows if they are there already."""
 
     parent_id: str | None
@@ -50,7 +49,9 @@ class Arrival:
     @property
     def num_bytes(self) -> int:
         """About what it takes on disk."""
-        return sum(len(value) for part in (self.row, self.record or ()) for value in part if isinstance(value, bytes))
+        row, record = self.row, self.record
+        arrays = len(row.prompt_token_ids) + len(row.output_token_ids) + len(row.output_logprobs)
+        return len(row.facts) + arrays + (0 if record is None else len(record.payload))
 
     def place(self, arrays: ArrayStore) -> Location | tuple[None, None, None]:
         """Where its routing rows are; stores them if that was not done yet."""
@@ -59,7 +60,7 @@ class Arrival:
         return (None, None, None) if self.record is None else arrays.append(*self.record)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Append:
     """The operation that appends a turn; `alone` carries it out by itself, with all that can be said against it."""
 
@@ -70,7 +71,7 @@ class Append:
         self.alone(connection, self.arrival)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Note:
     """The operation that notes when a turn's reply left (`delivered_at`), or was lost (`lost_at`)."""
 
@@ -94,13 +95,13 @@ def write_together(
     half done: each finds what it stored already.
     """
     left = set(range(len(operations)))
-    appends = [position for position in left if type(operations[position]) is Append]
-    if appends and _append_all(connection, [operations[i].arrival for i in appends], arrays):  # type: ignore[attr-defined]
+    appends = {i: operation.arrival for i, operation in enumerate(operations) if isinstance(operation, Append)}
+    if appends and _append_all(connection, list(appends.values()), arrays):
         left.difference_update(appends)
     for column in ("delivered_at", "lost_at"):
-        noted = [i for i in left if type(operations[i]) is Note and operations[i].column == column]  # type: ignore[attr-defined]
-        if noted and _note_all(connection, column, [operations[i] for i in noted]):  # type: ignore[misc]
-            left.difference_update(noted)
+        notes = {i: note for i, note in enumerate(operations) if isinstance(note, Note) and note.column == column}
+        if notes and _note_all(connection, column, list(notes.values())):
+            left.difference_update(notes)
     return left
 
 

@@ -132,17 +132,18 @@ def turn_row(turn: TurnRecord) -> TurnRow:
     prompt = turn.prompt_token_ids.astype(_TOKEN_IDS, copy=False).tobytes()
     output = turn.output_token_ids.astype(_TOKEN_IDS, copy=False).tobytes()
     logprobs = turn.output_logprobs.astype(_LOGPROBS, copy=False).tobytes()
+    num_trainable = int(np.count_nonzero(np.isfinite(turn.output_logprobs))) if turn.trainable else 0
     return TurnRow(
-        session_id=turn.session_id,
-        turn_id=turn.turn_id,
-        turn_index=turn.index,
-        facts=facts,
-        prompt_token_ids=prompt,
-        output_token_ids=output,
-        output_logprobs=logprobs,
+        turn.session_id,
+        turn.turn_id,
+        turn.index,
+        facts,
+        prompt,
+        output,
+        logprobs,
         checksum=_turn_checksum(facts, prompt, output, logprobs),
         num_tokens=len(turn.prompt_token_ids) + len(turn.output_token_ids),
-        num_trainable_tokens=int(np.count_nonzero(np.isfinite(turn.output_logprobs))) if turn.trainable else 0,
+        num_trainable_tokens=num_trainable,
     )
 
 

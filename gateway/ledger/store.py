@@ -15,9 +15,9 @@ import queue
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from gateway.contracts.errors import (
     Conflict,
@@ -513,7 +513,7 @@ class SqlLedger:
             return arrival
         upload = partial(arrays.append, *arrival.record)
         location = await self._with_room(lambda: self._in_thread(upload))
-        return replace(arrival, location=location)
+        return arrival._replace(location=location)
 
     # ---- in the writer's thread ----
 

@@ -1,12 +1,14 @@
 """Group commit: one thread owns the store's write connection and commits what has gathered since its last commit.
 
-    submit(operation) ──▶ queue ──▶ [ BEGIN · the ordinary ones together · each other one in a savepoint · COMMIT ] ──▶ futures
+    submit ──▶ gathered ──▶ queue ──▶ [ BEGIN · ordinary ones together · others in savepoints · COMMIT ] ──▶ futures
+               (this turn of the event loop)
 
 A future resolves after the commit that holds its operation (I4). An operation that raises fails alone; a commit that
 fails takes its whole batch with it, and nothing of that batch is stored.
 
-What a batch costs besides its rows is handing the interpreter's lock to and fro, so there is little of that: few
-statements (`gateway.ledger.batch`), and one wake-up of the event loop for all futures of a batch.
+What a batch costs besides its rows is an fsync, and handing the interpreter's lock to and fro. So there is little of
+both: what one turn of the event loop brings goes to the thread at once, what comes while it commits is the next batch,
+statements are few (`gateway.ledger.batch`), and one wake-up of the loop resolves all futures of a batch.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
-import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -32,7 +33,7 @@ each time on what the store holds then, and only what the last run did is stored
 _MAX_BATCH = 512
 _MAX_TRIES_ALONE = 5
 _PATIENCE_SECONDS = 0.002
-"""For which what nobody is in a hurry for waits for company."""
+"""For which what nobody is in a hurry for waits to be committed with something else."""
 
 
 class StoreFailures(NamedTuple):
@@ -48,7 +49,6 @@ class _Waiting(NamedTuple):
     operation: Operation[Any]
     future: asyncio.Future[Any]
     grows: bool
-    urgent: bool
 
 
 class _Settled(NamedTuple):
@@ -90,7 +90,9 @@ class GroupCommitWriter:
         self._after_commit = after_commit
         self._room = room
         self._together = together
-        self._queue: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
+        self._gathered: list[_Waiting] = []
+        self._leaves_soon = False
+        self._queue: queue.SimpleQueue[list[_Waiting] | None] = queue.SimpleQueue()
         self._submit_lock = threading.Lock()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="ledger-writer", daemon=True)
@@ -105,49 +107,58 @@ class GroupCommitWriter:
         grows: it adds data, so that on a full disk it fails before others do. urgent: it starts a batch at once; what
         is not waits a moment for others to be committed with.
         """
-        future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Result] = loop.create_future()
         with self._submit_lock:  # nothing may be queued behind the end mark, its future would never resolve
             if self._closed:
                 raise LedgerError("the ledger is closed")
-            self._queue.put(_Waiting(operation, future, grows, urgent))
+            self._gathered.append(_Waiting(operation, future, grows))
+            if urgent and not self._leaves_soon:
+                self._leaves_soon = True
+                loop.call_soon(self._hand_over)
+            elif len(self._gathered) == 1:
+                loop.call_later(_PATIENCE_SECONDS, self._hand_over)
         return future
+
+    def _hand_over(self) -> None:
+        """Give the thread what has gathered."""
+        with self._submit_lock:
+            gathered, self._gathered = self._gathered, []
+            self._leaves_soon = False
+            if gathered:
+                self._queue.put(gathered)
 
     def close(self) -> None:
         """Commit what is queued, end the thread, close the connection; blocks, repeating it is fine."""
         with self._submit_lock:
             if not self._closed:
                 self._closed = True
+                self._queue.put(self._gathered)
                 self._queue.put(None)
         self._thread.join()
 
     def _run(self) -> None:
         try:
             while (batch := self._next_batch()) is not None:
-                self._commit(batch)
+                for start in range(0, len(batch), _MAX_BATCH):
+                    self._commit(batch[start : start + _MAX_BATCH])
         finally:
             self._connection.close()
 
     def _next_batch(self) -> list[_Waiting] | None:
-        """Wait for one operation and take what else has gathered; None when the end mark was reached."""
-        first = self._queue.get()
-        if first is None:
+        """Wait for operations and take what else is queued; None when the end mark was reached."""
+        batch = self._queue.get()
+        if batch is None:
             return None
-        batch = [first]
-        is_urgent = first.urgent
-        patience = time.monotonic() + _PATIENCE_SECONDS
         while len(batch) < _MAX_BATCH:
             try:
-                if is_urgent:
-                    waiting = self._queue.get_nowait()
-                else:
-                    waiting = self._queue.get(timeout=max(0.0, patience - time.monotonic()))
+                more = self._queue.get_nowait()
             except queue.Empty:
                 break
-            if waiting is None:
+            if more is None:
                 self._queue.put(None)  # finish this batch first
                 break
-            batch.append(waiting)
-            is_urgent = is_urgent or waiting.urgent
+            batch += more
         return batch
 
     def _commit(self, batch: Sequence[_Waiting]) -> None:
