@@ -6,7 +6,7 @@ Each has one contract suite under `tests/contract/` that runs against every impl
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -150,9 +150,11 @@ class Ledger(Protocol):
         """
         ...
 
-    async def mark_delivered(self, session_id: str, turn_id: str, delivered_at: float) -> None: ...
+    def mark_delivered(self, session_id: str, turn_id: str, delivered_at: float) -> Awaitable[None]:
+        """Note when a turn's reply left; begun when it returns, so that nobody needs a task to wait for it later."""
+        ...
 
-    async def mark_lost(self, session_id: str, turn_id: str, lost_at: float) -> None:
+    def mark_lost(self, session_id: str, turn_id: str, lost_at: float) -> Awaitable[None]:
         """Note that a turn's reply reached nobody; a delivery, noted before or after, counts more."""
         ...
 

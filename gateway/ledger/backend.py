@@ -130,6 +130,11 @@ class Backend(Protocol):
         ...
 
     @property
+    def alone_in_transaction(self) -> bool:
+        """Whether one transaction that writes runs at a time, so that what was checked in it holds until its end."""
+        ...
+
+    @property
     def failures(self) -> tuple[type[Exception], ...]:
         """What its connections and stores raise besides VerbatimError; `translate` makes ours of them."""
         ...

@@ -108,6 +108,7 @@ class PostgresBackend:
     """`gateway.ledger.backend.Backend` on a server."""
 
     shared = True
+    alone_in_transaction = False
     failures: tuple[type[Exception], ...] = (psycopg.Error, *OBJECT_FAILURES)
 
     def __init__(self, dsn: str, objects: Objects, *, read_only: bool) -> None:

@@ -223,6 +223,7 @@ class SegmentFiles:
 class SqliteBackend:
     """`gateway.ledger.backend.Backend` in a folder; make it with `open`."""
 
+    alone_in_transaction = True
     failures = (sqlite3.Error, OSError)
 
     def __init__(self, data: Path, *, lock: int | None, routing: SegmentFileWriter | None, shared: bool) -> None:

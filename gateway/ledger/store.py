@@ -15,9 +15,9 @@ import queue
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from gateway.contracts.errors import (
     Conflict,
@@ -36,8 +36,9 @@ from gateway.contracts.records import FinishRecord, SessionRecord, TurnRecord, s
 from gateway.contracts.rollouts import FeedCounts, Lease, Reclaimed, StoredRollout, StoreUsage
 from gateway.ledger import inventory, leases, rows
 from gateway.ledger.backend import ArrayStore, Backend, Connection, Location
+from gateway.ledger.batch import Append, ArrayRecord, Arrival, Note, write_together
 from gateway.ledger.reserve import NO_ROOM_TO_MAKE, Room, is_disk_full
-from gateway.ledger.writer import GroupCommitWriter, Operation, StoreFailures
+from gateway.ledger.writer import GroupCommitWriter, Operation, StoreFailures, leave_all
 
 Result = TypeVar("Result")
 
@@ -72,6 +73,7 @@ class SqlLedger:
                 flush=backend.arrays.flush,
                 after_commit=self._free_space,
                 room=room,
+                together=partial(write_together, arrays=backend.arrays) if backend.alone_in_transaction else leave_all,
             )
 
     @property
@@ -123,9 +125,18 @@ class SqlLedger:
         content, or its parent is not recorded), ExpertsMismatch (the rows are not those that the turn's record speaks
         of).
         """
-        arrival = await self._arrival(turn, experts)
-        await self._patiently(partial(_append, arrays=self._backend.arrays, arrival=arrival))
+        arrival = _arrival(turn, experts)
+        if arrival.record is not None and self._backend.arrays.before_transaction:
+            arrival = await self._uploaded(arrival)
+        append = Append(arrival, self._append_alone)
+        try:  # as `_patiently`, whose layers cost more than the wait
+            await self._submit(append, grows=True)
+        except LedgerFull:
+            await self._patiently(append)
         self._room.note_turn(arrival.num_bytes)
+
+    def _append_alone(self, connection: Connection, arrival: Arrival) -> None:
+        _append(connection, self._backend.arrays, arrival)
 
     async def append_late_turn(self, turn: TurnRecord, experts: RoutedExperts | None) -> FinishRecord:
         """Store a turn of a finished session as the port says, and name the snapshot that has it.
@@ -133,24 +144,20 @@ class SqlLedger:
         Raises NotFound, Conflict (also for a session that is not finished), TurnIndexTaken, ExpertsMismatch, and
         SessionSealed where the rollout was dropped.
         """
-        arrival = await self._arrival(turn, experts)
+        arrival = await self._uploaded(_arrival(turn, experts))
         return await self._patiently(partial(_append_late, arrays=self._backend.arrays, arrival=arrival))
 
-    async def mark_delivered(self, session_id: str, turn_id: str, delivered_at: float) -> None:
-        """Note when a turn's reply left (the latest time wins); raises NotFound for an unknown turn."""
-        await self._note(session_id, turn_id, "delivered_at", delivered_at)
+    def mark_delivered(self, session_id: str, turn_id: str, delivered_at: float) -> Awaitable[None]:
+        """Note when a turn's reply left (the latest time wins); NotFound for an unknown turn.
 
-    async def mark_lost(self, session_id: str, turn_id: str, lost_at: float) -> None:
-        """Note that a turn's reply reached nobody; a delivery, noted before or after, counts more. NotFound."""
-        await self._note(session_id, turn_id, "lost_at", lost_at)
+        Begun when it returns: a future, which needs no task to be waited for later."""
+        return self._submit(Note(session_id, turn_id, "delivered_at", delivered_at), urgent=False)
 
-    async def _note(self, session_id: str, turn_id: str, column: str, time: float) -> None:
-        def note(connection: Connection) -> None:
-            query = f"UPDATE turns SET {column} = ? WHERE session_id = ? AND turn_id = ?"
-            if not connection.execute(query, (time, session_id, turn_id)).rowcount:
-                raise NotFound(f"session {session_id} has no turn {turn_id}")
+    def mark_lost(self, session_id: str, turn_id: str, lost_at: float) -> Awaitable[None]:
+        """Note that a turn's reply reached nobody; a delivery, noted before or after, counts more. NotFound.
 
-        await self._write(note)
+        Begun when it returns, as `mark_delivered`."""
+        return self._submit(Note(session_id, turn_id, "lost_at", lost_at), urgent=False)
 
     async def unknown_deliveries(self, session_id: str) -> Sequence[str]:
         """Ids of turns of whose reply nobody has said that it was delivered, or lost."""
@@ -434,12 +441,17 @@ class SqlLedger:
     # ---- threads ----
 
     async def _write(self, operation: Operation[Result], *, grows: bool = False) -> Result:
-        """grows: it adds data; what does not is tried for longest on a full disk."""
+        return await self._submit(operation, grows=grows)
+
+    def _submit(
+        self, operation: Operation[Result], *, grows: bool = False, urgent: bool = True
+    ) -> asyncio.Future[Result]:
+        """grows: it adds data; what does not is tried for longest on a full disk. urgent: somebody waits for it."""
         if self._writer is None:
             raise LedgerError(f"{self._backend.name}: this ledger was opened for reading only")
         if grows:
             self._room.check_growth()
-        return await asyncio.wrap_future(self._writer.submit(operation, grows=grows))
+        return self._writer.submit(operation, grows=grows, urgent=urgent)
 
     async def _patiently(self, operation: Operation[Result]) -> Result:
         """Write what was sampled already, and on a full disk wait for room before it is given up."""
@@ -494,15 +506,14 @@ class SqlLedger:
             self._room.reserve.close()
         self._backend.close()
 
-    async def _arrival(self, turn: TurnRecord, experts: RoutedExperts | None) -> _Arrival:
-        """Check and encode a turn; its rows are stored already where that is slow."""
-        arrival = _Arrival(turn.attachment.parent_id, rows.turn_row(turn), turn.delivered_at, _record(turn, experts))
+    async def _uploaded(self, arrival: Arrival) -> Arrival:
+        """Its rows are stored already where that is slow."""
         arrays = self._backend.arrays
         if arrival.record is None or not arrays.before_transaction or self._backend.read_only:
             return arrival
         upload = partial(arrays.append, *arrival.record)
         location = await self._with_room(lambda: self._in_thread(upload))
-        return replace(arrival, location=location)
+        return arrival._replace(location=location)
 
     # ---- in the writer's thread ----
 
@@ -519,30 +530,7 @@ class SqlLedger:
             self._space_was_freed = False
 
 
-class _Record(NamedTuple):
-    """Routing rows as an array store takes them."""
-
-    key: bytes
-    payload: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class _Arrival:
-    """A turn on its way into the store; `location` of its routing rows if they are there already."""
-
-    parent_id: str | None
-    row: rows.TurnRow
-    delivered_at: float | None
-    record: _Record | None
-    location: Location | None = None
-
-    @property
-    def num_bytes(self) -> int:
-        """About what it takes on disk."""
-        return sum(len(value) for part in (self.row, self.record or ()) for value in part if isinstance(value, bytes))
-
-
-def _append(connection: Connection, arrays: ArrayStore, arrival: _Arrival) -> None:
+def _append(connection: Connection, arrays: ArrayStore, arrival: Arrival) -> None:
     row = arrival.row
     _lock(connection, row.session_id)
     if _is_stored(connection, row):
@@ -551,7 +539,7 @@ def _append(connection: Connection, arrays: ArrayStore, arrival: _Arrival) -> No
     _insert_turn(connection, arrays, arrival, since_snapshot=0)
 
 
-def _append_late(connection: Connection, arrays: ArrayStore, arrival: _Arrival) -> FinishRecord:
+def _append_late(connection: Connection, arrays: ArrayStore, arrival: Arrival) -> FinishRecord:
     row = arrival.row
     _lock(connection, row.session_id)
     _check_exists(connection, row.session_id)
@@ -567,15 +555,12 @@ def _append_late(connection: Connection, arrays: ArrayStore, arrival: _Arrival) 
     return _reseal(connection, finish, ordinal)
 
 
-def _insert_turn(connection: Connection, arrays: ArrayStore, arrival: _Arrival, *, since_snapshot: int) -> None:
+def _insert_turn(connection: Connection, arrays: ArrayStore, arrival: Arrival, *, since_snapshot: int) -> None:
     _check_place(connection, arrival)
-    location = arrival.location
-    if location is None and arrival.record is not None:
-        location = arrays.append(*arrival.record)
     connection.execute(
         f"INSERT INTO turns ({_TURN_COLUMNS}, experts_file, experts_offset, experts_bytes, delivered_at, recorded_at, "
         f"since_snapshot) VALUES ({', '.join('?' * (len(arrival.row) + 6))})",
-        (*arrival.row, *(location or (None, None, None)), arrival.delivered_at, time.time(), since_snapshot),
+        (*arrival.row, *arrival.place(arrays), arrival.delivered_at, time.time(), since_snapshot),
     )
 
 
@@ -675,7 +660,7 @@ def _check_open(connection: Connection, session_id: str) -> None:
         raise SessionSealed(f"session {session_id} is finished; open another session")
 
 
-def _check_place(connection: Connection, arrival: _Arrival) -> None:
+def _check_place(connection: Connection, arrival: Arrival) -> None:
     """The turn's index is free and its parent is there."""
     row = arrival.row
     name = f"session {row.session_id} turn {row.turn_index}"
@@ -732,13 +717,18 @@ def _routing_location(connection: Connection, session_id: str, turn_id: str) -> 
     return None if row[0] is None else Location(*row)
 
 
-def _record(turn: TurnRecord, experts: RoutedExperts | None) -> _Record | None:
+def _arrival(turn: TurnRecord, experts: RoutedExperts | None) -> Arrival:
+    """Check and encode a turn; raises ExpertsMismatch."""
+    return Arrival(turn.attachment.parent_id, rows.turn_row(turn), turn.delivered_at, _record(turn, experts))
+
+
+def _record(turn: TurnRecord, experts: RoutedExperts | None) -> ArrayRecord | None:
     """Raises ExpertsMismatch; None where there are no rows."""
     routing = rows.check_experts(turn, experts)
     if routing is None:
         return None
     key = _routing_key(turn.session_id, turn.turn_id) | rows.experts_facts(routing)
-    return _Record(rows.encode_json(key), rows.experts_bytes(routing))
+    return ArrayRecord(rows.encode_json(key), rows.experts_bytes(routing))
 
 
 def _routing_key(session_id: str, turn_id: str) -> dict[str, object]:

@@ -1,17 +1,24 @@
 """Group commit: one thread owns the store's write connection and commits what has gathered since its last commit.
 
-    submit(operation) ──▶ queue ──▶ [ BEGIN · each operation in a savepoint · flush routing rows · COMMIT ] ──▶ futures
+    submit ──▶ gathered ──▶ queue ──▶ [ BEGIN · ordinary ones together · others in savepoints · COMMIT ] ──▶ futures
+               (this turn of the event loop)
 
 A future resolves after the commit that holds its operation (I4). An operation that raises fails alone; a commit that
 fails takes its whole batch with it, and nothing of that batch is stored.
+
+What a batch costs besides its rows is an fsync, and handing the interpreter's lock to and fro. So there is little of
+both: what one turn of the event loop brings goes to the thread at once, what comes while it commits is the next batch,
+statements are few (`gateway.ledger.batch`), and one wake-up of the loop resolves all futures of a batch.
 """
 
 from __future__ import annotations
 
+import asyncio
 import queue
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from gateway.contracts.errors import LedgerError, VerbatimError
@@ -25,6 +32,8 @@ each time on what the store holds then, and only what the last run did is stored
 
 _MAX_BATCH = 512
 _MAX_TRIES_ALONE = 5
+_PATIENCE_SECONDS = 0.002
+"""For which what nobody is in a hurry for waits to be committed with something else."""
 
 
 class StoreFailures(NamedTuple):
@@ -38,8 +47,21 @@ class StoreFailures(NamedTuple):
 
 class _Waiting(NamedTuple):
     operation: Operation[Any]
-    future: Future[Any]
+    future: asyncio.Future[Any]
     grows: bool
+
+
+class _Settled(NamedTuple):
+    """A future and what it is told; result is of no meaning where there is an error."""
+
+    future: asyncio.Future[Any]
+    result: Any = None
+    error: Exception | None = None
+
+
+def leave_all(connection: Connection, operations: Sequence[Operation[Any]]) -> set[int]:
+    """Of a store where nothing is done together."""
+    return set(range(len(operations)))
 
 
 class GroupCommitWriter:
@@ -47,7 +69,8 @@ class GroupCommitWriter:
 
     failures: of the store. flush: makes durable what operations wrote beside the store; called before each commit.
     after_commit: housekeeping after each commit, outside of a transaction; its failure is nobody's. room: what can be
-    done about a full disk before a batch fails.
+    done about a full disk before a batch fails. together: carries out what it can of a batch and returns the positions
+    of what it left; the result of all others is None.
     """
 
     def __init__(
@@ -58,6 +81,7 @@ class GroupCommitWriter:
         flush: Callable[[], None],
         after_commit: Callable[[Connection], None],
         room: Room = NO_ROOM_TO_MAKE,
+        together: Callable[[Connection, Sequence[Operation[Any]]], set[int]] = leave_all,
     ) -> None:
         self._connection = connection
         self._failures = failures
@@ -65,74 +89,94 @@ class GroupCommitWriter:
         self._flush = flush
         self._after_commit = after_commit
         self._room = room
-        self._queue: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
+        self._together = together
+        self._gathered: list[_Waiting] = []
+        self._leaves_soon = False
+        self._queue: queue.SimpleQueue[list[_Waiting] | None] = queue.SimpleQueue()
         self._submit_lock = threading.Lock()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="ledger-writer", daemon=True)
         self._thread.start()
 
-    def submit(self, operation: Operation[Result], *, grows: bool = False) -> Future[Result]:
-        """Queue an operation; cancelling the future before its batch starts means that it never runs.
+    def submit(
+        self, operation: Operation[Result], *, grows: bool = False, urgent: bool = True
+    ) -> asyncio.Future[Result]:
+        """Queue an operation; a future of the running event loop. Cancelling it before its batch starts means that it
+        never runs.
 
-        grows: it adds data, so that on a full disk it fails before others do.
+        grows: it adds data, so that on a full disk it fails before others do. urgent: it starts a batch at once; what
+        is not waits a moment for others to be committed with.
         """
-        future: Future[Result] = Future()
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Result] = loop.create_future()
         with self._submit_lock:  # nothing may be queued behind the end mark, its future would never resolve
             if self._closed:
                 raise LedgerError("the ledger is closed")
-            self._queue.put(_Waiting(operation, future, grows))
+            self._gathered.append(_Waiting(operation, future, grows))
+            if urgent and not self._leaves_soon:
+                self._leaves_soon = True
+                loop.call_soon(self._hand_over)
+            elif len(self._gathered) == 1:
+                loop.call_later(_PATIENCE_SECONDS, self._hand_over)
         return future
+
+    def _hand_over(self) -> None:
+        """Give the thread what has gathered."""
+        with self._submit_lock:
+            gathered, self._gathered = self._gathered, []
+            self._leaves_soon = False
+            if gathered:
+                self._queue.put(gathered)
 
     def close(self) -> None:
         """Commit what is queued, end the thread, close the connection; blocks, repeating it is fine."""
         with self._submit_lock:
             if not self._closed:
                 self._closed = True
+                self._queue.put(self._gathered)
                 self._queue.put(None)
         self._thread.join()
 
     def _run(self) -> None:
         try:
             while (batch := self._next_batch()) is not None:
-                self._commit(batch)
+                for start in range(0, len(batch), _MAX_BATCH):
+                    self._commit(batch[start : start + _MAX_BATCH])
         finally:
             self._connection.close()
 
     def _next_batch(self) -> list[_Waiting] | None:
-        """Wait for one operation and take what else has gathered; None when the end mark was reached."""
-        first = self._queue.get()
-        if first is None:
+        """Wait for operations and take what else is queued; None when the end mark was reached."""
+        batch = self._queue.get()
+        if batch is None:
             return None
-        batch = [first]
         while len(batch) < _MAX_BATCH:
             try:
-                waiting = self._queue.get_nowait()
+                more = self._queue.get_nowait()
             except queue.Empty:
                 break
-            if waiting is None:
+            if more is None:
                 self._queue.put(None)  # finish this batch first
                 break
-            batch.append(waiting)
+            batch += more
         return batch
 
     def _commit(self, batch: Sequence[_Waiting]) -> None:
-        running = [waiting for waiting in batch if waiting.future.set_running_or_notify_cancel()]
+        running = [waiting for waiting in batch if not waiting.future.cancelled()]
         failure = self._try(running)
         while failure is not None and running and is_disk_full(failure):
             growing = [waiting for waiting in running if waiting.grows]
             if not self._room.make(grows=bool(growing)):
                 if not growing:
                     break
-                for waiting in growing:
-                    waiting.future.set_exception(self._failures.translate(failure))
+                self._fail(growing, failure)
                 running = [waiting for waiting in running if not waiting.grows]
             failure = self._try(running)
-        if failure is not None:
+        if failure is not None and self._failures.met_another(failure):
             for waiting in running:
-                if self._failures.met_another(failure):
-                    self._commit_alone(waiting)
-                else:
-                    waiting.future.set_exception(self._failures.translate(failure))
+                self._commit_alone(waiting)
+        elif failure is not None:
+            self._fail(running, failure)
         self._keep_house()
 
     def _commit_alone(self, waiting: _Waiting) -> None:
@@ -142,27 +186,22 @@ class GroupCommitWriter:
             if failure is None:
                 return
             if tries_left == 0 or not self._failures.met_another(failure):
-                waiting.future.set_exception(self._failures.translate(failure))
+                self._fail([waiting], failure)
                 return
+
+    def _fail(self, batch: Sequence[_Waiting], failure: Exception) -> None:
+        _settle([_Settled(waiting.future, error=self._failures.translate(failure)) for waiting in batch])
 
     def _try(self, running: Sequence[_Waiting]) -> Exception | None:
         """Run and commit operations and resolve their futures; or roll all back, resolve none and say why."""
-        done: list[tuple[Future[Any], Any]] = []
-        failed: list[tuple[Future[Any], Exception]] = []
         try:
             self._room.begin()
             self._connection.begin()
-            for waiting in running:
-                try:
-                    done.append((waiting.future, self._run_alone(waiting.operation)))
-                except self._failures.errors as error:
-                    if self._failures.met_another(error) or is_disk_full(error):
-                        raise
-                    failed.append((waiting.future, self._failures.translate(error)))
-                except Exception as error:  # noqa: BLE001  # a bug in one operation belongs to its waiter, not to this thread
-                    failed.append((waiting.future, error))
-                if not self._connection.in_transaction:
-                    raise LedgerError("the ledger's transaction was rolled back (disk full or failing)")
+            left = self._run_together([waiting.operation for waiting in running])
+            settled = [
+                self._run_alone(waiting) if position in left else _Settled(waiting.future)
+                for position, waiting in enumerate(running)
+            ]
             self._flush()
             self._connection.commit()
         except self._fatal as error:
@@ -170,13 +209,32 @@ class GroupCommitWriter:
             if is_disk_full(error):  # after another failure, a commit that failed may still be found after a crash
                 self._room.forget()
             return error
-        for future, result in done:
-            future.set_result(result)
-        for future, reason in failed:
-            future.set_exception(reason)
+        _settle(settled)
         return None
 
-    def _run_alone(self, operation: Operation[Any]) -> Any:
+    def _run_together(self, operations: Sequence[Operation[Any]]) -> set[int]:
+        """Positions of what must run alone; all, where what is done together failed in a way that may be of one."""
+        try:
+            return self._together(self._connection, operations)
+        except self._failures.errors as error:
+            if self._failures.met_another(error) or is_disk_full(error):
+                raise
+            self._check_transaction()
+            return leave_all(self._connection, operations)
+
+    def _run_alone(self, waiting: _Waiting) -> _Settled:
+        try:
+            return _Settled(waiting.future, self._run_in_savepoint(waiting.operation))
+        except self._failures.errors as error:
+            if self._failures.met_another(error) or is_disk_full(error):
+                raise
+            return _Settled(waiting.future, error=self._failures.translate(error))
+        except Exception as error:  # noqa: BLE001  # a bug in one operation belongs to its waiter, not to this thread
+            return _Settled(waiting.future, error=error)
+        finally:
+            self._check_transaction()
+
+    def _run_in_savepoint(self, operation: Operation[Any]) -> Any:
         connection = self._connection
         connection.execute("SAVEPOINT operation")
         try:
@@ -189,9 +247,33 @@ class GroupCommitWriter:
         connection.execute("RELEASE operation")
         return result
 
+    def _check_transaction(self) -> None:
+        if not self._connection.in_transaction:
+            raise LedgerError("the ledger's transaction was rolled back (disk full or failing)")
+
     def _keep_house(self) -> None:
         try:
             self._after_commit(self._connection)
         except self._fatal:
             self._connection.rollback()
             return  # only space is at stake; a later commit tries again
+
+
+def _settle(settled: Sequence[_Settled]) -> None:
+    """Tell every future its end: one wake-up for all of an event loop, whose self-pipe costs as much as a row."""
+    by_loop: defaultdict[asyncio.AbstractEventLoop, list[_Settled]] = defaultdict(list)
+    for one in settled:
+        by_loop[one.future.get_loop()].append(one)
+    for loop, of_loop in by_loop.items():
+        with suppress(RuntimeError):  # it was closed: nobody waits there any more
+            loop.call_soon_threadsafe(_tell, of_loop)
+
+
+def _tell(settled: Sequence[_Settled]) -> None:
+    for future, result, error in settled:
+        if future.done():  # cancelled
+            continue
+        if error is None:
+            future.set_result(result)
+        else:
+            future.set_exception(error)

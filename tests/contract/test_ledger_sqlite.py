@@ -636,16 +636,16 @@ async def test_a_failing_commit_fails_exactly_its_waiters(
     def insert(n: int) -> Callable[[Connection], None]:
         return lambda connection: connection.executemany("INSERT INTO numbers VALUES (?)", [(n,)])
 
-    await asyncio.wrap_future(group.submit(insert(0)))
+    await group.submit(insert(0))
     failures.append(OSError(28, "No space left on device"))
-    lost = [asyncio.wrap_future(group.submit(insert(n))) for n in range(1, 5)]
+    lost = [group.submit(insert(n)) for n in range(1, 5)]
     for error in await asyncio.gather(*lost, return_exceptions=True):
         assert isinstance(error, LedgerError)
         assert "No space left" in str(error)
     failures.clear()
-    kept = [asyncio.wrap_future(group.submit(insert(n))) for n in (1, 2)]
+    kept = [group.submit(insert(n)) for n in (1, 2)]
     await asyncio.gather(*kept)
-    stored = await asyncio.wrap_future(group.submit(lambda c: c.execute("SELECT n FROM numbers").fetchall()))
+    stored = await group.submit(lambda c: c.execute("SELECT n FROM numbers").fetchall())
     assert stored == [(0,), (1,), (2,)]
 
 
@@ -676,7 +676,7 @@ async def test_a_batch_that_met_another_process_is_run_again_each_operation_alon
     assert "deadlock" in str(always)
     assert runs[:2] == [0, 2]
     assert runs.count(2) > 2
-    stored = await asyncio.wrap_future(group.submit(lambda c: c.execute("SELECT n FROM numbers").fetchall()))
+    stored = await group.submit(lambda c: c.execute("SELECT n FROM numbers").fetchall())
     assert stored == [(0,), (1,)]
 
 
@@ -697,12 +697,12 @@ async def test_an_operation_that_raises_fails_alone_and_leaves_nothing(
         connection.execute("INSERT INTO numbers VALUES (9)")
         return "stored"
 
-    futures = [asyncio.wrap_future(group.submit(operation)) for operation in (half, twice, whole)]
+    futures = [group.submit(operation) for operation in (half, twice, whole)]
     bug, clash, fine = await asyncio.gather(*futures, return_exceptions=True)
     assert isinstance(bug, ZeroDivisionError)
     assert isinstance(clash, LedgerError)
     assert fine == "stored"
-    stored = await asyncio.wrap_future(group.submit(lambda c: c.execute("SELECT n FROM numbers").fetchall()))
+    stored = await group.submit(lambda c: c.execute("SELECT n FROM numbers").fetchall())
     assert stored == [(9,)]
 
 

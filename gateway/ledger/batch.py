@@ -1,0 +1,176 @@
+"""What nearly every commit is made of, turns and what became of their replies, written by a few statements.
+
+    appends ─▶ one SELECT for all: session there, not ended, parent there ─▶ INSERT of many rows
+    notes   ─▶ UPDATE of many rows
+
+Every statement gives the interpreter's lock away and takes it again, which beside a busy event loop may wait for
+milliseconds; so what counts is how many there are, not how long each runs. Nothing here decides a conflict: what is not
+ordinary (an index or a turn that is there already, a session that is not open, an unknown turn) is left to the
+operations themselves, which run one by one and say what is wrong.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import chain
+from typing import Any, NamedTuple, TypeVar
+
+from gateway.contracts.errors import NotFound
+from gateway.ledger import rows
+from gateway.ledger.backend import ArrayStore, Connection, Location, Value
+
+T = TypeVar("T")
+
+_MOST_ROWS = 64
+"""Of one statement. Statements have a power of two of them, so that few differ and all stay compiled."""
+
+_INSERTED = (*rows.TurnRow._fields, "experts_file", "experts_offset", "experts_bytes", "delivered_at", "recorded_at")
+
+
+class ArrayRecord(NamedTuple):
+    """Routing rows as an array store takes them."""
+
+    key: bytes
+    payload: bytes
+
+
+class Arrival(NamedTuple):
+    """A turn on its way into the store; `location` of its routing rows if they are there already."""
+
+    parent_id: str | None
+    row: rows.TurnRow
+    delivered_at: float | None
+    record: ArrayRecord | None
+    location: Location | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """About what it takes on disk."""
+        row, record = self.row, self.record
+        arrays = len(row.prompt_token_ids) + len(row.output_token_ids) + len(row.output_logprobs)
+        return len(row.facts) + arrays + (0 if record is None else len(record.payload))
+
+    def place(self, arrays: ArrayStore) -> Location | tuple[None, None, None]:
+        """Where its routing rows are; stores them if that was not done yet."""
+        if self.location is not None:
+            return self.location
+        return (None, None, None) if self.record is None else arrays.append(*self.record)
+
+
+@dataclass(slots=True, eq=False)
+class Append:
+    """The operation that appends a turn; `alone` carries it out by itself, with all that can be said against it."""
+
+    arrival: Arrival
+    alone: Callable[[Connection, Arrival], None]
+
+    def __call__(self, connection: Connection) -> None:
+        self.alone(connection, self.arrival)
+
+
+@dataclass(slots=True, eq=False)
+class Note:
+    """The operation that notes when a turn's reply left (`delivered_at`), or was lost (`lost_at`)."""
+
+    session_id: str
+    turn_id: str
+    column: str
+    at: float
+
+    def __call__(self, connection: Connection) -> None:
+        query = f"UPDATE turns SET {self.column} = ? WHERE session_id = ? AND turn_id = ?"
+        if not connection.execute(query, (self.at, self.session_id, self.turn_id)).rowcount:
+            raise NotFound(f"session {self.session_id} has no turn {self.turn_id}")
+
+
+def write_together(
+    connection: Connection, operations: Sequence[Callable[[Connection], Any]], arrays: ArrayStore
+) -> set[int]:
+    """Carry out the ordinary ones of a batch's operations; which were left, by position.
+
+    All of a batch run at the same time as far as anybody can tell, so their order does not matter. What is left may be
+    half done: each finds what it stored already.
+    """
+    left = set(range(len(operations)))
+    appends = {i: operation.arrival for i, operation in enumerate(operations) if isinstance(operation, Append)}
+    if appends and _append_all(connection, list(appends.values()), arrays):
+        left.difference_update(appends)
+    for column in ("delivered_at", "lost_at"):
+        notes = {i: note for i, note in enumerate(operations) if isinstance(note, Note) and note.column == column}
+        if notes and _note_all(connection, column, list(notes.values())):
+            left.difference_update(notes)
+    return left
+
+
+def _append_all(connection: Connection, arrivals: Sequence[Arrival], arrays: ArrayStore) -> bool:
+    """False if not all of them were stored."""
+    for part in _parts(arrivals):
+        links = [(arrival.row.session_id, arrival.parent_id) for arrival in part]
+        (num_ordinary,) = connection.execute(_check_query(len(part)), _flat(links)).fetchone()
+        if num_ordinary < len(part):
+            return False
+    recorded_at = time.time()
+    for part in _parts(arrivals):
+        columns = [(*a.row, *a.place(arrays), a.delivered_at, recorded_at) for a in part]
+        if connection.execute(_insert_query(len(part)), _flat(columns)).rowcount < len(part):
+            return False
+    return True
+
+
+def _note_all(connection: Connection, column: str, notes: Sequence[Note]) -> bool:
+    """False if not all of their turns are there."""
+    latest = {(note.session_id, note.turn_id): note.at for note in notes}
+    for part in _parts([(*turn, at) for turn, at in latest.items()]):
+        if connection.execute(_note_query(column, len(part)), _flat(part)).rowcount < len(part):
+            return False
+    return True
+
+
+def _parts(items: Sequence[T]) -> Iterator[Sequence[T]]:
+    """All items, in parts of a power of two."""
+    start = 0
+    while rest := len(items) - start:
+        size = min(1 << (rest.bit_length() - 1), _MOST_ROWS)
+        yield items[start : start + size]
+        start += size
+
+
+def _flat(rows_: Sequence[Sequence[Value]]) -> list[Value]:
+    return list(chain.from_iterable(rows_))
+
+
+@cache
+def _check_query(num_rows: int) -> str:
+    """How many of (session, parent) are of open sessions that have the parent, or none."""
+    return (
+        f"SELECT count(*) FROM ({_values(num_rows, 2)}) AS given "
+        "WHERE EXISTS (SELECT 1 FROM sessions s WHERE s.session_id = given.column1) "
+        "AND NOT EXISTS (SELECT 1 FROM finishes f WHERE f.session_id = given.column1) "
+        "AND (given.column2 IS NULL OR EXISTS "
+        "(SELECT 1 FROM turns t WHERE t.session_id = given.column1 AND t.turn_id = given.column2))"
+    )
+
+
+@cache
+def _insert_query(num_rows: int) -> str:
+    row = f"({', '.join('?' * len(_INSERTED))}, 0)"
+    return (
+        f"INSERT INTO turns ({', '.join(_INSERTED)}, since_snapshot) VALUES {', '.join([row] * num_rows)} "
+        "ON CONFLICT DO NOTHING"
+    )
+
+
+@cache
+def _note_query(column: str, num_rows: int) -> str:
+    return (
+        f"UPDATE turns SET {column} = given.column3 FROM ({_values(num_rows, 3)}) AS given "
+        "WHERE turns.session_id = given.column1 AND turns.turn_id = given.column2"
+    )
+
+
+def _values(num_rows: int, num_columns: int) -> str:
+    row = f"({', '.join('?' * num_columns)})"
+    return f"VALUES {', '.join([row] * num_rows)}"
