@@ -27,6 +27,7 @@ import jinja2
 from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
+from jinja2.runtime import LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
@@ -420,6 +421,27 @@ def _parsed_or_wrapped(text: str) -> JsonValue:
     return {"arguments": text} if isinstance(value, str) else value
 
 
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """jinja2's own sandbox, with a short way for what templates do most: read a key of a message, a fact of a loop.
+
+    The sandbox looks whether an attribute is safe each time; a plain dict has no attribute but its methods, and a
+    loop's facts are plain values. Three quarters of a short render's time were spent there.
+    """
+
+    def getattr(self, obj: JsonValue, attribute: str) -> JsonValue:
+        """As the sandbox has it."""
+        kind = type(obj)
+        if kind is dict and attribute not in _DICT_ATTRIBUTES:
+            return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
+        if kind is LoopContext and attribute in _LOOP_FACTS:
+            return getattr(obj, attribute)
+        return super().getattr(obj, attribute)
+
+
+_DICT_ATTRIBUTES = frozenset(dir(dict))
+_LOOP_FACTS = frozenset(("index", "index0", "first", "last", "length", "revindex", "revindex0", "depth", "depth0"))
+
+
 class _GenerationBlocks(Extension):
     """`{% generation %} … {% endgeneration %}`, which marks what an assistant wrote; it renders as its body."""
 
@@ -470,10 +492,8 @@ def _compile(text: str, *, name: str) -> jinja2.Template:
         raise ConfigurationError(f"chat template {name!r}, line {error.lineno}: {error.message}") from error
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlocks, loopcontrols]
-    )
+def _environment() -> _Sandbox:
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlocks, loopcontrols])
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
