@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
@@ -40,6 +40,18 @@ class _ByteStyle(Enum):
     OTHER = "other"
 
 
+class _TokenBytes(dict[int, bytes | None]):
+    """Token id → its bytes, spelled when first asked for."""
+
+    def __init__(self, spell: Callable[[int], bytes | None]) -> None:
+        super().__init__()
+        self._spell = spell
+
+    def __missing__(self, token_id: int) -> bytes | None:
+        self[token_id] = spelled = self._spell(int(token_id))
+        return spelled
+
+
 class ChatTokenizer:
     """A tokenizer.json with its end tokens.
 
@@ -59,7 +71,7 @@ class ChatTokenizer:
         }
         own_eos = self._tokenizer.token_to_id(eos_token) if eos_token is not None else None
         known = dict.fromkeys([*eos_token_ids, *([own_eos] if own_eos is not None else [])])
-        self._bytes_of_token: dict[int, bytes | None] = {}
+        self._bytes_of_token = _TokenBytes(self._spelled_bytes)
         self.eos_token_ids: tuple[int, ...] = tuple(token_id for token_id in known if 0 <= token_id < self.vocab_size)
 
     @classmethod
@@ -120,9 +132,16 @@ class ChatTokenizer:
 
     def token_bytes(self, token_id: int) -> bytes | None:
         """The bytes that a token stands for inside a text; None where the decoder does not work by bytes."""
-        if token_id not in self._bytes_of_token:
-            self._bytes_of_token[token_id] = self._spelled_bytes(token_id)
         return self._bytes_of_token[token_id]
+
+    def bytes_of(self, ids: Iterable[int]) -> bytes:
+        """The bytes that `ids` stand for inside a text; only where `works_by_bytes`."""
+        return b"".join(map(self._bytes_of_token.__getitem__, ids))  # type: ignore[arg-type]  # none is None there
+
+    @cached_property
+    def works_by_bytes(self) -> bool:
+        """Whether every token stands for bytes of its own, whatever stands beside it."""
+        return self._byte_style is not _ByteStyle.OTHER
 
     @cached_property
     def fingerprint(self) -> str:
