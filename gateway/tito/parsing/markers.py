@@ -47,16 +47,19 @@ class Markup:
         self.by_text = {m.text: m for m in known if m.token_id is None}
         special = {token.token_id for token in tokenizer.added_tokens.values() if token.special}
         self.silent = frozenset((special | set(tokenizer.eos_token_ids)) - self.by_id.keys())
-        self._silent_with: dict[tuple[int, ...], frozenset[int]] = {}
+        self._silent_with: dict[tuple[int, ...], tuple[frozenset[int], frozenset[int]]] = {}
         longest_first = sorted(self.by_text, key=len, reverse=True)
         self.search = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
-    def silent_with(self, stop_token_ids: Iterable[int]) -> frozenset[int]:
-        """The silent tokens of a request with these stop tokens; replies ask for the same ones again and again."""
+    def silent_with(self, stop_token_ids: Iterable[int]) -> tuple[frozenset[int], frozenset[int]]:
+        """The silent tokens of a request with these stop tokens, and those with the markers: all that is no plain text.
+
+        Replies ask for the same ones again and again."""
         key = tuple(stop_token_ids)
         known = self._silent_with.get(key)
         if known is None:
-            known = self.silent | (set(key) - self.by_id.keys())
+            silent = self.silent | (set(key) - self.by_id.keys())
+            known = silent, silent | self.by_id.keys()
             if len(self._silent_with) < _MAX_SILENT_SETS:
                 self._silent_with[key] = known
         return known
@@ -73,7 +76,7 @@ class TokenScanner:
     def __init__(self, markup: Markup, *, stop_token_ids: Iterable[int], stop: Iterable[str]) -> None:
         self._detokenizer = _Detokenizer(markup.tokenizer)
         self._by_id, self._by_text, self._search = markup.by_id, markup.by_text, markup.search
-        self._silent = markup.silent_with(stop_token_ids)
+        self._silent, self._edges = markup.silent_with(stop_token_ids)
         self._stop = tuple(text for text in stop if text)
         patterns = (*self._by_text, *self._stop)
         self._beginnings = {text[:length] for text in patterns for length in range(1, len(text))}
@@ -97,12 +100,13 @@ class TokenScanner:
         stop = start + 1
         if not self._takes_runs:
             return stop
-        by_id, silent = self._by_id, self._silent
-        if token_ids[start] in by_id or token_ids[start] in silent:
+        edges = self._edges
+        if token_ids[start] in edges:
             return stop
-        while stop < len(token_ids) and token_ids[stop] not in by_id and token_ids[stop] not in silent:
-            stop += 1
-        return stop
+        for stop in range(stop, len(token_ids)):
+            if token_ids[stop] in edges:
+                return stop
+        return len(token_ids)
 
     def push_run(self, token_ids: Sequence[int]) -> list[Scanned]:
         """What the tokens of one run make certain; the same as of `push` for each."""
@@ -179,7 +183,7 @@ class _Detokenizer:
 
     def flush(self) -> str:
         """What is still half a character, as U+FFFD."""
-        rest = self._bytes.decode(b"", final=True)
+        rest = self._bytes.decode(b"", final=True) if self._bytes.getstate()[0] else ""
         if self._window:
             rest += self._tokenizer.decode(self._window)[len(self._shown) :]
             self._window, self._shown = [], ""
