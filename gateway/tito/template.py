@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -57,6 +57,7 @@ _PROBE_TOOL = {
         },
     },
 }
+_METHODS_WITHOUT_SEARCH = frozenset(("get", "items", "keys", "values", "pop", "append", "strip", "lstrip", "rstrip"))
 _MARKUP = re.compile(r"[<>\[\]|｜]..|..[<>\[\]|｜]")
 
 _GIVEN_VARIABLES = frozenset(
@@ -251,6 +252,21 @@ class ChatTemplate:
         return self._shows_others[role, is_opening]
 
     @cached_property
+    def strings(self) -> frozenset[str]:
+        """All string constants of the source, stripped, in lower case: what a text could be compared with."""
+        return frozenset(text.strip().lower() for text in _strings_in(_environment().parse(self.source)))
+
+    @cached_property
+    def searched(self) -> tuple[str, ...]:
+        """String constants that texts may be searched for, or cut at, and that `looked_for` has not (no markup)."""
+        return _searched(_environment().parse(self.source))
+
+    @property
+    def tells_time(self) -> bool:
+        """Whether renders may differ from one day to the next."""
+        return "strftime_now" in self.source
+
+    @cached_property
     def undeclared_variables(self) -> tuple[str, ...]:
         """Names that a template reads and nobody must give: its own switches (and some of its locals), in order."""
         tree = _environment().parse(self.source)
@@ -315,7 +331,7 @@ def _read_text(file: Path) -> str:
 
 
 def _template_message(message: JsonValue) -> dict[str, JsonValue]:
-    if not isinstance(message, Mapping):
+    if not isinstance(message, dict):
         raise TemplateRaised(f"messages must be objects, one is {type(message).__name__}")
     shown = {key: value for key, value in message.items() if value is not None}
     if "content" not in shown and isinstance(shown.get("refusal"), str):
@@ -330,7 +346,7 @@ def _template_message(message: JsonValue) -> dict[str, JsonValue]:
 
 def _as_text_part(part: JsonValue) -> JsonValue:
     """What a model refused with was its text."""
-    if isinstance(part, Mapping) and part.get("type") == "refusal" and isinstance(part.get("refusal"), str):
+    if isinstance(part, dict) and part.get("type") == "refusal" and isinstance(part.get("refusal"), str):
         return {"type": "text", "text": part["refusal"]}
     return part
 
@@ -339,7 +355,7 @@ def _with_named_media(message: dict[str, JsonValue]) -> dict[str, JsonValue]:
     """Parts as engines show them to templates: no text is its kind alone, and nothing else has keys that look like it,
     so that there are as many placeholders as there are media."""
     content = message.get("content")
-    if not isinstance(content, list) or not any(isinstance(part, Mapping) for part in content):
+    if not isinstance(content, list) or not any(isinstance(part, dict) for part in content):
         return message
     return {**message, "content": [_named_part(part) for part in content]}
 
@@ -348,7 +364,7 @@ def _named_part(part: JsonValue) -> JsonValue:
     kind = media_kind(part)
     if kind is not None:
         return {"type": kind.value}
-    if isinstance(part, Mapping) and part.keys() & MEDIA_KEYS:
+    if isinstance(part, dict) and part.keys() & MEDIA_KEYS:
         return {key: value for key, value in part.items() if key not in MEDIA_KEYS}
     return part
 
@@ -359,7 +375,7 @@ def _is_printed(part: Mapping[str, JsonValue], text: str) -> bool:
 
 
 def _text_of(part: JsonValue) -> str | None:
-    if not isinstance(part, Mapping) or part.get("type") != "text":
+    if not isinstance(part, dict) or part.get("type") != "text":
         return None
     text = part.get("text")
     return text if isinstance(text, str) else None
@@ -399,10 +415,10 @@ def _with_argument_objects(
 
 
 def _call_with_object(call: JsonValue, as_object: Callable[[str], JsonValue]) -> JsonValue:
-    if not isinstance(call, Mapping):
+    if not isinstance(call, dict):
         return call
     function = call.get("function")
-    if isinstance(function, Mapping):
+    if isinstance(function, dict):
         return {**call, "function": _call_with_object(function, as_object)}
     arguments = call.get("arguments")
     return {**call, "arguments": as_object(arguments)} if isinstance(arguments, str) else call
@@ -483,6 +499,27 @@ def _looked_for(source: str) -> tuple[str, ...]:
     places = tree.find_all((nodes.Compare, nodes.Call, nodes.Filter, nodes.Test, nodes.Assign))
     constants = {constant.value for place in places for constant in place.find_all(nodes.Const)}
     return tuple(sorted(text for text in constants if isinstance(text, str) and _MARKUP.search(text)))
+
+
+def _searched(tree: nodes.Template) -> tuple[str, ...]:
+    """Arguments of methods and of `replace`, and the left side of `in`; not what names keys, and not space, which every
+    text has."""
+    texts: set[str] = set()
+    for call in tree.find_all(nodes.Call):
+        if isinstance(call.node, nodes.Getattr) and call.node.attr not in _METHODS_WITHOUT_SEARCH:
+            texts.update(text for argument in call.args for text in _strings_in(argument))
+    for change in tree.find_all(nodes.Filter):
+        if change.name == "replace":
+            texts.update(text for argument in change.args[:1] for text in _strings_in(argument))
+    for comparison in tree.find_all(nodes.Compare):
+        if any(operand.op in ("in", "notin") for operand in comparison.ops):
+            texts.update(text for text in _strings_in(comparison.expr) if not text.isidentifier())
+    return tuple(sorted(text for text in texts if text.strip() and not _MARKUP.search(text)))
+
+
+def _strings_in(node: nodes.Node) -> Iterator[str]:
+    constants = (node,) if isinstance(node, nodes.Const) else node.find_all(nodes.Const)
+    return (constant.value for constant in constants if isinstance(constant.value, str))
 
 
 def _compile(text: str, *, name: str) -> jinja2.Template:

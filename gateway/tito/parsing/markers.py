@@ -97,15 +97,12 @@ class TokenScanner:
 
     def run_end(self, token_ids: Sequence[int], start: int) -> int:
         """Where the run of tokens from `start` on ends that `push_run` may take: one token, or several plain ones."""
-        stop = start + 1
-        if not self._takes_runs:
-            return stop
         edges = self._edges
-        if token_ids[start] in edges:
-            return stop
-        for stop in range(stop, len(token_ids)):
-            if token_ids[stop] in edges:
-                return stop
+        if not self._takes_runs or token_ids[start] in edges:
+            return start + 1
+        for at in range(start + 1, len(token_ids)):
+            if token_ids[at] in edges:
+                return at
         return len(token_ids)
 
     def push_run(self, token_ids: Sequence[int]) -> list[Scanned]:
