@@ -140,6 +140,7 @@ async def open_gateway(
         name=settings.served_name,
         tool_call_parser=settings.tool_call_parser,
         reasoning_parser=settings.reasoning_parser,
+        tokenizer_backend=settings.tokenizer_backend,
     )
     metrics = GatewayMetrics(feed_consumer=settings.feed_consumer)
     pool = ReplicaPool(

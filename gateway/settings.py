@@ -15,6 +15,7 @@ from gateway.routes.forward import Forward, own_path
 from gateway.routes.quotas import LimitSettings
 from gateway.sessions.picks import DEFAULT_PICK
 from gateway.sessions.turns import TurnSettings
+from gateway.tito.backends import BackendChoice
 from gateway.tito.conversation import HistoryPolicy
 from gateway.tito.parsing.choice import AUTO, check_names
 from gateway.wire.protection import FieldSettings
@@ -79,7 +80,8 @@ class GatewaySettings:
     folder's disk, and what is dropped by itself. audit: the file with operators' calls (empty: audit.jsonl beside the
     ledger; none: off). allowed_hosts: names besides loopback's own by which a gateway without keys may be called.
     public_url: how agents reach the gateway, for the `base_url` of sessions (empty: as the caller did; behind a proxy
-    that ends TLS it has to be said, because forwarded headers are not believed).
+    that ends TLS it has to be said, because forwarded headers are not believed). tokenizer_backend: the library that
+    spells texts in ids; `auto` takes the first faster one that is proven to spell as `tokenizers` does.
     """
 
     model: Path | None = None
@@ -92,6 +94,7 @@ class GatewaySettings:
     served_name: str = ""
     tool_call_parser: str = AUTO
     reasoning_parser: str = AUTO
+    tokenizer_backend: BackendChoice = BackendChoice.AUTO
     history_policy: HistoryPolicy = HistoryPolicy.KEEP
     unknown_sessions: UnknownSessions = UnknownSessions.CREATE
     forward: Forward = Forward.KNOWN

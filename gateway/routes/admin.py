@@ -270,6 +270,7 @@ def identity_json(model: ServedModel) -> dict[str, JsonValue]:
         "fingerprints": model.fingerprints,
         "parsing": model.parsing.name,
         "vocab_size": model.tokenizer.vocab_size,
+        "tokenizer_backend": asdict(model.tokenizer.backend),
         "context_length": model.context_length,
         "routing": None if model.routing is None else asdict(model.routing),
         "dimensions": asdict(model.dimensions),

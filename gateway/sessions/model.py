@@ -12,6 +12,7 @@ from gateway.contracts.experts import RoutingShape
 from gateway.contracts.generation import EngineIdentity
 from gateway.contracts.ports import Engine
 from gateway.contracts.verification import Proof, Verification
+from gateway.tito.backends import BackendChoice
 from gateway.tito.conversation import HistoryPolicy
 from gateway.tito.model_files import read_model_files
 from gateway.tito.parsing.choice import AUTO, choose_parsing
@@ -52,6 +53,7 @@ class ServedModel:
         name: str = "",
         tool_call_parser: str = AUTO,
         reasoning_parser: str = AUTO,
+        tokenizer_backend: BackendChoice = BackendChoice.AUTO,
     ) -> ServedModel:
         """Read a model folder; raises ConfigurationError naming the file that is missing or wrong, or the parser."""
         tokenizer = ChatTokenizer.load(path)
@@ -63,7 +65,9 @@ class ServedModel:
             path=path,
             tokenizer=tokenizer,
             template=template,
-            prompts=PromptBuilder(tokenizer, template, parsing=parsing, history_policy=history_policy),
+            prompts=PromptBuilder(
+                tokenizer, template, parsing=parsing, history_policy=history_policy, backend=tokenizer_backend
+            ),
             parsing=parsing,
             plain_parsing=MarkedParsing("text", tokenizer, reasoning=None, calls=None),
             dimensions=files.dimensions,

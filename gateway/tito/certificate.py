@@ -13,6 +13,8 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
+from typing import Generic, NamedTuple, TypeVar
 
 from gateway.contracts.errors import TemplateRaised
 from gateway.contracts.generation import JsonValue
@@ -23,6 +25,8 @@ from gateway.tito.junction import Junction, TurnTokens, learn_junction, local_su
 from gateway.tito.parsing.reasoning import ReasoningMarkers
 from gateway.tito.shapes import Shape, conversations, example_tools
 from gateway.tito.template import ChatTemplate
+
+F = TypeVar("F")
 
 _MAX_SHAPES = 4_096
 _MAX_PENDING = 64
@@ -66,14 +70,14 @@ class Cell:
     local: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ShapeCertificate:
     """All that was tried for one shape."""
 
     shape: Shape
     cells: tuple[Cell, ...]
 
-    @property
+    @cached_property
     def verdict(self) -> Verdict:
         """The worst of its conversations; those that the template refuses count only if it refuses all."""
         verdicts = [cell.verdict for cell in self._rendered] or [Verdict.RAISES]
@@ -84,7 +88,7 @@ class ShapeCertificate:
         """The tokens that ended its replies."""
         return tuple(dict.fromkeys(cell.stop for cell in self.cells if cell.stop))
 
-    @property
+    @cached_property
     def stop(self) -> str | None:
         """The one token that ends replies of this shape where a short render suffices, else None."""
         stops = self.stops
@@ -148,43 +152,46 @@ def stand_in_tools(conversation: Conversation) -> tuple[JsonValue, ...]:
     return example_tools(1) if conversation.tools else ()
 
 
-@dataclass(frozen=True, slots=True)
-class ShapeKey:
+class ShapeKey(NamedTuple):
     """A shape under given template arguments, which are named by their JSON text."""
 
     shape: Shape
     arguments: str
 
 
-@dataclass(slots=True)
-class _Entry:
-    certificate: ShapeCertificate
-    num_uses: int = 0
-    withdrawn: bool = False
+class CertificateBook(Generic[F]):
+    """Certificates by shape, each with what makes it quick (`frames`): those known, asked for, withdrawn.
 
-
-class CertificateBook:
-    """Certificates by shape: those known, those asked for, those withdrawn. Bounded, safe between threads."""
+    Bounded, safe between threads.
+    """
 
     def __init__(self) -> None:
-        self._entries: OrderedDict[ShapeKey, _Entry] = OrderedDict()
+        self._entries: OrderedDict[ShapeKey, _Entry[F]] = OrderedDict()
         self._pending: OrderedDict[ShapeKey, Mapping[str, JsonValue]] = OrderedDict()
+        self._unframed: OrderedDict[ShapeKey, Mapping[str, JsonValue]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def find(self, key: ShapeKey, arguments: Mapping[str, JsonValue]) -> ShapeCertificate | None:
-        """The certificate of a shape; one that is unknown is asked for (`take_pending`) and None for now."""
+    def find(self, key: ShapeKey, arguments: Mapping[str, JsonValue]) -> tuple[ShapeCertificate, F | None] | None:
+        """A shape's certificate and frame; an unknown one is asked for (`take_pending`), None for now."""
         with self._lock:
             entry = self._entries.get(key)
             if entry is None:
                 if len(self._pending) < _MAX_PENDING:
                     self._pending[key] = arguments
                 return None
-            return None if entry.withdrawn else entry.certificate
+            if entry.withdrawn:
+                return None
+            if not entry.framed and entry.certificate.stop is not None and len(self._unframed) < _MAX_PENDING:
+                entry.framed = True
+                self._unframed[key] = arguments
+            return entry.certificate, entry.frame
 
     def use(self, key: ShapeKey) -> bool:
         """Count a turn that relied on a certificate; whether it should be audited."""
         with self._lock:
-            entry = self._entries[key]
+            entry = self._entries.get(key)
+            if entry is None:  # gone in the meantime
+                return True
             entry.num_uses += 1
             return entry.num_uses <= _AUDITED_FIRST or entry.num_uses % _AUDITED_EVERY == 0
 
@@ -202,12 +209,39 @@ class CertificateBook:
             if len(self._entries) > _MAX_SHAPES:
                 self._entries.popitem(last=False)
 
+    def put_frame(self, key: ShapeKey, frame: F | None) -> None:
+        """Add a certificate's frame, None for one that has none; its first turns are audited again."""
+        with self._lock:
+            if key in self._entries and frame is not None:
+                self._entries[key].frame, self._entries[key].num_uses = frame, 0
+
     def take_pending(self) -> tuple[ShapeKey, Mapping[str, JsonValue]] | None:
         """A shape that was asked for and is not known yet."""
         with self._lock:
             return self._pending.popitem(last=False) if self._pending else None
 
+    def take_unframed(self) -> tuple[ShapeKey, Mapping[str, JsonValue], str] | None:
+        """A shape in use without a frame, and the stop of its certificate."""
+        with self._lock:
+            while self._unframed:
+                key, arguments = self._unframed.popitem(last=False)
+                stop = self._entries[key].certificate.stop if key in self._entries else None
+                if stop is not None:
+                    return key, arguments, stop
+            return None
+
     @property
     def has_pending(self) -> bool:
-        """Whether shapes wait to be certified."""
-        return bool(self._pending)
+        """Whether shapes wait to be certified, or certificates to be framed."""
+        return bool(self._pending or self._unframed)
+
+
+@dataclass(slots=True)
+class _Entry(Generic[F]):
+    """framed: its frame was asked for."""
+
+    certificate: ShapeCertificate
+    frame: F | None = None
+    framed: bool = False
+    num_uses: int = 0
+    withdrawn: bool = False

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gateway.contracts.errors import TemplateRaised
@@ -103,7 +103,7 @@ def _parameters() -> JsonValue:
 
 
 def _signature(tool: JsonValue) -> list[tuple[str, JsonValue]]:
-    function = tool.get("function") if isinstance(tool, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+    function = tool.get("function") if isinstance(tool, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         return []
     return [(function["name"], function.get("parameters"))]

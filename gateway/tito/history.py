@@ -115,7 +115,7 @@ def _without_reasoning(conversation: Conversation, reasoning: ReasoningMarkers) 
 
 
 def _message_without_reasoning(message: JsonValue, reasoning: ReasoningMarkers) -> JsonValue:
-    if not isinstance(message, Mapping) or message.get("role") != "assistant":
+    if not isinstance(message, dict) or message.get("role") != "assistant":
         return message
     bare = {key: value for key, value in message.items() if key not in REASONING_KEYS}
     content = bare.get("content")

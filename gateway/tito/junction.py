@@ -114,7 +114,7 @@ def local_suffix(
     """
     first, reply = conversation.messages[0], conversation.messages[num_messages - 1]
     opening: list[JsonValue] = [{"role": "user", "content": "q"}]
-    if isinstance(first, Mapping) and first.get("role") in ("system", "developer"):
+    if isinstance(first, dict) and first.get("role") in ("system", "developer"):
         opening.insert(0, {"role": first["role"], "content": "s"})
     probe = _probes(template, reply, _LOCAL_SENTINEL)[0]
     messages = (*opening, probe.message, *conversation.messages[num_messages:])
@@ -208,10 +208,10 @@ def _probes(template: ChatTemplate, reply: Mapping[str, JsonValue], sentinel: st
 
 
 def _with_arguments(call: JsonValue, arguments: str) -> JsonValue:
-    if not isinstance(call, Mapping):
+    if not isinstance(call, dict):
         return call
     function = call.get("function")
-    if isinstance(function, Mapping):
+    if isinstance(function, dict):
         return {**call, "function": {**function, "arguments": arguments}}
     return {**call, "arguments": arguments}
 
@@ -262,7 +262,7 @@ def _call_close(
     template: ChatTemplate, conversation: Conversation, reply: Mapping[str, JsonValue], tokens: TurnTokens
 ) -> str | None:
     """The end of the call syntax, learned where an engine's stop follows it: before the calls' own results."""
-    calls = [call for call in reply.get("tool_calls") or () if isinstance(call, Mapping)]
+    calls = [call for call in reply.get("tool_calls") or () if isinstance(call, dict)]
     results, marks = _marked_messages(
         [
             {"role": "tool", "tool_call_id": call.get("id"), "name": _name_of(call), "content": "result"}
@@ -284,11 +284,11 @@ def _call_close(
 
 def _name_of(call: Mapping[str, JsonValue]) -> JsonValue:
     function = call.get("function", call)
-    return function.get("name") if isinstance(function, Mapping) else None
+    return function.get("name") if isinstance(function, dict) else None
 
 
 def _is_result(message: JsonValue) -> bool:
-    return isinstance(message, Mapping) and message.get("role") == "tool"
+    return isinstance(message, dict) and message.get("role") == "tool"
 
 
 def _is_end(template: ChatTemplate, full_text: str, junction: Junction, reply: Mapping[str, JsonValue]) -> bool:
@@ -370,15 +370,15 @@ def _marked_messages(messages: Sequence[JsonValue], marks: str) -> tuple[list[Js
 
 
 def _marked_message(message: JsonValue, mark: str) -> JsonValue | None:
-    if not isinstance(message, Mapping):
+    if not isinstance(message, dict):
         return None
     content = _marked_content(message.get("content"), mark)
     if content is not None:
         return {**message, "content": content}
     calls = message.get("tool_calls")
-    if isinstance(calls, list) and calls and isinstance(calls[0], Mapping):
+    if isinstance(calls, list) and calls and isinstance(calls[0], dict):
         function = calls[0].get("function", calls[0])
-        name = _marked_text(function.get("name"), mark) if isinstance(function, Mapping) else None
+        name = _marked_text(function.get("name"), mark) if isinstance(function, dict) else None
         if name is not None:
             call = (
                 {**calls[0], "function": {**function, "name": name}}
@@ -401,7 +401,7 @@ def _marked_content(content: JsonValue, mark: str) -> JsonValue | None:
             changed = _marked_content(part, mark)
             if changed is not None:
                 return [*content[:i], changed, *content[i + 1 :]]
-    if isinstance(content, Mapping) and media_kind(content) is None:  # whose URL no template shows
+    if isinstance(content, dict) and media_kind(content) is None:  # whose URL no template shows
         for key, value in content.items():
             changed = _marked_content(value, mark) if key != "type" else None
             if changed is not None:

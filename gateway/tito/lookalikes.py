@@ -12,7 +12,7 @@ tokens that build turns are text there.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -162,7 +162,7 @@ class LookalikeGuard:
         )
 
     def _pattern_for(self, message: JsonValue) -> _AnyOf:
-        is_assistant = isinstance(message, Mapping) and message.get("role") == "assistant"
+        is_assistant = isinstance(message, dict) and message.get("role") == "assistant"
         return self._turn if is_assistant else self._control
 
 
@@ -201,7 +201,7 @@ def _absent_pair(texts: Iterable[str]) -> tuple[str, str]:
 def _strings(value: JsonValue) -> Iterator[str]:
     if isinstance(value, str):
         yield value
-    elif isinstance(value, Mapping):
+    elif isinstance(value, dict):
         for entry in value.values():
             yield from _strings(entry)
     elif isinstance(value, list | tuple):
@@ -212,7 +212,7 @@ def _strings(value: JsonValue) -> Iterator[str]:
 def _map_strings(value: JsonValue, change: Callable[[str], str]) -> JsonValue:
     if isinstance(value, str):
         return change(value)
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         return {key: _map_strings(entry, change) for key, entry in value.items()}
     if isinstance(value, list | tuple):
         return [_map_strings(entry, change) for entry in value]

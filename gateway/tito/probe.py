@@ -14,25 +14,9 @@ import numpy as np
 
 from gateway.contracts.errors import EngineProtocolError, IdentityMismatch
 from gateway.contracts.ports import Engine
+from gateway.tito.spellings import TEXTS
 from gateway.tito.tokenizer import ChatTokenizer
 
-_TEXTS = (
-    "Hello, world! It's a test; isn't it? They'll say WE'VE won.",
-    " leading", "trailing  ", "two  three   four    spaces", "\ttab\t\ttabs", "line\nline\n\nline\r\nline\n   indented",
-    " \n \n", "\u00a0no-break\u2003em\u200bzero\u3000wide",
-    "0 7 42 123 1234 12345678901234567890 3.14159 -1e-9 0xFF 1,000,000.00 12:34:56",
-    "naïve café Ångström Straße ŒUVRE", "e\u0301 and é, ﬁ and fi, Ａ and A, ² and 2",
-    "Быстрая лиса. Γρήγορη αλεπού. سريع الثعلب. שועל מהיר. तेज़ लोमड़ी। จิ้งจอกเร็ว",
-    "快速的棕色狐狸。日本語のテキスト、カタカナ。한국어 텍스트입니다.", "😀👍🏽👩‍👩‍👧‍👦🇩🇪❤️‍🔥 ∑∫√≈ →⇒ ░▒▓ \U00020000",
-    "def f(x: int) -> str:\n    return f\"{x!r:>10}\"  # why\n\n\nclass A(B):\n\tpass\n",
-    '{"name": "f", "arguments": {"a": [1, 2.5, null, true], "b": "\\n\\u00e9"}}',
-    "for (int i=0;i<n;++i){a[i]+=b[i]<<2;}//x\nSELECT * FROM t WHERE a='b';</div><br/>&amp;",
-    "<s></s><unk><pad><|endoftext|><|im_start|>user\n<|im_end|>\n<think>\n\n</think>\n<tool_call>[INST][/INST]<0x0A>",
-    "▁metaspace ▁▁two Ġbyte Ċlevel ##piece </w>", "antidisestablishmentarianism-pneumonoultramicroscopic",
-    "http://example.org/a_b-c?d=e&f=%20#g user@example.org C:\\dir\\file.txt ~/.x",
-    "$E=mc^2$ \\frac{a}{b} **bold** `x`",
-    "aaaaaaaaaaaaaaaaaaaaaaaaaaaa!!!!!!!!!----------==========", "CamelCaseWord snake_case_word SCREAMING-kebab",
-)  # fmt: skip
 _NUM_WORDS = 4096
 _GROUP = 64
 _SHOWN = 8
@@ -67,7 +51,7 @@ def probe_texts(tokenizer: ChatTokenizer) -> tuple[ProbeText, ...]:
     """The probe set of one tokenizer: fixed texts, every added token's text, words from all of the vocabulary."""
     added = [token.text for token in tokenizer.added_tokens.values() if token.text]
     groups = [*_groups(added, "x"), *_groups(list(_words(tokenizer)), "\n")]
-    return (*map(ProbeText, _TEXTS), *groups)
+    return (*map(ProbeText, TEXTS), *groups)
 
 
 def _groups(texts: Sequence[str], between: str) -> Iterator[ProbeText]:

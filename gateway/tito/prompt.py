@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import numpy as np
 from gateway.contracts.errors import TemplateRaised
 from gateway.contracts.generation import JsonValue, TokenIds
 from gateway.contracts.records import SegmentReason
+from gateway.tito.backends import BackendChoice
 from gateway.tito.certificate import ShapeCertificate
 from gateway.tito.conversation import BuiltPrompt, Conversation, HistoryPolicy, ParentTurn, check_parent
 from gateway.tito.history import History, RenderedPrompts, compare_history
@@ -54,6 +56,12 @@ _PROBED = {History.KEPT: PROBE, History.REASONING_DROPPED: PROBE_KEPT_HISTORY}
 _MAX_AUDITS = 16
 """Waiting at once; each keeps a conversation alive."""
 
+_AUDIT_SHARE = 0.01
+"""Of one core: what audits may take, however many turns there are. What cannot be audited in it is not."""
+
+_AUDIT_SECONDS = 0.05
+"""Of processor time at a time."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Audit:
@@ -77,7 +85,8 @@ class PromptBuilder:
     """Builds prompts for one model; safe to share between sessions and threads.
 
     stop_token_ids: ids at which the engine ends a turn on top of the tokenizer's own end tokens. parsing: how the
-    model's replies are read; chosen from template and vocabulary where it is not given.
+    model's replies are read; chosen from template and vocabulary where it is not given. backend: which tokenizer
+    library `prepare` is to prove.
     """
 
     def __init__(
@@ -88,10 +97,12 @@ class PromptBuilder:
         parsing: ReplyParsing | None = None,
         stop_token_ids: Sequence[int] = (),
         history_policy: HistoryPolicy = HistoryPolicy.KEEP,
+        backend: BackendChoice = BackendChoice.TOKENIZERS,
     ) -> None:
         self._tokenizer = tokenizer
         self._template = template
         self._history_policy = history_policy
+        self._backend = backend
         self._parsing = parsing if parsing is not None else choose_parsing(template, tokenizer)
         self._guard = LookalikeGuard(tokenizer, template, markup=[marker.text for marker in self._parsing.markers])
         self._stop_token_ids = tuple(dict.fromkeys((*stop_token_ids, *tokenizer.eos_token_ids)))
@@ -105,6 +116,7 @@ class PromptBuilder:
         )
         self._audits: deque[_Audit] = deque(maxlen=_MAX_AUDITS)
         self._audit_counts = AuditCounts()
+        self._audits_due_at = 0.0
         self._upkeep_lock = threading.Lock()
 
     def build(
@@ -127,7 +139,8 @@ class PromptBuilder:
         return self._by_rendering(conversation, parent, reason)
 
     def prepare(self) -> None:
-        """Certify the shapes of ordinary agents: a second or two of work, best done in a thread at start-up."""
+        """Prove a faster tokenizer library, certify the shapes of ordinary agents; a second or two, for a thread."""
+        self._tokenizer.prove_backend(self._backend)
         self._short_path.certify_standard_shapes()
 
     def certificate(self, shape: Shape, arguments: Mapping[str, JsonValue]) -> ShapeCertificate:
@@ -142,16 +155,27 @@ class PromptBuilder:
 
     @property
     def upkeep_due(self) -> bool:
-        """Whether `upkeep` has something to do."""
-        return bool(self._audits) or self._short_path.has_pending
+        """Whether `upkeep` has something to do, and what it did last has been paid for."""
+        if self._short_path.has_pending:
+            return True
+        return bool(self._audits or self._tokenizer.checks_due) and time.monotonic() >= self._audits_due_at
 
     def upkeep(self) -> None:
         """Certify shapes that turns asked for, and audit turns that took the short path; not for the event loop."""
         with self._upkeep_lock:
             while self._short_path.certify_next():
                 pass
-            while self._audits:
-                self._audit(self._audits.popleft())
+            began = time.thread_time()
+            while time.thread_time() - began < _AUDIT_SECONDS and self._audit_next():
+                pass
+            self._audits_due_at = time.monotonic() + (time.thread_time() - began) / _AUDIT_SHARE
+
+    def _audit_next(self) -> bool:
+        """Look at one turn, or one text, again; whether there was one."""
+        if self._audits:
+            self._audit(self._audits.popleft())
+            return True
+        return self._tokenizer.check_backend()
 
     @property
     def audits(self) -> AuditCounts:

@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 from gateway.contracts.generation import JsonValue
 from gateway.tito.conversation import Conversation
@@ -34,8 +35,7 @@ class ContentKind(StrEnum):
     PARTS = "parts"
 
 
-@dataclass(frozen=True, slots=True)
-class MessageForm:
+class MessageForm(NamedTuple):
     """One message without its texts. answers: position of the sampled call whose result it is, -1 for another one's,
     None if it names none."""
 
@@ -61,8 +61,7 @@ class MessageForm:
         return self.role if is_plain else f"{self.role} ({self.parts})"
 
 
-@dataclass(frozen=True, slots=True)
-class Shape:
+class Shape(NamedTuple):
     """A sampled reply and what follows it. before: role of the message that the reply answers."""
 
     starts_with_system: bool
@@ -107,12 +106,12 @@ def shape_of(conversation: Conversation, num_messages: int, *, template_source: 
     if num_messages < 2 or len(appended) > MAX_APPENDED:
         return None
     first, before, reply = messages[0], messages[num_messages - 2], messages[num_messages - 1]
-    if not isinstance(first, Mapping) or not isinstance(before, Mapping) or before.get("role") not in _BEFORE_ROLES:
+    if not isinstance(first, dict) or not isinstance(before, dict) or before.get("role") not in _BEFORE_ROLES:
         return None
     reply_form = _form_of(reply, (), template_source)
-    if reply_form is None or not isinstance(reply, Mapping):
+    if reply_form is None or not isinstance(reply, dict):
         return None
-    call_ids = [call.get("id") if isinstance(call, Mapping) else None for call in reply.get("tool_calls") or ()]
+    call_ids = [call.get("id") if isinstance(call, dict) else None for call in reply.get("tool_calls") or ()]
     forms: list[MessageForm] = []
     for message in appended:
         form = _form_of(message, call_ids, template_source)
@@ -262,7 +261,7 @@ class _Writer:
 
 
 def _form_of(message: JsonValue, call_ids: Sequence[JsonValue], template_source: str) -> MessageForm | None:
-    if not isinstance(message, Mapping) or message.get("role") not in _ROLES:
+    if not isinstance(message, dict) or message.get("role") not in _ROLES:
         return None
     if any(key not in _KNOWN_KEYS and str(key) in template_source for key in message):
         return None  # the template may read it
@@ -295,7 +294,7 @@ def _content_kind(content: JsonValue) -> ContentKind | None:
     is_one_text = (
         isinstance(content, list)
         and len(content) == 1
-        and isinstance(content[0], Mapping)
+        and isinstance(content[0], dict)
         and content[0].get("type") == "text"
         and isinstance(content[0].get("text"), str)
         and bool(content[0]["text"].strip())
@@ -305,8 +304,8 @@ def _content_kind(content: JsonValue) -> ContentKind | None:
 
 def _is_plain_call(call: JsonValue) -> bool:
     """A call with a name and arguments that are the JSON text of an object."""
-    function = call.get("function") if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         return False
     arguments = function.get("arguments")
     return isinstance(arguments, str) and arguments.lstrip().startswith("{")

@@ -1,4 +1,5 @@
-"""The short path: what a turn of a certified shape adds, from one short render, however long the conversation is.
+"""The short path: what a turn of a certified shape adds, however long the conversation is: from a frame of fixed texts
+that was learned for the shape (`frames`), else from one short render.
 
 It speaks only where nothing in the new messages could make a template behave as its certificate has not seen: no text
 that looks like a control token, none of the strings that the template itself looks for. All else is None, and takes the
@@ -21,6 +22,7 @@ from gateway.tito.certificate import (
     stand_in_tools,
 )
 from gateway.tito.conversation import Conversation
+from gateway.tito.frames import Frame, learn_frame
 from gateway.tito.junction import TurnTokens, local_suffix
 from gateway.tito.lookalikes import LookalikeGuard
 from gateway.tito.parsing.reasoning import ReasoningMarkers
@@ -55,7 +57,7 @@ class ShortPath:
         self._guard = guard
         self._tokens = tokens
         self._reasoning = reasoning
-        self._book = CertificateBook()
+        self._book: CertificateBook[Frame] = CertificateBook()
 
     @property
     def has_pending(self) -> bool:
@@ -70,11 +72,16 @@ class ShortPath:
                     self._certify(ShapeKey(shape, "{}"), {})
 
     def certify_next(self) -> bool:
-        """Certify one shape that was asked for (some 10 ms); whether there was one."""
+        """Certify one shape that was asked for (some 10 ms), or frame one that is in use; whether there was one."""
         pending = self._book.take_pending()
         if pending is not None:
             self._certify(*pending)
-        return pending is not None
+            return True
+        unframed = self._book.take_unframed()
+        if unframed is not None:
+            key, arguments, stop = unframed
+            self._book.put_frame(key, learn_frame(self._template, key, arguments, stop))
+        return unframed is not None
 
     def certificate(self, shape: Shape, arguments: Mapping[str, JsonValue]) -> ShapeCertificate:
         """Try a shape under some template arguments, for people to look at."""
@@ -88,13 +95,17 @@ class ShortPath:
         key = self._key(conversation, num_messages)
         if key is None:
             return None
-        certificate = self._book.find(key, conversation.template_arguments)
-        if certificate is None or certificate.stop is None:
+        found = self._book.find(key, conversation.template_arguments)
+        if found is None or (stop := found[0].stop) is None:
             return None
-        if not self._is_plain(conversation.messages[num_messages - 1 :]):
+        certificate, frame = found
+        messages = conversation.messages[num_messages - 1 :]
+        if not self._is_plain(messages):
             return None
-        stop, tools = certificate.stop, stand_in_tools(conversation)
-        suffix = local_suffix(self._template, conversation, num_messages=num_messages, stop=stop, tools=tools)
+        suffix = frame.fill(messages) if frame is not None else None
+        if suffix is None:
+            tools = stand_in_tools(conversation)
+            suffix = local_suffix(self._template, conversation, num_messages=num_messages, stop=stop, tools=tools)
         if suffix is None:
             return None
         return CertifiedSuffix(key, stop, suffix, certificate.verdict is Verdict.REASONING_DROPPED)
@@ -111,20 +122,21 @@ class ShortPath:
         shape = shape_of(conversation, num_messages, template_source=self._template.source)
         if shape is None:
             return None
-        arguments = json.dumps(dict(conversation.template_arguments), sort_keys=True)
+        given = conversation.template_arguments
+        arguments = json.dumps(dict(given), sort_keys=True) if given else "{}"
         return ShapeKey(shape, arguments) if len(arguments) <= _MAX_ARGUMENTS_LENGTH else None
 
     def _is_plain(self, messages: Sequence[JsonValue]) -> bool:
         if self._guard.has_lookalikes(messages):
             return False
-        looked_for = self._template.looked_for
-        return not any(literal in text for text in _texts(messages) for literal in looked_for)
+        text = "\n".join(_texts(messages))
+        return not any(literal in text for literal in self._template.looked_for)
 
 
 def _texts(value: JsonValue) -> Iterator[str]:
     if isinstance(value, str):
         yield value
-    elif isinstance(value, Mapping):
+    elif isinstance(value, dict):
         for key, entry in value.items():
             if key != "role":
                 yield from _texts(entry)

@@ -7,9 +7,12 @@ from the chat template). Everything here is about one text at a time; what a con
 from __future__ import annotations
 
 import json
+import logging
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
 from pathlib import Path
@@ -20,8 +23,27 @@ from tokenizers import Tokenizer
 from gateway.contracts.errors import ConfigurationError, IdentityMismatch
 from gateway.contracts.fingerprints import in_order_of_ids, tokenizer_sha256
 from gateway.contracts.generation import JsonValue, TokenIds
+from gateway.tito.backends import (
+    MAX_CHARACTERS,
+    BackendChoice,
+    BackendUnfit,
+    Spell,
+    candidates,
+    first_difference,
+    is_of_library,
+    open_backend,
+)
 from gateway.tito.model_files import read_eos_entries, read_special_tokens
+from gateway.tito.spellings import spelling_texts
 
+_log = logging.getLogger(__name__)
+
+_CHECKED_FIRST = 16
+_CHECKED_EVERY = 64
+_MAX_CHECKS = 16
+"""Waiting at once."""
+
+_NUM_PROBE_WORDS = 20_000
 _MARKUP = re.compile(r"[<>\[\]|｜]")
 
 
@@ -34,10 +56,35 @@ class AddedToken:
     special: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """The library that spells texts in ids. reasons: why faster ones do not, by name.
+
+    num_checked: texts that were spelled again by `tokenizers`. num_alarms: libraries given up because of one.
+    """
+
+    name: str
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    num_checked: int = 0
+    num_alarms: int = 0
+
+
 class _ByteStyle(Enum):
     BYTE_LEVEL = "byte_level"
     BYTE_FALLBACK = "byte_fallback"
     OTHER = "other"
+
+
+class _TokenBytes(dict[int, bytes | None]):
+    """Token id → its bytes, spelled when first asked for."""
+
+    def __init__(self, spell: Callable[[int], bytes | None]) -> None:
+        super().__init__()
+        self._spell = spell
+
+    def __missing__(self, token_id: int) -> bytes | None:
+        self[token_id] = spelled = self._spell(int(token_id))
+        return spelled
 
 
 class ChatTokenizer:
@@ -59,7 +106,13 @@ class ChatTokenizer:
         }
         own_eos = self._tokenizer.token_to_id(eos_token) if eos_token is not None else None
         known = dict.fromkeys([*eos_token_ids, *([own_eos] if own_eos is not None else [])])
-        self._bytes_of_token: dict[int, bytes | None] = {}
+        self._bytes_of_token = _TokenBytes(self._spelled_bytes)
+        self.backend = Backend(BackendChoice.TOKENIZERS.value)
+        self._spell: Spell | None = None
+        self._num_spelled = 0
+        self._num_characters = 0
+        self._max_characters = sys.maxsize
+        self._to_check: deque[tuple[str, TokenIds]] = deque(maxlen=_MAX_CHECKS)
         self.eos_token_ids: tuple[int, ...] = tuple(token_id for token_id in known if 0 <= token_id < self.vocab_size)
 
     @classmethod
@@ -87,7 +140,92 @@ class ChatTokenizer:
 
     def encode(self, text: str) -> TokenIds:
         """int32[T] ids of `text` from the start of a string; added tokens are recognised, none is added."""
+        spell = self._spell
+        if spell is None:
+            return self._reference(text)
+        try:
+            ids = spell(text)
+        except BaseException as error:
+            if not is_of_library(error):
+                raise
+            ids = self._reference(text)  # which refuses what is no text in its own words
+            self._distrust(f"it refused {text[:60]!r}: {error}")
+            return ids
+        self._num_spelled += 1
+        self._num_characters += len(text)
+        if self._num_spelled <= _CHECKED_FIRST or self._num_spelled % _CHECKED_EVERY == 0:
+            self._to_check.append((text, ids))
+        return ids
+
+    def prove_backend(self, choice: BackendChoice) -> None:
+        """Spell with a faster library from now on, if one spells the probe set as `tokenizers` does; a second of work.
+
+        Not for the event loop. Whatever comes of it is in `backend`.
+        """
+        reasons: dict[str, str] = {}
+        for candidate in candidates(choice):
+            try:
+                spell = open_backend(candidate, self._json)
+            except BackendUnfit as error:
+                reasons[candidate.value] = str(error)
+                continue
+            difference = first_difference(spell, self._reference, self._probe_set())
+            if difference is None:
+                self._max_characters = MAX_CHARACTERS.get(candidate, sys.maxsize)
+                self._spell, self.backend = spell, Backend(candidate.value, reasons)
+                _log.info("texts are spelled in ids by %s, which spells as tokenizers does", candidate.value)
+                return
+            reasons[candidate.value] = difference
+        self.backend = Backend(BackendChoice.TOKENIZERS.value, reasons)
+
+    @property
+    def checks_due(self) -> bool:
+        """Whether `check_backend` has something to do."""
+        return bool(self._to_check) or self._is_worn
+
+    def check_backend(self) -> bool:
+        """Have `tokenizers` spell again one sample of what the faster library spelled; a difference ends its use.
+
+        Whether there was one. Not for the event loop.
+        """
+        if self._is_worn:
+            self._spell = open_backend(BackendChoice(self.backend.name), self._json)
+            self._num_characters = 0
+        if not self._to_check:
+            return False
+        text, ids = self._to_check.popleft()
+        if not np.array_equal(self._reference(text), ids):
+            self._distrust(f"it spelled {text[:60]!r} otherwise")
+        self.backend = replace(self.backend, num_checked=self.backend.num_checked + 1)
+        return True
+
+    @property
+    def _is_worn(self) -> bool:
+        """Whether the faster library has spelled so much that its memory of words must go."""
+        return self._spell is not None and self._num_characters > self._max_characters
+
+    def _reference(self, text: str) -> TokenIds:
         return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+
+    def _distrust(self, why: str) -> None:
+        """I1 holds all the same: what was sent is what is recorded."""
+        self._spell = None
+        self._to_check.clear()
+        known = self.backend
+        self.backend = replace(
+            known,
+            name=BackendChoice.TOKENIZERS.value,
+            reasons={**known.reasons, known.name: why},
+            num_alarms=known.num_alarms + 1,
+        )
+        _log.error("%s does not spell texts as tokenizers does and is not used any more: %s", known.name, why)
+
+    def _probe_set(self) -> Iterator[str]:
+        """Words from everywhere in the vocabulary, without halves of characters, and every added token."""
+        step = max(1, self.vocab_size // _NUM_PROBE_WORDS)
+        ids = (token_id for token_id in range(0, self.vocab_size, step) if token_id not in self.added_tokens)
+        words = [text for token_id in ids if (text := self.decode([token_id])) and "\ufffd" not in text]
+        return spelling_texts(words, [token.text for token in self.added_tokens.values()])
 
     def encode_plain(self, text: str) -> TokenIds:
         """int32[T] ids of `text` in which nothing is a control token: what looks like one stays text.
@@ -120,9 +258,16 @@ class ChatTokenizer:
 
     def token_bytes(self, token_id: int) -> bytes | None:
         """The bytes that a token stands for inside a text; None where the decoder does not work by bytes."""
-        if token_id not in self._bytes_of_token:
-            self._bytes_of_token[token_id] = self._spelled_bytes(token_id)
         return self._bytes_of_token[token_id]
+
+    def bytes_of(self, ids: Iterable[int]) -> bytes:
+        """The bytes that `ids` stand for inside a text; only where `works_by_bytes`."""
+        return b"".join(map(self._bytes_of_token.__getitem__, ids))  # type: ignore[arg-type]  # none is None there
+
+    @cached_property
+    def works_by_bytes(self) -> bool:
+        """Whether every token stands for bytes of its own, whatever stands beside it."""
+        return self._byte_style is not _ByteStyle.OTHER
 
     @cached_property
     def fingerprint(self) -> str:

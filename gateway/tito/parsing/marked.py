@@ -102,10 +102,15 @@ class MarkedParser:
 
     def feed(self, token_ids: Sequence[int]) -> list[ReplyDelta]:
         """Deltas that the next sampled tokens make certain; may be empty."""
-        for token_id in token_ids:
+        at = 0
+        while at < len(token_ids):
+            # Where the beginning is undecided, each token may decide it.
+            stop = self._scanner.run_end(token_ids, at) if self._beginning is None else at + 1
             was_reasoning = self._state is _State.REASONING
-            self._read(self._scanner.push(int(token_id)))
-            self._draft.num_reasoning_tokens += was_reasoning or self._state is _State.REASONING
+            self._read(self._scanner.push_run(token_ids[at:stop]))
+            if was_reasoning or self._state is _State.REASONING:
+                self._draft.num_reasoning_tokens += stop - at
+            at = stop
         return self._draft.take_deltas()
 
     def finish(self, finish: Finish) -> tuple[list[ReplyDelta], ParsedReply]:

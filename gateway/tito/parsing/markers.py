@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from gateway.tito.tokenizer import ChatTokenizer
@@ -25,6 +25,8 @@ class Marker:
 
 _MAX_UNDECIDED_TOKENS = 8
 """No character has more; a text that still ends in U+FFFD then really holds one."""
+
+_MAX_SILENT_SETS = 256
 
 Scanned = str | Marker
 """Visible text, or a marker that was recognised."""
@@ -45,12 +47,26 @@ class Markup:
         self.by_text = {m.text: m for m in known if m.token_id is None}
         special = {token.token_id for token in tokenizer.added_tokens.values() if token.special}
         self.silent = frozenset((special | set(tokenizer.eos_token_ids)) - self.by_id.keys())
+        self._silent_with: dict[tuple[int, ...], tuple[frozenset[int], frozenset[int]]] = {}
         longest_first = sorted(self.by_text, key=len, reverse=True)
         self.search = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
+    def silent_with(self, stop_token_ids: Iterable[int]) -> tuple[frozenset[int], frozenset[int]]:
+        """The silent tokens of a request with these stop tokens, and those with the markers: all that is no plain text.
+
+        Replies ask for the same ones again and again."""
+        key = tuple(stop_token_ids)
+        known = self._silent_with.get(key)
+        if known is None:
+            silent = self.silent | (set(key) - self.by_id.keys())
+            known = silent, silent | self.by_id.keys()
+            if len(self._silent_with) < _MAX_SILENT_SETS:
+                self._silent_with[key] = known
+        return known
+
 
 class TokenScanner:
-    """Sampled token ids → text and markers.
+    """Sampled token ids → text and markers, token by token, or a run of plain tokens at once where that is the same.
 
     Tokens that are special or in `stop_token_ids`, and no marker, are silent. `stop` are strings at which the engine
     ends: text that may belong to one waits until it is clear whether the reply ended there. What waits is never longer
@@ -60,12 +76,14 @@ class TokenScanner:
     def __init__(self, markup: Markup, *, stop_token_ids: Iterable[int], stop: Iterable[str]) -> None:
         self._detokenizer = _Detokenizer(markup.tokenizer)
         self._by_id, self._by_text, self._search = markup.by_id, markup.by_text, markup.search
-        self._silent = markup.silent | (set(stop_token_ids) - self._by_id.keys())
+        self._silent, self._edges = markup.silent_with(stop_token_ids)
         self._stop = tuple(text for text in stop if text)
         patterns = (*self._by_text, *self._stop)
         self._beginnings = {text[:length] for text in patterns for length in range(1, len(text))}
         self._max_held = max((len(text) - 1 for text in patterns), default=0)
         self._held = ""
+        # Without patterns in the text nothing is ever held, and bytes join as their tokens do.
+        self._takes_runs = not patterns and markup.tokenizer.works_by_bytes
 
     def push(self, token_id: int) -> list[Scanned]:
         """What one more token makes certain."""
@@ -76,6 +94,23 @@ class TokenScanner:
             # A marker ends whatever was waiting: half characters, half markers, a stop string that did not stop.
             return [*self._take(self._detokenizer.flush()), *self._release(len(self._held)), found]
         return self._take(self._detokenizer.push(token_id))
+
+    def run_end(self, token_ids: Sequence[int], start: int) -> int:
+        """Where the run of tokens from `start` on ends that `push_run` may take: one token, or several plain ones."""
+        edges = self._edges
+        if not self._takes_runs or token_ids[start] in edges:
+            return start + 1
+        for at in range(start + 1, len(token_ids)):
+            if token_ids[at] in edges:
+                return at
+        return len(token_ids)
+
+    def push_run(self, token_ids: Sequence[int]) -> list[Scanned]:
+        """What the tokens of one run make certain; the same as of `push` for each."""
+        if len(token_ids) == 1:
+            return self.push(token_ids[0])
+        text = self._detokenizer.push_bytes(token_ids)
+        return [text] if text else []
 
     def finish(self, stop_string: str | None) -> list[Scanned]:
         """What was held back, up to the stop string that ended the reply, if one did."""
@@ -121,12 +156,15 @@ class TokenScanner:
         return scanned
 
 
+_UTF8 = codecs.getincrementaldecoder("utf-8")
+
+
 class _Detokenizer:
     """Token ids → text, never half a character."""
 
     def __init__(self, tokenizer: ChatTokenizer) -> None:
         self._tokenizer = tokenizer
-        self._bytes = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._bytes = _UTF8(errors="replace")
         self._window: list[int] = []
         self._shown = ""
 
@@ -136,9 +174,13 @@ class _Detokenizer:
             return self._bytes.decode(piece)
         return self._push_to_window(token_id)
 
+    def push_bytes(self, token_ids: Sequence[int]) -> str:
+        """Of a tokenizer that works by bytes."""
+        return self._bytes.decode(self._tokenizer.bytes_of(token_ids))
+
     def flush(self) -> str:
         """What is still half a character, as U+FFFD."""
-        rest = self._bytes.decode(b"", final=True)
+        rest = self._bytes.decode(b"", final=True) if self._bytes.getstate()[0] else ""
         if self._window:
             rest += self._tokenizer.decode(self._window)[len(self._shown) :]
             self._window, self._shown = [], ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 
 from gateway.tito.parsing.calls import WrittenCall
@@ -14,7 +13,7 @@ def call_of_members(members: Mapping[str, str]) -> WrittenCall:
 
     An `id` is the call's. Raises ValueError, KeyError or RecursionError for what is no call.
     """
-    name = json.loads(members["name"])
+    name = strict_json(members["name"])
     arguments = members["arguments" if "arguments" in members else "parameters"]
     value = strict_json(arguments)
     if isinstance(value, str):
@@ -23,5 +22,5 @@ def call_of_members(members: Mapping[str, str]) -> WrittenCall:
     if not isinstance(name, str) or not name or not isinstance(value, dict):
         raise ValueError("a call has a name and an object of arguments")
     name.encode()  # a lone surrogate, which JSON can spell, is no text: UnicodeEncodeError is a ValueError
-    call_id = json.loads(members["id"]) if "id" in members else None
+    call_id = strict_json(members["id"]) if "id" in members else None
     return WrittenCall(name, arguments, call_id if isinstance(call_id, str) else None)
