@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -40,6 +41,7 @@ from gateway.routes.errors import add_error_replies
 from gateway.routes.feed import feed_router
 from gateway.routes.forward import Observed, forward_router
 from gateway.routes.generate import generate_router
+from gateway.routes.hot_path import ModelCalls
 from gateway.routes.leasing import LeaseQueue
 from gateway.routes.limits import BodyBudget, RequestEdge
 from gateway.routes.messages import messages_router
@@ -269,9 +271,9 @@ def build_app(gateway: Gateway, access: Access) -> ASGIApp:
     app.add_middleware(SessionPaths)
     add_error_replies(app)
     add_document(app)
-    # Around the framework itself, whose own 500 has an id too; not `add_middleware`, which would stand inside that.
+    # Both stand around the framework itself, whose own 500 has an id too; `add_middleware` would put them inside that.
     return RequestEdge(
-        app,
+        ModelCalls(app, itertools.chain.from_iterable(router.routes for router in routers)),
         budget=BodyBudget(settings.bodies_in_flight_bytes),
         read_timeout_seconds=settings.read_timeout_seconds,
         hosts=None if access.keys_are_on else HostCheck((settings.host, *settings.allowed_hosts)),

@@ -14,7 +14,7 @@ import ipaddress
 import json
 import re
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fastapi import Request
@@ -30,6 +30,7 @@ _OPEN_SECRET = "open"
 _FINGERPRINT_CHARACTERS = 8
 _BETWEEN_KEYS = re.compile(r"[\s,]+")
 _HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^\[\]:@/,]*))(?::[0-9]*)?")
+_MOST_NAMES_SEEN = 64
 _NEEDS_ITS_KEY = "this session needs its key as a bearer token (POST /sessions returned it as api_key)"
 _NOT_ITS_KEY = "the key that was sent does not open this session"
 
@@ -71,8 +72,10 @@ class Access:
 
     def check_agent(self, request: Request, session: SessionRecord) -> None:
         """Raise Unauthorized or Forbidden unless the key is this session's or the operator's."""
+        if not self._operator_digests:
+            return
         key = _presented(request)
-        if not self.keys_are_on or self._is_operator(request, key):
+        if self._is_operator(request, key):
             return
         if key is None:
             raise self._no_key(_NEEDS_ITS_KEY)
@@ -145,6 +148,12 @@ class HostCheck:
 
     def __init__(self, names: Iterable[str]) -> None:
         self._names = frozenset(name.lower().rstrip(".").strip("[]") for name in names)
+        self._seen: set[bytes] = set()
+
+    def is_plainly_ours(self, scope: Scope, headers: Mapping[bytes, bytes]) -> bool:
+        """Whether a request names one host, which was found fine before, and no page sent it; headers: those of the
+        scope. Where it does not, `refusal` looks closely."""
+        return headers.get(b"host") in self._seen and b"origin" not in headers and len(headers) == len(scope["headers"])
 
     def refusal(self, scope: Scope) -> str | None:
         """Why a request is refused, None if it is fine."""
@@ -157,6 +166,8 @@ class HostCheck:
             site = origin.rpartition("://")[2].lower()
             if [site] != [host.lower() for host in hosts] and not self._is_listed(site):
                 return f"Origin: pages of {origin[:200]!r} may not call this gateway"
+        if len(self._seen) < _MOST_NAMES_SEEN:
+            self._seen.update(host.encode("latin-1") for host in hosts)
         return None
 
     def _is_ours(self, host: str) -> bool:

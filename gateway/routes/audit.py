@@ -76,9 +76,9 @@ def audit_note(scope: Scope) -> AuditNote:
     return note
 
 
-def with_note(scope: Scope, note: AuditNote) -> Scope:
-    """The scope of a request that can be noted about."""
-    return {**scope, _NOTE: note}
+def put_note(scope: Scope, note: AuditNote) -> None:
+    """Have a request noted about."""
+    scope[_NOTE] = note
 
 
 def note_change(scope: Scope, **what: JsonValue) -> None:

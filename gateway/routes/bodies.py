@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from urllib.parse import unquote
 
 from fastapi import Request
@@ -13,15 +13,19 @@ from starlette.types import Receive, Scope, Send
 
 from gateway.contracts.errors import InvalidRequest, PayloadTooLarge, RequestTimeout, UnsupportedEncoding
 from gateway.contracts.generation import JsonValue
-from gateway.routes.connections import client_is_gone
-from gateway.routes.limits import body_account, read_timeout_seconds
+from gateway.routes.exchange import exchange_of, is_gone, is_there
+from gateway.routes.limits import BodyAccount, body_account, read_timeout_seconds
 from gateway.wire.fields import check_nesting
 from gateway.wire.json_text import JsonText, dump_json, load_json_object
 
 MAX_ID_CHARACTERS = 512
 """Of a session's id."""
 
-_PIECE_BYTES = 2**18
+PIECE_BYTES = 2**18
+"""Of a reply in one write."""
+
+_SHORT_BYTES = 2**16
+"""What a connection takes without waiting for its reader (the write buffer's high-water mark)."""
 
 
 async def read_body(request: Request, *, max_bytes: int) -> bytes:
@@ -31,33 +35,51 @@ async def read_body(request: Request, *, max_bytes: int) -> bytes:
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("", "identity"):
         raise UnsupportedEncoding(f"the body's content-encoding is {encoding[:40]!r}; send it as it is (identity)")
+    account = _announced(request, max_bytes)
+    exchange = exchange_of(request.scope)
+    body = None if exchange is None else exchange.whole_body()
+    if body is not None:  # nearly always: it came with its head, and nobody has to wait
+        _grow(account, len(body), max_bytes)
+        return body
     limit_seconds = read_timeout_seconds(request.scope)
     try:
         async with asyncio.timeout(limit_seconds):
-            return await _whole_body(request, max_bytes)
+            return await _whole_body(request, account, max_bytes)
     except TimeoutError as error:
         raise RequestTimeout(f"the body did not come within {limit_seconds:g} s") from error
     except ClientDisconnect as error:
         raise InvalidRequest("the body broke off") from error
 
 
-async def _whole_body(request: Request, max_bytes: int) -> bytes:
-    too_long = PayloadTooLarge(f"the body is longer than {max_bytes} bytes")
+def _announced(request: Request, max_bytes: int) -> BodyAccount:
+    """The account of a request whose body may have the length that its head tells."""
     account = body_account(request.scope)
     declared = request.headers.get("content-length", "")
     if declared.isdecimal():
         if int(declared) > max_bytes:
-            raise too_long
+            raise _too_long(max_bytes)
         account.announce(int(declared))
+    return account
+
+
+async def _whole_body(request: Request, account: BodyAccount, max_bytes: int) -> bytes:
     pieces: list[bytes] = []
     size = 0
     async for piece in request.stream():
         size += len(piece)
-        if size > max_bytes:
-            raise too_long
-        account.grow(size)
+        _grow(account, size, max_bytes)
         pieces.append(piece)
     return b"".join(pieces)
+
+
+def _grow(account: BodyAccount, size: int, max_bytes: int) -> None:
+    if size > max_bytes:
+        raise _too_long(max_bytes)
+    account.grow(size)
+
+
+def _too_long(max_bytes: int) -> PayloadTooLarge:
+    return PayloadTooLarge(f"the body is longer than {max_bytes} bytes")
 
 
 async def read_fields(request: Request, *, max_bytes: int, known: Sequence[str]) -> dict[str, JsonValue]:
@@ -87,32 +109,45 @@ def json_reply(value: JsonValue, *, status: int = 200, headers: Mapping[str, str
     return Response(dump_json(value), status, dict(headers or {}), media_type="application/json")
 
 
-class JsonReply(Response):
+class _Prepared(Response):
+    """A reply whose headers are as they leave; the framework would make them anew, and check each."""
+
+    def __init__(self, headers: Mapping[str, str], *others: tuple[bytes, bytes]) -> None:
+        self.status_code = 200
+        self.background = None
+        self.body = b""
+        self.raw_headers = [(k.lower().encode("latin-1"), v.encode("latin-1")) for k, v in headers.items()]
+        self.raw_headers += others
+
+
+class JsonReply(_Prepared):
     """A JSON reply of any size, sent as fast as it is read; `delivered` runs when its last byte has left, or `lost` if
     its client goes before."""
 
     def __init__(
         self, text: JsonText, headers: Mapping[str, str], delivered: Callable[[], None], lost: Callable[[], None]
     ) -> None:
-        sized = {**headers, "Content-Length": str(text.num_bytes)}
-        super().__init__(headers=sized, media_type="application/json")
+        super().__init__(headers, (b"content-length", b"%d" % text.num_bytes), (b"content-type", b"application/json"))
         self._text = text
         self._delivered = delivered
         self._lost = lost
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send, then tell; the last byte waits until the client is known to be there still."""
+        """Send, then tell; the last piece waits until the client is known to be there still.
+
+        A short reply is one piece, and one write with its head.
+        """
         complete = False
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             last = b""
             for piece in self._pieces():
-                await send({"type": "http.response.body", "body": last + piece[:-1], "more_body": True})
-                if client_is_gone(scope):
-                    return
-                last = piece[-1:]
-            await asyncio.sleep(0)  # a connection that is closed by now is known to be
-            if not client_is_gone(scope):
+                if last:
+                    await send({"type": "http.response.body", "body": last, "more_body": True})
+                    if is_gone(scope):
+                        return
+                last = piece
+            if is_there(scope):
                 await send({"type": "http.response.body", "body": last})
                 complete = True
         finally:
@@ -123,17 +158,50 @@ class JsonReply(Response):
                 self._lost()
 
     def _pieces(self) -> Iterator[bytes]:
-        return (part for piece in self._text.pieces() for part in slices(piece) if part)
+        """The last one is short: what is written before it, the client has to have read."""
+        for piece in self._text.pieces():
+            for part in slices(piece):
+                if len(part) > _SHORT_BYTES:
+                    yield part[:-1]
+                    yield part[-1:]
+                elif part:
+                    yield part
+
+
+class FrameReply(_Prepared):
+    """A streamed reply; its frames end with it, also those that nobody asked for any more. `lost` runs if the client
+    goes before any of them was asked for: they tell what becomes of the others."""
+
+    def __init__(
+        self, frames: AsyncGenerator[bytes, None], headers: Mapping[str, str], lost: Callable[[], None]
+    ) -> None:
+        super().__init__(headers, (b"content-type", b"text/event-stream; charset=utf-8"))
+        self._frames = frames
+        self._lost = lost
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send, then close the frames."""
+        begun = False
+        try:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            begun = True
+            async for frame in self._frames:
+                await send({"type": "http.response.body", "body": frame, "more_body": True})
+            await send({"type": "http.response.body", "body": b""})
+        finally:
+            if not begun:
+                self._lost()
+            await self._frames.aclose()
 
 
 def slices(data: bytes) -> Iterator[bytes]:
     """Pieces of a size that one write may have: between two of them a slow reader is waited for."""
-    if len(data) <= _PIECE_BYTES:
+    if len(data) <= PIECE_BYTES:
         yield data
         return
     view = memoryview(data)
-    for start in range(0, len(data), _PIECE_BYTES):
-        yield bytes(view[start : start + _PIECE_BYTES])
+    for start in range(0, len(data), PIECE_BYTES):
+        yield bytes(view[start : start + PIECE_BYTES])
 
 
 def path_id(request: Request, name: str = "session_id") -> str | None:

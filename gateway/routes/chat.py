@@ -10,7 +10,8 @@ from fastapi.responses import Response
 
 from gateway.routes import openapi
 from gateway.routes.bodies import json_reply, path_id
-from gateway.routes.turns import Calls
+from gateway.routes.hot_path import ModelRoute
+from gateway.routes.turns import Begun, Calls
 from gateway.wire.models import ModelCard, anthropic_list, openai_list
 from gateway.wire.openai import ChatWriter, parse_chat_request
 
@@ -20,7 +21,13 @@ def chat_router(calls: Calls, *, max_body_bytes: int) -> APIRouter:
     routes = _ChatRoutes(calls, max_body_bytes=max_body_bytes)
     router = APIRouter(tags=["agents"])
     for prefix in ("", "/sessions/{session_id}"):
-        router.add_api_route(prefix + "/v1/chat/completions", routes.chat, methods=["POST"], openapi_extra=openapi.CHAT)
+        router.add_api_route(
+            prefix + "/v1/chat/completions",
+            routes.chat,
+            methods=["POST"],
+            openapi_extra=openapi.CHAT,
+            route_class_override=ModelRoute,
+        )
         router.add_api_route(prefix + "/v1/models", routes.models, methods=["GET"], openapi_extra=openapi.MODELS)
         router.add_api_route(
             prefix + "/v1/models/{model:path}", routes.model, methods=["GET"], openapi_extra=openapi.MODEL
@@ -38,8 +45,11 @@ class _ChatRoutes:
 
     async def chat(self, request: Request) -> Response:
         """One chat completion."""
+        return await (await self._begun(request)).reply()
+
+    async def _begun(self, request: Request) -> Begun:
         wanted = parse_chat_request(await self._calls.body(request, max_bytes=self._max_body_bytes))
-        return await self._calls.answer(request, wanted, partial(ChatWriter, wanted.wanted))
+        return await self._calls.begin(request, [wanted], partial(ChatWriter, wanted.wanted))
 
     async def models(self, request: Request) -> Response:
         """The one model that is served."""

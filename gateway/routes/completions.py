@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from gateway.routes import openapi
+from gateway.routes.hot_path import ModelRoute
 from gateway.routes.turns import Calls
 from gateway.wire.completions import CompletionsWriter, parse_completions_request
 
@@ -19,12 +20,15 @@ def completions_router(calls: Calls, *, max_body_bytes: int) -> APIRouter:
     async def completions(request: Request) -> Response:
         """Text completions of one or several prompts."""
         asked = parse_completions_request(await calls.body(request, max_bytes=max_body_bytes))
-        return await calls.answer_all(
-            request, asked.turns, partial(CompletionsWriter, asked, calls.model.tokenizer.decode)
-        )
+        make_writer = partial(CompletionsWriter, asked, calls.model.tokenizer.decode)
+        return await (await calls.begin(request, asked.turns, make_writer)).reply()
 
     for prefix in ("", "/sessions/{session_id}"):
         router.add_api_route(
-            prefix + "/v1/completions", completions, methods=["POST"], openapi_extra=openapi.COMPLETIONS
+            prefix + "/v1/completions",
+            completions,
+            methods=["POST"],
+            openapi_extra=openapi.COMPLETIONS,
+            route_class_override=ModelRoute,
         )
     return router

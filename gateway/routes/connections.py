@@ -12,14 +12,17 @@ import asyncio
 import logging
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
+from urllib.parse import unquote
 
+import httptools
 from starlette.types import Scope
 from uvicorn.config import Config
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from gateway.contracts.errors import InvalidRequest, RequestTimeout, VerbatimError
+from gateway.routes.exchange import Exchange
 from gateway.wire.errors import error_body
 from gateway.wire.json_text import dump_json
 
@@ -28,14 +31,7 @@ _log = logging.getLogger(__name__)
 MAX_HEAD_BYTES = 65_536
 """Of a request line and its headers, not counting the piece of data in which they begin."""
 
-_GONE = "verbatim.client_is_gone"
 _FLUSH_SECONDS = 0.005
-
-
-def client_is_gone(scope: Scope) -> bool:
-    """Whether the connection of a request is closed: what is sent on it now goes nowhere."""
-    is_gone: Callable[[], bool] | None = scope.get("extensions", {}).get(_GONE)
-    return is_gone is not None and is_gone()
 
 
 class BoundedConnection(HttpToolsProtocol):
@@ -58,6 +54,9 @@ class BoundedConnection(HttpToolsProtocol):
         self._head = _Deadline(self.loop)
         self._rest = _Deadline(self.loop)
         self._reader = _Deadline(self.loop)
+        self._idle = _Deadline(self.loop)
+        self._served: Exchange | None = None
+        self._descriptor = -1
         self._head_bytes: int | None = 0  # None: no head is being read
         self._in_message = False
         self._give: Callable[[int], None] | None = None
@@ -76,13 +75,16 @@ class BoundedConnection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         """The first request has to come."""
         super().connection_made(transport)
+        self._descriptor = transport.get_extra_info("socket").fileno()
         self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """All deadlines end."""
-        for deadline in (self._head, self._rest, self._reader):
-            deadline.clear()
+        """All deadlines end; who attends to a request hears that its client has gone."""
+        for deadline in (self._head, self._rest, self._reader, self._idle):
+            deadline.end()
         super().connection_lost(exc)
+        if self._served is not None and not self._served.response_complete:
+            self._served.client_left()
 
     def data_received(self, data: bytes) -> None:
         """Read on; a head that does not end is refused."""
@@ -101,13 +103,37 @@ class BoundedConnection(HttpToolsProtocol):
         self._await_head()
 
     def on_headers_complete(self) -> None:
-        """Its head is whole."""
+        """Its head is whole: it begins, or waits for those that were sent before it."""
         self._head_bytes = None
         self._head.clear()
-        super().on_headers_complete()
-        cycle = self.cycle
-        extensions: dict[str, Any] = {_GONE: lambda: cycle.disconnected}
-        cycle.scope["extensions"] = extensions  # ASGI allows a server's own names
+        scope, url = cast("Scope", self.scope), httptools.parse_url(self.url)
+        path = url.path.decode("ascii")
+        scope["http_version"] = version = self.parser.get_http_version()
+        scope["method"] = self.parser.get_method().decode("ascii")
+        scope["path"] = unquote(path) if "%" in path else path
+        scope["raw_path"] = url.path
+        scope["query_string"] = url.query or b""
+        before = self.cycle
+        self.cycle = Exchange(
+            scope,
+            self.transport,
+            self.flow,
+            descriptor=self._descriptor,
+            default_headers=self.server_state.default_headers,
+            expect_100_continue=self.expect_100_continue,
+            keep_alive=version != "1.0" and self.parser.should_keep_alive(),
+            on_response=self.on_response_complete,
+        )
+        if before is None or before.response_complete:
+            self._start_asgi_task(self.cycle, self.app)
+        else:
+            self.flow.pause_reading()
+            self.pipeline.appendleft((self.cycle, self.app))
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        assert isinstance(cycle, Exchange)
+        self._served = cycle  # `cycle` is already another one where requests are sent ahead
+        super()._start_asgi_task(cycle, app)
 
     def on_message_complete(self) -> None:
         """It is whole."""
@@ -118,10 +144,17 @@ class BoundedConnection(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         """It is answered; the reader of the last bytes, and the rest of a body that nobody reads, are waited for."""
-        super().on_response_complete()
+        self.server_state.total_requests += 1
         if self.transport.is_closing():
             self._await_reader()
-        elif self.cycle.more_body and self.cycle.response_complete:
+            self._leave_soon()
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+        else:
+            self._idle.set(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+        if self.cycle.more_body and self.cycle.response_complete:
             self._rest.set(self._read_timeout_seconds, self.transport.abort)
         self._leave_soon()
 
@@ -134,6 +167,9 @@ class BoundedConnection(HttpToolsProtocol):
         """It has read on."""
         super().resume_writing()
         self._reader.clear()
+
+    def _unset_keepalive_if_required(self) -> None:
+        self._idle.clear()
 
     def timeout_keep_alive_handler(self) -> None:
         """Nothing more came; who has not even read the last reply is not waited for."""
@@ -204,19 +240,43 @@ class BoundedConnection(HttpToolsProtocol):
 
 
 class _Deadline:
-    """One timer: set anew, or cleared."""
+    """One timer: set anew, or cleared. Both are assignments, of which each request makes several: a timer that runs is
+    left alone, and looks when it rings whether it was meant."""
+
+    __slots__ = ("_at", "_loop", "_then", "_timer")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._timer: asyncio.TimerHandle | None = None
+        self._then: Callable[[], None] | None = None
+        self._at = 0.0
 
     def set(self, seconds: float, then: Callable[[], None]) -> None:
         """From now on."""
-        self.clear()
-        self._timer = self._loop.call_later(seconds, then)
+        self._at, self._then = self._loop.time() + seconds, then
+        if self._timer is not None and self._timer.when() > self._at:
+            self._timer.cancel()
+            self._timer = None
+        if self._timer is None:
+            self._timer = self._loop.call_at(self._at, self._ring)
 
     def clear(self) -> None:
         """Nothing happens."""
+        self._then = None
+
+    def end(self) -> None:
+        """Nothing will happen any more."""
+        self._then = None
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+    def _ring(self) -> None:
+        self._timer = None
+        if self._then is None:
+            return
+        if self._loop.time() < self._at:
+            self._timer = self._loop.call_at(self._at, self._ring)
+            return
+        then, self._then = self._then, None
+        then()

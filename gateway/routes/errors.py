@@ -22,12 +22,22 @@ def add_error_replies(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _bug)
 
 
+def error_reply(request: Request, error: VerbatimError) -> Response:
+    """OpenAI's error body."""
+    if error.http_status >= 500:
+        _log.warning("%s %s: %s", request.method, request.scope["path"], error)
+    return json_reply(error_body(error), status=error.http_status, headers=error_headers(error))
+
+
+def bug_reply(error: Exception) -> Response:
+    """The trace goes to the log (uvicorn writes it), not to the client."""
+    return json_reply(error_body(VerbatimError(f"internal error: {type(error).__name__}")), status=500)
+
+
 async def _verbatim_error(request: Request, error: Exception) -> Response:
     if not isinstance(error, VerbatimError):
         raise error
-    if error.http_status >= 500:
-        _log.warning("%s %s: %s", request.method, request.url.path, error)
-    return json_reply(error_body(error), status=error.http_status, headers=error_headers(error))
+    return error_reply(request, error)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -43,5 +53,4 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 async def _bug(request: Request, error: Exception) -> Response:
-    """The trace goes to the log (uvicorn writes it), not to the client."""
-    return json_reply(error_body(VerbatimError(f"internal error: {type(error).__name__}")), status=500)
+    return bug_reply(error)

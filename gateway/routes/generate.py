@@ -9,6 +9,7 @@ from fastapi.responses import Response
 
 from gateway.replicas.pool import ReplicaPool
 from gateway.routes import openapi
+from gateway.routes.hot_path import ModelRoute
 from gateway.routes.turns import Calls
 from gateway.wire.generate import SglangWriter, parse_sglang_request
 
@@ -21,10 +22,16 @@ def generate_router(calls: Calls, *, max_body_bytes: int) -> APIRouter:
     async def generate(request: Request) -> Response:
         """Samples for one or several prompts."""
         asked = parse_sglang_request(await calls.body(request, max_bytes=max_body_bytes))
-        return await calls.answer_all(request, asked.turns, partial(SglangWriter, asked, label))
+        return await (await calls.begin(request, asked.turns, partial(SglangWriter, asked, label))).reply()
 
     for prefix in ("", "/sessions/{session_id}"):
-        router.add_api_route(prefix + "/generate", generate, methods=["POST"], openapi_extra=openapi.GENERATE)
+        router.add_api_route(
+            prefix + "/generate",
+            generate,
+            methods=["POST"],
+            openapi_extra=openapi.GENERATE,
+            route_class_override=ModelRoute,
+        )
     return router
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.contracts.errors import Forbidden, InvalidRequest, TooManyRequests, VerbatimError
 from gateway.routes.access import HostCheck
-from gateway.routes.audit import AuditLog, AuditNote, with_note
+from gateway.routes.audit import AuditLog, AuditNote, put_note
 from gateway.wire.errors import error_body
 from gateway.wire.json_text import dump_json
 
@@ -98,29 +98,37 @@ class RequestEdge:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id, note = _request_id(scope), AuditNote()
+        headers = dict(scope["headers"])
+        request_id, note, account = _request_id(headers), AuditNote(), self._budget.account()
+        last = (b"x-request-id", request_id)
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 note.status = message["status"]
-                message = {**message, "headers": [*message.get("headers", ()), (b"x-request-id", request_id)]}
+                message = {**message, "headers": [*message.get("headers", ()), last]}
             await send(message)
 
-        account = self._budget.account()
         try:
-            if self._hosts is not None and (why := self._hosts.refusal(scope)) is not None:
-                self._on_refused("host")
-                await _refuse(Forbidden(why), send_with_id)
+            if (refusal := self._refusal(scope, headers)) is not None:
+                await _refuse(refusal, send_with_id)
                 return
-            if (name := _repeated(scope)) is not None:
-                await _refuse(InvalidRequest(f"{name}: was sent more than once; which one counts?"), send_with_id)
-                return
-            inner = {**with_note(scope, note), _ACCOUNT: account, _READ_TIMEOUT: self._read_timeout_seconds}
-            await self._app(inner, receive, send_with_id)
+            # In place: a scope is made for one request, and copies of it would be kept while its turn is sampled.
+            scope[_ACCOUNT], scope[_READ_TIMEOUT] = account, self._read_timeout_seconds
+            put_note(scope, note)
+            await self._app(scope, receive, send_with_id)
         finally:
             account.close()
             if self._audit is not None:
                 self._audit.record(scope, request_id.decode(), note)
+
+    def _refusal(self, scope: Scope, headers: Mapping[bytes, bytes]) -> VerbatimError | None:
+        hosts = self._hosts
+        if hosts is not None and not hosts.is_plainly_ours(scope, headers) and (why := hosts.refusal(scope)):
+            self._on_refused("host")
+            return Forbidden(why)
+        if len(headers) < len(scope["headers"]) and (name := _repeated(scope)) is not None:
+            return InvalidRequest(f"{name}: was sent more than once; which one counts?")
+        return None
 
 
 def body_account(scope: Scope) -> BodyAccount:
@@ -149,6 +157,8 @@ async def _refuse(error: VerbatimError, send: Send) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-def _request_id(scope: Scope) -> bytes:
-    sent = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
-    return bytes(sent) if _REQUEST_ID.fullmatch(sent) else f"req_{secrets.token_hex(16)}".encode()
+def _request_id(headers: Mapping[bytes, bytes]) -> bytes:
+    sent = headers.get(b"x-request-id")
+    if sent is not None and _REQUEST_ID.fullmatch(sent):
+        return sent
+    return f"req_{secrets.token_hex(16)}".encode()

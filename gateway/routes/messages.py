@@ -13,6 +13,7 @@ from fastapi.responses import Response
 from gateway.contracts.errors import UnknownPrevious, VerbatimError
 from gateway.routes import openapi
 from gateway.routes.bodies import json_reply
+from gateway.routes.hot_path import ModelRoute
 from gateway.routes.turns import Calls
 from gateway.wire.anthropic import Earlier, MessagesRequest, parse_count_request, parse_messages_request
 from gateway.wire.anthropic_reply import MessagesWriter, error_body, error_status
@@ -31,7 +32,12 @@ def messages_router(calls: Calls, *, max_body_bytes: int) -> APIRouter:
             listed = version == "/v1"
             path = f"{prefix}{version}/messages"
             router.add_api_route(
-                path, routes.create, methods=["POST"], openapi_extra=openapi.MESSAGES, include_in_schema=listed
+                path,
+                routes.create,
+                methods=["POST"],
+                openapi_extra=openapi.MESSAGES,
+                include_in_schema=listed,
+                route_class_override=ModelRoute,
             )
             router.add_api_route(
                 f"{path}/count_tokens",
@@ -61,9 +67,8 @@ class _MessagesRoutes:
     async def _message(self, request: Request) -> Response:
         asked = parse_messages_request(await self._calls.body(request, max_bytes=self._max_body_bytes))
         turn = asked.turn(await self._earlier(request, asked))
-        return await self._calls.answer(
-            request, turn, partial(MessagesWriter, turn.wanted, shows_thinking=asked.shows_thinking)
-        )
+        make_writer = partial(MessagesWriter, turn.wanted, shows_thinking=asked.shows_thinking)
+        return await (await self._calls.begin(request, [turn], make_writer)).reply()
 
     async def _count(self, request: Request) -> Response:
         asked = parse_count_request(await self._calls.body(request, max_bytes=self._max_body_bytes))
@@ -88,7 +93,7 @@ async def _answered(request: Request, work: Awaitable[Response]) -> Response:
         reply = await work
     except VerbatimError as error:
         if error.http_status >= 500:
-            _log.warning("%s %s: %s", request.method, request.url.path, error)
+            _log.warning("%s %s: %s", request.method, request.scope["path"], error)
         body = error_body(error) | {"request_id": request_id}
         reply = json_reply(body, status=error_status(error), headers=error_headers(error))
     reply.headers["request-id"] = request_id

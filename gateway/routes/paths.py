@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 _PREFIX = b"/sessions/"
@@ -15,7 +17,34 @@ class SessionPaths:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on, with the raw path under `/sessions/`."""
-        raw_path = scope.get("raw_path") or b""
-        if scope["type"] == "http" and raw_path.startswith(_PREFIX) and raw_path.isascii():
-            scope = {**scope, "path": raw_path.decode("ascii")}
+        if scope["type"] == "http" and (path := _raw_session_path(scope)) is not None:
+            scope = {**scope, "path": path}
         await self._app(scope, receive, send)
+
+
+class SessionPath(NamedTuple):
+    """A path under a session: its id as it was sent, percent-encoded, and the path after it."""
+
+    session_id: str
+    rest: str
+
+
+def split_session(scope: Scope) -> SessionPath | None:
+    """Of a request for something under a session; None for any other, and where the id is missing."""
+    path = _raw_session_path(scope)
+    if path is None:
+        return None
+    session_id, slash, rest = path[len(_PREFIX) :].partition("/")
+    return SessionPath(session_id, slash + rest) if session_id and slash else None
+
+
+def path_in_session(scope: Scope) -> str:
+    """The path of a request without the session before it: decoded where there is none, as it was sent in one."""
+    found = split_session(scope)
+    path: str = scope["path"]
+    return path if found is None else found.rest
+
+
+def _raw_session_path(scope: Scope) -> str | None:
+    raw: bytes = scope.get("raw_path") or b""
+    return raw.decode("ascii") if raw.startswith(_PREFIX) and raw.isascii() else None

@@ -19,6 +19,7 @@ from gateway.contracts.generation import JsonValue
 from gateway.routes import openapi
 from gateway.routes.access import Access
 from gateway.routes.bodies import json_reply, path_id
+from gateway.routes.hot_path import ModelRoute
 from gateway.routes.turns import Calls, named_session
 from gateway.sessions.recorded import recorded_reply
 from gateway.sessions.registry import Session, SessionRegistry
@@ -33,7 +34,13 @@ def responses_router(calls: Calls, registry: SessionRegistry, access: Access, *,
     routes = _ResponsesRoutes(calls, registry, access, max_body_bytes=max_body_bytes)
     router = APIRouter(tags=["agents"])
     for prefix in ("/v1/responses", "/sessions/{session_id}/v1/responses"):
-        router.add_api_route(prefix, routes.create, methods=["POST"], openapi_extra=openapi.RESPONSES)
+        router.add_api_route(
+            prefix,
+            routes.create,
+            methods=["POST"],
+            openapi_extra=openapi.RESPONSES,
+            route_class_override=ModelRoute,
+        )
         router.add_api_route(
             prefix + "/{response_id}", routes.read, methods=["GET"], openapi_extra=openapi.READ_RESPONSE
         )
@@ -71,7 +78,7 @@ class _ResponsesRoutes:
             session, history = found.session, _conversation(found.node)
         turn = wanted.turn(history)
         make_writer = partial(ResponsesWriter, Asked.by(turn, wanted.instructions))
-        return await self._calls.answer(request, turn, make_writer, session=session)
+        return await (await self._calls.begin(request, [turn], make_writer, session=session)).reply()
 
     async def read(self, request: Request) -> Response:
         """A recorded response once more, whole."""

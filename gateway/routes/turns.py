@@ -8,26 +8,25 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import NamedTuple, TypeVar
 from urllib.parse import quote, unquote
 
 import numpy as np
 import numpy.typing as npt
 from fastapi import Request
-from fastapi.responses import Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from fastapi.responses import Response
+from starlette.types import Scope
 
 from gateway.contracts.errors import Conflict, EngineUnavailable, NotFound, VerbatimError
 from gateway.contracts.experts import RoutedExperts
 from gateway.contracts.generation import TokenIds, TopLogprob
 from gateway.contracts.records import SessionOrigin, SessionRecord, TurnRecord
 from gateway.routes.access import Access, session_of_key
-from gateway.routes.bodies import JsonReply, checked_id, path_id, read_body, slices
-from gateway.routes.connections import client_is_gone
+from gateway.routes.bodies import PIECE_BYTES, FrameReply, JsonReply, checked_id, path_id, read_body, slices
+from gateway.routes.exchange import exchange_of, is_gone, is_there
+from gateway.routes.paths import path_in_session
 from gateway.routes.quotas import Quotas
 from gateway.sessions.idempotency import CallChoice, RetryHint
 from gateway.sessions.media import num_prompt_tokens
@@ -45,7 +44,7 @@ from gateway.wire.token_texts import Spelling, spelling
 
 T = TypeVar("T")
 
-_CLIENT_GONE_STATUS = 499
+_SESSION = "verbatim.session"
 
 
 class Calls:
@@ -78,30 +77,20 @@ class Calls:
         """One more than the largest id that every engine and the tokenizer have."""
         return self.runner.parts.vocab_size
 
-    async def answer(
-        self,
-        request: Request,
-        wanted: TurnRequest,
-        make_writer: Callable[[str, str], ReplyWriter],
-        *,
-        session: Session | None = None,
-    ) -> Response:
-        """Run the turns that a request asks for. make_writer: (turn id, model name) → writer of this reply.
-
-        session: where the caller has found and checked it already.
-        Raises VerbatimError for what goes wrong before the first token.
-        """
-        return await self.answer_all(request, [wanted], make_writer, session=session)
-
-    async def answer_all(
+    async def begin(
         self,
         request: Request,
         prompts: Sequence[TurnRequest],
         make_writer: Callable[[str, str], ReplyWriter],
         *,
         session: Session | None = None,
-    ) -> Response:
-        """As `answer`, for several prompts in one body, which differ in nothing else; choices in order of prompts."""
+    ) -> Begun:
+        """Begin the turns that a request asks for; what it asked for is not kept here while they are sampled.
+
+        prompts: those of one body, which differ in nothing else; choices come in their order. make_writer: (turn id,
+        model name) → writer of this reply. session: where the caller has found and checked it already.
+        Raises VerbatimError.
+        """
         wanted = prompts[0]
         session = session or await self.session(request, wanted)
         prompts = [self._rules.applied(one, session.record.sampling) for one in prompts]
@@ -109,19 +98,7 @@ class Calls:
             self.runner.check(one)
         turns = await self._turns(request, session, prompts)
         writer = make_writer(turns[0].turn_id, wanted.model or self.model.name)
-        client = _Client(request)
-        try:
-            if wanted.stream:
-                return await self._streamed(client, session, wanted.wanted, turns, writer)
-            return await self._whole(client, session, wanted.wanted, turns, writer)
-        except _ClientGone:
-            self._abandon(session, turns)
-            return Response(status_code=_CLIENT_GONE_STATUS)
-        except (asyncio.CancelledError, VerbatimError):  # one of several turns failed: nobody gets the others' replies
-            self._abandon(session, turns)
-            raise
-        finally:
-            client.release()
+        return Begun(self, request.scope, session, turns, writer, wanted.wanted, streams=wanted.stream)
 
     async def _turns(self, request: Request, session: Session, prompts: Sequence[TurnRequest]) -> list[Turn]:
         """One for every choice of every prompt; if one of them cannot begin, none goes on."""
@@ -135,7 +112,7 @@ class Calls:
                 turns.append(await self.runner.answer(session, variant, call, retry, admit=permit.ask))
                 permit.settle(turns[-1])
         except (asyncio.CancelledError, VerbatimError):
-            self._abandon(session, turns)
+            self.abandon(session, turns)
             raise
         finally:
             permit.close()
@@ -143,17 +120,28 @@ class Calls:
 
     async def body(self, request: Request, *, max_bytes: int) -> bytes:
         """The body of a call, read only for a caller who may make one; raises as `read_body` and `check_caller`."""
-        await self.check_caller(request)
+        session = await self._checked_caller(request)
+        exchange = exchange_of(request.scope)
+        if exchange is not None and not exchange.more_body:  # no time passes until the turn begins: found once will do
+            request.scope[_SESSION] = session
         return await read_body(request, max_bytes=max_bytes)
 
     async def check_caller(self, request: Request) -> None:
         """Raise Unauthorized, Forbidden or NotFound unless this caller may use the session that it names, or have a new
         one under that name. A finished session may still be read."""
-        if await self.known_session(request) is None:
+        await self._checked_caller(request)
+
+    async def _checked_caller(self, request: Request) -> Session | None:
+        session = await self.known_session(request)
+        if session is None:
             self._check_new(request, named_session(request))
+        return session
 
     async def session(self, request: Request, wanted: TurnRequest) -> Session:
         """Of the path, the header, the key, or made on the spot; the caller may use it."""
+        found: Session | None = request.scope.pop(_SESSION, None)
+        if found is not None:
+            return found
         return await self.known_session(request) or await self._make(request, wanted, named_session(request))
 
     async def known_session(self, request: Request) -> Session | None:
@@ -208,61 +196,6 @@ class Calls:
         self._quotas.admit_call(named_session(request) or "")
         return await self.runner.prompt_ids(session, self._rules.applied(wanted, session.record.sampling))
 
-    async def _whole(
-        self, client: _Client, session: Session, wanted: Wanted, turns: Sequence[Turn], writer: ReplyWriter
-    ) -> Response:
-        finished = await client.unless_gone(_all(turn.finished() for turn in turns))
-        body = writer.whole([self._choice(turn, wanted) for turn in finished])
-
-        def delivered() -> None:
-            for turn in finished:
-                self.runner.delivered(session, turn)
-
-        return JsonReply(json_text(body), _headers(session), delivered, partial(self._abandon, session, turns))
-
-    async def _streamed(
-        self, client: _Client, session: Session, wanted: Wanted, turns: Sequence[Turn], writer: ReplyWriter
-    ) -> Response:
-        """Errors before the first token are plain HTTP errors; later ones are the dialect's error frame and no end."""
-        events = _merged(turns)
-        first = [await client.unless_gone(anext(events)) for _ in range(2)]
-
-        async def frames() -> AsyncGenerator[bytes, None]:
-            finished: dict[int, TurnFinished] = {}
-            delivered = False
-            try:
-                async with _resumed(first, events) as items:
-                    async for index, item in items:
-                        if isinstance(item, TurnFinished):
-                            finished[index] = item
-                        for frame in self._frames(writer, index, item, wanted):
-                            for piece in slices(frame):
-                                yield piece
-                for frame in writer.end([self._choice(finished[i], wanted) for i in sorted(finished)]):
-                    for piece in slices(frame):
-                        yield piece
-                delivered = not client.is_gone
-                for item in finished.values() if delivered else ():
-                    # At once: who has read the end may finish the session before this response has wound up.
-                    self.runner.delivered(session, item)
-            except VerbatimError as error:
-                for frame in writer.failure(error):
-                    yield frame
-            finally:
-                if not delivered:
-                    self._abandon(session, turns)
-
-        headers = _headers(session) | {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        return _ClosingStream(frames(), headers=headers, media_type="text/event-stream")
-
-    def _frames(self, writer: ReplyWriter, index: int, item: TurnEvent, wanted: Wanted) -> Iterable[bytes]:
-        if isinstance(item, TurnStarted):
-            return writer.opening(index, item.prompt_token_ids)
-        if isinstance(item, TurnProgress):
-            tokens = self.reply_tokens(item.token_ids, item.logprobs, item.top_logprobs, with_texts=wanted.logprobs)
-            return writer.progress(index, item.deltas, tokens)
-        return writer.closing(index, self._choice(item, wanted))
-
     def choice(
         self, record: TurnRecord, whole: WholeReply, experts: RoutedExperts | None, *, with_texts: bool
     ) -> FinishedChoice:
@@ -284,9 +217,6 @@ class Calls:
             version_spans=whole.version_spans,
         )
 
-    def _choice(self, turn: TurnFinished, wanted: Wanted) -> FinishedChoice:
-        return self.choice(turn.record, turn.whole, turn.experts, with_texts=wanted.logprobs)
-
     def reply_tokens(
         self,
         token_ids: TokenIds,
@@ -302,7 +232,8 @@ class Calls:
     def _spelling(self, token_id: int) -> Spelling:
         return spelling(self.model.tokenizer, token_id)
 
-    def _abandon(self, session: Session, turns: Sequence[Turn]) -> None:
+    def abandon(self, session: Session, turns: Sequence[Turn]) -> None:
+        """Their client has gone."""
         for turn in turns:
             self.runner.abandon(session, turn)
 
@@ -342,6 +273,120 @@ def named_session(request: Request) -> str | None:
     return None if named is None else checked_id(named)
 
 
+class Begun:
+    """Turns that answer a call and are under way; `reply` waits for them."""
+
+    __slots__ = ("_calls", "_scope", "_session", "_streams", "_turns", "_wanted", "_writer")
+
+    def __init__(
+        self,
+        calls: Calls,
+        scope: Scope,
+        session: Session,
+        turns: Sequence[Turn],
+        writer: ReplyWriter,
+        wanted: Wanted,
+        *,
+        streams: bool,
+    ) -> None:
+        self._calls = calls
+        self._scope = scope
+        self._session = session
+        self._turns = turns
+        self._writer = writer
+        self._wanted = wanted
+        self._streams = streams
+
+    async def reply(self) -> Response:
+        """Whole, or as far as its head when it is streamed; raises VerbatimError for what goes wrong before that.
+
+        The task that calls is cancelled if the client goes (`Exchange.attend`): the turns then have nobody who waits.
+        """
+        try:
+            exchange = exchange_of(self._scope)
+            if exchange is not None:
+                exchange.attend()
+            return await (self._streamed() if self._streams else self._whole())
+        except (asyncio.CancelledError, VerbatimError):  # one of several turns failed: nobody gets the others' replies
+            self._abandon()
+            raise
+
+    async def _whole(self) -> Response:
+        turns = self._turns
+        finished = [await turns[0].finished()] if len(turns) == 1 else await _all(turn.finished() for turn in turns)
+        body = self._writer.whole([self._choice(turn) for turn in finished])
+
+        def delivered() -> None:
+            for turn in finished:
+                self._calls.runner.delivered(self._session, turn)
+
+        return JsonReply(json_text(body), _headers(self._session), delivered, self._abandon)
+
+    async def _streamed(self) -> Response:
+        """Errors before the first token are plain HTTP errors; later ones are the dialect's error frame and no end."""
+        events = _merged(self._turns)
+        try:
+            first = [await anext(events) for _ in range(2)]
+        except StopAsyncIteration as error:
+            raise EngineUnavailable("the turn ended before it began") from error
+        headers = _headers(self._session) | {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        return FrameReply(self._frames(first, events), headers, self._abandon)
+
+    async def _frames(
+        self, first: Sequence[_Indexed], events: AsyncGenerator[_Indexed, None]
+    ) -> AsyncGenerator[bytes, None]:
+        """What to send of each event. first: those that were taken already."""
+        finished: dict[int, TurnFinished] = {}
+        delivered = False
+        try:
+            for index, event in first:
+                for piece in self._pieces(index, event, finished):
+                    yield piece
+            async for index, event in events:
+                for piece in self._pieces(index, event, finished):
+                    yield piece
+            end = b"".join(self._writer.end([self._choice(finished[i]) for i in sorted(finished)]))
+            if is_there(self._scope):
+                for piece in slices(end):
+                    yield piece
+                delivered = not is_gone(self._scope)
+            for item in finished.values() if delivered else ():
+                # At once: who has read the end may finish the session before this response has wound up.
+                self._calls.runner.delivered(self._session, item)
+        except VerbatimError as error:
+            for frame in self._writer.failure(error):
+                yield frame
+        finally:
+            await events.aclose()
+            if not delivered:
+                self._abandon()
+
+    def _pieces(self, index: int, event: TurnEvent, finished: dict[int, TurnFinished]) -> Iterator[bytes]:
+        if isinstance(event, TurnFinished):
+            finished[index] = event
+        for frame in self._event_frames(index, event):
+            if len(frame) > PIECE_BYTES:
+                yield from slices(frame)
+            else:
+                yield frame
+
+    def _event_frames(self, index: int, event: TurnEvent) -> Iterable[bytes]:
+        if isinstance(event, TurnProgress):
+            tokens = self._calls.reply_tokens(
+                event.token_ids, event.logprobs, event.top_logprobs, with_texts=self._wanted.logprobs
+            )
+            return self._writer.progress(index, event.deltas, tokens)
+        if isinstance(event, TurnStarted):
+            return self._writer.opening(index, event.prompt_token_ids)
+        return self._writer.closing(index, self._choice(event))
+
+    def _choice(self, turn: TurnFinished) -> FinishedChoice:
+        return self._calls.choice(turn.record, turn.whole, turn.experts, with_texts=self._wanted.logprobs)
+
+    def _abandon(self) -> None:
+        self._calls.abandon(self._session, self._turns)
+
+
 class _Indexed(NamedTuple):
     """An event of one choice of a reply."""
 
@@ -378,77 +423,6 @@ async def _merged(turns: Sequence[Turn]) -> AsyncGenerator[_Indexed, None]:
             follower.cancel()
 
 
-@asynccontextmanager
-async def _resumed(
-    first: Sequence[_Indexed], events: AsyncGenerator[_Indexed, None]
-) -> AsyncIterator[AsyncIterator[_Indexed]]:
-    """Events that were taken already, then the others; closed at the end."""
-
-    async def items() -> AsyncIterator[_Indexed]:
-        for item in first:
-            yield item
-        async for item in events:
-            yield item
-
-    try:
-        yield items()
-    finally:
-        await events.aclose()
-
-
-class _ClientGone(Exception):
-    """The connection of a request was closed before its reply."""
-
-
-class _Client:
-    """Notices when the client of a request goes away; `release` before somebody else listens to the connection."""
-
-    def __init__(self, request: Request) -> None:
-        self._request = request
-        self._gone: asyncio.Task[None] | None = None
-
-    async def unless_gone(self, work: Awaitable[T]) -> T:
-        """The result of `work`; raises _ClientGone if the client goes first (work is then cancelled)."""
-        if self._gone is None:
-            self._gone = asyncio.create_task(self._watch())
-        task = asyncio.ensure_future(work)
-        try:
-            await asyncio.wait({task, self._gone}, return_when=asyncio.FIRST_COMPLETED)
-            if self._gone.done():
-                raise _ClientGone
-            return await task
-        except StopAsyncIteration as error:
-            raise EngineUnavailable("the turn ended before it began") from error
-        finally:
-            task.cancel()
-
-    @property
-    def is_gone(self) -> bool:
-        """Whether the connection is closed: what was sent last may not have left."""
-        return client_is_gone(self._request.scope)
-
-    def release(self) -> None:
-        """Stop listening."""
-        if self._gone is not None:
-            self._gone.cancel()
-
-    async def _watch(self) -> None:
-        while (await self._request.receive())["type"] != "http.disconnect":
-            pass
-
-
-class _ClosingStream(StreamingResponse):
-    """A streamed reply whose frames end with it, also those that nobody asked for any more."""
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send, then close the frames."""
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            if isinstance(self.body_iterator, AsyncGenerator):
-                await self.body_iterator.aclose()
-
-
 async def _all(work: Iterable[Awaitable[T]]) -> list[T]:
     return list(await asyncio.gather(*work))
 
@@ -463,8 +437,7 @@ def _variant(wanted: TurnRequest, i: int) -> TurnRequest:
 
 def _endpoint(request: Request) -> str:
     """The path of a call without its session."""
-    path = request.url.path
-    return path if path_id(request) is None else "/" + path.split("/", 3)[3]
+    return path_in_session(request.scope)
 
 
 def _retry_hint(request: Request) -> RetryHint:

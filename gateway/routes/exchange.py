@@ -1,0 +1,115 @@
+"""One request and its reply on a connection: ASGI's messages, and whether the client is still there.
+
+Who waits for a turn has to hear at once that its client has gone. The connection tells the exchange, which cancels the
+task that attends to it: no request has a second task that only listens. Before the last piece of a reply leaves the
+socket itself is asked, because the end of a connection may lie there unread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import select
+from collections.abc import Callable
+from typing import Any
+
+from starlette.types import Scope
+from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
+
+_EXCHANGE = "verbatim.exchange"
+_ENDED = select.POLLRDHUP | select.POLLHUP | select.POLLERR
+
+_log = logging.getLogger("uvicorn.error")
+_NO_ACCESS_LOG = logging.getLogger("uvicorn.access")
+
+
+class Exchange(RequestResponseCycle):
+    """uvicorn's cycle, which knows its client. descriptor: of the connection's socket."""
+
+    def __init__(
+        self,
+        scope: Scope,
+        transport: asyncio.Transport,
+        flow: FlowControl,
+        *,
+        descriptor: int,
+        default_headers: list[tuple[bytes, bytes]],
+        expect_100_continue: bool,
+        keep_alive: bool,
+        on_response: Callable[[], None],
+    ) -> None:
+        super().__init__(
+            scope=scope,  # type: ignore[arg-type]  # uvicorn's own name for the same
+            transport=transport,
+            flow=flow,
+            logger=_log,
+            access_logger=_NO_ACCESS_LOG,
+            access_log=False,
+            default_headers=default_headers,
+            message_event=asyncio.Event(),
+            expect_100_continue=expect_100_continue,
+            keep_alive=keep_alive,
+            on_response=on_response,
+        )
+        self._descriptor = descriptor
+        self._attendant: asyncio.Task[Any] | None = None
+        self._was_left = False
+        scope["extensions"] = {_EXCHANGE: self}  # ASGI allows a server's own names
+
+    def attend(self) -> None:
+        """From now on the task that calls is cancelled when the client goes, at once if it has gone."""
+        self._attendant = asyncio.current_task()
+        if self.is_gone:
+            self.client_left()
+
+    def client_left(self) -> None:
+        """The connection is lost before the reply is complete."""
+        self.disconnected = True
+        self.message_event.set()
+        if self._attendant is not None and not self._was_left:
+            self._was_left = True
+            self._attendant.cancel()
+
+    def excuse(self) -> bool:
+        """Whether a cancellation of the calling task came from the client's leaving alone; it then counts no more."""
+        return self._was_left and self._attendant is not None and self._attendant.uncancel() == 0
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether the connection is known to be closed: what is sent on it now goes nowhere."""
+        return self.disconnected or self.transport.is_closing()
+
+    def has_client(self) -> bool:
+        """Whether the client is there still, as the socket knows it now; costs two microseconds."""
+        if self.is_gone:
+            return False
+        poll = select.poll()
+        poll.register(self._descriptor, _ENDED)
+        return not poll.poll(0)
+
+    def whole_body(self) -> bytes | None:
+        """The body if all of it has come, None where it has to be received."""
+        if self.more_body or self.disconnected:
+            return None
+        body, self.body = bytes(self.body), bytearray()
+        return body
+
+
+def exchange_of(scope: Scope) -> Exchange | None:
+    """The exchange of a request that came over a `BoundedConnection`."""
+    extensions: dict[str, Any] = scope.get("extensions") or {}
+    found: Exchange | None = extensions.get(_EXCHANGE)
+    return found
+
+
+def is_there(scope: Scope) -> bool:
+    """Whether the client of a request is there still; servers other than ours do not tell."""
+    exchange = exchange_of(scope)
+    return exchange is None or exchange.has_client()
+
+
+def is_gone(scope: Scope) -> bool:
+    """Whether the connection of a request is known to be closed."""
+    exchange = exchange_of(scope)
+    return exchange is not None and exchange.is_gone
