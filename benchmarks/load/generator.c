@@ -34,7 +34,7 @@
 
 static const char *host = "127.0.0.1", *path = "/sessions/{id}/v1/chat/completions", *name = "s", *key_header;
 static int port;
-static long num_sessions = 1, num_conversations, num_turns = 10, wait_after, max_tokens_from, max_tokens_to;
+static long num_sessions = 1, num_conversations, num_turns = 10, wait_after, wait_every, max_tokens_from, max_tokens_to;
 static double seconds, rate, ramp_seconds;
 static bool streamed, tools, session_header;
 static const char *dump; /* file for the last body of the first session */
@@ -322,7 +322,8 @@ static void end_conversation(Session *s) {
     active--;
 }
 
-/* Once all conversations stand at `--wait-after`, whoever started this says when they go on: a line on stdin. */
+/* Once all conversations stand behind turn `--wait-after`, or a multiple of `--wait-every`, whoever started this says
+ * when they go on: a line on stdin. */
 static void maybe_resume(void) {
     char line[16];
     if (paused < active || started < num_conversations) return;
@@ -340,7 +341,7 @@ static void next_turn(Session *s, double now) {
     if (now >= stops_at) {
         abandoned++;
         end_conversation(s);
-    } else if (wait_after && s->turn == wait_after + 1) {
+    } else if ((wait_after && s->turn == wait_after + 1) || (wait_every && (s->turn - 1) % wait_every == 0)) {
         paused++;
         maybe_resume();
     } else {
@@ -465,6 +466,7 @@ int main(int argc, char **argv) {
         {"sessions", 1, 0, 'n'},   {"conversations", 1, 0, 'N'}, {"turns", 1, 0, 't'},      {"seconds", 1, 0, 's'},
         {"rate", 1, 0, 'r'},       {"ramp-seconds", 1, 0, 'R'},  {"stream", 0, 0, 'S'},     {"tools", 0, 0, 'T'},
         {"session-header", 0, 0, 'H'}, {"name", 1, 0, 'i'},      {"records", 1, 0, 'o'},    {"wait-after", 1, 0, 'w'},
+        {"wait-every", 1, 0, 'W'},
         {"max-tokens", 1, 0, 'm'}, {"dump", 1, 0, 'd'},          {"header", 1, 0, 'k'},     {"seed", 1, 0, 'e'},
         {0, 0, 0, 0},
     };
@@ -488,6 +490,7 @@ int main(int argc, char **argv) {
         case 'i': name = optarg; break;
         case 'o': record_file = optarg; break;
         case 'w': wait_after = atol(optarg); break;
+        case 'W': wait_every = atol(optarg); break;
         case 'm': {
             char *to = strchr(optarg, '-');
             max_tokens_from = atol(optarg);

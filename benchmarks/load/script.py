@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -204,7 +204,7 @@ def _deltas(model: Model, reply: Reply, delta_tokens: int) -> list[dict[str, Any
 def _pieces(model: Model, text: str, tokens: int) -> list[str]:
     ends = [stop for _, stop in model.tokenizer.encode(text, add_special_tokens=False).offsets][tokens - 1 :: tokens]
     cuts = [0, *(end for end in ends if end < len(text)), len(text)]
-    return [text[start:stop] for start, stop in zip(cuts, cuts[1:], strict=False) if stop > start]
+    return [text[start:stop] for start, stop in pairwise(cuts) if stop > start]
 
 
 def _results(workload: Workload) -> list[str]:
