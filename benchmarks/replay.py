@@ -33,7 +33,7 @@ class Place:
 
     def keep(self, part: str, name: str, figures: Mapping[str, Any], *flags: str) -> None:
         """Into the results file."""
-        from benchmarks.replaying.results import merge
+        from benchmarks.results_file import merge
 
         command = shlex.join(["verbatim", "bench", "replay", part, "--seed", str(self.seed), *flags])
         merge(self.output, part, name, {"seed": self.seed, **figures}, command=command)
@@ -166,7 +166,7 @@ def _cost(place: Place) -> bool:
 def _learning(place: Place) -> bool:
     """(c) The calculator run with replay off, r2 and r3. It has no target of its own: its figures are compared."""
     from benchmarks.replaying.learning import MODES, STEPS, run_learning, summary
-    from benchmarks.replaying.results import entries
+    from benchmarks.results_file import entries
     from trainer.demo import DEFAULT_WARMUP_STEPS
 
     arguments = place.arguments

@@ -1,0 +1,317 @@
+"""`verbatim bench gateway`: turns a second, latency and CPU of `verbatim serve`, beside the bare engine and peers.
+
+Parts: turns, history, conversation (all three without names), and workers. Engine and agents are compiled and cost some
+ten microseconds a turn, so what is measured is what stands between them. Rounds are interleaved in random order;
+figures are medians and ranges over rounds, ratios are of one round. What the gateway does meanwhile is what it always
+does: TITO, log-probs, and each turn on disk before its reply.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.load import charts
+from benchmarks.load.contenders import Launch, Running, bare, litellm, require_workers_flag, running, smg, verbatim
+from benchmarks.load.figures import Target, over_rounds, plain, spread
+from benchmarks.load.history import AtLength, WholeConversation, at_length, line, whole_conversation
+from benchmarks.load.script import Model, Workload
+from benchmarks.load.stage import Stage, staged
+from benchmarks.load.turns import run_rounds, targets
+from benchmarks.results_file import merge
+from gateway.contracts.errors import ConfigurationError
+
+RESULTS = Path(__file__).parent / "results" / "gateway.json"
+PEERS = ("smg", "litellm")
+PACKAGES = ("verbatim-rl", "uvicorn", "uvloop", "tokenizers", "smg")
+_LENGTHS = (1_000, 10_000, 30_000, 100_000)
+_CONVERSATION_TURNS, _CONVERSATION_TOKENS = 100, 80_000
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Of one part: a folder for all that it makes, the model, what was asked for."""
+
+    folder: Path
+    model: Model
+    arguments: argparse.Namespace
+
+    @property
+    def workload(self) -> Workload:
+        """As the flags have it."""
+        a = self.arguments
+        return Workload(a.turns, a.reply_tokens, a.message_bytes, a.history_tokens, not a.no_tools)
+
+    def stage(self, workload: Workload | None = None) -> Any:
+        """The engine and agents that the flags ask for."""
+        a = self.arguments
+        flags = ["--tokens-per-event", str(a.tokens_per_event), "--delay-ms", a.delay_ms]
+        flags += ["--spread"] if a.spread else []
+        return staged(
+            self.folder / "stage", self.model, workload or self.workload, *flags, stream=a.stream, cores=a.pin_tools
+        )
+
+    def keep(self, part: str, figures: Mapping[str, Any]) -> None:
+        """Into the results file, under the part and the name that was given."""
+        merge(
+            self.arguments.output,
+            part,
+            self.arguments.name,
+            figures,
+            command=self.arguments.command_line,
+            packages=PACKAGES,
+        )
+
+    def draw(self, name: str, draw: Callable[[Path, Any], None], figures: Any) -> None:
+        """A picture beside the results."""
+        label = "" if self.arguments.name == "default" else f"-{self.arguments.name}"
+        file = self.arguments.output.with_name(f"{self.arguments.output.stem}-{name}{label}.svg")
+        if self.arguments.output.name == os.devnull.rpartition("/")[2]:
+            return
+        if not charts.can_draw():
+            _tell("no picture is drawn: matplotlib is not installed\n")
+            return
+        draw(file, figures)
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """The flags of `verbatim bench gateway`."""
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (all but workers)")
+    parser.add_argument("--peers", default="", metavar="NAMES", help=f"measured beside: {','.join(PEERS)} (none)")
+    parser.add_argument("--litellm", metavar="PATH", help="its program ($LITELLM, or the one on the PATH)")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="`verbatim serve --workers N` (1)")
+    parser.add_argument("--serve-flag", action="append", default=[], metavar="FLAG", help="more for `verbatim serve`")
+    parser.add_argument("--sessions", default="1,8,32,256", metavar="LIST", help="sessions at once (1,8,32,256)")
+    parser.add_argument("--rounds", type=int, default=5, help="of everything (5)")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of each measurement of turns (4)")
+    parser.add_argument("--seed", type=int, default=1, help="of the order within rounds (1)")
+    _configure_workload(parser)
+    parser.add_argument("--pin", default="", metavar="CORES", help="contenders run on these cores only, as `0,2-3`")
+    parser.add_argument("--pin-tools", default="", metavar="CORES", help="engine and agents likewise")
+    parser.add_argument("--output", type=Path, default=RESULTS, metavar="FILE", help="where the figures go")
+    parser.add_argument("--name", default="default", help="what the figures are called there (default)")
+
+
+def _configure_workload(parser: argparse.ArgumentParser) -> None:
+    usual = Workload()
+    parser.add_argument("--model", type=Path, metavar="PATH", help="a model folder of your own, for its tokenizer")
+    parser.add_argument("--family", default="chatml_folds", help="how the model writes calls (chatml_folds)")
+    parser.add_argument("--turns", type=int, default=usual.turns, help=f"of a conversation ({usual.turns})")
+    parser.add_argument("--reply-tokens", type=int, default=usual.reply_tokens, help=f"({usual.reply_tokens})")
+    parser.add_argument(
+        "--message-bytes", type=int, default=usual.message_bytes, help=f"of a tool's result ({usual.message_bytes})"
+    )
+    parser.add_argument("--history-tokens", type=int, default=0, help="in the first messages (0)")
+    parser.add_argument(
+        "--tokens-per-event", type=int, default=1_000_000, metavar="N", help="of the engine's stream (all in one)"
+    )
+    parser.add_argument("--no-tools", action="store_true", help="text only, no calls")
+    parser.add_argument("--stream", action="store_true", help="agents ask for streamed replies")
+    parser.add_argument("--delay-ms", default="0", metavar="A[-B]", help="how long the engine takes (0)")
+    parser.add_argument("--spread", action="store_true", help="the engine's events come evenly over its time")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run and report; 1 if a target was missed."""
+    parts = arguments.parts or [name for name in PARTS if name != "workers"]
+    unknown = sorted(set(parts) - set(PARTS))
+    if unknown:
+        raise ConfigurationError(f"there is no part {unknown[0]!r}; there are {', '.join(PARTS)}")
+    arguments.command_line = shlex.join(["verbatim", "bench", *sys.argv[sys.argv.index("gateway") :]])
+    holds = True
+    for name in parts:
+        _tell(f"{name}\n")
+        with tempfile.TemporaryDirectory(prefix=f"verbatim-gateway-{name}-") as scratch:
+            holds &= PARTS[name](Place(Path(scratch), _model(arguments, Path(scratch) / "model"), arguments))
+    return 0 if holds else 1
+
+
+def _turns(place: Place) -> bool:
+    """Throughput, latency and CPU over concurrency."""
+    a = place.arguments
+    sessions = [int(each) for each in a.sessions.split(",")]
+    with place.stage() as stage, _contenders(place, stage) as contenders:
+        runs = run_rounds(stage, contenders, sessions, rounds=a.rounds, seconds=a.seconds, seed=a.seed, tell=_tell)
+    figures = {
+        each.name: {
+            str(at_once): {key: plain(asdict(value)) for key, value in over_rounds(runs, each.name, at_once).items()}
+            for at_once in sessions
+        }
+        for each in contenders
+    }
+    found = targets(runs, _ours(contenders))
+    place.keep(
+        "turns",
+        {
+            "workload": asdict(place.workload) | {"tokens_per_event": a.tokens_per_event, "stream": a.stream},
+            "sessions": sessions,
+            "rounds": a.rounds,
+            "seconds": a.seconds,
+            "figures": figures,
+            "targets": [target.figures() for target in found],
+            "runs": [plain(asdict(each)) for each in runs],
+        },
+    )
+    place.draw("turns", charts.draw_turns, figures)
+    return _told(found)
+
+
+def _history(place: Place) -> bool:
+    """A turn behind 1,000 to 100,000 tokens of history."""
+    points: dict[str, list[AtLength]] = {}
+    with place.stage() as stage, _contenders(place, stage, engine=False) as contenders:
+        for contender in contenders:
+            stage.warm(contender)
+        for _ in range(place.arguments.rounds):
+            for length in _LENGTHS:
+                for contender in contenders:
+                    point = at_length(stage, contender, length, sessions=8, turns=10)
+                    points.setdefault(contender.name, []).append(point)
+                    _tell(line(point))
+    figures = {name: [_at(mine, length) for length in _LENGTHS] for name, mine in points.items()}
+    ours = points[_ours(contenders)]
+    short = [each for each in ours if each.history_tokens == _LENGTHS[0]]
+    long = [each for each in ours if each.history_tokens == _LENGTHS[-1]]
+    grown = spread(most.net_us / least.cpu_us for most, least in zip(long, short, strict=True))
+    found = [Target("a turn at 100,000 tokens less its parse, in turns at 1,000", 3.0, grown)]
+    place.keep("history", {"figures": figures, "targets": [target.figures() for target in found]})
+    place.draw("history", charts.draw_history, figures)
+    return _told(found)
+
+
+def _at(points: Sequence[AtLength], length: int) -> dict[str, Any]:
+    mine = [each for each in points if each.history_tokens == length]
+    spreads = {
+        name: plain(asdict(spread(getattr(each, name) for each in mine)))
+        for name in ("cpu_us", "parse_us", "net_us", "p50_ms")
+    }
+    return {"history_tokens": length, "body_bytes": mine[0].body_bytes, **spreads}
+
+
+def _conversation(place: Place) -> bool:
+    """A hundred turns to 80,000 tokens, against one tokenisation of the final text."""
+    turns, tokens = _CONVERSATION_TURNS, _CONVERSATION_TOKENS
+    wholes: dict[str, list[WholeConversation]] = {}
+    workload = Workload(turns=turns, reply_tokens=place.workload.reply_tokens, tools=place.workload.tools)
+    with place.stage(workload) as stage, _contenders(place, stage, engine=False) as contenders:
+        for contender in contenders:
+            stage.warm(contender)
+        for _ in range(place.arguments.rounds):
+            for contender in contenders:
+                whole = whole_conversation(stage, contender, turns=turns, tokens=tokens)
+                wholes.setdefault(contender.name, []).append(whole)
+                _tell(line(whole))
+    figures = {name: _wholes(mine) for name, mine in wholes.items()}
+    encodes = spread(each.encodes for each in wholes[_ours(contenders)])
+    found = [Target("CPU of the whole conversation, in encodes of its final text", 3.0, encodes)]
+    place.keep("conversation", {"figures": figures, "targets": [target.figures() for target in found]})
+    place.draw("conversation", charts.draw_conversation, figures)
+    return _told(found)
+
+
+def _wholes(mine: Sequence[WholeConversation]) -> dict[str, Any]:
+    columns = zip(*(each.turn_us for each in mine), strict=True)
+    return {
+        "turns": mine[0].turns,
+        "final_tokens": mine[0].final_tokens,
+        "cpu_seconds": plain(asdict(spread(each.cpu_seconds for each in mine))),
+        "encode_seconds": plain(asdict(spread(each.encode_seconds for each in mine))),
+        "turn_us": [round(spread(column).median, 1) for column in columns],
+    }
+
+
+def _workers(place: Place) -> bool:
+    """One worker on one core, then as many as there are cores: CPU of a turn stays, turns a second grow."""
+    require_workers_flag()
+    cores = sorted(os.sched_getaffinity(0))
+    a = place.arguments
+    with ExitStack() as stack:
+        stage = stack.enter_context(place.stage())
+        contenders = []
+        for workers in range(1, len(cores) + 1):
+            launch = verbatim(
+                stage.engine,
+                place.model.folder,
+                place.folder / f"data-{workers}",
+                workers=workers,
+                cores=",".join(map(str, cores[:workers])),
+                flags=a.serve_flag,
+            )
+            contenders.append(stack.enter_context(running(launch, place.folder / f"workers-{workers}.log")))
+        sessions = [int(each) for each in a.sessions.split(",")]
+        runs = run_rounds(stage, contenders, sessions, rounds=a.rounds, seconds=a.seconds, seed=a.seed, tell=_tell)
+    figures = {
+        each.name: {
+            str(at_once): {key: plain(asdict(value)) for key, value in over_rounds(runs, each.name, at_once).items()}
+            for at_once in sessions
+        }
+        for each in contenders
+    }
+    place.keep("workers", {"cores": len(cores), "figures": figures})
+    return not any(each.errors for each in runs)
+
+
+@contextmanager
+def _contenders(place: Place, stage: Stage, *, engine: bool = True) -> Iterator[list[Running]]:
+    """All that the flags ask for, serving beside each other; the gateway is the last but for its peers."""
+    a = place.arguments
+    with ExitStack() as stack:
+        launches = [
+            verbatim(
+                stage.engine,
+                place.model.folder,
+                place.folder / "data",
+                workers=a.workers,
+                cores=a.pin,
+                flags=a.serve_flag,
+            ),
+            *(_peer(name, place, stage) for name in a.peers.split(",") if name),
+        ]
+        started = [stack.enter_context(running(each, place.folder / f"{each.name}.log")) for each in launches]
+        yield [bare(stage.engine), *started] if engine else started
+
+
+def _peer(name: str, place: Place, stage: Stage) -> Launch:
+    if name == "smg":
+        return smg(stage.engine, cores=place.arguments.pin)
+    if name == "litellm":
+        return litellm(stage.engine, place.folder, program=place.arguments.litellm, cores=place.arguments.pin)
+    raise ConfigurationError(f"--peers {name}: known peers are {', '.join(PEERS)}")
+
+
+def _ours(contenders: Sequence[Running]) -> str:
+    return next(each.name for each in contenders if each.name.startswith("verbatim"))
+
+
+def _model(arguments: argparse.Namespace, place: Path) -> Model:
+    if arguments.model is not None:
+        return Model.at(arguments.model.resolve(), family=arguments.family)
+    return Model.made(place, family=arguments.family)
+
+
+def _told(found: Sequence[Target]) -> bool:
+    for target in found:
+        _tell(target.line())
+    return all(target.met for target in found)
+
+
+def _tell(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+PARTS: Mapping[str, Callable[[Place], bool]] = {
+    "turns": _turns,
+    "history": _history,
+    "conversation": _conversation,
+    "workers": _workers,
+}
+"""Each says whether its targets were met."""

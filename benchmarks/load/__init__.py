@@ -1,0 +1,1 @@
+"""What `verbatim bench gateway` and `verbatim bench scale` consist of."""
