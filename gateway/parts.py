@@ -18,11 +18,13 @@ from gateway.contracts.errors import (
     EngineError,
     IdentityMismatch,
 )
+from gateway.contracts.generation import JsonValue
 from gateway.contracts.ports import Engine, Ledger
+from gateway.contracts.records import SessionRecord
 from gateway.engine_kinds import EngineMaker, default_engine_id, make_engine
 from gateway.handover.chores import Chores
-from gateway.handover.predecessor import Predecessor
-from gateway.handover.state import LiveState
+from gateway.handover.predecessor import Holding, Origin
+from gateway.handover.state import NO_STATE, LiveState
 from gateway.ledger.keeper import StorageKeeper
 from gateway.ledger.postgres import PostgresLedger
 from gateway.ledger.reserve import SpaceReserve
@@ -60,6 +62,7 @@ from gateway.sessions.model import ServedModel
 from gateway.sessions.picks import PickChoice
 from gateway.sessions.registry import SessionRegistry
 from gateway.sessions.report import Retokenisation
+from gateway.sessions.siblings import ALONE, Siblings
 from gateway.sessions.turns import TurnParts, TurnRunner
 from gateway.settings import (
     GatewaySettings,
@@ -73,7 +76,8 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Gateway:
-    """All live parts of one gateway process. `policies`: the engines' labels and the versions they mean."""
+    """All live parts of one gateway process. `policies`: the engines' labels and the versions they mean. `presence`:
+    what each process does that takes requests, `chores`: what only one process of a folder does."""
 
     settings: GatewaySettings
     model: ServedModel
@@ -89,11 +93,23 @@ class Gateway:
     policies: dict[str, int]
     engines: EngineList
     operations: Operations
+    presence: Chores
     chores: Chores
+    siblings: Siblings
 
     def state(self) -> LiveState:
         """What a successor has to be told."""
         return LiveState(_configured(self.settings), self.engines.sources, self.pool.ordered_pause)
+
+    def figures(self, *, with_counts: bool) -> dict[str, JsonValue]:
+        """What this process has at the moment, and what it has counted, for the other workers of the same gateway."""
+        counts = {"counts": self.metrics.counts(self.model.prompts.audits)} if with_counts else {}
+        return {
+            "turns_running": self.runner.num_running,
+            "sessions_in_memory": len(self.registry.loaded),
+            "engines": {replica.engine.engine_id: replica.running for replica in self.pool.replicas},
+            **counts,
+        }
 
     async def inherit(self, state: LiveState) -> None:
         """Become what a predecessor was at last; its earlier state is known already."""
@@ -130,9 +146,15 @@ class Gateway:
 
 @asynccontextmanager
 async def open_gateway(
-    settings: GatewaySettings, kinds: Mapping[str, EngineMaker], predecessor: Predecessor | None = None
+    settings: GatewaySettings,
+    kinds: Mapping[str, EngineMaker],
+    origin: Origin | None = None,
+    siblings: Siblings = ALONE,
 ) -> AsyncIterator[Gateway]:
-    """Build all parts, check the engines, watch their health; on the way out every turn is settled first."""
+    """Build all parts, check the engines, watch their health; on the way out every turn is settled first.
+
+    origin: the process that this one gets its place from. siblings: the other workers of the same gateway.
+    """
     if settings.model is None:
         raise ConfigurationError("the gateway needs a model folder (tokenizer and chat template): give --model PATH")
     picks = PickChoice.load(settings.pick)
@@ -163,18 +185,22 @@ async def open_gateway(
         if audit is not None:
             stack.push_async_callback(asyncio.to_thread, audit.close)
         stack.push_async_callback(pool.aclose)
-        if predecessor is None:
-            ledger, reserve = open_ledger(settings)
+        state = NO_STATE if origin is None else origin.state
+        if origin is None or not origin.serves:
+            holding = None if origin is None else await origin.hold()
+            ledger, reserve = open_ledger(settings, holding)
             stack.push_async_callback(ledger.aclose)
+            if origin is not None:
+                await origin.opened()
             policies.update(await ledger.policies())
-            await _connect_engines(engines, settings)
+            await _connect_engines(engines, settings, state)
         else:  # all that takes time, or may fail, comes before anything is taken
             policies.update(await _stored_policies(settings))
-            await _inherit_engines(engines, settings, predecessor.state)
+            await _connect_engines(engines, settings, state)
             await asyncio.to_thread(model.prompts.prepare)
-            given = await predecessor.take()
-            ledger, reserve = open_ledger(settings, lock=None if given is None else given.lock)
+            ledger, reserve = open_ledger(settings, await origin.hold())
             stack.push_async_callback(ledger.aclose)
+            await origin.opened()
 
         async def learn_policy(policy_version: int, weight_version: str) -> None:
             await ledger.set_policy(policy_version, weight_version)  # on disk first
@@ -186,10 +212,17 @@ async def open_gateway(
         parts = TurnParts(model, pool, ledger, settings.turns, observe, keeper.admit, note_late=queue.rollout_finished)
         runner = TurnRunner(parts)
         stack.push_async_callback(runner.aclose)
-        if predecessor is None:  # a successor has done so before it took anything
+        if origin is None or not origin.serves:  # else it was done before anything was taken
             runner.prepare()
-        registry = SessionRegistry(ledger, capacity=settings.sessions_in_memory, on_finish=queue.rollout_finished)
-        expiry = SessionExpiry(registry, ledger, settings.turns, settings.expiry_sweep_seconds)
+
+        def rollout_finished(session: SessionRecord) -> None:
+            queue.rollout_finished(session)
+            siblings.rollout_finished()
+
+        registry = SessionRegistry(
+            ledger, capacity=settings.sessions_in_memory, on_finish=rollout_finished, siblings=siblings
+        )
+        expiry = SessionExpiry(registry, ledger, settings.turns, settings.expiry_sweep_seconds, siblings)
         async with background(watch_health(pool)), background(keeper.watch()):
             yield Gateway(
                 settings=settings,
@@ -206,21 +239,30 @@ async def open_gateway(
                 policies=policies,
                 engines=engines,
                 operations=Operations(pool, engines, learn_policy),
-                chores=Chores([queue.serve, keeper.sweep_regularly, expiry.watch]),
+                presence=Chores([queue.serve]),
+                chores=Chores([keeper.sweep_regularly, expiry.watch]),
+                siblings=siblings,
             )
 
 
-def open_ledger(settings: GatewaySettings, *, lock: int | None = None) -> tuple[Ledger, SpaceReserve | None]:
+def open_ledger(settings: GatewaySettings, holding: Holding | None = None) -> tuple[Ledger, SpaceReserve | None]:
     """The ledger that the settings name, and the reserve of its disk where that is ours; blocks for a moment.
 
-    lock: the descriptor that holds an embedded ledger's folder, where a predecessor passed it on.
+    holding: how an embedded ledger's folder is held, where another process holds it already.
     """
+    holding = holding or Holding(None, is_alone=True)
     storage = settings.storage
     if settings.ledger:
         full_wait = storage.full_wait_seconds
         return PostgresLedger.open(settings.ledger, settings.objects, full_wait_seconds=full_wait), None
     reserve = SpaceReserve(settings.data, min_free_bytes=storage.min_free_bytes, reserve_bytes=storage.reserve_bytes)
-    ledger = SqliteLedger.open(settings.data, lock=lock, reserve=reserve, full_wait_seconds=storage.full_wait_seconds)
+    ledger = SqliteLedger.open(
+        settings.data,
+        lock=holding.lock,
+        is_alone=holding.is_alone,
+        reserve=reserve,
+        full_wait_seconds=storage.full_wait_seconds,
+    )
     return ledger, reserve
 
 
@@ -235,7 +277,14 @@ def build_app(gateway: Gateway, access: Access) -> ASGIApp:
     observed = Observed(gateway.metrics.observe_forward, gateway.metrics.observe_refused_path)
     routers = [  # the last one takes what no other takes
         status_router(
-            gateway.pool, gateway.ledger, gateway.runner, gateway.registry, gateway.metrics, gateway.keeper, access
+            gateway.pool,
+            gateway.ledger,
+            gateway.runner,
+            gateway.registry,
+            gateway.metrics,
+            gateway.keeper,
+            gateway.siblings,
+            access,
         ),
         session_router(
             gateway.registry,
@@ -253,6 +302,7 @@ def build_app(gateway: Gateway, access: Access) -> ASGIApp:
             access,
             required=settings.require,
             operations=gateway.operations,
+            siblings=gateway.siblings,
         ),
         storage_router(gateway.keeper, access),
         blobs_router(calls, gateway.ledger),
@@ -286,19 +336,15 @@ def _configured(settings: GatewaySettings) -> tuple[EngineSource, ...]:
     return tuple(EngineSource(default_engine_id(*split_engine(text)), *split_engine(text)) for text in settings.engines)
 
 
-async def _connect_engines(engines: EngineList, settings: GatewaySettings) -> None:
-    for source in _configured(settings):
-        await _connect_engine(engines, source)
-    if not settings.engines:
-        _log.warning("no engine yet: turns wait until one is added with POST /admin/engines")
-
-
-async def _inherit_engines(engines: EngineList, settings: GatewaySettings, state: LiveState) -> None:
-    """Those that a predecessor uses, and new ones of the settings."""
+async def _connect_engines(engines: EngineList, settings: GatewaySettings, state: LiveState) -> None:
+    """Those that another process uses already, and those that only the settings name."""
     wanted = state.engines_for(_configured(settings))
-    for source in set(wanted) - set(state.engines):
-        await _connect_engine(engines, source)
+    for source in wanted:
+        if source not in state.engines:
+            await _connect_engine(engines, source)
     await engines.inherit(set(wanted) & set(state.engines))
+    if not wanted:
+        _log.warning("no engine yet: turns wait until one is added with POST /admin/engines")
 
 
 async def _connect_engine(engines: EngineList, source: EngineSource) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -23,6 +23,9 @@ from gateway.wire.protection import FieldSettings
 OPERATOR_KEY_VARIABLE = "VERBATIM_OPERATOR_KEY"
 """Environment variable with the operator's key, or several with spaces or commas between them, all of which are good;
 without it keys are off, which only loopback allows."""
+
+
+_MOST_WORKERS = 64
 
 
 class UnknownSessions(StrEnum):
@@ -60,7 +63,7 @@ DEFAULT_TIMEOUTS = EngineTimeouts()
 
 @dataclass(frozen=True, slots=True)
 class GatewaySettings:
-    """Of one gateway process.
+    """Of one gateway.
 
     model: folder with tokenizer and chat template (weights are not needed). engines: `KIND=URL`, for example
     `sglang=http://127.0.0.1:30000`; kinds: sglang, smg (a router), vllm, openai. data: the ledger's folder.
@@ -82,12 +85,15 @@ class GatewaySettings:
     public_url: how agents reach the gateway, for the `base_url` of sessions (empty: as the caller did; behind a proxy
     that ends TLS it has to be said, because forwarded headers are not believed). tokenizer_backend: the library that
     spells texts in ids; `auto` takes the first faster one that is proven to spell as `tokenizers` does.
+    workers: processes that serve the port together; limits of all sessions together and bodies_in_flight_bytes are
+    divided among them.
     """
 
     model: Path | None = None
     engines: tuple[str, ...] = ()
     host: str = "127.0.0.1"
     port: int = 8600
+    workers: int = 1
     data: Path = Path("verbatim-data")
     ledger: str = ""
     objects: str = ""
@@ -124,6 +130,8 @@ class GatewaySettings:
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:
             raise ConfigurationError(f"port {self.port} is none")
+        if not 1 <= self.workers <= _MOST_WORKERS:
+            raise ConfigurationError(f"workers is {self.workers}: expected 1 to {_MOST_WORKERS}")
         if not 0 < self.max_body_bytes <= self.bodies_in_flight_bytes:
             raise ConfigurationError(
                 f"max_body_bytes is {self.max_body_bytes}: expected 1 to bodies_in_flight_bytes "
@@ -151,6 +159,24 @@ class GatewaySettings:
     def control_path(self) -> Path:
         """Where the control socket is."""
         return self.control or self.data / "control.sock"
+
+
+def of_one_worker(settings: GatewaySettings) -> GatewaySettings:
+    """What each of several workers may use, so that together they keep to the settings.
+
+    >>> of_one_worker(GatewaySettings(workers=4, limits=LimitSettings(concurrent=10))).limits.concurrent
+    3
+    """
+    num, limits = settings.workers, settings.limits
+    return replace(
+        settings,
+        bodies_in_flight_bytes=max(settings.max_body_bytes, settings.bodies_in_flight_bytes // num),
+        limits=replace(
+            limits,
+            requests_per_second=limits.requests_per_second / num,
+            concurrent=-(-limits.concurrent // num),
+        ),
+    )
 
 
 def split_engine(text: str) -> tuple[str, str]:

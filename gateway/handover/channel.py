@@ -70,7 +70,7 @@ class Channel:
         if len(data) > _MAX_BYTES:
             raise HandoverFailed(f"a message of {len(data)} bytes ({kind}) is too long for the control socket")
         async with self._writing:
-            while True:
+            while self._connection.fileno() >= 0:
                 try:
                     self._connection.sendmsg([data], _rights(descriptors))
                 except BlockingIOError:
@@ -79,6 +79,7 @@ class Channel:
                     return False
                 else:
                     return True
+        return False  # closed here
 
     async def receive(self, *, timeout_seconds: float | None = None) -> Message | None:
         """The next message, None if the other end is gone; raises TimeoutError, HandoverFailed for what is none."""

@@ -8,13 +8,13 @@ from itertools import count
 
 from gateway.contracts.errors import VerbatimError
 from gateway.handover.channel import Channel, Message
-from gateway.replicas.operations import Change, Operations
+from gateway.replicas.operations import Change, Follower
 
 
 class Link:
     """A `Neighbour` over a channel; `run` reads it, so a link that does not run hears no answers."""
 
-    def __init__(self, channel: Channel, operations: Operations, *, pid: int) -> None:
+    def __init__(self, channel: Channel, operations: Follower, *, pid: int) -> None:
         self.pid = pid
         self._channel = channel
         self._operations = operations

@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from gateway.contracts.errors import ConfigurationError, HandoverFailed
 from gateway.contracts.generation import JsonValue
@@ -26,7 +26,7 @@ from gateway.handover.channel import Channel, Message
 from gateway.handover.control import PROTOCOL, connect
 from gateway.handover.link import Link
 from gateway.handover.state import LiveState
-from gateway.replicas.operations import Operations
+from gateway.replicas.operations import Follower
 
 ANSWER_SECONDS = 10.0
 """How long the other process may take for an answer that needs no work."""
@@ -48,8 +48,34 @@ class Given:
     lock: int | None
 
 
+class Holding(NamedTuple):
+    """How the folder of an embedded ledger is held. lock: its descriptor, None where nothing has to be held. is_alone:
+    no other process has the ledger open."""
+
+    lock: int | None
+    is_alone: bool
+
+
+class Origin(Protocol):
+    """The process that a new one gets its place from: the gateway that it replaces, or its own supervisor."""
+
+    state: LiveState
+    serves: bool
+    """Whether another gateway serves meanwhile: then nothing is taken before all is ready."""
+
+    async def hold(self) -> Holding | None:
+        """Open the ledger from now on; None if that process has died, whose folder is free then."""
+        ...
+
+    async def opened(self) -> None:
+        """It is open."""
+        ...
+
+
 class Predecessor:
     """The gateway that serves, until it is gone; make it with `find`."""
+
+    serves = True
 
     def __init__(self, channel: Channel, pid: int, address: Address, state: LiveState) -> None:
         self.pid = pid
@@ -97,6 +123,14 @@ class Predecessor:
         self.given = Given(socket.socket(fileno=listener), socket.socket(fileno=control), lock[0] if lock else None)
         return self.given
 
+    async def hold(self) -> Holding | None:
+        """As `Origin` says."""
+        given = await self.take()
+        return None if given is None else Holding(given.lock, is_alone=False)
+
+    async def opened(self) -> None:
+        """That process hears of it when this one is ready."""
+
     async def leave(self) -> None:
         """Have the old process accept nothing more; `state` is its last then."""
         answer = await _ask(self._channel, "ready")
@@ -105,7 +139,7 @@ class Predecessor:
         else:
             self.state = LiveState.from_json(answer.fields["state"])
 
-    async def run(self, operations: Operations, adopt: Callable[[int], Awaitable[None]]) -> None:
+    async def run(self, operations: Follower, adopt: Callable[[int], Awaitable[None]]) -> None:
         """Say that this process serves, and take over connections until the old one is gone.
 
         Raises HandoverFailed if that one goes on by itself, because this process took too long.

@@ -8,18 +8,30 @@ on Linux 6.18: of 40 connections 13 were lost; `net.ipv4.tcp_migrate_req`, which
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import uvicorn
 
+from gateway.handover.shares import Share
 from gateway.routes.connections import BoundedConnection
+
+_log = logging.getLogger(__name__)
 
 LAST_SECONDS = 5
 """For replies that were cut to say so."""
+
+_STEP_BACK_SECONDS = 0.002
+"""For which a worker that has more connections than another leaves a new one to that."""
+_NO_DESCRIPTOR_SECONDS = 1.0
+"""For which nothing is accepted when the process has no descriptor left."""
+_BACKLOG = 2048
+"""As uvicorn has it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +44,18 @@ class Stop:
 
 
 class GatewayServer(uvicorn.Server):
-    """`accepts` is set once it takes requests. The listener is closed when it stops: what comes later is refused."""
+    """`accepts` is set once it takes requests. The listener is closed when it stops: what comes later is refused.
 
-    def __init__(self, config: uvicorn.Config, listener: socket.socket, stop: Stop) -> None:
+    share: this process's part of the connections, where other workers accept from the same socket.
+    """
+
+    def __init__(self, config: uvicorn.Config, listener: socket.socket, stop: Stop, share: Share | None = None) -> None:
         super().__init__(config)
         self._stop = stop
         self.accepts = asyncio.Event()
         self._listener = listener
+        self._share = share
+        self._door: _SharedDoor | None = None
         self._give: Callable[[int], None] | None = None
 
     @property
@@ -48,12 +65,21 @@ class GatewayServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start, then tell."""
-        await super().startup([self._listener.dup()])
+        await super().startup([] if self._share is not None else [self._listener.dup()])
+        if self._share is not None:
+            self._open_door(self._share)
         if self.started:
             self.accepts.set()
 
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second; other workers learn how many connections are here."""
+        if self._door is not None:
+            self._door.tell()
+        return await super().on_tick(counter)
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Refuse connections, let replies end; what runs longer is cut, and what then is not told so is cancelled."""
+        self._close_door()
         self._listener.close()
         self._stop.begin()
         overdue = asyncio.get_running_loop().call_later(self._stop.drain_seconds, self._stop.cut)
@@ -62,6 +88,7 @@ class GatewayServer(uvicorn.Server):
 
     def stop_accepting(self) -> None:
         """What comes from now on waits in the listener's queue for whoever serves it."""
+        self._close_door()
         for server in self.servers:
             server.close()
         self.servers = []
@@ -79,7 +106,9 @@ class GatewayServer(uvicorn.Server):
         for connection in self.server_state.connections:
             assert isinstance(connection, BoundedConnection)
             connection.stay()
-        if not self.servers:
+        if self._share is not None:
+            self._open_door(self._share)
+        elif not self.servers:
             loop = asyncio.get_running_loop()
             listener = self._listener.dup()
             self.servers = [await loop.create_server(self._connection, sock=listener, backlog=self.config.backlog)]
@@ -94,6 +123,18 @@ class GatewayServer(uvicorn.Server):
             return
         if self._give is not None:
             protocol.leave(self._give)
+
+    def _open_door(self, share: Share) -> None:
+        if self._door is None:
+            self._door = _SharedDoor(self._listener, share, self._take, lambda: len(self.server_state.connections))
+
+    def _close_door(self) -> None:
+        if self._door is not None:
+            self._door.close()
+            self._door = None
+
+    async def _take(self, connection: socket.socket) -> None:
+        await asyncio.get_running_loop().connect_accepted_socket(self._connection, connection)
 
     def _connection(self) -> BoundedConnection:
         connection = self.config.http_protocol_class(  # type: ignore[call-arg]  # as uvicorn itself calls it
@@ -114,3 +155,77 @@ class GatewayServer(uvicorn.Server):
         finally:
             for number in signals:
                 loop.remove_signal_handler(number)
+
+
+class _SharedDoor:
+    """Accepts from a listening socket from which other workers accept too, no more than its share (see `shares`)."""
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        share: Share,
+        take: Callable[[socket.socket], Coroutine[Any, Any, None]],
+        count: Callable[[], int],
+    ) -> None:
+        self._listener = listener.dup()
+        self._listener.setblocking(False)
+        self._listener.listen(_BACKLOG)
+        self._share = share
+        self._take = take
+        self._count = count
+        self._loop = asyncio.get_running_loop()
+        self._rest: asyncio.TimerHandle | None = None
+        self._taking: set[asyncio.Task[None]] = set()
+        self.tell()
+        self._watch()
+
+    def tell(self) -> None:
+        """The others learn how many connections are here."""
+        self._share.set(self._count() + len(self._taking))
+
+    def close(self) -> None:
+        """Nothing more is accepted; what waits is for the others."""
+        self._share.leave()
+        if self._rest is not None:
+            self._rest.cancel()
+        self._loop.remove_reader(self._listener.fileno())
+        self._listener.close()
+
+    def _watch(self) -> None:
+        self._rest = None
+        self._loop.add_reader(self._listener.fileno(), self._knocked)
+
+    def _rest_for(self, seconds: float, then: Callable[[], None]) -> None:
+        self._loop.remove_reader(self._listener.fileno())
+        self._rest = self._loop.call_later(seconds, then)
+
+    def _knocked(self) -> None:
+        if self._share.is_exceeded:
+            self._rest_for(_STEP_BACK_SECONDS, self._accept_what_is_left)
+        else:
+            self._accept()
+
+    def _accept_what_is_left(self) -> None:
+        self._watch()
+        self._accept()
+
+    def _accept(self) -> None:
+        try:
+            connection, _ = self._listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):  # another worker was faster; the client has gone
+            return
+        except OSError as error:
+            _log.error("no connection can be accepted: %s", error.strerror or error)
+            self._rest_for(_NO_DESCRIPTOR_SECONDS, self._watch)
+            return
+        task = self._loop.create_task(self._taken(connection))
+        self._taking.add(task)
+        task.add_done_callback(self._taking.discard)
+        self.tell()
+
+    async def _taken(self, connection: socket.socket) -> None:
+        connection.setblocking(False)
+        try:
+            await self._take(connection)
+        except OSError:  # closed by its client meanwhile
+            connection.close()

@@ -61,3 +61,7 @@ class LiveState:
         own = [source for source in configured if source.engine_id in now or source.engine_id not in before]
         known = {source.engine_id for source in configured} | before
         return (*own, *(source for source in self.engines if source.engine_id not in known))
+
+
+NO_STATE = LiveState((), (), None)
+"""Of a gateway that begins: whatever its settings say is new."""

@@ -10,47 +10,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 
 from gateway.contracts.errors import EngineUnavailable, HandoverFailed
-from gateway.handover.channel import MAX_DESCRIPTORS, Channel, Message
-from gateway.handover.chores import Chores
-from gateway.handover.control import PROTOCOL, Place, check_owner
+from gateway.handover.channel import Channel, Message
+from gateway.handover.control import PROTOCOL, check_owner
+from gateway.handover.estate import Estate, emptied
 from gateway.handover.link import Link
-from gateway.handover.predecessor import ANSWER_SECONDS, Predecessor
-from gateway.handover.server import LAST_SECONDS, GatewayServer
-from gateway.handover.state import LiveState
-from gateway.replicas.operations import Operations
-from gateway.sessions.turns import TurnRunner
+from gateway.handover.predecessor import ANSWER_SECONDS
+from gateway.handover.server import LAST_SECONDS
 
 _log = logging.getLogger(__name__)
 
 _READY_SECONDS = 30.0
 """For a successor to open the ledger once it has its lock."""
-_TICK_SECONDS = 0.02
-
-
-@dataclass(frozen=True, slots=True)
-class Estate:
-    """What a process gives away, and what it has to know of itself for that.
-
-    lock: the descriptor that holds the ledger's folder, None where none does. share: has the ledger know whether
-    another process writes too (`Succession.is_under_way`). drain_seconds: how long replies may run after a successor
-    serves. predecessor: the process that this one replaced.
-    """
-
-    server: GatewayServer
-    place: Place
-    lock: int | None
-    share: Callable[[], None]
-    runner: TurnRunner
-    operations: Operations
-    chores: Chores
-    state: Callable[[], LiveState]
-    drain_seconds: float
-    predecessor: Predecessor | None
 
 
 class Succession:
@@ -152,7 +125,7 @@ class Succession:
 
     def _share(self, *, is_under_way: bool) -> None:
         self.is_under_way = is_under_way
-        self._estate.share()
+        self._estate.share(is_under_way)
 
     def _descriptors(self) -> list[int]:
         estate = self._estate
@@ -162,8 +135,7 @@ class Succession:
     async def _leave(self, channel: Channel) -> None:
         estate = self._estate
         self._stop_listening()
-        await estate.chores.stop()
-        estate.server.stop_accepting()
+        await estate.stop_accepting()
         try:
             await channel.send("leaving", state=estate.state().to_json())
             try:
@@ -186,8 +158,7 @@ class Succession:
             pass
 
     async def _stay(self) -> None:
-        await self._estate.server.stay()
-        self._estate.chores.start()
+        await self._estate.stay()
         self._listen()
 
     async def _depart(self, channel: Channel) -> None:
@@ -206,7 +177,7 @@ class Succession:
             await asyncio.wait({stop, gone, left}, return_when=asyncio.FIRST_COMPLETED)
             if stop.done() or left.done():
                 self._ended.set()
-                self._estate.server.should_exit = True
+                self._estate.end()
             else:
                 _log.error("process %d, which took over, has died: this one serves again", self._successor_pid)
         finally:
@@ -221,36 +192,19 @@ class Succession:
     async def _end_replies(self, channel: Channel) -> None:
         """Until nothing of this process, and of those before it, is left; beyond the limit turns are cut."""
         estate = self._estate
-        estate.server.leave(self._given.append)
+        estate.leave(self._given.append)
         try:
             async with asyncio.timeout(estate.drain_seconds):
-                await self._emptied(channel)
+                await emptied(estate, channel, self._given)
         except TimeoutError:
-            _log.warning("%d turns still run after %g s and are cut", estate.runner.num_running, estate.drain_seconds)
-            estate.runner.cut(EngineUnavailable("this gateway was replaced, and the reply took too long; try again"))
+            _log.warning("%d turns still run after %g s and are cut", estate.num_running, estate.drain_seconds)
+            estate.cut(EngineUnavailable("this gateway was replaced, and the reply took too long; try again"))
             with suppress(TimeoutError):
                 async with asyncio.timeout(LAST_SECONDS):
-                    await self._emptied(channel)
-
-    async def _emptied(self, channel: Channel) -> None:
-        estate = self._estate
-        while self._given or estate.server.is_busy or estate.runner.num_running or self._has_predecessor:
-            if self._given:
-                # Who has read a reply may ask at once, and the successor has to know that it was delivered.
-                await estate.runner.deliveries_noted()
-                descriptors, self._given[:MAX_DESCRIPTORS] = self._given[:MAX_DESCRIPTORS], []
-                await channel.send("connections", descriptors)
-                for descriptor in descriptors:
-                    os.close(descriptor)
-            await asyncio.sleep(_TICK_SECONDS)
-
-    @property
-    def _has_predecessor(self) -> bool:
-        predecessor = self._estate.predecessor
-        return predecessor is not None and not predecessor.is_gone
+                    await emptied(estate, channel, self._given)
 
     async def _take_back(self) -> None:
         """Connections that nobody took."""
         given, self._given[:] = list(self._given), []
         for descriptor in given:
-            await self._estate.server.adopt(descriptor)
+            await self._estate.adopt(descriptor)

@@ -54,6 +54,7 @@ class SqliteLedger(SqlLedger):
         *,
         read_only: bool = False,
         lock: int | None = None,
+        is_alone: bool = False,
         reserve: SpaceReserve | None = None,
         full_wait_seconds: float = 0.0,
     ) -> Self:
@@ -62,11 +63,12 @@ class SqliteLedger(SqlLedger):
         `read_only` takes no lock and makes nothing, so that another program can look while a gateway runs.
         `lock`: a descriptor of the folder's lock (`lock_descriptor`) that the process which holds it has passed on; it
         belongs to this ledger then, and the other one may go on writing. Such a ledger starts out as `shared`.
+        `is_alone`: whoever passed the lock on does not have the ledger open now, so that what a crash left is mended.
         reserve: what is given up when the disk is full; full_wait_seconds: how long a sampled turn waits for room then.
         Raises ConfigurationError if the folder cannot be used or another process writes to it, SchemaMismatch for a
         store of another version, LedgerCorrupt for one that cannot be read.
         """
-        backend = SqliteBackend.open(data, read_only=read_only, lock=lock, reserve=reserve)
+        backend = SqliteBackend.open(data, read_only=read_only, lock=lock, is_alone=is_alone, reserve=reserve)
         arrays = backend.arrays
         return cls(backend, Room(reserve, arrays.begin, arrays.forget, full_wait_seconds))
 
@@ -235,27 +237,35 @@ class SqliteBackend:
         self._blobs = BlobFiles(data / "blobs")
 
     @classmethod
-    def open(cls, data: Path, *, read_only: bool, lock: int | None, reserve: SpaceReserve | None = None) -> Self:
+    def open(
+        cls,
+        data: Path,
+        *,
+        read_only: bool,
+        lock: int | None,
+        is_alone: bool = False,
+        reserve: SpaceReserve | None = None,
+    ) -> Self:
         """As `SqliteLedger.open`."""
         if read_only:
             if not _store(data).is_file():
                 raise ConfigurationError(f"{data}: holds no ledger")
             _prepare(data, migration.check)
             return cls(data, lock=None, routing=None, shared=False)
-        handed_over = lock is not None
-        held = _lock_folder(data) if lock is None else lock
+        is_given = lock is not None
+        handed_over = is_given and not is_alone
+        held = hold_folder(data) if lock is None else lock
         try:
             if not handed_over:
                 check_log(_store(data).with_name(f"{_store(data).name}-wal"))
             if reserve is not None:
                 reserve.prepare()
             _prepare_with_room(data, partial(migration.prepare, migrate=not handed_over), reserve)
-            os.ftruncate(held, 0)
-            os.pwrite(held, str(os.getpid()).encode(), 0)
+            name_holder(held)
             routing = _open_files(data, alone=not handed_over)
-            return cls(data, lock=held, routing=routing, shared=handed_over)
+            return cls(data, lock=held, routing=routing, shared=is_given)
         except BaseException:
-            if not handed_over:
+            if not is_given:
                 os.close(held)
             raise
 
@@ -372,8 +382,17 @@ def _store(data: Path) -> Path:
     return data / "ledger.sqlite"
 
 
-def _lock_folder(data: Path) -> int:
-    """The descriptor that holds the folder's lock for as long as it, or a copy of it, is open."""
+def name_holder(lock: int) -> None:
+    """Have the lock's file name this process, for who finds the folder taken."""
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, str(os.getpid()).encode(), 0)
+
+
+def hold_folder(data: Path) -> int:
+    """The descriptor that holds the folder's lock for as long as it, or a copy of it, is open.
+
+    Raises ConfigurationError if the folder cannot be used, or another process has it.
+    """
     try:
         data.mkdir(parents=True, exist_ok=True)
         lock = os.open(data / "ledger.lock", os.O_RDWR | os.O_CREAT, 0o644)

@@ -25,6 +25,7 @@ from gateway.routes.bodies import json_reply, read_fields, typed
 from gateway.routes.metrics import GatewayMetrics
 from gateway.sessions.model import ServedModel
 from gateway.sessions.registry import SessionRegistry
+from gateway.sessions.siblings import ALONE, Siblings
 from gateway.sessions.turns import TurnRunner
 
 _log = logging.getLogger(__name__)
@@ -42,9 +43,10 @@ def admin_router(
     *,
     required: Sequence[Capability],
     operations: Operations,
+    siblings: Siblings = ALONE,
 ) -> APIRouter:
     """Routes under `/admin`. required: what engines must be able to do."""
-    routes = _AdminRoutes(pool, model, required, operations)
+    routes = _AdminRoutes(pool, model, required, operations, siblings)
     router = APIRouter(prefix="/admin", tags=["admin"], dependencies=[Depends(access.check_operator)])
     router.add_api_route("/engines", routes.engines, methods=["GET"], openapi_extra=openapi.ENGINES)
     router.add_api_route("/engines", routes.add_engine, methods=["POST"], openapi_extra=openapi.ADD_ENGINE)
@@ -66,10 +68,11 @@ def status_router(
     registry: SessionRegistry,
     metrics: GatewayMetrics,
     keeper: StorageKeeper,
+    siblings: Siblings,
     access: Access,
 ) -> APIRouter:
     """`/health` and `/ready`, open to everybody, and `/metrics`, which names engines, for operators."""
-    routes = _StatusRoutes(pool, ledger, runner, registry, metrics, keeper)
+    routes = _StatusRoutes(pool, ledger, runner, registry, metrics, keeper, siblings)
     router = APIRouter(tags=["status"])
     router.add_api_route("/health", routes.health, methods=["GET"], openapi_extra=openapi.HEALTH)
     router.add_api_route("/ready", routes.ready, methods=["GET"], openapi_extra=openapi.READY)
@@ -92,7 +95,9 @@ class _AdminRoutes:
         model: ServedModel,
         required: Sequence[Capability],
         operations: Operations,
+        siblings: Siblings,
     ) -> None:
+        self._siblings = siblings
         self._pool = pool
         self._model = model
         self._required = tuple(required)
@@ -101,6 +106,9 @@ class _AdminRoutes:
     async def engines(self, request: Request) -> Response:
         """`{"engines": […], "paused": mode or null}`."""
         engines = [_replica_json(replica) for replica in self._pool.replicas]
+        for figures in await self._siblings.figures():
+            for engine in engines:
+                engine["running"] += figures["engines"].get(engine["engine_id"], 0)
         return json_reply({"engines": engines, "paused": _paused_name(self._pool)})
 
     async def add_engine(self, request: Request) -> Response:
@@ -198,7 +206,9 @@ class _StatusRoutes:
         registry: SessionRegistry,
         metrics: GatewayMetrics,
         keeper: StorageKeeper,
+        siblings: Siblings,
     ) -> None:
+        self._siblings = siblings
         self._pool = pool
         self._ledger = ledger
         self._runner = runner
@@ -208,31 +218,34 @@ class _StatusRoutes:
 
     async def health(self, request: Request) -> Response:
         """200 while the process serves."""
-        return json_reply(self._status())
+        return json_reply(await self._status())
 
     async def ready(self, request: Request) -> Response:
         """200 if an engine can sample and there is room to record it, else 503."""
-        status = self._status()
+        status = await self._status()
         return json_reply(status, status=200 if status["engines_healthy"] and status["storage"] in _ROOM else 503)
 
     async def metrics(self, request: Request) -> Response:
         """Prometheus' text format."""
+        others = await self._siblings.figures(with_counts=True)
         text = await self._metrics.exposition(
             self._ledger,
             self._pool,
             self._runner.parts.model.prompts.audits,
             self._keeper.space,
-            num_running=self._runner.num_running,
-            num_sessions=len(self._registry.loaded),
+            num_running=self._runner.num_running + sum(each["turns_running"] for each in others),
+            num_sessions=len(self._registry.loaded) + sum(each["sessions_in_memory"] for each in others),
+            others=[each["counts"] for each in others],
         )
         return Response(text, media_type=_METRICS_TYPE)
 
-    def _status(self) -> dict[str, JsonValue]:
+    async def _status(self) -> dict[str, JsonValue]:
+        others = await self._siblings.figures()
         return {
             "status": "ok",
             "engines": len(self._pool.replicas),
             "engines_healthy": sum(replica.healthy for replica in self._pool.replicas),
-            "turns_running": self._runner.num_running,
+            "turns_running": self._runner.num_running + sum(each["turns_running"] for each in others),
             "paused": _paused_name(self._pool),
             "engines_found_paused": sum(replica.held_since is not None for replica in self._pool.replicas),
             "storage": None if (space := self._keeper.space) is None else space.state.value,

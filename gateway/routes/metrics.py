@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Iterator, Mapping, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
+from prometheus_client.samples import Sample
 
+from gateway.contracts.generation import JsonValue
 from gateway.contracts.ports import Ledger
 from gateway.ledger.reserve import Space, SpaceState
 from gateway.replicas.continuation import Generated
@@ -16,6 +19,8 @@ from gateway.tito.prompt import AuditCounts
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _MOST_CONSUMERS = 100
+_SUMMED_TYPES = ("counter", "histogram")
+_SUMMED_GAUGES = ("verbatim_certificate_audits", "verbatim_certificate_alarms")
 
 
 class GatewayMetrics:
@@ -122,6 +127,16 @@ class GatewayMetrics:
         """Count one that did not."""
         self._refused_paths.inc()
 
+    def counts(self, audits: AuditCounts) -> JsonValue:
+        """What this process has counted, for another worker to add: `{family: [[name, labels, value], …]}`."""
+        self._audits.set(audits.num_audits)
+        self._alarms.set(audits.num_alarms)
+        return {
+            family.name: [[sample.name, sample.labels, sample.value] for sample in family.samples]
+            for family in self._registry.collect()
+            if _is_summed(family)
+        }
+
     async def exposition(
         self,
         ledger: Ledger,
@@ -131,8 +146,9 @@ class GatewayMetrics:
         *,
         num_running: int,
         num_sessions: int,
+        others: Sequence[Mapping[str, JsonValue]] = (),
     ) -> bytes:
-        """All figures as of now."""
+        """All figures as of now, with those that `others` have counted (`counts`) added."""
         if space is not None:
             self._free_bytes.set(space.free_bytes)
             self._reserve_bytes.set(space.reserve_bytes)
@@ -146,7 +162,7 @@ class GatewayMetrics:
         self._engines.labels("healthy").set(healthy)
         self._engines.labels("ejected").set(len(pool.replicas) - healthy)
         await self._look_at_feed(ledger)
-        return generate_latest(self._registry)
+        return generate_latest(_Sum(self._registry, others))
 
     async def _look_at_feed(self, ledger: Ledger) -> None:
         """Back-pressure of every consumer, and of the one that the settings name, from before its first lease."""
@@ -160,6 +176,43 @@ class GatewayMetrics:
             self._leased.labels(name).set(figures.leased)
             self._acknowledged.labels(name).set(figures.acknowledged)
             self._oldest.labels(name).set(figures.oldest_seconds)
+
+
+class _Sum:
+    """Figures of several workers as those of one gateway. What is not summed says the same in each of them."""
+
+    def __init__(self, registry: CollectorRegistry, others: Sequence[Mapping[str, JsonValue]]) -> None:
+        self._registry = registry
+        self._others = others
+
+    def collect(self) -> Iterator[Metric]:
+        """As the library asks for it."""
+        for family in self._registry.collect():
+            if self._others and _is_summed(family):
+                self._add(family)
+            yield family
+
+    def _add(self, family: Metric) -> None:
+        samples = {_identity(sample.name, sample.labels): sample for sample in family.samples}
+        for counts in self._others:
+            for name, labels, value in counts.get(family.name, ()):
+                key = _identity(name, labels)
+                mine = samples.get(key)
+                if mine is None:
+                    samples[key] = Sample(name, labels, value)
+                elif name.endswith("_created"):  # of the oldest process
+                    samples[key] = mine._replace(value=min(mine.value, value))
+                else:
+                    samples[key] = mine._replace(value=mine.value + value)
+        family.samples = list(samples.values())
+
+
+def _is_summed(family: Metric) -> bool:
+    return family.type in _SUMMED_TYPES or family.name in _SUMMED_GAUGES
+
+
+def _identity(name: str, labels: Mapping[str, str]) -> tuple[str, tuple[tuple[str, str], ...]]:
+    return name, tuple(sorted(labels.items()))
 
 
 def _of_consumer(name: str, text: str, registry: CollectorRegistry) -> Gauge:

@@ -2,8 +2,9 @@
 
 Nobody is cut off by it. A session stays open while one of its turns runs, while a client waits for a reply, and for the
 reconnect grace after a client was lost; a process that starts takes all clients for lost. What runs in another gateway
-on the same ledger cannot be seen, so a session is then given, besides, the time that a turn may take at most. Several
-gateways may end one session at once: they say the same of it, and the ledger keeps it once.
+on the same ledger cannot be seen, so a session is then given, besides, the time that a turn may take at most; workers
+of one gateway are asked instead. Several gateways may end one session at once: they say the same of it, and the ledger
+keeps it once.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from gateway.contracts.generation import JsonValue
 from gateway.contracts.ports import Ledger
 from gateway.contracts.records import Outcome, SessionRecord
 from gateway.sessions.registry import SessionRegistry
+from gateway.sessions.siblings import ALONE, Siblings
 from gateway.sessions.turns import TurnSettings
 
 _log = logging.getLogger(__name__)
@@ -33,6 +35,7 @@ class SessionExpiry:
     ledger: Ledger
     turns: TurnSettings
     sweep_seconds: float
+    siblings: Siblings = ALONE
 
     async def watch(self) -> None:
         """End what is over, until cancelled; what fails is logged and tried again at the next time."""
@@ -46,7 +49,7 @@ class SessionExpiry:
 
     async def sweep(self, now: float) -> int:
         """How many sessions were ended that are past their time at `now`, seconds since the epoch."""
-        if self.ledger.shared:
+        if self.ledger.shared and not self.siblings.are_all:
             now -= self.turns.timeout_seconds
         kept: set[str] = set()
         num_ended = 0
@@ -66,6 +69,8 @@ class SessionExpiry:
         try:
             session = await self.registry.get(session_id)
             if not session.is_idle:
+                return False
+            if await self.siblings.is_used(session_id) or not session.is_idle:
                 return False
             # No wait between the question and the closing: no turn can begin in between.
             await self.registry.close(session, reward=None, outcome=Outcome.ABANDONED, metadata=_why(session.record))

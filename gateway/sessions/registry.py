@@ -17,6 +17,7 @@ from gateway.contracts.records import FinishRecord, SessionOrigin, SessionRecord
 from gateway.sessions.idempotency import OpenTurn, SessionCalls, is_whole
 from gateway.sessions.raw import TokenPaths
 from gateway.sessions.recent import Recent
+from gateway.sessions.siblings import ALONE, Siblings
 from gateway.sessions.tree import TurnTree
 
 _NOTE_SECONDS = 1.0
@@ -62,8 +63,13 @@ class Session:
     @property
     def is_idle(self) -> bool:
         """Whether it may end by itself now: no turn, no client that waits or may come back, and nobody who ends it."""
-        is_used = self.running or self.deliveries or self.calls.is_anyone_waiting
-        return not (is_used or self.closing or self.finish is not None) and time.monotonic() >= self.held_until
+        return not (self.is_used or self.closing or self.finish is not None)
+
+    @property
+    def is_used(self) -> bool:
+        """Whether a turn runs, or a client waits or may come back."""
+        is_busy = self.running or self.deliveries or self.calls.is_anyone_waiting
+        return bool(is_busy) or time.monotonic() < self.held_until
 
     def hold(self, seconds: float) -> None:
         """Have it not end by itself for so long."""
@@ -113,11 +119,17 @@ class SessionRegistry:
     """Gives sessions by id. `capacity`: how many idle ones stay in memory. `on_finish`: told of each that ends here."""
 
     def __init__(
-        self, ledger: Ledger, *, capacity: int = 10_000, on_finish: Callable[[SessionRecord], None] = lambda _: None
+        self,
+        ledger: Ledger,
+        *,
+        capacity: int = 10_000,
+        on_finish: Callable[[SessionRecord], None] = lambda _: None,
+        siblings: Siblings = ALONE,
     ) -> None:
         self._ledger = ledger
         self._capacity = capacity
         self._on_finish = on_finish
+        self._siblings = siblings
         self._sessions: OrderedDict[str, Session] = OrderedDict()
         self._loading: dict[str, asyncio.Task[Session | None]] = {}
 
@@ -174,7 +186,7 @@ class SessionRegistry:
         """As `finish`, of a session in memory: it takes no turn from the moment of the call."""
         session.closing = True
         try:
-            await _settle(session)
+            await asyncio.gather(_settle(session), self._siblings.settle(session.record.session_id))
             await session.deliveries_noted()
             await self._settle_deliveries(session)
             session.finish = await self._ledger.finish(
@@ -206,9 +218,20 @@ class SessionRegistry:
     async def delete(self, session_id: str) -> None:
         """Forget a session here and in the ledger, which may refuse with Conflict."""
         session = await self.get(session_id)
-        await _settle(session)
+        await asyncio.gather(_settle(session), self._siblings.settle(session_id))
         await self._ledger.delete_session(session_id)
         self._sessions.pop(session_id, None)
+
+    async def settle(self, session_id: str) -> None:
+        """End the turns of a session that another worker finishes or deletes; all are on disk then."""
+        if (session := self._sessions.get(session_id)) is not None:
+            await _settle(session)
+            await session.deliveries_noted()
+
+    def is_used(self, session_id: str) -> bool:
+        """Whether a turn of it runs in this process, or a client waits or may come back."""
+        session = self._sessions.get(session_id)
+        return session is not None and session.is_used
 
     async def _is_current(self, session_id: str) -> bool:
         """Whether a session in memory is as the ledger has it, brought up to date if need be."""
