@@ -19,7 +19,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ import aiohttp
 import orjson
 from yarl import URL
 
+from engines.event_stream import EventReader, RoutingSink
 from gateway.contracts.errors import (
     ContextOverflow,
     EngineBusy,
@@ -132,12 +133,14 @@ class EngineHttp:
         body: Mapping[str, Any],
         *,
         headers: Mapping[str, str] | None = None,
+        routing: RoutingSink | None = None,
         on_headers: Callable[[Mapping[str, str]], None] = lambda headers: None,
         on_silence: Callable[[], Awaitable[None]] | None = None,
     ) -> AsyncGenerator[Any, None]:
         """POST JSON and yield the parsed events of the answer, up to `[DONE]`; on_headers is told the answer's first.
 
-        on_silence: asked when the stream stalls; raises the EngineError that the silence stands for, if any.
+        routing: takes the rows of a big event as they arrive. on_silence: asked when the stream stalls; raises the
+        EngineError that the silence stands for, if any.
         Raises EngineUnavailable if the stream ends without `[DONE]`, EngineTimeout if it says nothing but comments.
         """
         async with (
@@ -148,7 +151,7 @@ class EngineHttp:
             if response.status >= 300:
                 raise await self._refused(response, path)
             on_headers(response.headers)
-            reader = EventReader()
+            reader = EventReader(routing)
             heard = time.monotonic()
             while piece := await self._next_piece(response, on_silence):
                 for payload in reader.read(piece):
@@ -338,39 +341,6 @@ async def abort_quietly(abort: Callable[[str], Awaitable[None]], request_id: str
         await abort(request_id)
     except EngineError as error:
         logger.info("request %s may go on at its engine: %s", request_id, error)
-
-
-class EventReader:
-    """Server-sent events out of the pieces of a stream, cut anywhere.
-
-    Lines end with LF or CRLF, an event with an empty line. The `data` lines of one event are joined with LF; comments
-    (`:`, which keep a connection alive) and other fields (`event`, `id`, `retry`) say nothing to us.
-    """
-
-    def __init__(self) -> None:
-        self._buffered = bytearray()
-        self._data: list[bytes] = []
-
-    @property
-    def inside_event(self) -> bool:
-        """Whether an event has begun and is not complete."""
-        return bool(self._data) or self._buffered.startswith(b"data:")
-
-    def read(self, piece: bytes) -> Iterator[bytes]:
-        """The data of the events that this piece completes."""
-        searched = len(self._buffered)
-        self._buffered += piece
-        start = 0
-        while (end := self._buffered.find(b"\n", max(start, searched))) >= 0:
-            line = bytes(memoryview(self._buffered)[start:end]).removesuffix(b"\r")
-            start = end + 1
-            if line.startswith(b"data:"):
-                self._data.append(line[5:].removeprefix(b" "))
-            elif not line and self._data:
-                data, self._data = b"\n".join(self._data).strip(), []
-                if data:
-                    yield data
-        del self._buffered[:start]
 
 
 def refusal(status: int, body: bytes, named: str) -> VerbatimError:

@@ -7,14 +7,12 @@ itself is an EngineProtocolError.
 
 from __future__ import annotations
 
-import binascii
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
 import numpy as np
-import pybase64
 
 from engines.answers import new_token_ids, release, spellings
 from engines.connection import EngineHttp, abort_quietly, failure, refused
@@ -22,6 +20,7 @@ from engines.http_engine import HttpEngine
 from engines.identity import read_if_here, with_told
 from engines.likeliest import likeliest
 from engines.media import refuse_media
+from engines.routing_rows import Int32Layout, RoutingRows, decode_routing
 from gateway.contracts.errors import (
     EngineError,
     EngineProtocolError,
@@ -33,7 +32,7 @@ from gateway.contracts.errors import (
     LengthMismatch,
     RequestError,
 )
-from gateway.contracts.experts import RoutedExperts, RoutingShape, narrow
+from gateway.contracts.experts import RoutedExperts, RoutingShape
 from gateway.contracts.generation import (
     Capability,
     EngineIdentity,
@@ -143,8 +142,10 @@ class SglangEngine(HttpEngine):
             await self.check_media(request)
         if request.routed_experts_start is not None and self._routing is None:
             self._routing = (await self.identity()).routing
-        events = self._http.events("/generate", generate_body(request), on_silence=self._check_silence)
         reader = StreamReader(request, self._routing, self._policy_version_of, self.engine_id)
+        events = self._http.events(
+            "/generate", generate_body(request), routing=reader.rows, on_silence=self._check_silence
+        )
         async with aclosing(read_generation(events, reader, abort=self.abort)) as items:
             async for item in items:
                 yield item
@@ -351,7 +352,10 @@ def _sampling(sampling: SamplingParams) -> dict[str, JsonValue]:
 
 
 class StreamReader:
-    """One `/generate` stream as it is read; `end` is set by the event that finished the request."""
+    """One `/generate` stream as it is read; `end` is set by the event that finished the request.
+
+    rows: takes its routing rows as they arrive, None where there will be none.
+    """
 
     def __init__(
         self,
@@ -366,6 +370,7 @@ class StreamReader:
         self.request_id = request.request_id
         self.has_media = bool(request.media)
         self.named = f"engine {engine_id}, request {request.request_id}"
+        self.rows = RoutingRows.of(request, routing, Int32Layout)
         self._output_ids: list[int] = []
         self._unknown_top: dict[str, JsonValue] = {}
         self._unknown_meta: dict[str, JsonValue] = {}
@@ -377,6 +382,8 @@ class StreamReader:
             if "error" in event:
                 raise failure(event["error"], self.named)
             meta = event["meta_info"]
+            if self.rows is not None and not self.rows.stand_for(meta.get("routed_experts")):
+                raise EngineProtocolError(f"{self.named}: a big routed_experts at an unknown place of an event")
             self._keep_unknown(event, meta)
             finish = meta["finish_reason"]
             self._refuse_failed(finish)
@@ -487,25 +494,9 @@ class StreamReader:
         if self._routing is None:
             raise EngineProtocolError(f"{self.named}: routing came, but the model's routing shape is not known")
         try:
-            return decode_routing(encoded, self._routing, start=start, stop=stop)
+            if self.rows is not None and encoded == self.rows.stand_in:
+                return self.rows.rows(stop)
+            return decode_routing(encoded, self._routing, Int32Layout, start=start, stop=stop)
         except ExpertsMismatch as error:  # I9: tokens and log-probs are sound; that its rows are missing is counted
             _log.warning("%s: %s; the turn is recorded without routing rows", self.named, error.message)
             return None
-
-
-def decode_routing(encoded: str, shape: RoutingShape, *, start: int, stop: int) -> RoutedExperts:
-    """SGLang's base64 of raw little-endian int32 → rows [start, stop) in the stored type.
-
-    Raises ExpertsMismatch if the number of rows or an id's range is not what the request and the model imply.
-    """
-    try:
-        raw = pybase64.b64decode(encoded, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise ExpertsMismatch(f"routed experts are not base64: {error}") from error
-    row_bytes = 4 * shape.num_layers * shape.top_k
-    if len(raw) != (stop - start) * row_bytes:
-        raise ExpertsMismatch(
-            f"{len(raw)} bytes of routing for tokens {start} to {stop}, expected {stop - start} rows of {row_bytes}"
-        )
-    ids = np.frombuffer(raw, dtype="<i4").reshape(stop - start, shape.num_layers, shape.top_k)
-    return RoutedExperts(narrow(ids, shape), start)

@@ -24,6 +24,7 @@ import orjson
 
 from engines.connection import Answer, EngineHttp, refusal
 from engines.http_engine import HttpEngine
+from engines.routing_rows import RoutingRows
 from engines.sglang import SglangEngine, StreamReader, generate_body, read_generation
 from gateway.contracts.errors import (
     EngineError,
@@ -131,7 +132,7 @@ class SmgRouter(HttpEngine):
             await self._of_some_worker(lambda worker: worker.check_media(request))
         reader = StreamReader(request, await self._shape(request), self._policy_version_of, self.engine_id)
         try:
-            async with aclosing(read_generation(self._events(request), reader, abort=self.abort)) as items:
+            async with aclosing(read_generation(self._events(request, reader.rows), reader, abort=self.abort)) as items:
                 async for item in items:
                     yield item
         except WorkerUnavailable as error:
@@ -148,7 +149,7 @@ class SmgRouter(HttpEngine):
             self._learnt_routing = (await self.identity()).routing
         return self._routing or self._learnt_routing
 
-    async def _events(self, request: GenerateRequest) -> AsyncGenerator[Any, None]:
+    async def _events(self, request: GenerateRequest, rows: RoutingRows | None) -> AsyncGenerator[Any, None]:
         """The worker's events; the router's own frame about a worker that it lost is an error."""
 
         def remember_worker(headers: Mapping[str, str]) -> None:
@@ -161,7 +162,7 @@ class SmgRouter(HttpEngine):
 
         body, headers = generate_body(request), self._routing_headers(request.routing_key)
         events = self._http.events(
-            "/generate", body, headers=headers, on_headers=remember_worker, on_silence=check_silence
+            "/generate", body, headers=headers, routing=rows, on_headers=remember_worker, on_silence=check_silence
         )
         async with aclosing(events):
             async for event in events:

@@ -200,7 +200,7 @@ class VllmEngine(HttpEngine):
         )
         ended = False
         try:
-            async with aclosing(self._http.events(path, body)) as events:
+            async with aclosing(self._http.events(path, body, routing=stream.rows)) as events:
                 async for event in events:
                     chunk = stream.read(event)
                     if chunk is not None:

@@ -7,21 +7,19 @@ EngineProtocolError.
 
 from __future__ import annotations
 
-import binascii
-import io
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pybase64
 
 from engines.answers import new_token_ids
 from engines.connection import failure
 from engines.likeliest import Row, likeliest
+from engines.routing_rows import NpyLayout, RoutingRows, decode_routing
 from gateway.contracts.errors import EngineProtocolError, EngineUnavailable, ExpertsMismatch, LengthMismatch
-from gateway.contracts.experts import RoutedExperts, RoutingShape, narrow
+from gateway.contracts.experts import RoutedExperts, RoutingShape
 from gateway.contracts.generation import (
     Finish,
     FinishReason,
@@ -66,6 +64,7 @@ class VllmStream:
     """One answer as it is read: `read` every event, then ask `end`.
 
     `named`: who answers what, for errors. `routing`: the model's shape, None if it has none or it is not known.
+    `rows`: takes its routing rows as they arrive, None where there will be none.
     """
 
     def __init__(
@@ -80,6 +79,7 @@ class VllmStream:
         self._routing = routing
         self._policy_version_of = policy_version_of
         self._named = named
+        self.rows = RoutingRows.of(request, routing, NpyLayout)
         self._num_output = 0
         self._last_token: int | None = None
         self._finish: Finish | None = None
@@ -144,6 +144,8 @@ class VllmStream:
         if not choices:
             return None
         (choice,) = choices
+        if self.rows is not None and not self.rows.stand_for(choice.get("routed_experts")):
+            raise EngineProtocolError(f"{self._named}: a big routed_experts at an unknown place of an event")
         self._check_prompt(choice.get("prompt_token_ids"))
         self._choice_fields |= {key: value for key, value in choice.items() if key not in _KNOWN_CHOICE}
         chunk = self._new_tokens(choice)
@@ -239,28 +241,12 @@ class VllmStream:
         if self._routing is None:
             raise EngineProtocolError(f"{self._named}: routing came, but the model's routing shape is not known")
         try:
-            return decode_npy_routing(self._experts, self._routing, start=start, stop=stop)
+            if self.rows is not None and self._experts == self.rows.stand_in:
+                return self.rows.rows(stop)
+            return decode_routing(self._experts, self._routing, NpyLayout, start=start, stop=stop)
         except ExpertsMismatch as error:  # I9: tokens and log-probs are sound; that its rows are missing is counted
             _log.warning("%s: %s; the turn is recorded without routing rows", self._named, error.message)
             return None
-
-
-def decode_npy_routing(encoded: str, shape: RoutingShape, *, start: int, stop: int) -> RoutedExperts:
-    """vLLM's base64 of a `.npy` file, integers [rows, layers, top_k] → rows [start, stop) in the stored type.
-
-    Raises ExpertsMismatch if it is no such file, or its shape or range is not what request and model imply.
-    """
-    try:
-        raw = pybase64.b64decode(encoded, validate=True)
-        ids = np.load(io.BytesIO(raw), allow_pickle=False)
-    except (binascii.Error, ValueError, EOFError, OSError) as error:
-        raise ExpertsMismatch(f"routed experts are no base64 of a .npy file: {error}") from error
-    expected = (stop - start, shape.num_layers, shape.top_k)
-    if ids.shape != expected or ids.dtype.kind not in "iu":
-        raise ExpertsMismatch(
-            f"routing of shape {ids.shape} ({ids.dtype}) for tokens {start} to {stop}, expected integers {expected}"
-        )
-    return RoutedExperts(narrow(ids, shape), start)
 
 
 def _generated_row(entry: Mapping[str, Any], wanted: int) -> Row:

@@ -11,7 +11,8 @@ from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engines.connection import EngineHttp, EventReader, failure
+from engines.connection import EngineHttp, failure
+from engines.event_stream import EventReader
 from engines.launch import free_port
 from gateway.contracts.errors import EngineProtocolError, EngineRejected, EngineTimeout, EngineUnavailable
 from gateway.contracts.ports import RawCall

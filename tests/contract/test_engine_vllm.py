@@ -206,7 +206,7 @@ async def test_an_answer_that_contradicts_itself_is_a_protocol_error(events: lis
     [
         (rows(3), "expected integers"),
         (rows(4, dtype="f4"), "expected integers"),
-        ("§§§", "no base64"),
+        ("§§§", "not base64"),
         (base64.b64encode(b"\x80\x04pickle").decode(), "no base64 of a .npy"),
     ],
 )

@@ -1,0 +1,150 @@
+"""Server-sent events out of the pieces of an answer, and routing rows out of the events before they are whole.
+
+    pieces of a socket ─▶ EventReader ─▶ data of each event, JSON
+                              └─ base64 of `"routed_experts":"…"` ─▶ RoutingSink, piece by piece
+
+The event that ends a long request carries its routing rows as one JSON string: 67 MB for 32k tokens of a model with 48
+layers and 8 experts a token. Waiting for it whole, parsing it and decoding it would take that memory four times over
+and hold the event loop for half a second. So the string goes to a sink as it arrives, and a short word stands in the
+JSON where it was. Only an event that is still unfinished after `BIG_LINE_BYTES` is looked through for such a string:
+small events, which are nearly all, cost nothing more.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Protocol
+
+BIG_LINE_BYTES = 2**16
+
+_KEY = b'"routed_experts"'
+_TO_VALUE = re.compile(rb"[ \t\r]*(?::[ \t\r]*(.)?)?", re.DOTALL)
+_TEXT = re.compile(rb'[^"\\\n]*(?:\\(?:u[0-9a-fA-F]{4}|[^u\n])[^"\\\n]*)*')
+"""What a JSON string holds up to its end, a line's end, or an escape that is not whole."""
+_ESCAPE_BYTES = len(rb"\u0000")
+
+
+class RoutingSink(Protocol):
+    """Takes the characters of one string after another."""
+
+    def begin(self) -> str:
+        """A string begins, and replaces one of before; returns the ASCII word that stands for it in the event."""
+        ...
+
+    def feed(self, text: bytes) -> None:
+        """Its next characters, never many at once. Raises nothing: what is wrong with them is told when the rows are
+        asked for."""
+        ...
+
+
+class EventReader:
+    """Server-sent events out of the pieces of a stream, cut anywhere.
+
+    Lines end with LF or CRLF, an event with an empty line. The `data` lines of one event are joined with LF; comments
+    (`:`, which keep a connection alive) and other fields (`event`, `id`, `retry`) say nothing to us.
+
+    routing: takes the string of each `routed_experts` in a line of at least `big_line_bytes`; None: it stays in place.
+    """
+
+    def __init__(self, routing: RoutingSink | None = None, *, big_line_bytes: int = BIG_LINE_BYTES) -> None:
+        self._routing = routing
+        self._big_line_bytes = big_line_bytes
+        self._buffered = bytearray()
+        self._data: list[bytes] = []
+        self._looked = 0  # up to here the unfinished line holds no rows
+        self._inside_rows = False
+        self._held = b""  # the beginning of an escape inside the rows
+
+    @property
+    def inside_event(self) -> bool:
+        """Whether an event has begun and is not complete."""
+        return bool(self._data) or self._buffered.startswith(b"data:")
+
+    def read(self, piece: bytes) -> Iterator[bytes]:
+        """The data of the events that this piece completes."""
+        if self._inside_rows:
+            piece = self._behind_rows(piece)
+        searched = len(self._buffered)
+        self._buffered += piece
+        start = 0
+        while (end := self._buffered.find(b"\n", max(start, searched))) >= 0:
+            line = bytes(memoryview(self._buffered)[start:end]).removesuffix(b"\r")
+            start = end + 1
+            self._looked = 0
+            if line.startswith(b"data:"):
+                self._data.append(line[5:].removeprefix(b" "))
+            elif not line and self._data:
+                data, self._data = b"\n".join(self._data).strip(), []
+                if data:
+                    yield data
+        del self._buffered[:start]
+        if self._routing is not None and not self._inside_rows and len(self._buffered) >= self._big_line_bytes:
+            self._take_rows(self._routing)
+
+    def _take_rows(self, routing: RoutingSink) -> None:
+        """Have the sink take what the unfinished line holds of rows."""
+        while (start := self._start_of_rows()) is not None:
+            text = bytes(memoryview(self._buffered)[start:])
+            del self._buffered[start:]
+            self._buffered += routing.begin().encode()
+            self._looked = len(self._buffered)
+            self._inside_rows = True
+            self._buffered += self._behind_rows(text)
+            if self._inside_rows:
+                return
+
+    def _start_of_rows(self) -> int | None:
+        """Behind the opening quote of the next value of ours in the unfinished line."""
+        line = self._buffered
+        while (key := line.find(_KEY, self._looked)) >= 0:
+            value = _TO_VALUE.match(line, key + len(_KEY))
+            assert value is not None
+            if value.end() == len(line) and value[1] is None:
+                self._looked = key  # cut before the value
+                return None
+            self._looked = key + len(_KEY)
+            # Behind a backslash it is the end of somebody's text: inside of one the second quote would have one too.
+            if value[1] == b'"' and line[key - 1 : key] != b"\\":
+                return value.end()
+        self._looked = max(self._looked, len(line) - len(_KEY) + 1)
+        return None
+
+    def _behind_rows(self, piece: bytes) -> bytes:
+        """Feed the sink; what of this piece belongs to the event again, from the closing quote on."""
+        assert self._routing is not None
+        end = piece.find(b'"')
+        text = piece if end < 0 else piece[:end]
+        if self._held or b"\\" in text or b"\n" in text:
+            return self._behind_escaped(self._held + piece)
+        self._routing.feed(text)
+        if end < 0:
+            return b""
+        self._inside_rows = False
+        return piece[end:]
+
+    def _behind_escaped(self, piece: bytes) -> bytes:
+        """The same where the text has escapes (some write `/` as `\\/`), or where this is no JSON after all."""
+        assert self._routing is not None
+        found = _TEXT.match(piece)
+        assert found is not None
+        rest = piece[found.end() :]
+        self._routing.feed(_unescaped(found[0]))
+        self._held = rest if rest.startswith(b"\\") and len(rest) < _ESCAPE_BYTES and b"\n" not in rest else b""
+        if not rest or self._held:
+            return b""
+        # At a quote the rows are over; at anything else the event is no JSON, and will be refused as a whole.
+        self._inside_rows = False
+        return rest
+
+
+def _unescaped(text: bytes) -> bytes:
+    """The characters of a part of a JSON string that holds whole escapes only."""
+    plain = text.replace(rb"\/", b"/")
+    if b"\\" not in plain:
+        return plain
+    try:
+        return str(json.loads(b'"%b"' % text)).encode("utf-8", "surrogatepass")
+    except ValueError:  # an escape that JSON has not
+        return text
