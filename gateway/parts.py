@@ -209,7 +209,7 @@ async def open_gateway(
         keeper = StorageKeeper(ledger, settings.storage, reserve)
         queue = LeaseQueue(ledger)
         observe = metrics.observe_turn
-        parts = TurnParts(model, pool, ledger, settings.turns, observe, keeper.admit, note_late=queue.rollout_finished)
+        parts = TurnParts(model, pool, ledger, settings.turns, observe, keeper.admit, queue.rollout_finished, siblings)
         runner = TurnRunner(parts)
         stack.push_async_callback(runner.aclose)
         if origin is None or not origin.serves:  # else it was done before anything was taken

@@ -195,6 +195,16 @@ class Membership:
         """As `Siblings` says."""
         return await self._ask_others("figures", _LOOK_SECONDS, with_counts=with_counts)
 
+    def begin_change(self, session_id: str) -> None:
+        """As `Siblings` says."""
+
+    def end_change(self, session_id: str) -> None:
+        """As `Siblings` says."""
+
+    def changes(self, session_id: str) -> int | None:
+        """As `Siblings` says."""
+        return None
+
     def rollout_finished(self) -> None:
         """As `Siblings` says; a moment later, because many may finish at once."""
         if self._telling is None:

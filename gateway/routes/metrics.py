@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import time
+from bisect import bisect_left
+from collections import Counter as Tally
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
+from typing import TypeAlias
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Metric, generate_latest
+from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
-from gateway.contracts.generation import JsonValue
+from gateway.contracts.generation import FinishReason, JsonValue
 from gateway.contracts.ports import Ledger
+from gateway.contracts.records import MatchTier, SegmentReason
 from gateway.ledger.reserve import Space, SpaceState
 from gateway.replicas.continuation import Generated
 from gateway.replicas.pool import Interruption, ReplicaPool
@@ -23,11 +30,18 @@ _SUMMED_TYPES = ("counter", "histogram")
 _SUMMED_GAUGES = ("verbatim_certificate_audits", "verbatim_certificate_alarms")
 
 
+_TurnLabels: TypeAlias = tuple[FinishReason, MatchTier, SegmentReason | None, str | None, str, bool]
+"""How a turn ended, how it was found, why it opened a segment, why it may not be trained, how its prompt was certified,
+and whether it lacks routing rows that its engine captures."""
+
+
 class GatewayMetrics:
     """Counters of one gateway; `exposition` is the text of `/metrics`. feed_consumer: shown before it leases too."""
 
     def __init__(self, *, feed_consumer: str) -> None:
         self._feed_consumer = feed_consumer
+        self._num_like: Tally[_TurnLabels] = Tally()
+        self._num_hidden = self._num_prompt_tokens = self._num_cached_tokens = self._num_output_tokens = 0
         self._registry = registry = CollectorRegistry()
         self._turns = Counter(
             "verbatim_turns", "Recorded turns by finish reason.", ["finish_reason"], registry=registry
@@ -69,9 +83,9 @@ class GatewayMetrics:
             registry=registry,
         )  # fmt: skip
         self._refused_paths = Counter("verbatim_refused_paths", "Calls that no engine may answer.", registry=registry)
-        self._prompt_seconds = _seconds("verbatim_prompt_seconds", "Until the prompt stands.", registry)
-        self._first_token_seconds = _seconds("verbatim_first_token_seconds", "Until the first tokens.", registry)
-        self._turn_seconds = _seconds("verbatim_turn_seconds", "Until the record is on disk.", registry)
+        self._prompt_seconds = _Seconds("verbatim_prompt_seconds", "Until the prompt stands.", registry)
+        self._first_token_seconds = _Seconds("verbatim_first_token_seconds", "Until the first tokens.", registry)
+        self._turn_seconds = _Seconds("verbatim_turn_seconds", "Until the record is on disk.", registry)
         self._running = Gauge("verbatim_turns_running", "Turns under way.", registry=registry)
         self._sessions = Gauge("verbatim_sessions_in_memory", "Sessions in memory.", registry=registry)
         self._engines = Gauge("verbatim_engines", "Engines by state.", ["state"], registry=registry)
@@ -87,25 +101,43 @@ class GatewayMetrics:
         )
 
     def observe_turn(self, finished: TurnFinished, generated: Generated, times: TurnTimes) -> None:
-        """Count one recorded turn."""
+        """Count one recorded turn. Labelled counters take longer than all else here, so they learn of it when read."""
         record = finished.record
-        self._turns.labels(record.finish.reason.value).inc()
-        self._matches.labels(record.attachment.tier.value).inc()
-        if record.attachment.segment_reason is not None:
-            self._segments.labels(record.attachment.segment_reason.value).inc()
-        if record.untrainable_reason is not None:
-            self._untrainable.labels(record.untrainable_reason).inc()
-        self._prompts.labels(record.meta["certified_by"]).inc()
-        self._hidden.inc(len(record.meta["hidden_messages"]))
-        self._prompt_tokens.inc(len(finished.whole.prompt_token_ids))
-        self._cached_tokens.inc(record.cached_tokens)
-        self._output_tokens.inc(len(record.output_token_ids))
-        if not generated.experts_complete and any(engine.captures_experts for engine in generated.engines):
-            self._without_experts.inc()
+        self._num_like[
+            record.finish.reason,
+            record.attachment.tier,
+            record.attachment.segment_reason,
+            record.untrainable_reason,
+            record.meta["certified_by"],
+            not generated.experts_complete and any(engine.captures_experts for engine in generated.engines),
+        ] += 1
+        self._num_hidden += len(record.meta["hidden_messages"])
+        self._num_prompt_tokens += len(finished.whole.prompt_token_ids)
+        self._num_cached_tokens += record.cached_tokens
+        self._num_output_tokens += len(record.output_token_ids)
         self._prompt_seconds.observe(times.prompt_seconds)
         self._turn_seconds.observe(times.total_seconds)
         if times.first_token_seconds is not None:
             self._first_token_seconds.observe(times.first_token_seconds)
+
+    def _count_turns(self) -> None:
+        """Bring the counters up to date."""
+        for (reason, tier, segment, untrainable, certified_by, lacks_rows), number in self._num_like.items():
+            self._turns.labels(reason.value).inc(number)
+            self._matches.labels(tier.value).inc(number)
+            self._prompts.labels(certified_by).inc(number)
+            if segment is not None:
+                self._segments.labels(segment.value).inc(number)
+            if untrainable is not None:
+                self._untrainable.labels(untrainable).inc(number)
+            if lacks_rows:
+                self._without_experts.inc(number)
+        self._hidden.inc(self._num_hidden)
+        self._prompt_tokens.inc(self._num_prompt_tokens)
+        self._cached_tokens.inc(self._num_cached_tokens)
+        self._output_tokens.inc(self._num_output_tokens)
+        self._num_like.clear()
+        self._num_hidden = self._num_prompt_tokens = self._num_cached_tokens = self._num_output_tokens = 0
 
     def observe_interruption(self, interruption: Interruption) -> None:
         """Count one attempt that did not finish its turn."""
@@ -129,6 +161,7 @@ class GatewayMetrics:
 
     def counts(self, audits: AuditCounts) -> JsonValue:
         """What this process has counted, for another worker to add: `{family: [[name, labels, value], …]}`."""
+        self._count_turns()
         self._audits.set(audits.num_audits)
         self._alarms.set(audits.num_alarms)
         return {
@@ -149,6 +182,7 @@ class GatewayMetrics:
         others: Sequence[Mapping[str, JsonValue]] = (),
     ) -> bytes:
         """All figures as of now, with those that `others` have counted (`counts`) added."""
+        self._count_turns()
         if space is not None:
             self._free_bytes.set(space.free_bytes)
             self._reserve_bytes.set(space.reserve_bytes)
@@ -219,5 +253,22 @@ def _of_consumer(name: str, text: str, registry: CollectorRegistry) -> Gauge:
     return Gauge(name, text, ["consumer"], registry=registry)
 
 
-def _seconds(name: str, text: str, registry: CollectorRegistry) -> Histogram:
-    return Histogram(name, text, buckets=_SECONDS, registry=registry)
+class _Seconds(Collector):
+    """A histogram of durations; one more costs what finding its bucket does."""
+
+    def __init__(self, name: str, text: str, registry: CollectorRegistry) -> None:
+        self._name, self._text = name, text
+        self._counts = [0] * (len(_SECONDS) + 1)
+        self._sum = 0.0
+        registry.register(self)
+
+    def observe(self, seconds: float) -> None:
+        """One more."""
+        self._counts[bisect_left(_SECONDS, seconds)] += 1
+        self._sum += seconds
+
+    def collect(self) -> Iterator[Metric]:
+        """As the library asks for it."""
+        bounds = [*(str(float(bound)) for bound in _SECONDS), "+Inf"]
+        buckets = list(zip(bounds, accumulate(self._counts), strict=True))
+        yield HistogramMetricFamily(self._name, self._text, buckets=buckets, sum_value=self._sum)

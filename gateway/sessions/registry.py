@@ -6,7 +6,8 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -43,15 +44,17 @@ class RunningTurn(OpenTurn, Protocol):
 
 @dataclass(eq=False, slots=True)
 class Session:
-    """One session in memory: its record and its turn tree, both as the ledger has them."""
+    """One session in memory: its record and its turn tree, both as the ledger has them. seen_changes: of its siblings,
+    when it was last brought up to date (`Siblings.changes`)."""
 
     record: SessionRecord
     tree: TurnTree
     finish: FinishRecord | None
     closing: bool = False
+    seen_changes: int | None = None
     held_until: float = 0.0
     running: set[RunningTurn] = field(default_factory=set)
-    deliveries: set[asyncio.Task[None]] = field(default_factory=set)
+    deliveries: set[asyncio.Future[None]] = field(default_factory=set)
     recent: Recent = field(default_factory=Recent)
     token_paths: TokenPaths = field(init=False)
     calls: SessionCalls[RunningTurn] = field(init=False)
@@ -77,7 +80,7 @@ class Session:
 
     async def deliveries_noted(self) -> None:
         """Wait until the ledger knows of every reply whose last byte has left: its agent may ask at once."""
-        if self.deliveries:
+        while self.deliveries:
             await asyncio.wait(self.deliveries)
 
     async def catch_up(self, ledger: Ledger) -> bool:
@@ -152,8 +155,25 @@ class SessionRegistry:
 
     async def record(self, session_id: str) -> SessionRecord | None:
         """What is known of a session before its turns are read: who has no key to it must not cause that."""
-        known = None if self._ledger.shared else self._sessions.get(session_id)
+        known = self.unchanged(session_id)
         return await self._ledger.session(session_id) if known is None else known.record
+
+    def unchanged(self, session_id: str) -> Session | None:
+        """A session in memory that is as the ledger has it, if that is known without asking."""
+        known = self._sessions.get(session_id)
+        if known is None or not self._ledger.shared:
+            return known
+        changes = self._siblings.changes(session_id)
+        return known if changes is not None and changes == known.seen_changes else None
+
+    @contextmanager
+    def _changing(self, session_id: str) -> Iterator[None]:
+        """What this process writes of a session here, the others read again."""
+        self._siblings.begin_change(session_id)
+        try:
+            yield
+        finally:
+            self._siblings.end_change(session_id)
 
     async def get(self, session_id: str) -> Session:
         """The session; raises NotFound."""
@@ -166,7 +186,8 @@ class SessionRegistry:
         """Make a session; one with equal properties that exists is returned (False), another one raises Conflict."""
         existing = await self.find(wanted.session_id)
         if existing is None:
-            await self._ledger.create_session(wanted)
+            with self._changing(wanted.session_id):
+                await self._ledger.create_session(wanted)
             if (earlier := self._loading.get(wanted.session_id)) is not None:
                 await asyncio.wait([earlier])  # it may have looked before the session was there
             return await self.get(wanted.session_id), True
@@ -189,9 +210,11 @@ class SessionRegistry:
             await asyncio.gather(_settle(session), self._siblings.settle(session.record.session_id))
             await session.deliveries_noted()
             await self._settle_deliveries(session)
-            session.finish = await self._ledger.finish(
-                session.record.session_id, reward=reward, outcome=outcome, metadata=metadata, finished_at=time.time()
-            )
+            session_id = session.record.session_id
+            with self._changing(session_id):
+                session.finish = await self._ledger.finish(
+                    session_id, reward=reward, outcome=outcome, metadata=metadata, finished_at=time.time()
+                )
         finally:
             session.closing = False
         self._on_finish(session.record)
@@ -219,7 +242,8 @@ class SessionRegistry:
         """Forget a session here and in the ledger, which may refuse with Conflict."""
         session = await self.get(session_id)
         await asyncio.gather(_settle(session), self._siblings.settle(session_id))
-        await self._ledger.delete_session(session_id)
+        with self._changing(session_id):
+            await self._ledger.delete_session(session_id)
         self._sessions.pop(session_id, None)
 
     async def settle(self, session_id: str) -> None:
@@ -235,20 +259,24 @@ class SessionRegistry:
 
     async def _is_current(self, session_id: str) -> bool:
         """Whether a session in memory is as the ledger has it, brought up to date if need be."""
-        session = self._sessions[session_id]
-        if not self._ledger.shared or await session.catch_up(self._ledger):
+        if self.unchanged(session_id) is not None:
+            return True
+        session, changes = self._sessions[session_id], self._siblings.changes(session_id)
+        if await session.catch_up(self._ledger):
+            session.seen_changes = changes
             return session_id in self._sessions
         if self._sessions.get(session_id) is session:
             del self._sessions[session_id]
         return False
 
     async def _load(self, session_id: str) -> Session | None:
+        changes = self._siblings.changes(session_id)
         record = await self._ledger.session(session_id)
         if record is None:
             return None
         finish = await self._ledger.finish_record(session_id)
         tree = TurnTree(await self._ledger.turns(session_id))
-        session = Session(record, tree, finish)
+        session = Session(record, tree, finish, seen_changes=changes)
         self._sessions[session_id] = session
         self._forget_idle()
         return session

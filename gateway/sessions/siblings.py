@@ -28,6 +28,19 @@ class Siblings(Protocol):
         """Tell them that a rollout has entered the feed."""
         ...
 
+    def begin_change(self, session_id: str) -> None:
+        """Something of a session is on its way into the ledger: from now on they do not rely on what they know."""
+        ...
+
+    def end_change(self, session_id: str) -> None:
+        """It is there, or is not coming: they read the session again. Called before its agent is told."""
+        ...
+
+    def changes(self, session_id: str) -> int | None:
+        """A number that moves whenever one of them changes a session, perhaps more often; None while one does, or may
+        have died at it, and where others than they write too, so that only the ledger knows."""
+        ...
+
     async def figures(self, *, with_counts: bool = False) -> Sequence[Mapping[str, JsonValue]]:
         """What each of them has at the moment (`gateway.parts.Gateway.figures`), with what it has counted so far."""
         ...
@@ -47,6 +60,16 @@ class Alone:
 
     def rollout_finished(self) -> None:
         """There is nobody."""
+
+    def begin_change(self, session_id: str) -> None:
+        """There is nobody."""
+
+    def end_change(self, session_id: str) -> None:
+        """There is nobody."""
+
+    def changes(self, session_id: str) -> int | None:
+        """Only the ledger knows."""
+        return None
 
     async def figures(self, *, with_counts: bool = False) -> Sequence[Mapping[str, JsonValue]]:
         """There is nobody."""

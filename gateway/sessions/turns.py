@@ -13,7 +13,7 @@ import logging
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from urllib.parse import quote
@@ -27,7 +27,6 @@ from gateway.contracts.errors import (
     EngineUnavailable,
     IntegrityError,
     LedgerError,
-    NotFound,
     RequestError,
     SessionSealed,
     TurnIndexTaken,
@@ -66,6 +65,7 @@ from gateway.sessions.raw import attach_raw, check_ids, check_sampling_ids
 from gateway.sessions.recent import RecentBudget
 from gateway.sessions.recorded import WholeReply, joined_rows, recorded_reply, recorded_rows
 from gateway.sessions.registry import Session
+from gateway.sessions.siblings import ALONE, Siblings
 from gateway.sessions.tree import NO_ROWS, MissingRows, Node
 from gateway.sessions.turn import Turn, TurnFinished, TurnProgress, TurnStarted, TurnTimes
 from gateway.sessions.upkeep import PromptUpkeep
@@ -113,7 +113,8 @@ class TurnSettings:
 class TurnParts:
     """What every turn needs, wired once. `observe` hears of every recorded turn. `admit` is given the number of turns
     under way and raises where there is no room to record another (LedgerFull). `note_late` hears of sessions whose
-    rollout was frozen anew, with a turn that was recorded after their finish."""
+    rollout was frozen anew, with a turn that was recorded after their finish. `siblings` hear of all that is
+    written."""
 
     model: ServedModel
     pool: ReplicaPool
@@ -122,6 +123,7 @@ class TurnParts:
     observe: Callable[[TurnFinished, Generated, TurnTimes], None]
     admit: Callable[[int], None] = lambda num_running: None
     note_late: Callable[[SessionRecord], None] = lambda session: None
+    siblings: Siblings = ALONE
 
     @property
     def vocab_size(self) -> int:
@@ -211,7 +213,7 @@ class TurnRunner:
     def __init__(self, parts: TurnParts) -> None:
         self.parts = parts
         self._turns: dict[Turn, asyncio.Task[TurnFinished]] = {}
-        self._deliveries: set[asyncio.Task[None]] = set()
+        self._deliveries: set[asyncio.Future[None]] = set()
         self._recent = RecentBudget(parts.settings.recent_bytes)
         self._upkeep = PromptUpkeep(parts.model.prompts)
 
@@ -319,7 +321,7 @@ class TurnRunner:
         session.calls.leave(turn.turn_id)
         session.hold(self.parts.settings.disconnect_grace_seconds)
         turn.abandon(grace_seconds=self.parts.settings.disconnect_grace_seconds)
-        turn.on_end(lambda: self._note(session, self._note_lost(session, turn.turn_id)))
+        turn.on_end(lambda: self._note_lost(session, turn.turn_id))
 
     def delivered(self, session: Session, finished: TurnFinished) -> None:
         """The last byte of a reply has left; the session waits for the note where that matters."""
@@ -327,32 +329,41 @@ class TurnRunner:
         session.calls.leave(finished.record.turn_id)
         session.hold(session.record.ttl_seconds or 0.0)  # since the client has the reply, which may have taken long
         session.tree.mark_delivered(finished.record.turn_id, delivered_at)
-        self._note(session, self._note_delivery(finished.record, delivered_at))
-
-    def _note(self, session: Session, work: Coroutine[None, None, None]) -> None:
-        task = asyncio.create_task(work)
-        session.deliveries.add(task)
-        task.add_done_callback(session.deliveries.discard)
-        self._deliveries.add(task)
-        task.add_done_callback(self._deliveries.discard)
-
-    async def _note_delivery(self, record: TurnRecord, delivered_at: float) -> None:
         mark = self.parts.ledger.mark_delivered
-        try:
-            await _insistently(partial(mark, record.session_id, record.turn_id, delivered_at))
-        except (LedgerError, NotFound) as error:
-            _log.warning("the delivery of %s is not noted: %s", record.turn_id, error)
+        self._note(session, partial(mark, finished.record.session_id, finished.record.turn_id, delivered_at))
 
-    async def _note_lost(self, session: Session, turn_id: str) -> None:
+    def _note_lost(self, session: Session, turn_id: str) -> None:
         """So that nobody takes the reply for delivered (`SessionRegistry.close`)."""
-        if session.tree.delivered_at(turn_id) is not None:
-            return
+        if session.tree.delivered_at(turn_id) is None:
+            self._note(session, partial(self.parts.ledger.mark_lost, session.record.session_id, turn_id, time.time()))
+
+    def _note(self, session: Session, write: Callable[[], Awaitable[None]]) -> None:
+        """Have something noted of a reply; the session waits for it where that matters."""
+        self.parts.siblings.begin_change(session.record.session_id)
         try:
-            await _insistently(partial(self.parts.ledger.mark_lost, session.record.session_id, turn_id, time.time()))
-        except NotFound:  # nothing was sampled
-            return
-        except LedgerError as error:
-            _log.warning("that the reply of %s is lost is not noted: %s", turn_id, error)
+            self._follow_note(session, asyncio.ensure_future(write()), write)
+        except LedgerError:
+            self._follow_note(session, asyncio.create_task(_insistently(write)), None)
+
+    def _follow_note(
+        self, session: Session, note: asyncio.Future[None], again: Callable[[], Awaitable[None]] | None
+    ) -> None:
+        """again: what is tried where the ledger could not be written; a task for every note would cost more than it."""
+        session.deliveries.add(note)
+        self._deliveries.add(note)
+
+        def end(note: asyncio.Future[None]) -> None:
+            session.deliveries.discard(note)
+            self._deliveries.discard(note)
+            error = None if note.cancelled() else note.exception()
+            if isinstance(error, LedgerError) and again is not None:
+                self._follow_note(session, asyncio.create_task(_insistently(again)), None)
+                return
+            self.parts.siblings.end_change(session.record.session_id)
+            if isinstance(error, LedgerError):  # else nothing was sampled, or its session is gone
+                _log.warning("session %s: what became of a reply is not noted: %s", session.record.session_id, error)
+
+        note.add_done_callback(end)
 
     def cut(self, reason: VerbatimError) -> None:
         """End what runs now; it is recorded, and who waits for it is told `reason`."""
@@ -365,7 +376,7 @@ class TurnRunner:
 
     async def deliveries_noted(self) -> None:
         """Wait until the ledger knows of every reply whose last byte has left."""
-        if self._deliveries:
+        while self._deliveries:
             await asyncio.wait(self._deliveries)
 
     async def aclose(self) -> None:
@@ -648,33 +659,37 @@ def _record(
 
 async def _insistently(note: Callable[[], Awaitable[None]]) -> None:
     """Nobody is there to be told of a failure, and what trains depends on it; raises LedgerError after some tries."""
-    for pause in _NOTE_PAUSES_SECONDS:
-        try:
+    for pause in _NOTE_PAUSES_SECONDS[:-1]:
+        await asyncio.sleep(pause)
+        with suppress(LedgerError):
             return await note()
-        except LedgerError:
-            await asyncio.sleep(pause)
+    await asyncio.sleep(_NOTE_PAUSES_SECONDS[-1])
     return await note()
 
 
 async def _append(parts: TurnParts, session: Session, record: TurnRecord, experts: RoutedExperts | None) -> TurnRecord:
     """Store a turn, as it is stored: another gateway may have taken its index, or finished its session, meanwhile."""
     is_late = False
-    while True:
-        try:
-            if is_late:
-                session.finish = await parts.ledger.append_late_turn(record, experts)
-                parts.note_late(session.record)
+    parts.siblings.begin_change(record.session_id)
+    try:
+        while True:
+            try:
+                if is_late:
+                    session.finish = await parts.ledger.append_late_turn(record, experts)
+                    parts.note_late(session.record)
+                else:
+                    await parts.ledger.append_turn(record, experts)
+            except TurnIndexTaken:
+                await session.catch_up(parts.ledger)
+                record = replace(record, index=session.tree.take_index())
+            except SessionSealed:
+                if is_late:  # its rollout was dropped
+                    raise
+                is_late = True  # what was sampled is kept all the same (I3)
             else:
-                await parts.ledger.append_turn(record, experts)
-        except TurnIndexTaken:
-            await session.catch_up(parts.ledger)
-            record = replace(record, index=session.tree.take_index())
-        except SessionSealed:
-            if is_late:  # its rollout was dropped
-                raise
-            is_late = True  # what was sampled is kept all the same (I3)
-        else:
-            return record
+                return record
+    finally:
+        parts.siblings.end_change(record.session_id)
 
 
 async def _finished(parts: TurnParts, prompt: _Prompt, sampled: _Sampled, record: TurnRecord) -> TurnFinished:
