@@ -174,7 +174,7 @@ class StreamReader:
         except (LengthMismatch, ExpertsMismatch) as error:
             raise EngineProtocolError(f"{self.named}: {error.message}") from error
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            if isinstance(error, msgspec.DecodeError) and not isinstance(error, msgspec.ValidationError):
+            if type(error) is msgspec.DecodeError:
                 raise EngineProtocolError(f"{self.named}: the event is not JSON: {data[:80]!r}") from error
             raise EngineProtocolError(f"{self.named}: unreadable event ({type(error).__name__}: {error})") from error
 
