@@ -15,8 +15,6 @@ import numpy.typing as npt
 
 from gateway.contracts.errors import EngineProtocolError
 
-_MAX_ID = np.iinfo(np.int32).max
-
 
 def release(version: Any) -> tuple[int, ...]:
     """(0, 5, 23) of "0.5.23.post1"; () where there is none."""
@@ -25,10 +23,13 @@ def release(version: Any) -> tuple[int, ...]:
 
 def new_token_ids(fresh: Sequence[int], *, named: str) -> npt.NDArray[np.int32]:
     """int32[n] of the ids that an event brought. named: who answers what."""
-    token_ids = np.array(fresh, dtype=np.int64)
-    if token_ids.size and (token_ids.min() < 0 or token_ids.max() > _MAX_ID):
+    try:
+        token_ids = np.array(fresh, dtype=np.int32)
+    except OverflowError as error:
+        raise EngineProtocolError(f"{named}: token ids out of range") from error
+    if len(fresh) and min(fresh) < 0:
         raise EngineProtocolError(f"{named}: token ids out of range")
-    return token_ids.astype(np.int32)
+    return token_ids
 
 
 def spellings(raw: bytes, read: Callable[[Any], Any], *, engine_id: str) -> list[list[int]]:

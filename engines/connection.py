@@ -9,31 +9,34 @@ its connections open, and a long prompt or a paused engine is silent as well. A 
 
 What is sent is ours alone: no header of an agent, no cookie of an engine, and the operator's engine key only as
 `Authorization`. Redirects are not followed.
+
+Our own requests go through `engines.http1`, since each turn is one of them; calls of others, which may be anything that
+HTTP allows, through aiohttp.
 """
 
 from __future__ import annotations
 
 import asyncio
-import email.utils
 import json
 import logging
-import re
-import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import aclosing, asynccontextmanager, suppress
-from typing import Any, NamedTuple
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
+from types import TracebackType
+from typing import Any, NamedTuple, Protocol, Self
 
 import aiohttp
+import msgspec
+import numpy as np
 import orjson
 from yarl import URL
 
-from engines.event_stream import EventReader, RoutingSink
+from engines.event_stream import EventReader
+from engines.http1 import Connection, Http1Client, NotHttp
+from engines.refusals import refusal, retry_after_seconds
 from gateway.contracts.errors import (
-    ContextOverflow,
     EngineBusy,
     EngineError,
     EngineProtocolError,
-    EngineRejected,
     EngineTimeout,
     EngineUnavailable,
     VerbatimError,
@@ -42,14 +45,13 @@ from gateway.contracts.ports import RawCall, RawReply
 
 logger = logging.getLogger(__name__)
 
-_OVERFLOW_MARKS = ("maximum context length", "longer than the model's context length", "is longer than the maximum")
-_EXPERTS = b'"routed_experts":"'
-_LONG_NUMBER = re.compile(rb"[0-9]{19}")
-_PASSING_STATUSES = frozenset((408, 425, 429))
-"""Refusals of now, not of the request."""
-
 _KEEPALIVE_SECONDS = 4.0
 """How long an idle connection is kept: uvicorn, which serves the engines, closes its end after 5 s."""
+
+_REPEATABLE = frozenset(("GET",))
+"""May be asked again where an idle connection turns out to be closed. A POST may have been carried out."""
+
+_DONE = b"[DONE]"
 
 
 class Answer(NamedTuple):
@@ -58,6 +60,19 @@ class Answer(NamedTuple):
     status: int
     headers: Mapping[str, str]
     body: bytes
+
+
+class PieceReader(Protocol):
+    """Makes events of the pieces of a stream, cut anywhere (`engines.event_stream.EventReader`)."""
+
+    @property
+    def inside_event(self) -> bool:
+        """Whether an event has begun and is not complete."""
+        ...
+
+    def read(self, piece: bytes, /) -> Sequence[bytes]:
+        """The data of the events that this piece completes."""
+        ...
 
 
 class EngineHttp:
@@ -83,36 +98,33 @@ class EngineHttp:
     ) -> None:
         self.url = url.rstrip("/")
         self.engine_id = engine_id
+        self.idle_timeout_seconds = idle_timeout_seconds
+        self.first_byte_timeout_seconds = first_byte_timeout_seconds or idle_timeout_seconds
+        self.stall_timeout_seconds = stall_timeout_seconds or None
         self._connect_timeout_seconds = connect_timeout_seconds
-        self._idle_timeout_seconds = idle_timeout_seconds
-        self._first_byte_timeout_seconds = first_byte_timeout_seconds or idle_timeout_seconds
-        self._stall_timeout_seconds = stall_timeout_seconds or None
-        self._api_key = api_key
+        self._authorization = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self._refusal_of = refusal_of or refusal
-        self._session: aiohttp.ClientSession | None = None
+        self._client: Http1Client | None = None
         self._raw_session: aiohttp.ClientSession | None = None
 
     async def get_json(self, path: str, *, timeout_seconds: float) -> Any:
         """GET a JSON document."""
-        async with self._request("GET", path, None, timeout_seconds) as response:
-            return _parsed(await response.read(), self._named(path))
+        return parsed(await self._body("GET", path, None, timeout_seconds), self.named(path))
 
     async def get_object(self, path: str, *, timeout_seconds: float) -> Mapping[str, Any]:
         """GET a JSON object."""
         content = await self.get_json(path, timeout_seconds=timeout_seconds)
         if not isinstance(content, dict):
-            raise EngineProtocolError(f"{self._named(path)} answered {type(content).__name__}, expected an object")
+            raise EngineProtocolError(f"{self.named(path)} answered {type(content).__name__}, expected an object")
         return content
 
     async def get_status(self, path: str, *, timeout_seconds: float) -> int:
         """The status of a GET, whatever it is."""
-        async with self._sent("GET", path, None, timeout_seconds, None) as response:
-            return response.status
+        return (await self.ask("GET", path, timeout_seconds=timeout_seconds)).status
 
     async def post(self, path: str, body: Mapping[str, Any], *, timeout_seconds: float) -> bytes:
         """POST JSON and return the body of the answer."""
-        async with self._request("POST", path, body, timeout_seconds) as response:
-            return await response.read()
+        return await self._body("POST", path, body, timeout_seconds)
 
     async def ask(
         self,
@@ -124,205 +136,139 @@ class EngineHttp:
         timeout_seconds: float,
     ) -> Answer:
         """The answer to one request, a refusal too."""
-        async with self._sent(method, path, body, timeout_seconds, headers) as response:
-            return Answer(response.status, response.headers, await response.read())
+        until = asyncio.get_running_loop().time() + timeout_seconds
+        sent = None if body is None else serialised(body)
+        try:
+            connection = await self.client().send(method, path, sent, headers)
+            try:
+                return await self._answer(connection, until)
+            except ConnectionError:
+                if method not in _REPEATABLE or connection.has_received or not connection.is_reused:
+                    raise
+            return await self._answer(await self.client().send(method, path, sent, headers, fresh=True), until)
+        except (OSError, NotHttp) as error:
+            raise self.translated(error, path) from error
 
-    async def events(
+    def stream(
         self,
         path: str,
         body: Mapping[str, Any],
         *,
         headers: Mapping[str, str] | None = None,
-        routing: RoutingSink | None = None,
-        on_headers: Callable[[Mapping[str, str]], None] = lambda headers: None,
+        reader: PieceReader | None = None,
+        on_headers: Callable[[Mapping[str, str]], None] | None = None,
         on_silence: Callable[[], Awaitable[None]] | None = None,
-    ) -> AsyncGenerator[Any, None]:
-        """POST JSON and yield the parsed events of the answer, up to `[DONE]`; on_headers is told the answer's first.
+    ) -> EventStream:
+        """POST JSON for an answer of server-sent events; it is sent when the stream is entered.
 
-        routing: takes the rows of a big event as they arrive. on_silence: asked when the stream stalls; raises the
-        EngineError that the silence stands for, if any.
-        Raises EngineUnavailable if the stream ends without `[DONE]`, EngineTimeout if it says nothing but comments.
+        reader: of the events, where they are more than JSON. on_headers: told the answer's. on_silence: asked when the
+        stream stalls; raises the EngineError that the silence stands for, if any.
         """
-        async with (
-            self._translated(path),
-            self._opening(path, body, headers, on_silence) as opening,
-            await opening as response,
-        ):
-            if response.status >= 300:
-                raise await self._refused(response, path)
-            on_headers(response.headers)
-            reader = EventReader(routing)
-            heard = time.monotonic()
-            while piece := await self._next_piece(response, on_silence):
-                for payload in reader.read(piece):
-                    if payload == b"[DONE]":
-                        return
-                    yield _parsed(payload, self._named(path))
-                    heard = time.monotonic()
-                # A router keeps the connection alive with comments, however long its worker is silent.
-                if reader.inside_event:
-                    heard = time.monotonic()
-                elif time.monotonic() > heard + self._idle_timeout_seconds:
-                    raise EngineTimeout(f"{self._named(path)} sent nothing for {self._idle_timeout_seconds:g} s")
-                elif self._stalls_since(heard) and on_silence is not None:
-                    await on_silence()
-        raise EngineUnavailable(f"{self._named(path)}: the stream ended early")
-
-    @asynccontextmanager
-    async def _opening(
-        self,
-        path: str,
-        body: Mapping[str, Any],
-        headers: Mapping[str, str] | None,
-        on_silence: Callable[[], Awaitable[None]] | None,
-    ) -> AsyncIterator[asyncio.Future[aiohttp.ClientResponse]]:
-        """A request whose answer has begun, or has failed to, when the body is entered."""
-        request = self._opened().post(
-            self.url + path, json=body, headers=headers, timeout=self._timeout(None), allow_redirects=False
-        )
-        opening = asyncio.ensure_future(_answer(request))
-        deadline = time.monotonic() + self._first_byte_timeout_seconds
-        try:
-            while not opening.done():
-                patience = min(self._stall_timeout_seconds or deadline, deadline - time.monotonic())
-                await asyncio.wait([opening], timeout=max(0.0, patience))
-                if opening.done():
-                    break
-                if time.monotonic() >= deadline:
-                    raise EngineTimeout(
-                        f"{self._named(path)} did not begin to answer in {self._first_byte_timeout_seconds:g} s"
-                    )
-                if on_silence is not None:
-                    await on_silence()
-            yield opening
-        finally:
-            # Done or not: what raised here may have come in the same moment as the answer, which nobody would close.
-            opening.cancel()
-            with suppress(asyncio.CancelledError, aiohttp.ClientError, OSError):
-                (await opening).close()
-
-    async def _next_piece(
-        self, response: aiohttp.ClientResponse, on_silence: Callable[[], Awaitable[None]] | None
-    ) -> bytes:
-        """The next bytes of a stream, b"" at its end."""
-        while True:
-            try:
-                async with asyncio.timeout(self._stall_timeout_seconds) as stall:
-                    return await response.content.readany()
-            except TimeoutError:
-                if not stall.expired() or on_silence is None:
-                    raise
-            await on_silence()
-
-    def _stalls_since(self, heard: float) -> bool:
-        return self._stall_timeout_seconds is not None and time.monotonic() > heard + self._stall_timeout_seconds
+        return EventStream(self, path, body, headers, reader or EventReader(), on_headers, on_silence)
 
     @asynccontextmanager
     async def forward(self, call: RawCall) -> AsyncIterator[RawReply]:
         """Send a call as it is; its answer is neither decoded nor followed elsewhere."""
-        async with self._translated(call.target):
+        async with self._raw_translated(call.target):
             response = await self._opened_raw().request(
                 call.method,
                 URL(self.url + call.target, encoded=True),
                 headers=call.headers,
                 data=call.body or None,
                 allow_redirects=False,
-                timeout=self._timeout(None),
+                timeout=aiohttp.ClientTimeout(
+                    total=None, sock_connect=self._connect_timeout_seconds, sock_read=self.idle_timeout_seconds
+                ),
             )
-        async with response, aclosing(self._pieces(response, call.target)) as body:
+        async with response, aclosing(self._raw_pieces(response, call.target)) as body:
             yield RawReply(response.status, list(response.headers.items()), body)
 
     async def aclose(self) -> None:
         """Close all connections."""
-        for session in (self._session, self._raw_session):
-            if session is not None:
-                await session.close()
+        if self._client is not None:
+            await self._client.aclose()
+        if self._raw_session is not None:
+            await self._raw_session.close()
 
-    def _opened(self) -> aiohttp.ClientSession:
-        if self._session is None or self._session.closed:
-            self._session = aiohttp.ClientSession(
-                connector=_connector(),
-                cookie_jar=aiohttp.DummyCookieJar(),
+    def client(self) -> Http1Client:
+        """The connections of our own requests; raises NotHttp for an address that is none."""
+        if self._client is None:
+            self._client = Http1Client(
+                self.url,
                 # Plain bodies only: a router in between may drop `Content-Encoding` and leave the body as it is.
-                headers={"Accept-Encoding": "identity", "User-Agent": "verbatim"} | self._authorization(),
-                json_serialize=_serialised,
+                headers={"Accept-Encoding": "identity", "User-Agent": "verbatim"} | self._authorization,
+                connect_timeout_seconds=self._connect_timeout_seconds,
+                keepalive_seconds=_KEEPALIVE_SECONDS,
             )
-        return self._session
+        return self._client
+
+    def named(self, path: str) -> str:
+        """Who answers there, in words."""
+        return f"engine {self.engine_id} at {self.url}{path}"
+
+    def refused(self, answer: Answer, path: str) -> VerbatimError:
+        """The error that an answer of 300 and above stands for."""
+        error = self._refusal_of(answer.status, answer.body, self.named(path))
+        wait = retry_after_seconds(answer.headers.get("Retry-After"))
+        if type(error) is EngineUnavailable and (answer.status == 429 or wait is not None):
+            return EngineBusy(error.message, retry_after_seconds=wait)
+        return error
+
+    def translated(self, error: OSError | NotHttp, path: str) -> EngineError:
+        """A foreign failure in our words."""
+        named = self.named(path)
+        if isinstance(error, NotHttp):
+            return EngineProtocolError(f"{named}: not HTTP as promised: {error}")
+        if isinstance(error, TimeoutError):
+            return EngineTimeout(f"{named} did not answer in time")
+        return EngineUnavailable(f"{named} is not reachable: {error}")
+
+    async def _body(self, method: str, path: str, body: Mapping[str, Any] | None, timeout_seconds: float) -> bytes:
+        answer = await self.ask(method, path, body, timeout_seconds=timeout_seconds)
+        if answer.status >= 300:
+            raise self.refused(answer, path)
+        return answer.body
+
+    async def _answer(self, connection: Connection, until: float) -> Answer:
+        """All of an answer; raises TimeoutError where it is not there by `until`, or says nothing for too long."""
+        try:
+            if not await connection.head(min(until, connection.heard_at + self.idle_timeout_seconds)):
+                raise TimeoutError
+            body: list[bytes] = []
+            while pieces := await connection.pieces(min(until, connection.heard_at + self.idle_timeout_seconds)):
+                body += pieces
+            if pieces is None:
+                raise TimeoutError
+            answer = Answer(connection.status, connection.headers, b"".join(body))
+            connection.finish()
+            return answer
+        finally:
+            connection.close()
+
+    async def whole(self, connection: Connection) -> Answer:
+        """All of an answer that has begun."""
+        return await self._answer(connection, float("inf"))
 
     def _opened_raw(self) -> aiohttp.ClientSession:
         """For calls of others: it adds the engine key only, keeps no cookies and leaves bodies compressed."""
         if self._raw_session is None or self._raw_session.closed:
             self._raw_session = aiohttp.ClientSession(
-                connector=_connector(),
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_SECONDS),
                 cookie_jar=aiohttp.DummyCookieJar(),
-                headers=self._authorization(),
+                headers=self._authorization,
                 auto_decompress=False,
                 skip_auto_headers=("Accept", "Accept-Encoding", "Content-Type", "User-Agent"),
             )
         return self._raw_session
 
-    def _authorization(self) -> dict[str, str]:
-        return {} if self._api_key is None else {"Authorization": f"Bearer {self._api_key}"}
-
-    async def _pieces(self, response: aiohttp.ClientResponse, path: str) -> AsyncGenerator[bytes, None]:
-        async with self._translated(path):
+    async def _raw_pieces(self, response: aiohttp.ClientResponse, path: str) -> AsyncGenerator[bytes, None]:
+        async with self._raw_translated(path):
             async for piece in response.content.iter_any():
                 yield piece
 
-    def _timeout(self, total_seconds: float | None) -> aiohttp.ClientTimeout:
-        return aiohttp.ClientTimeout(
-            total=total_seconds, sock_connect=self._connect_timeout_seconds, sock_read=self._idle_timeout_seconds
-        )
-
-    def _named(self, path: str) -> str:
-        return f"engine {self.engine_id} at {self.url}{path}"
-
     @asynccontextmanager
-    async def _request(
-        self,
-        method: str,
-        path: str,
-        body: Mapping[str, Any] | None,
-        timeout_seconds: float | None,
-        headers: Mapping[str, str] | None = None,
-    ) -> AsyncIterator[aiohttp.ClientResponse]:
-        async with self._sent(method, path, body, timeout_seconds, headers) as response:
-            if response.status >= 300:
-                raise await self._refused(response, path)
-            yield response
-
-    async def _refused(self, response: aiohttp.ClientResponse, path: str) -> VerbatimError:
-        error = self._refusal_of(response.status, await response.read(), self._named(path))
-        wait = retry_after_seconds(response.headers.get("Retry-After"))
-        if type(error) is EngineUnavailable and (response.status == 429 or wait is not None):
-            return EngineBusy(error.message, retry_after_seconds=wait)
-        return error
-
-    @asynccontextmanager
-    async def _sent(
-        self,
-        method: str,
-        path: str,
-        body: Mapping[str, Any] | None,
-        timeout_seconds: float | None,
-        headers: Mapping[str, str] | None,
-    ) -> AsyncIterator[aiohttp.ClientResponse]:
-        async with (
-            self._translated(path),
-            self._opened().request(
-                method,
-                self.url + path,
-                json=body,
-                headers=headers,
-                timeout=self._timeout(timeout_seconds),
-                allow_redirects=False,
-            ) as response,
-        ):
-            yield response
-
-    @asynccontextmanager
-    async def _translated(self, path: str) -> AsyncIterator[None]:
-        named = self._named(path)
+    async def _raw_translated(self, path: str) -> AsyncIterator[None]:
+        named = self.named(path)
         try:
             yield
         except TimeoutError as error:  # first: aiohttp's timeouts are both a TimeoutError and a ClientError
@@ -335,6 +281,152 @@ class EngineHttp:
             raise EngineProtocolError(f"{named}: not HTTP as promised: {error}") from error
 
 
+class EventStream:
+    """One answer of server-sent events: enter it, then ask `next` until the end; leaving it earlier ends the request.
+
+    async with http.stream("/generate", body) as stream:
+        while events := await stream.next():
+            for event in events: ...
+    """
+
+    __slots__ = (
+        "_body",
+        "_connection",
+        "_headers",
+        "_heard_at",
+        "_http",
+        "_is_over",
+        "_on_headers",
+        "_on_silence",
+        "_path",
+        "_reader",
+    )
+
+    def __init__(
+        self,
+        http: EngineHttp,
+        path: str,
+        body: Mapping[str, Any],
+        headers: Mapping[str, str] | None,
+        reader: PieceReader,
+        on_headers: Callable[[Mapping[str, str]], None] | None,
+        on_silence: Callable[[], Awaitable[None]] | None,
+    ) -> None:
+        self._http = http
+        self._path = path
+        self._body: Mapping[str, Any] | None = body
+        self._headers = headers
+        self._reader = reader
+        self._on_headers = on_headers
+        self._on_silence = on_silence
+        self._connection: Connection | None = None
+        self._heard_at = 0.0
+        self._is_over = False
+
+    async def __aenter__(self) -> Self:
+        """Send the request and wait for the answer to begin; raises the error of one that is a refusal."""
+        assert self._body is not None
+        body, self._body = serialised(self._body), None
+        begun = False
+        try:
+            self._connection = await self._http.client().send("POST", self._path, body, self._headers)
+            del body  # a long prompt; the answer may take minutes
+            await self._begin(self._connection)
+            begun = True
+        except (OSError, NotHttp) as error:
+            raise self._http.translated(error, self._path) from error
+        finally:
+            if not begun and self._connection is not None:
+                self._connection.close()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Give the connection back, or end the request where its end was not heard."""
+        assert self._connection is not None
+        if self._is_over:
+            self._connection.finish()
+        else:
+            self._connection.close()
+
+    def finish(self) -> None:
+        """All that is needed was heard: what may follow does not matter."""
+        self._is_over = True
+
+    async def next(self) -> Sequence[bytes]:
+        """The data of the events that came, one at least; () behind `[DONE]`.
+
+        Raises EngineUnavailable if the stream ends without that, EngineTimeout if it says nothing, or nothing but
+        comments.
+        """
+        connection = self._connection
+        assert connection is not None
+        if self._is_over:
+            return ()
+        try:
+            while pieces := await self._pieces(connection):
+                payloads: Sequence[bytes] = ()
+                for piece in pieces:
+                    new = self._reader.read(piece)
+                    payloads = [*payloads, *new] if payloads else new
+                if payloads:
+                    self._heard_at = connection.heard_at
+                    if payloads[-1] == _DONE or _DONE in payloads:
+                        self._is_over = True
+                        return payloads[: payloads.index(_DONE)]
+                    return payloads
+                await self._check_comments()
+        except (OSError, NotHttp) as error:
+            if isinstance(error, ConnectionError):
+                raise EngineUnavailable(f"{self._http.named(self._path)}: the answer broke off: {error}") from error
+            raise self._http.translated(error, self._path) from error
+        raise EngineUnavailable(f"{self._http.named(self._path)}: the stream ended early")
+
+    async def _begin(self, connection: Connection) -> None:
+        http, path, now = self._http, self._path, asyncio.get_running_loop().time
+        deadline = connection.heard_at + http.first_byte_timeout_seconds
+        while not await connection.head(min(deadline, self._stalls_at(now()))):
+            if now() >= deadline:
+                raise EngineTimeout(
+                    f"{http.named(path)} did not begin to answer in {http.first_byte_timeout_seconds:g} s"
+                )
+            if self._on_silence is not None:
+                await self._on_silence()
+        if connection.status >= 300:
+            raise http.refused(await http.whole(connection), path)
+        if self._on_headers is not None:
+            self._on_headers(connection.headers)
+        self._heard_at = now()
+
+    async def _pieces(self, connection: Connection) -> Sequence[bytes]:
+        """What has come of the body, () at its end; raises TimeoutError for a silence that is too long."""
+        now, idle_seconds = asyncio.get_running_loop().time, self._http.idle_timeout_seconds
+        while True:
+            pieces = await connection.pieces(min(connection.heard_at + idle_seconds, self._stalls_at(now())))
+            if pieces is not None:
+                return pieces
+            if self._on_silence is None or now() >= connection.heard_at + idle_seconds:
+                raise TimeoutError
+            await self._on_silence()
+
+    async def _check_comments(self) -> None:
+        """A router keeps the connection alive with comments, however long its worker is silent."""
+        now = asyncio.get_running_loop().time()
+        if self._reader.inside_event:
+            self._heard_at = now
+        elif now > self._heard_at + self._http.idle_timeout_seconds:
+            raise EngineTimeout(
+                f"{self._http.named(self._path)} sent nothing for {self._http.idle_timeout_seconds:g} s"
+            )
+        elif now > self._stalls_at(self._heard_at) and self._on_silence is not None:
+            await self._on_silence()
+
+    def _stalls_at(self, since: float) -> float:
+        seconds = self._http.stall_timeout_seconds
+        return float("inf") if seconds is None or self._on_silence is None else since + seconds
+
+
 async def abort_quietly(abort: Callable[[str], Awaitable[None]], request_id: str) -> None:
     """End a request that nobody waits for; where that fails, the log says so."""
     try:
@@ -343,85 +435,23 @@ async def abort_quietly(abort: Callable[[str], Awaitable[None]], request_id: str
         logger.info("request %s may go on at its engine: %s", request_id, error)
 
 
-def refusal(status: int, body: bytes, named: str) -> VerbatimError:
-    """The error that an engine's answer of 300 and above stands for."""
-    message = _message(body) or f"HTTP {status}"
-    if status < 400:
-        return EngineProtocolError(f"{named} redirects ({status}), which is not followed: give its own address")
-    if status >= 500 or status in _PASSING_STATUSES:
-        return EngineUnavailable(f"{named} failed with {status}: {message}")
-    return refused(message, named)
-
-
-def refused(message: str, named: str) -> ContextOverflow | EngineRejected:
-    """The error of a request that the engine will not serve; a context overflow is told by its message."""
-    if any(mark in message for mark in _OVERFLOW_MARKS):
-        hint = "" if "maximum context length" in message else " (maximum context length exceeded)"
-        return ContextOverflow(f"{message}{hint}")
-    return EngineRejected(f"{named} refused the request: {message}", reason=message)
-
-
-def failure(error: Any, named: str) -> VerbatimError:
-    """The error that an `error` inside a stream stands for: `{"message", "code"}`, or its text."""
-    message = error["message"] if isinstance(error, dict) else str(error)
-    code = error.get("code", 400) if isinstance(error, dict) else 400
-    if isinstance(code, int) and (code >= 500 or code in _PASSING_STATUSES):
-        return EngineUnavailable(f"{named}: {message}")
-    return refused(message, named)
-
-
-def retry_after_seconds(header: str | None) -> float | None:
-    """What a `Retry-After` says, a number of seconds or a date; None where there is none that can be read."""
-    if header is None:
-        return None
-    if header.strip().isdecimal():
-        return float(header)
+def parsed(body: bytes, named: str) -> Any:
+    """JSON without loss (I8): integers of any size stay what they are."""
     try:
-        return max(0.0, email.utils.parsedate_to_datetime(header).timestamp() - time.time())
-    except ValueError:
-        return None
-
-
-async def _answer(request: Awaitable[aiohttp.ClientResponse]) -> aiohttp.ClientResponse:
-    return await request
-
-
-def _connector() -> aiohttp.TCPConnector:
-    return aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_SECONDS)
-
-
-def _message(body: bytes) -> str:
-    """The text of SGLang's or OpenAI's error body; the body itself where it is neither."""
-    try:
-        content = orjson.loads(body)
-    except orjson.JSONDecodeError:
-        return body.decode(errors="replace").strip()[:500]
-    if isinstance(content, dict):
-        error = content.get("error", content)
-        if isinstance(error, dict):
-            error = error.get("message") or error.get("detail")
-        if isinstance(error, str):
-            return error
-    return body.decode(errors="replace").strip()[:500]
-
-
-def _parsed(body: bytes, named: str) -> Any:
-    """JSON without loss (I8): orjson, which turns integers beyond 64 bits into floats, unless there may be one."""
-    try:
-        return json.loads(body) if _LONG_NUMBER.search(_without_experts(body)) else orjson.loads(body)
-    except ValueError as error:
+        return msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise EngineProtocolError(f"{named}: the answer is not JSON: {body[:80]!r}") from error
 
 
-def _without_experts(body: bytes) -> bytes:
-    """The answer without its routing rows, megabytes of base64 that need not be searched."""
-    start = body.find(_EXPERTS)
-    stop = body.find(b'"', start + len(_EXPERTS)) if start >= 0 else -1
-    return body[:start] + body[stop:] if stop >= 0 else body
-
-
-def _serialised(body: Any) -> str:
+def serialised(body: Mapping[str, Any]) -> bytes:
+    """JSON; arrays of numpy as they are, without a list of Python's numbers in between."""
     try:
-        return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY).decode()
-    except TypeError:  # an integer beyond 64 bits among the agent's own fields
-        return json.dumps(body, ensure_ascii=False, separators=(",", ":"))
+        return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
+    except TypeError:  # an integer beyond 64 bits among the agent's own fields, or an array with gaps
+        return json.dumps(body, ensure_ascii=False, separators=(",", ":"), default=_listed).encode()
+
+
+def _listed(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} is no JSON")

@@ -15,14 +15,14 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
 from typing import Any
 
 import numpy as np
 
-from engines.connection import EngineHttp, failure
+from engines.connection import EngineHttp, parsed
 from engines.http_engine import HttpEngine
 from engines.media import refuse_media
+from engines.refusals import failure
 from gateway.contracts.errors import EngineError, EngineProtocolError, EngineUnavailable, InvalidRequest
 from gateway.contracts.generation import (
     EngineIdentity,
@@ -97,13 +97,12 @@ class OpenAiTextEngine(HttpEngine):
         text = TextStream(self._encode, f"engine {self.engine_id}, request {request.request_id}")
         aborted = self._live[request.request_id] = asyncio.Event()
         try:
-            async with aclosing(self._http.events("/v1/completions", await self._body(request))) as events:
-                async for event in events:
-                    chunk = text.read(event)
-                    if chunk is not None:
-                        yield chunk
-                    if aborted.is_set():
-                        break
+            async with self._http.stream("/v1/completions", await self._body(request)) as events:
+                while not aborted.is_set() and (payloads := await events.next()):
+                    for payload in payloads:
+                        chunk = text.read(parsed(payload, text.named))
+                        if chunk is not None:
+                            yield chunk
             if (rest := text.rest()) is not None:
                 yield rest
             yield text.end(request, aborted=aborted.is_set())
@@ -188,7 +187,7 @@ class TextStream:
 
     def __init__(self, encode: Callable[[str], TokenIds], named: str) -> None:
         self._encode = encode
-        self._named = named
+        self.named = named
         self._held = ""
         self._num_output = 0
         self._finish: Finish | None = None
@@ -198,14 +197,14 @@ class TextStream:
         """The ids of the words that one event completed."""
         try:
             if "error" in event:
-                raise failure(event["error"], self._named)
+                raise failure(event["error"], self.named)
             self._reply_fields |= {key: value for key, value in event.items() if key not in _KNOWN_TOP}
             for choice in event["choices"]:
                 self._held += choice.get("text") or ""
                 if choice.get("finish_reason") is not None:
                     self._finish = Finish(_REASONS.get(choice["finish_reason"], FinishReason.STOP))
         except (KeyError, TypeError, AttributeError) as error:
-            raise EngineProtocolError(f"{self._named}: unreadable event ({type(error).__name__}: {error})") from error
+            raise EngineProtocolError(f"{self.named}: unreadable event ({type(error).__name__}: {error})") from error
         cut = _LAST_WORD.search(self._held)
         return None if cut is None else self._take(cut.start())
 
@@ -216,7 +215,7 @@ class TextStream:
     def end(self, request: GenerateRequest, *, aborted: bool) -> GenerateEnd:
         """The end; raises EngineUnavailable if the upstream did not say that it is one."""
         if self._finish is None and not aborted:
-            raise EngineUnavailable(f"{self._named}: the stream ended before the request did")
+            raise EngineUnavailable(f"{self.named}: the stream ended before the request did")
         return GenerateEnd(
             finish=self._finish or Finish(FinishReason.ABORT),
             version_spans=join_spans([VersionSpan(0, self._num_output, 0)]),

@@ -1,43 +1,32 @@
 """Client of one engine that speaks SGLang's HTTP protocol: the real one, or the embedded one.
 
-`/generate` streams cumulative (or incremental) output; `StreamReader` turns either into new tokens and checks, chunk by
-chunk, that ids, log-probs, versions and routing rows line up (I2, I9). What is missing stays missing; what contradicts
-itself is an EngineProtocolError.
+What it streams is read by `engines.sglang_stream`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-import numpy as np
-
-from engines.answers import new_token_ids, release, spellings
-from engines.connection import EngineHttp, abort_quietly, failure, refused
+from engines.answers import release, spellings
+from engines.connection import EngineHttp, EventStream
+from engines.event_stream import EventReader
 from engines.http_engine import HttpEngine
 from engines.identity import read_if_here, with_told
-from engines.likeliest import likeliest
 from engines.media import refuse_media
-from engines.routing_rows import Int32Layout, RoutingRows, decode_routing
+from engines.sglang_stream import StreamReader, read_generation
 from gateway.contracts.errors import (
     EngineError,
     EngineProtocolError,
     EngineRejected,
     EngineTimeout,
-    EngineUnavailable,
-    ExpertsMismatch,
-    InvalidRequest,
-    LengthMismatch,
-    RequestError,
 )
-from gateway.contracts.experts import RoutedExperts, RoutingShape
+from gateway.contracts.experts import RoutingShape
 from gateway.contracts.generation import (
     Capability,
     EngineIdentity,
-    Finish,
-    FinishReason,
     GenerateChunk,
     GenerateEnd,
     GenerateRequest,
@@ -45,34 +34,11 @@ from gateway.contracts.generation import (
     LogprobKind,
     MediaKind,
     SamplingParams,
-    TopLogprob,
 )
 from gateway.contracts.ports import PauseMode
-from gateway.contracts.versions import VersionSpan, join_spans
 
 logger = logging.getLogger(__name__)
 
-_log = logging.getLogger(__name__)
-
-_KNOWN_META = frozenset(
-    (
-        "id",
-        "finish_reason",
-        "prompt_tokens",
-        "weight_version",
-        "weight_versions",
-        "num_retractions",
-        "input_token_logprobs",
-        "output_token_logprobs",
-        "output_token_logprobs_length",
-        "input_top_logprobs",
-        "output_top_logprobs",
-        "completion_tokens",
-        "cached_tokens",
-        "routed_experts",
-    )
-)
-_KNOWN_TOP = frozenset(("text", "output_ids", "meta_info", "index"))
 _MEDIA_FIELDS: Mapping[MediaKind, str] = {kind: f"{kind.value}_data" for kind in MediaKind}
 _NOT_FOR_PASSTHROUGH = frozenset(("text", "input_embeds", *_MEDIA_FIELDS.values()))
 """Another prompt beside `input_ids` would leave it to the engine which one counts (I1)."""
@@ -136,19 +102,19 @@ class SglangEngine(HttpEngine):
         self._tokenizes = True
         self._media: tuple[MediaKind, ...] | None = None
 
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[GenerateChunk | GenerateEnd, None]:
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[GenerateChunk | GenerateEnd, None]:
         """Stream new tokens, then exactly one GenerateEnd; closing early aborts the request at the engine."""
+        return read_generation(partial(self._prepare, request), abort=self.abort)
+
+    async def _prepare(self, request: GenerateRequest) -> tuple[EventStream, StreamReader]:
         if request.media:
             await self.check_media(request)
         if request.routed_experts_start is not None and self._routing is None:
             self._routing = (await self.identity()).routing
         reader = StreamReader(request, self._routing, self._policy_version_of, self.engine_id)
-        events = self._http.events(
-            "/generate", generate_body(request), routing=reader.rows, on_silence=self._check_silence
-        )
-        async with aclosing(read_generation(events, reader, abort=self.abort)) as items:
-            async for item in items:
-                yield item
+        events = EventReader(reader.rows)
+        body = generate_body(request)
+        return self._http.stream("/generate", body, reader=events, on_silence=self._check_silence), reader
 
     async def _check_silence(self) -> None:
         """Raise EngineTimeout unless the engine still answers: one that hangs keeps its connections open."""
@@ -269,39 +235,13 @@ class SglangEngine(HttpEngine):
         await self._http.post("/continue_generation", {}, timeout_seconds=_CONTROL_SECONDS)
 
 
-async def read_generation(
-    events: AsyncGenerator[Any, None], reader: StreamReader, *, abort: Callable[[str], Awaitable[None]]
-) -> AsyncGenerator[GenerateChunk | GenerateEnd, None]:
-    """The items of one `/generate` stream; whatever ends it before its end, the request is aborted."""
-    ended = False
-    try:
-        async with aclosing(events):
-            async for event in events:
-                chunk = reader.read(event)
-                if chunk is not None:
-                    yield chunk
-                if reader.end is not None:
-                    ended = True
-                    yield reader.end
-                    return
-        raise EngineUnavailable(f"{reader.named}: the stream ended before the request did")
-    except (EngineRejected, RequestError) as error:
-        ended = True
-        if reader.has_media and isinstance(error, EngineRejected):  # nearly always one that it could not read
-            raise InvalidRequest(error.reason) from error
-        raise
-    finally:
-        if not ended:
-            await abort_quietly(abort, reader.request_id)
-
-
 def generate_body(request: GenerateRequest) -> dict[str, JsonValue]:
     """The request in SGLang's words."""
     passed = {key: value for key, value in request.passthrough.items() if key not in _NOT_FOR_PASSTHROUGH}
     # I7: what is recorded is ours to ask for, whatever the agent's own fields say.
     body = passed | {
         "rid": request.request_id,
-        "input_ids": request.token_ids.tolist(),
+        "input_ids": request.token_ids,
         "sampling_params": _sampling(request.sampling),
         "stream": True,
         "return_logprob": True,
@@ -349,154 +289,3 @@ def _sampling(sampling: SamplingParams) -> dict[str, JsonValue]:
     if sampling.seed is not None:
         parameters["sampling_seed"] = sampling.seed
     return parameters
-
-
-class StreamReader:
-    """One `/generate` stream as it is read; `end` is set by the event that finished the request.
-
-    rows: takes its routing rows as they arrive, None where there will be none.
-    """
-
-    def __init__(
-        self,
-        request: GenerateRequest,
-        routing: RoutingShape | None,
-        policy_version_of: Callable[[str], int],
-        engine_id: str,
-    ) -> None:
-        self._request = request
-        self._routing = routing
-        self._policy_version_of = policy_version_of
-        self.request_id = request.request_id
-        self.has_media = bool(request.media)
-        self.named = f"engine {engine_id}, request {request.request_id}"
-        self.rows = RoutingRows.of(request, routing, Int32Layout)
-        self._output_ids: list[int] = []
-        self._unknown_top: dict[str, JsonValue] = {}
-        self._unknown_meta: dict[str, JsonValue] = {}
-        self.end: GenerateEnd | None = None
-
-    def read(self, event: Any) -> GenerateChunk | None:
-        """The new tokens of one event, None if it brought none."""
-        try:
-            if "error" in event:
-                raise failure(event["error"], self.named)
-            meta = event["meta_info"]
-            if self.rows is not None and not self.rows.stand_for(meta.get("routed_experts")):
-                raise EngineProtocolError(f"{self.named}: a big routed_experts at an unknown place of an event")
-            self._keep_unknown(event, meta)
-            finish = meta["finish_reason"]
-            self._refuse_failed(finish)
-            chunk = self._new_tokens(event["output_ids"], meta)
-            if finish is not None:
-                self.end = self._ended(event, meta, finish)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise EngineProtocolError(f"{self.named}: unreadable event ({type(error).__name__}: {error})") from error
-        except (LengthMismatch, ExpertsMismatch) as error:
-            raise EngineProtocolError(f"{self.named}: {error.message}") from error
-        return chunk if len(chunk.token_ids) else None
-
-    def _keep_unknown(self, event: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
-        """I8: also what only an earlier event says; the order of keys is the latest event's."""
-        for kept, fields, known in ((self._unknown_top, event, _KNOWN_TOP), (self._unknown_meta, meta, _KNOWN_META)):
-            unknown = {key: value for key, value in fields.items() if key not in known}
-            for key in unknown:
-                kept.pop(key, None)
-            kept |= unknown
-
-    def _refuse_failed(self, finish: Any) -> None:
-        """SGLang reports some refusals as an abort with a status (an ordinary abort has none)."""
-        status = finish.get("status_code") if finish is not None and finish["type"] == "abort" else None
-        if status is None:
-            return
-        if int(status) >= 500:
-            raise EngineUnavailable(f"{self.named}: {finish.get('message')}")
-        raise refused(str(finish.get("message")), self.named)
-
-    def _new_tokens(self, output_ids: list[int], meta: Mapping[str, Any]) -> GenerateChunk:
-        total, seen = int(meta["completion_tokens"]), len(self._output_ids)
-        if len(output_ids) == total:  # cumulative
-            fresh = output_ids[seen:]
-            if output_ids[:seen] != self._output_ids:
-                raise EngineProtocolError(f"{self.named}: the engine changed tokens that it had already sent")
-        elif len(output_ids) == total - seen:  # incremental
-            fresh = output_ids
-        else:
-            raise EngineProtocolError(
-                f"{self.named}: {len(output_ids)} ids in an event that claims {total} tokens, {seen} seen before"
-            )
-        logprobs = self._new_logprobs(fresh, meta.get("output_token_logprobs"))
-        self._output_ids += fresh
-        token_ids = new_token_ids(fresh, named=self.named)
-        top_logprobs = self._new_top_logprobs(fresh, logprobs, meta.get("output_top_logprobs"))
-        return GenerateChunk(token_ids, logprobs, top_logprobs)
-
-    def _new_logprobs(self, fresh: list[int], triples: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """float32[n]; NaN where the engine gave none (I9)."""
-        if not fresh or triples is None:
-            return np.full(len(fresh), np.nan, dtype=np.float32)
-        if len(triples) < len(fresh):
-            raise EngineProtocolError(f"{self.named}: {len(triples)} log-probs for {len(fresh)} new tokens (I2)")
-        newest = triples[-len(fresh) :]
-        if [triple[1] for triple in newest] != fresh:
-            raise EngineProtocolError(f"{self.named}: log-probs are of other tokens than output_ids (I2)")
-        return np.array([np.nan if triple[0] is None else triple[0] for triple in newest], dtype=np.float32)
-
-    def _new_top_logprobs(
-        self, fresh: list[int], logprobs: np.ndarray[Any, np.dtype[np.float32]], rows: Any
-    ) -> tuple[tuple[TopLogprob, ...], ...]:
-        """A row for each new token; () where none were asked for or the engine gave none (I9)."""
-        wanted = self._request.num_top_logprobs
-        if not fresh or not wanted or rows is None:
-            return ()
-        pairs = [None if row is None else [(triple[1], triple[0]) for triple in row] for row in rows[-len(fresh) :]]
-        return likeliest(pairs, fresh, logprobs, most=wanted, named=self.named)
-
-    def _ended(self, event: Mapping[str, Any], meta: Mapping[str, Any], finish: Mapping[str, Any]) -> GenerateEnd:
-        num_output = len(self._output_ids)
-        prompt_tokens = self._prompt_tokens(meta, finish)
-        # SGLang writes media into the prompt itself: its ids are then its own, and the turn is marked so (I9).
-        if prompt_tokens != len(self._request.token_ids) and not self._request.media:
-            raise EngineProtocolError(
-                f"{self.named}: the engine read {prompt_tokens} prompt tokens of {len(self._request.token_ids)} (I1)"
-            )
-        return GenerateEnd(
-            finish=Finish(FinishReason(finish["type"]), finish.get("matched")),
-            version_spans=self._version_spans(meta, num_output),
-            routed_experts=self._routed_experts(meta.get("routed_experts"), prompt_tokens + num_output - 1),
-            prompt_tokens=prompt_tokens,
-            completion_tokens=num_output,
-            cached_tokens=int(meta.get("cached_tokens") or 0),
-            num_retractions=int(meta.get("num_retractions") or 0),
-            meta_info=self._unknown_meta,
-            reply_fields=self._unknown_top,
-        )
-
-    def _prompt_tokens(self, meta: Mapping[str, Any], finish: Mapping[str, Any]) -> int:
-        """Of a request that was aborted while it waited, SGLang says next to nothing: it was never read."""
-        if finish["type"] == "abort" and "prompt_tokens" not in meta and not self._output_ids:
-            return len(self._request.token_ids)
-        return int(meta["prompt_tokens"])
-
-    def _version_spans(self, meta: Mapping[str, Any], num_output: int) -> tuple[VersionSpan, ...]:
-        spans = meta.get("weight_versions")
-        if spans is None:  # engines before spans: one label for the whole answer
-            spans = [{"version": meta["weight_version"], "start": 0, "end": num_output}]
-        return join_spans(
-            VersionSpan(int(span["start"]), int(span["end"]), self._policy_version_of(str(span["version"])))
-            for span in spans
-        )
-
-    def _routed_experts(self, encoded: str | None, stop: int) -> RoutedExperts | None:
-        start = self._request.routed_experts_start
-        if start is None or encoded is None:
-            return None  # I9: missing stays missing
-        if self._routing is None:
-            raise EngineProtocolError(f"{self.named}: routing came, but the model's routing shape is not known")
-        try:
-            if self.rows is not None and encoded == self.rows.stand_in:
-                return self.rows.rows(stop)
-            return decode_routing(encoded, self._routing, Int32Layout, start=start, stop=stop)
-        except ExpertsMismatch as error:  # I9: tokens and log-probs are sound; that its rows are missing is counted
-            _log.warning("%s: %s; the turn is recorded without routing rows", self.named, error.message)
-            return None

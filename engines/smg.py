@@ -18,14 +18,17 @@ from collections import OrderedDict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import orjson
 
-from engines.connection import Answer, EngineHttp, refusal
+from engines.connection import Answer, EngineHttp, EventStream
+from engines.event_stream import EventReader
 from engines.http_engine import HttpEngine
-from engines.routing_rows import RoutingRows
-from engines.sglang import SglangEngine, StreamReader, generate_body, read_generation
+from engines.refusals import failure, refusal
+from engines.sglang import SglangEngine, generate_body
+from engines.sglang_stream import StreamReader, read_generation
 from gateway.contracts.errors import (
     EngineError,
     EngineProtocolError,
@@ -130,9 +133,8 @@ class SmgRouter(HttpEngine):
         """
         if request.media:
             await self._of_some_worker(lambda worker: worker.check_media(request))
-        reader = StreamReader(request, await self._shape(request), self._policy_version_of, self.engine_id)
         try:
-            async with aclosing(read_generation(self._events(request, reader.rows), reader, abort=self.abort)) as items:
+            async with aclosing(read_generation(partial(self._prepare, request), abort=self.abort)) as items:
                 async for item in items:
                     yield item
         except WorkerUnavailable as error:
@@ -149,27 +151,31 @@ class SmgRouter(HttpEngine):
             self._learnt_routing = (await self.identity()).routing
         return self._routing or self._learnt_routing
 
-    async def _events(self, request: GenerateRequest, rows: RoutingRows | None) -> AsyncGenerator[Any, None]:
-        """The worker's events; the router's own frame about a worker that it lost is an error."""
+    async def _prepare(self, request: GenerateRequest) -> tuple[EventStream, StreamReader]:
+        shape = await self._shape(request)
+        reader = StreamReader(request, shape, self._policy_version_of, self.engine_id, failure_of=self._failure)
 
         def remember_worker(headers: Mapping[str, str]) -> None:
             worker = headers.get(_ROUTED_WORKER)
             if worker is not None:
                 self._serving[request.request_id] = _address(worker)
 
-        async def check_silence() -> None:
-            await self._check_silence(request.request_id)
-
-        body, headers = generate_body(request), self._routing_headers(request.routing_key)
-        events = self._http.events(
-            "/generate", body, headers=headers, routing=rows, on_headers=remember_worker, on_silence=check_silence
+        stream = self._http.stream(
+            "/generate",
+            generate_body(request),
+            headers=self._routing_headers(request.routing_key),
+            reader=EventReader(reader.rows),
+            on_headers=remember_worker,
+            on_silence=partial(self._check_silence, request.request_id),
         )
-        async with aclosing(events):
-            async for event in events:
-                match event:
-                    case {"error": {"type": str(kind), "message": message}} if kind == _STREAM_ERROR:
-                        raise WorkerUnavailable(f"router {self.engine_id} lost its worker: {message}")
-                yield event
+        return stream, reader
+
+    def _failure(self, error: Any, named: str) -> VerbatimError:
+        """The router's own frame about a worker that it lost, or a worker's failure."""
+        match error:
+            case {"type": str(kind), "message": message} if kind == _STREAM_ERROR:
+                return WorkerUnavailable(f"router {self.engine_id} lost its worker: {message}")
+        return failure(error, named)
 
     async def _check_silence(self, request_id: str) -> None:
         """Raise the error that a silent stream stands for: who hangs, router or worker, keeps connections open."""

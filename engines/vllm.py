@@ -24,12 +24,12 @@ import asyncio
 import logging
 import sys
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
 from engines.answers import release, spellings
-from engines.connection import EngineHttp, abort_quietly
+from engines.connection import EngineHttp, abort_quietly, parsed
+from engines.event_stream import EventReader
 from engines.http_engine import HttpEngine
 from engines.identity import FolderIdentity, read_if_here
 from engines.media import refuse_media
@@ -200,11 +200,12 @@ class VllmEngine(HttpEngine):
         )
         ended = False
         try:
-            async with aclosing(self._http.events(path, body, routing=stream.rows)) as events:
-                async for event in events:
-                    chunk = stream.read(event)
-                    if chunk is not None:
-                        yield chunk
+            async with self._http.stream(path, body, reader=EventReader(stream.rows)) as events:
+                while payloads := await events.next():
+                    for payload in payloads:
+                        chunk = stream.read(parsed(payload, stream.named))
+                        if chunk is not None:
+                            yield chunk
             stream.check_over()
             ended = True
             labels = await self._labels(server, label, stream)
@@ -387,7 +388,7 @@ def _body(request: GenerateRequest, server: VllmServer, *, seeded: bool) -> tupl
         "return_token_ids": True,
     }
     if not server.generates:
-        ours |= {"model": server.served_model_name, "prompt": request.token_ids.tolist()}
+        ours |= {"model": server.served_model_name, "prompt": request.token_ids}
         if request.num_top_logprobs:
             ours["return_tokens_as_token_ids"] = True  # else the likeliest are named by texts, which several may share
         if "extra_args" in sampling:
@@ -399,7 +400,7 @@ def _body(request: GenerateRequest, server: VllmServer, *, seeded: bool) -> tupl
     if request.routed_experts_start is not None:
         sampling["routed_experts_prompt_start"] = request.routed_experts_start
     sampling = {key: passed.pop(key) for key in _SAMPLING_OF_VLLM & passed.keys()} | sampling
-    return _GENERATE, passed | ours | {"token_ids": request.token_ids.tolist(), "sampling_params": sampling}
+    return _GENERATE, passed | ours | {"token_ids": request.token_ids, "sampling_params": sampling}
 
 
 def _sampling(sampling: SamplingParams, *, seeded: bool) -> dict[str, JsonValue]:

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from engines.answers import new_token_ids
-from engines.connection import failure
 from engines.likeliest import Row, likeliest
+from engines.refusals import failure
 from engines.routing_rows import NpyLayout, RoutingRows, decode_routing
 from gateway.contracts.errors import EngineProtocolError, EngineUnavailable, ExpertsMismatch, LengthMismatch
 from gateway.contracts.experts import RoutedExperts, RoutingShape
@@ -78,7 +78,7 @@ class VllmStream:
         self._request = request
         self._routing = routing
         self._policy_version_of = policy_version_of
-        self._named = named
+        self.named = named
         self.rows = RoutingRows.of(request, routing, NpyLayout)
         self._num_output = 0
         self._last_token: int | None = None
@@ -98,15 +98,15 @@ class VllmStream:
         """The new tokens of one event, None if it brought none."""
         try:
             if "error" in event:
-                raise failure(event["error"], self._named)
+                raise failure(event["error"], self.named)
             return self._read(event)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise EngineProtocolError(f"{self._named}: unreadable event ({type(error).__name__}: {error})") from error
+            raise EngineProtocolError(f"{self.named}: unreadable event ({type(error).__name__}: {error})") from error
 
     def check_over(self) -> None:
         """Raise EngineUnavailable if the events ended before the request did."""
         if self._finish is None and self._usage is None:
-            raise EngineUnavailable(f"{self._named}: the stream ended before the request did")
+            raise EngineUnavailable(f"{self.named}: the stream ended before the request did")
 
     def end(self, *, labels: tuple[str, str] | None, notes: Mapping[str, JsonValue]) -> GenerateEnd:
         """The end of a complete answer.
@@ -132,9 +132,9 @@ class VllmStream:
                 versions_certain=self._versions is not None or (labels is not None and labels[0] == labels[1]),
             )
         except (LengthMismatch, ExpertsMismatch) as error:
-            raise EngineProtocolError(f"{self._named}: {error.message}") from error
+            raise EngineProtocolError(f"{self.named}: {error.message}") from error
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise EngineProtocolError(f"{self._named}: unreadable end ({type(error).__name__}: {error})") from error
+            raise EngineProtocolError(f"{self.named}: unreadable end ({type(error).__name__}: {error})") from error
 
     def _read(self, event: Mapping[str, Any]) -> GenerateChunk | None:
         self._usage = event.get("usage") or self._usage
@@ -145,7 +145,7 @@ class VllmStream:
             return None
         (choice,) = choices
         if self.rows is not None and not self.rows.stand_for(choice.get("routed_experts")):
-            raise EngineProtocolError(f"{self._named}: a big routed_experts at an unknown place of an event")
+            raise EngineProtocolError(f"{self.named}: a big routed_experts at an unknown place of an event")
         self._check_prompt(choice.get("prompt_token_ids"))
         self._choice_fields |= {key: value for key, value in choice.items() if key not in _KNOWN_CHOICE}
         chunk = self._new_tokens(choice)
@@ -156,19 +156,19 @@ class VllmStream:
         return chunk if len(chunk.token_ids) else None
 
     def _check_prompt(self, token_ids: Sequence[int] | None) -> None:
-        if token_ids is not None and list(token_ids) != self._request.token_ids.tolist():
+        if token_ids is not None and not np.array_equal(np.array(token_ids), self._request.token_ids):
             raise EngineProtocolError(
-                f"{self._named}: the engine read other prompt ids than it was sent, {len(token_ids)} for "
+                f"{self.named}: the engine read other prompt ids than it was sent, {len(token_ids)} for "
                 f"{len(self._request.token_ids)} (I1)"
             )
 
     def _new_tokens(self, choice: Mapping[str, Any]) -> GenerateChunk:
         fresh = choice.get("token_ids")
         if fresh is None:
-            raise EngineProtocolError(f"{self._named}: an event without token ids (is this vLLM?)")
-        token_ids = new_token_ids(fresh, named=self._named)
+            raise EngineProtocolError(f"{self.named}: an event without token ids (is this vLLM?)")
+        token_ids = new_token_ids(fresh, named=self.named)
         if fresh and self._finish is not None:
-            raise EngineProtocolError(f"{self._named}: tokens after the end")
+            raise EngineProtocolError(f"{self.named}: tokens after the end")
         logprobs = self._new_logprobs(choice.get("logprobs"), fresh)
         top_logprobs = self._new_top_logprobs(choice.get("logprobs"), fresh, logprobs)
         self._num_output += len(fresh)
@@ -182,11 +182,11 @@ class VllmStream:
         if "content" in given:
             values = [entry.get("logprob") for entry in given["content"]]
             if [_token_of(entry) for entry in given["content"]] != fresh:
-                raise EngineProtocolError(f"{self._named}: log-probs are of other tokens than token_ids (I2)")
+                raise EngineProtocolError(f"{self.named}: log-probs are of other tokens than token_ids (I2)")
         else:
             values = given["token_logprobs"]
         if len(values) != len(fresh):
-            raise EngineProtocolError(f"{self._named}: {len(values)} log-probs for {len(fresh)} new tokens (I2)")
+            raise EngineProtocolError(f"{self.named}: {len(values)} log-probs for {len(fresh)} new tokens (I2)")
         return np.array([np.nan if v is None or v <= _NO_LOGPROB else v for v in values], dtype=np.float32)
 
     def _new_top_logprobs(
@@ -200,13 +200,13 @@ class VllmStream:
             rows = [_generated_row(entry, wanted) for entry in given["content"]]
         else:
             rows = [None if row is None else _completed_row(row) for row in given.get("top_logprobs") or ()]
-        return likeliest(rows, fresh, logprobs, most=wanted, named=self._named) if any(rows) else ()
+        return likeliest(rows, fresh, logprobs, most=wanted, named=self.named) if any(rows) else ()
 
     def _finished(self, choice: Mapping[str, Any]) -> Finish:
         """`stop_reason` names what matched, but not an end token of the model; 0.30 has no such field."""
         reason = _REASONS.get(choice["finish_reason"])
         if reason is None:
-            raise EngineProtocolError(f"{self._named}: unknown finish reason {choice['finish_reason']!r}")
+            raise EngineProtocolError(f"{self.named}: unknown finish reason {choice['finish_reason']!r}")
         matched = choice.get("stop_reason")
         if (
             matched is None
@@ -221,13 +221,13 @@ class VllmStream:
         expected = {"prompt_tokens": len(self._request.token_ids), "completion_tokens": self._num_output}
         for name, number in expected.items():
             if usage.get(name, number) != number:
-                raise EngineProtocolError(f"{self._named}: the engine counts {usage[name]} {name}, we {number}")
+                raise EngineProtocolError(f"{self.named}: the engine counts {usage[name]} {name}, we {number}")
 
     def _version_spans(self, labels: tuple[str, str] | None) -> tuple[VersionSpan, ...]:
         spans = self._versions
         if spans is None:
             if labels is None:
-                raise EngineProtocolError(f"{self._named}: the answer does not say which weights sampled it (I5)")
+                raise EngineProtocolError(f"{self.named}: the answer does not say which weights sampled it (I5)")
             spans = [{"version": labels[0], "start": 0, "end": self._num_output}]
         return join_spans(
             VersionSpan(int(span["start"]), int(span["end"]), self._policy_version_of(str(span["version"])))
@@ -239,13 +239,13 @@ class VllmStream:
         if start is None or self._experts is None:
             return None  # I9: missing stays missing
         if self._routing is None:
-            raise EngineProtocolError(f"{self._named}: routing came, but the model's routing shape is not known")
+            raise EngineProtocolError(f"{self.named}: routing came, but the model's routing shape is not known")
         try:
             if self.rows is not None and self._experts == self.rows.stand_in:
                 return self.rows.rows(stop)
             return decode_routing(self._experts, self._routing, NpyLayout, start=start, stop=stop)
         except ExpertsMismatch as error:  # I9: tokens and log-probs are sound; that its rows are missing is counted
-            _log.warning("%s: %s; the turn is recorded without routing rows", self._named, error.message)
+            _log.warning("%s: %s; the turn is recorded without routing rows", self.named, error.message)
             return None
 
 

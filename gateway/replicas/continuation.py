@@ -6,9 +6,10 @@ Version spans are shifted, expert rows joined; no token and no row is kept twice
 
 from __future__ import annotations
 
-import uuid
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -59,6 +60,12 @@ class Generated:
     top_logprobs: Sequence[Sequence[TopLogprob]] = ()
     cache_flags: tuple[CacheFlag, ...] = ()
     recomputed_rows: tuple[tuple[int, int], ...] = ()
+
+
+T = TypeVar("T", np.int32, np.float32)
+
+_NO_IDS = np.zeros(0, dtype=np.int32)
+_NO_LOGPROBS = np.zeros(0, dtype=np.float32)
 
 
 class Continuation:
@@ -115,32 +122,38 @@ class Continuation:
             self._engines.append(engine)
         asked, self._asked_of = self._asked, engine
         wants_experts = asked.routed_experts_start is not None and engine.captures_experts
-        return replace(
-            asked,
-            request_id=uuid.uuid4().hex,  # of fixed length: SGLang aborts by prefix
-            token_ids=np.concatenate([asked.token_ids, *self._token_ids]),
-            sampling=replace(asked.sampling, max_new_tokens=self.remaining_tokens),
-            routed_experts_start=self._next_row if wants_experts else None,
-            cache_key=engine.weight_version,  # I9: no prefix of other weights is read
+        is_first = not self._num_tokens  # then it is the prompt and the sampling as they are: nothing is copied
+        return GenerateRequest(
+            os.urandom(16).hex(),  # of fixed length: SGLang aborts by prefix
+            asked.token_ids if is_first else np.concatenate([asked.token_ids, *self._token_ids]),
+            asked.sampling if is_first else replace(asked.sampling, max_new_tokens=self.remaining_tokens),
+            self._next_row if wants_experts else None,
+            asked.passthrough,
+            asked.reasons_first,
+            asked.num_top_logprobs,
+            asked.media,
+            asked.routing_key,
+            engine.weight_version,  # I9: no prefix of other weights is read
         )
 
     def add_chunk(self, chunk: GenerateChunk) -> None:
         """Keep new tokens; raises EngineProtocolError if there is not one log-prob a token."""
-        if len(chunk.token_ids) != len(chunk.logprobs):
+        number = len(chunk.token_ids)
+        if number != len(chunk.logprobs):
             raise EngineProtocolError(
                 f"engine {self._engine_id} sent {len(chunk.token_ids)} tokens with {len(chunk.logprobs)} log-probs"
             )
-        if chunk.top_logprobs and len(chunk.token_ids) != len(chunk.top_logprobs):
+        if chunk.top_logprobs and number != len(chunk.top_logprobs):
             raise EngineProtocolError(
                 f"engine {self._engine_id} sent {len(chunk.token_ids)} tokens with {len(chunk.top_logprobs)} rows of "
                 "likeliest tokens"
             )
-        if len(chunk.token_ids):
+        if number:
             self._token_ids.append(chunk.token_ids)
             self._logprobs.append(chunk.logprobs)
             if self._asked.num_top_logprobs:  # I9: what an engine does not give stays missing, at its own place
-                self._top_logprobs += chunk.top_logprobs or [()] * len(chunk.token_ids)
-            self._num_tokens += len(chunk.token_ids)
+                self._top_logprobs += chunk.top_logprobs or [()] * number
+            self._num_tokens += number
 
     def end(self, end: GenerateEnd) -> None:
         """Close the attempt as its engine describes it; raises EngineProtocolError if that does not fit the chunks."""
@@ -164,8 +177,8 @@ class Continuation:
             self._cached_tokens = end.cached_tokens
             self._prompt_tokens = end.prompt_tokens - self._attempt_start
         self._num_retractions += end.num_retractions
-        self._meta_info = {**self._meta_info, **end.meta_info}
-        self._reply_fields = {**self._reply_fields, **end.reply_fields}
+        self._meta_info = {**self._meta_info, **end.meta_info} if self._meta_info else end.meta_info
+        self._reply_fields = {**self._reply_fields, **end.reply_fields} if self._reply_fields else end.reply_fields
 
     def lose(self, policy_version: int, *, certain: bool) -> None:
         """Close an attempt that broke or was cut off: its tokens stay, sampled by `policy_version` as far as known."""
@@ -183,8 +196,8 @@ class Continuation:
         rows = self._joined_experts()
         complete = rows is not None and rows.stop == len(self._asked.token_ids) + self._num_tokens - 1
         return Generated(
-            token_ids=np.concatenate([np.zeros(0, dtype=np.int32), *self._token_ids]),
-            logprobs=np.concatenate([np.zeros(0, dtype=np.float32), *self._logprobs]),
+            token_ids=_joined(self._token_ids, _NO_IDS),
+            logprobs=_joined(self._logprobs, _NO_LOGPROBS),
             version_spans=join_spans(self._spans),
             experts=rows,
             experts_complete=complete,
@@ -254,3 +267,7 @@ class Continuation:
         if len(self._experts) == 1:
             return self._experts[0]
         return RoutedExperts(np.concatenate([rows.ids for rows in self._experts]), self._experts[0].start)
+
+
+def _joined(pieces: Sequence[npt.NDArray[T]], none: npt.NDArray[T]) -> npt.NDArray[T]:
+    return pieces[0] if len(pieces) == 1 else np.concatenate([none, *pieces])

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -71,7 +70,7 @@ class Pause:
 
 
 class PauseGate:
-    """New engine requests pass `admitted`; while the gate is closed they wait, those inside may finish."""
+    """New engine requests `enter` when it is open; while the gate is closed they wait, those inside may finish."""
 
     def __init__(self) -> None:
         self._open = asyncio.Event()
@@ -101,16 +100,18 @@ class PauseGate:
         except TimeoutError as error:
             raise EngineTimeout(f"{self._inside} requests still run after {timeout_seconds:g} s of draining") from error
 
-    @asynccontextmanager
-    async def admitted(self) -> AsyncIterator[None]:
-        """Wait for the gate, then hold a place inside."""
-        while self.closed:
-            await self._open.wait()
+    async def opened(self) -> None:
+        """Wait until it is open; it may be closed again at once."""
+        await self._open.wait()
+
+    def enter(self) -> None:
+        """Take a place inside; `leave` gives it back."""
         self._inside += 1
-        self._idle.clear()
-        try:
-            yield
-        finally:
-            self._inside -= 1
-            if not self._inside:
-                self._idle.set()
+        if self._inside == 1:
+            self._idle.clear()
+
+    def leave(self) -> None:
+        """One less inside."""
+        self._inside -= 1
+        if not self._inside:
+            self._idle.set()

@@ -10,8 +10,8 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
@@ -100,16 +100,11 @@ class Replica:
     held_since: float | None = None
     idle: asyncio.Event = field(default_factory=asyncio.Event)
 
-    @contextmanager
-    def busy(self) -> Iterator[None]:
-        """One more request under way; draining waits for the last one."""
-        self.running += 1
-        try:
-            yield
-        finally:
-            self.running -= 1
-            if not self.running:
-                self.idle.set()
+    def leave(self) -> None:
+        """One request less under way; draining waits for the last one."""
+        self.running -= 1
+        if not self.running:
+            self.idle.set()
 
     @property
     def able(self) -> bool:
@@ -362,27 +357,49 @@ class ReplicaPool:
         Raises EngineRejected at once, and EngineUnavailable, EngineTimeout or EngineProtocolError when retries are used
         up; tokens that came before stay in `progress`.
         """
-        patience = _Patience(self.settings)
+        # Every turn comes through here, perhaps with each of its tokens: one loop, and no generator or context manager
+        # around it that would have to be entered, resumed and closed for each.
+        patience: _Patience | None = None
         finish: Finish | None = None
         while finish is None:
-            before = progress.num_tokens
-            async with self._gate.admitted():
-                replica = await self._select(session_id)
+            before, error = progress.num_tokens, None
+            replica = await self._admitted(session_id)
+            identity = replica.identity
+            stream: AsyncGenerator[GenerateChunk | GenerateEnd, None] | None = None
+            try:
+                stream = replica.engine.generate(progress.next_request(identity))
+                async for item in stream:
+                    if isinstance(item, GenerateEnd):
+                        progress.end(item)
+                        finish = _final(item)
+                    else:
+                        progress.add_chunk(item)
+                        yield item
+            except (EngineUnavailable, EngineTimeout, EngineProtocolError) as failure:
+                error = failure
+            finally:
+                # I9: by weights that nobody knows some of its tokens were sampled.
+                certain = not isinstance(error, UnknownWeights)
                 try:
-                    async with aclosing(self._attempt(replica, progress)) as stream:
-                        async for item in stream:
-                            if isinstance(item, GenerateEnd):
-                                finish = _final(item)
-                            else:
-                                yield item
-                except (EngineUnavailable, EngineTimeout, EngineProtocolError) as error:
-                    self._interrupted(replica, error)
-                    patience.spend(error, gained=progress.num_tokens - before)
-                else:
-                    replica.strikes = 0
-                    if finish is None:
-                        self._on_interruption(Interruption(replica.engine.engine_id, "abort"))
-            finish = finish or progress.stop_if_over(self._stop_token_ids)
+                    if stream is not None:
+                        await stream.aclose()
+                finally:
+                    # Whatever ended it, its tokens and their versions are in `progress`. I5: without the engine's own
+                    # spans the version is only certain if the engine says the same as before.
+                    progress.lose(
+                        identity.policy_version, certain=certain and _same_weights(identity, replica.identity)
+                    )
+                    self._leave(replica)
+            if error is not None:
+                self._interrupted(replica, error)
+                patience = patience or _Patience(self.settings)
+                patience.spend(error, gained=progress.num_tokens - before)
+            else:
+                replica.strikes = 0
+                if finish is None:
+                    self._on_interruption(Interruption(replica.engine.engine_id, "abort"))
+            if finish is None:
+                finish = progress.stop_if_over(self._stop_token_ids)
             if finish is None:
                 await asyncio.sleep(self.settings.retry_delay_seconds if progress.num_tokens == before else 0)
         yield finish
@@ -391,8 +408,11 @@ class ReplicaPool:
     async def lend(self, session_id: str) -> AsyncIterator[Engine]:
         """The engine that a session's next turn would go to, for something else than a turn; draining waits for it."""
         replica = await self._select(session_id)
-        with replica.busy():
+        replica.running += 1
+        try:
             yield replica.engine
+        finally:
+            replica.leave()
 
     async def aclose(self) -> None:
         """Close every engine's connections."""
@@ -401,30 +421,36 @@ class ReplicaPool:
         self._replicas.clear()
         self._expected.clear()
 
-    async def _attempt(
-        self, replica: Replica, progress: Continuation
-    ) -> AsyncGenerator[GenerateChunk | GenerateEnd, None]:
-        """One engine request; whatever ends it, its tokens and their versions are in `progress` afterwards."""
-        before, certain = replica.identity, True
-        request = progress.next_request(replica.identity)
-        with replica.busy():
-            try:
-                async with aclosing(replica.engine.generate(request)) as stream:
-                    async for item in stream:
-                        if isinstance(item, GenerateEnd):
-                            progress.end(item)
-                        else:
-                            progress.add_chunk(item)
-                        yield item
-            except UnknownWeights:
-                certain = False  # I9: some of its tokens were sampled by them
-                raise
-            finally:
-                # I5: without the engine's own spans the version is only certain if the engine says the same as before.
-                progress.lose(before.policy_version, certain=certain and _same_weights(before, replica.identity))
+    async def _admitted(self, session_id: str) -> Replica:
+        """The engine for one request of a session, which `_leave` ends; waits while generation is paused."""
+        while self._gate.closed:
+            await self._gate.opened()
+        self._gate.enter()
+        try:
+            replica = await self._select(session_id)
+        except BaseException:
+            self._gate.leave()
+            raise
+        replica.running += 1
+        return replica
+
+    def _leave(self, replica: Replica) -> None:
+        replica.leave()
+        self._gate.leave()
 
     async def _select(self, session_id: str) -> Replica:
         """The session's own engine unless it is much busier than another; waits for one that takes requests."""
+        able = self._able() or await self._some_able()
+        if len(able) == 1:
+            return able[0]
+        idlest = min(able, key=_running)
+        # Rendezvous hashing: the same engine for a session in every gateway process, without remembering anything.
+        session = hashlib.blake2b(f"{session_id}\0".encode(), digest_size=8)
+        own = max(able, key=lambda replica: _affinity(session, replica.engine.engine_id))
+        return own if own.running <= idlest.running + self.settings.sticky_slack else idlest
+
+    async def _some_able(self) -> Sequence[Replica]:
+        """Who takes requests as soon as anybody does; raises EngineUnavailable."""
         try:
             async with asyncio.timeout(self.settings.wait_seconds):
                 while not (able := self._able()):
@@ -434,10 +460,7 @@ class ReplicaPool:
                             await self._changed.wait()
         except TimeoutError as error:
             raise EngineUnavailable(self._none_healthy()) from error
-        idlest = min(able, key=lambda replica: replica.running)
-        # Rendezvous hashing: the same engine for a session in every gateway process, without remembering anything.
-        own = max(able, key=lambda replica: _affinity(session_id, replica.engine.engine_id))
-        return own if own.running <= idlest.running + self.settings.sticky_slack else idlest
+        return able
 
     def _able(self) -> Sequence[Replica]:
         """Who takes a request now: those that failed of late only where there is nobody else."""
@@ -562,5 +585,11 @@ def _tell_unverified(identity: EngineIdentity, verification: Verification) -> No
         )
 
 
-def _affinity(session_id: str, engine_id: str) -> bytes:
-    return hashlib.blake2b(f"{session_id}\0{engine_id}".encode(), digest_size=8).digest()
+def _running(replica: Replica) -> int:
+    return replica.running
+
+
+def _affinity(session: hashlib.blake2b, engine_id: str) -> bytes:
+    own = session.copy()
+    own.update(engine_id.encode())
+    return own.digest()

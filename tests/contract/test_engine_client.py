@@ -170,7 +170,7 @@ async def test_likeliest_tokens_are_read_from_both_kinds_of_stream() -> None:
         assert end.meta_info == {}
         async with served(streaming(*events)) as engine:
             unasked, _ = await ask(engine)
-        assert [chunk.top_logprobs for chunk in unasked] == [(), ()]
+        assert not any(chunk.top_logprobs for chunk in unasked)
 
 
 async def test_incremental_streams_say_the_same_as_cumulative_ones() -> None:
@@ -192,8 +192,9 @@ async def test_incremental_streams_say_the_same_as_cumulative_ones() -> None:
         assert end.routed_experts is not None
         assert end.routed_experts.ids.shape == (5, 2, 2)
         assert end.meta_info["spec_accept"] == {"a": [1, None]}
-        seen.append([chunk.token_ids.tolist() for chunk in chunks])
-    assert seen == [[[7], [8], [9]]] * 2
+        # How many chunks it are depends on how the events arrive.
+        seen.append([token for chunk in chunks for token in chunk.token_ids.tolist()])
+    assert seen == [[7, 8, 9]] * 2
 
 
 async def test_what_is_missing_stays_missing() -> None:

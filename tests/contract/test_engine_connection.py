@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import aclosing, asynccontextmanager
+from contextlib import asynccontextmanager
 
 import pytest
 from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engines.connection import EngineHttp, failure
+from engines.connection import EngineHttp
 from engines.event_stream import EventReader
 from engines.launch import free_port
+from engines.refusals import failure
 from gateway.contracts.errors import EngineProtocolError, EngineRejected, EngineTimeout, EngineUnavailable
 from gateway.contracts.ports import RawCall
 
@@ -95,8 +96,8 @@ async def test_a_request_given_up_in_the_moment_of_its_answer_is_closed() -> Non
 
     async with served(answer, stall_timeout_seconds=0.05) as http:
         with pytest.raises(EngineUnavailable, match="it hangs"):
-            async with aclosing(http.events("/generate", {}, on_silence=check_silence)) as events:
-                await anext(events)
+            async with http.stream("/generate", {}, on_silence=check_silence):
+                pass
         await asyncio.wait_for(left.wait(), 5)
 
 
@@ -115,10 +116,10 @@ async def test_a_stream_of_nothing_but_comments_is_silence() -> None:
             await asyncio.sleep(0.1)
         return response
 
-    async with served(answer, idle_timeout_seconds=0.6) as http, aclosing(http.events("/generate", {})) as events:
-        assert await anext(events) == {"a": 1}
+    async with served(answer, idle_timeout_seconds=0.6) as http, http.stream("/generate", {}) as events:
+        assert await events.next() == [b'{"a":\n1}']
         with pytest.raises(EngineTimeout, match="sent nothing"):
-            await anext(events)
+            await events.next()
 
 
 @pytest.mark.parametrize(
