@@ -175,7 +175,7 @@ def _check_rollouts(store: sqlite3.Connection, account: Account) -> None:
         account.find("a rollout is acknowledged and its lease is not", session_id)
     (schema,) = store.execute("PRAGMA user_version").fetchone()
     if schema not in _SCHEMAS:
-        account.find("the store has another schema", f"{schema}, this reader knows {_SCHEMA}")
+        account.find("the store has another schema", f"{schema}, this reader knows {_SCHEMAS}")
 
 
 def _read_turns(store: sqlite3.Connection, account: Account) -> list[Turn]:

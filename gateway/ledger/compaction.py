@@ -125,7 +125,8 @@ def point_to(connection: Connection, packed: Sequence[Packed]) -> int:
 def move(connection: Connection, arrays: CopyingArrays, records: Sequence[LiveRecord]) -> int:
     """Append records anew as they are and have their rows point there; how many bytes.
 
-    Those that were dropped since stay dropped. Runs in the writer's transaction; raises LedgerCorrupt for a record that does not hold.
+    Those that were dropped since stay dropped. Runs in the writer's transaction; raises LedgerCorrupt for a record that
+    does not hold.
     """
     num_moved = 0
     for record in records:

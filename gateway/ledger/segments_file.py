@@ -86,8 +86,8 @@ class SegmentFileWriter:
 
     @property
     def num_bytes(self) -> int:
-        """Of that file, as far as this process has appended to it."""
-        return self._end
+        """Of that file."""
+        return self._end if self._descriptor is not None else file_sizes(self._folder).get(self._number, 0)
 
     def forget(self) -> None:
         """Cut off what was appended since `begin`, to which nobody will ever point; raises OSError."""
@@ -123,12 +123,15 @@ class SegmentFileWriter:
         return self._descriptor
 
     def _open_last(self) -> None:
-        """Go on with the last file, unless another process does, or has deleted it."""
+        """Go on with the last file, unless another process does, or has deleted it, or it is one of packed rows: among
+        those, new ones would not be found when files are packed."""
         try:
-            descriptor = os.open(_path(self._folder, self._number), os.O_WRONLY | os.O_APPEND)
+            descriptor = os.open(_path(self._folder, self._number), os.O_RDWR | os.O_APPEND)
         except FileNotFoundError:
             return
-        if _hold(descriptor):
+        if os.pread(descriptor, len(_PACKED_MAGIC), 0) == _PACKED_MAGIC:
+            os.close(descriptor)
+        elif _hold(descriptor):
             self._descriptor = descriptor
             self._end = self._batch_start = os.fstat(descriptor).st_size
 

@@ -155,8 +155,10 @@ class SqliteLedger(SqlLedger):
                 _log.warning("segment file %d is not compacted: %s", number, error)
         return num_moved
 
-    async def compress(self, *, bytes_per_second: float) -> Compressed:
+    async def compress(self, *, bytes_per_second: float, full_bytes: int = FULL_BYTES) -> Compressed:
         """Pack the rows of segment files that are full, at no more than this pace; may take long.
+
+        full_bytes: from which size on the file that is appended to is closed as well.
 
         Nobody waits for it: the work is done in a thread that runs when no other wants to, and the writer's thread only
         notes where the rows are now. Files of a store that an older program may still have open stay as they are.
@@ -165,7 +167,7 @@ class SqliteLedger(SqlLedger):
         arrays, packing = self._files.arrays, self._files.packing
         if packing is None or not await self._read(migration.may_pack):
             return done
-        if arrays.num_bytes >= FULL_BYTES:
+        if arrays.num_bytes >= full_bytes:
             await self._write(lambda connection: arrays.begin_next())
         numbers = sorted(await self._read(live_bytes))
         self._needs_no_packing &= set(numbers)
