@@ -21,8 +21,8 @@ BIG_LINE_BYTES = 2**16
 
 _KEY = b'"routed_experts"'
 _TO_VALUE = re.compile(rb"[ \t\r]*(?::[ \t\r]*(.)?)?", re.DOTALL)
-_TEXT = re.compile(rb'[^"\\\n]*(?:\\(?:u[0-9a-fA-F]{4}|[^u\n])[^"\\\n]*)*')
-"""What a JSON string holds up to its end, a line's end, or an escape that is not whole."""
+_TEXT = re.compile(rb'[^"\\\n]*(?:\\(?:u[0-9a-fA-F]{4}|["\\/bfnrt])[^"\\\n]*)*')
+"""What a JSON string holds up to its end, a line's end, or an escape that is not whole or that JSON has not."""
 _ESCAPE_BYTES = len(rb"\u0000")
 
 
@@ -161,7 +161,5 @@ def _unescaped(text: bytes) -> bytes:
     plain = text.replace(rb"\/", b"/")
     if b"\\" not in plain:
         return plain
-    try:
-        return str(json.loads(b'"%b"' % text)).encode("utf-8", "surrogatepass")
-    except ValueError:  # an escape that JSON has not
-        return text
+    # Half a character may be at a cut; none that is not ASCII is base64 anyway.
+    return str(json.loads(f'"{text.decode("ascii", "replace")}"', strict=False)).encode("utf-8", "surrogatepass")

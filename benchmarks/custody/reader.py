@@ -26,13 +26,16 @@ from pathlib import Path
 from typing import Any, TypeAlias
 from urllib.parse import unquote
 
+import zstandard
+
 from benchmarks.custody.oracle import NUM_LAYERS, TOP_K, Script, WrongContinuation, experts, logprob
 
 _RECORD = struct.Struct("<4sIIQ")
 _CHECKED_FROM = 8
 """Bytes of a routing record before what its checksum covers: magic and checksum."""
 
-_SCHEMA = 3
+_SCHEMAS = (3, 4)
+"""Of the ledger; in 4 routing rows may be packed."""
 _SHOWN = 5
 _NOTICE_SECONDS = 8.0
 """How long after a deed a request may still end because of it."""
@@ -171,8 +174,8 @@ def _check_rollouts(store: sqlite3.Connection, account: Account) -> None:
     for (session_id,) in store.execute(query):
         account.find("a rollout is acknowledged and its lease is not", session_id)
     (schema,) = store.execute("PRAGMA user_version").fetchone()
-    if schema != _SCHEMA:
-        account.find("the store has another schema", f"{schema}, this reader knows {_SCHEMA}")
+    if schema not in _SCHEMAS:
+        account.find("the store has another schema", f"{schema}, this reader knows {_SCHEMAS}")
 
 
 def _read_turns(store: sqlite3.Connection, account: Account) -> list[Turn]:
@@ -274,15 +277,23 @@ def _check_rows(turn: Turn, data: Path, account: Account) -> int:
         account.find("routing rows are cut off", named)
         return 0
     magic, checksum, key_bytes, payload_bytes = _RECORD.unpack_from(record)
-    if magic != b"VRX1" or len(record) != _RECORD.size + key_bytes + payload_bytes:
+    if magic not in (b"VRX1", b"VRX2") or len(record) != _RECORD.size + key_bytes + payload_bytes:
         account.find("no routing record where one should be", named)
         return 0
     if zlib.crc32(record[_CHECKED_FROM:]) != checksum:
         account.find("a checksum does not hold", f"routing rows of {named}")
     expected = bytes(expert for i in range(start, stop) for expert in experts(turn.path[i], i))
-    if record[_RECORD.size + key_bytes :] != expected:
+    rows = record[_RECORD.size + key_bytes :]
+    if magic == b"VRX2":  # zstd of one layer after another
+        rows = _by_token(zstandard.ZstdDecompressor().decompress(rows), stop - start)
+    if rows != expected:
         account.find("routing rows of other tokens", f"{named}: rows [{start}, {stop})")
     return int(stop - start)
+
+
+def _by_token(by_layer: bytes, num_rows: int) -> bytes:
+    layers = [by_layer[i * num_rows * TOP_K : (i + 1) * num_rows * TOP_K] for i in range(NUM_LAYERS)]
+    return b"".join(layer[i * TOP_K : (i + 1) * TOP_K] for i in range(num_rows) for layer in layers)
 
 
 def _acknowledged(store: sqlite3.Connection, consumer: str) -> set[str]:

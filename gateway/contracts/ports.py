@@ -17,7 +17,7 @@ from gateway.contracts.experts import RoutedExperts
 from gateway.contracts.generation import EngineIdentity, GenerateChunk, GenerateEnd, GenerateRequest, JsonValue
 from gateway.contracts.media import Blob
 from gateway.contracts.records import FinishRecord, SessionRecord, TurnRecord
-from gateway.contracts.rollouts import FeedCounts, Lease, Reclaimed, StoredRollout, StoreUsage
+from gateway.contracts.rollouts import Compressed, FeedCounts, Lease, Reclaimed, StoredRollout, StoreUsage
 
 
 class PauseMode(StrEnum):
@@ -294,6 +294,11 @@ class Ledger(Protocol):
 
     async def reclaim(self) -> Reclaimed:
         """Give back to the disk what drops and deletions have freed; may take long, and hold nobody up meanwhile."""
+        ...
+
+    async def compress(self, *, bytes_per_second: float) -> Compressed:
+        """Write routing rows anew that take less room so, at no more than this pace (0: as fast as it can be); may take
+        long, and hold nobody up meanwhile."""
         ...
 
     async def set_policy(self, policy_version: int, weight_version: str) -> None:

@@ -113,6 +113,23 @@ class Reclaimed:
 
 
 @dataclass(frozen=True, slots=True)
+class Compressed:
+    """What a ledger wrote anew in less room. num_bytes: what the records took before. num_saved_bytes: and no more."""
+
+    num_records: int = 0
+    num_bytes: int = 0
+    num_saved_bytes: int = 0
+
+    def __add__(self, other: Compressed) -> Compressed:
+        """Of both."""
+        return Compressed(
+            self.num_records + other.num_records,
+            self.num_bytes + other.num_bytes,
+            self.num_saved_bytes + other.num_saved_bytes,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class StoreUsage:
     """What a ledger takes, by kind, in bytes; 0 where an implementation cannot say.
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 from gateway.contracts.errors import VerbatimError
 from gateway.contracts.media import Blob
 
+Buffer: TypeAlias = bytes | memoryview
 Value: TypeAlias = str | bytes | int | float | None
 
 
@@ -85,7 +86,7 @@ class ArrayStore(Protocol):
         fails leaves behind is the store's to find again. False: call it inside, in the writer's thread."""
         ...
 
-    def append(self, key: bytes, payload: bytes) -> Location:
+    def append(self, key: bytes, payload: Buffer) -> Location:
         """Store one record; durable after `flush`."""
         ...
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from gateway.contracts.errors import NotFound
 from gateway.ledger import rows
-from gateway.ledger.backend import ArrayStore, Connection, Location, Value
+from gateway.ledger.backend import ArrayStore, Buffer, Connection, Location, Value
 
 T = TypeVar("T")
 
@@ -34,7 +34,7 @@ class ArrayRecord(NamedTuple):
     """Routing rows as an array store takes them."""
 
     key: bytes
-    payload: bytes
+    payload: Buffer
 
 
 class Arrival(NamedTuple):

@@ -1,7 +1,7 @@
 """Looks after one gateway's store while it serves: is there room, what is dropped by itself, how large is it.
 
 every second ────────▶ reserve.refresh      back to taking turns as soon as there is room
-every sweep_seconds ─▶ sweep by the rules   drops, then files are given back
+every sweep_seconds ─▶ sweep by the rules   drops, then files are given back; then full files are compressed
 each new turn ───────▶ admit                LedgerFull where it might not be recorded
 """
 
@@ -77,6 +77,20 @@ class StorageKeeper:
                 await self.sweep()
             except VerbatimError as error:
                 _log.warning("the store was not swept: %s", error)
+            if self._settings.compress:
+                await self._compress()
+
+    async def _compress(self) -> None:
+        try:
+            done = await self._ledger.compress(bytes_per_second=self._settings.compress_bytes_per_second)
+        except VerbatimError as error:
+            _log.warning("routing rows were not compressed: %s", error)
+            return
+        if done.num_records:
+            _log.info(
+                "%d records of routing rows take %d bytes less (of %d)",
+                done.num_records, done.num_saved_bytes, done.num_bytes,
+            )  # fmt: skip
 
     async def status(self) -> Mapping[str, JsonValue]:
         """For operators: the disk, the store by kind, rules, the last sweep."""

@@ -14,8 +14,13 @@ from dataclasses import replace
 from gateway.contracts.errors import LedgerCorrupt, SchemaMismatch
 from gateway.contracts.records import SCHEMA_VERSION, TurnRecord
 from gateway.ledger import rows, schema
+from gateway.ledger.backend import Connection
 
 COLUMN_TYPES = schema.ColumnTypes(text="TEXT", data="BLOB", place="INTEGER")
+STORE_VERSION = 4
+"""Of a folder: the tables of version 3 (`SCHEMA_VERSION`, which says what records hold), and routing rows that may be
+packed, which programs of version 3 cannot read."""
+_SAME_TABLES = (SCHEMA_VERSION, STORE_VERSION)
 _MIGRATED = (1, 2)
 
 
@@ -34,7 +39,8 @@ def prepare(connection: sqlite3.Connection, name: str, *, migrate: bool = True) 
             _migrate(connection)
         else:
             check(connection, name)
-        connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        if migrate or _version(connection) not in _SAME_TABLES:
+            connection.execute(f"PRAGMA user_version = {STORE_VERSION}")
         connection.execute("COMMIT")
     finally:
         if connection.in_transaction:
@@ -46,14 +52,19 @@ def check(connection: sqlite3.Connection, name: str) -> None:
     version = _version(connection)
     if version in _MIGRATED:
         raise SchemaMismatch(
-            f"{name} has ledger schema version {version}, this program reads {SCHEMA_VERSION}; stop the gateway that "
+            f"{name} has ledger schema version {version}, this program reads {STORE_VERSION}; stop the gateway that "
             "uses it and start this version's on it once (`verbatim serve --data …`), which migrates it"
         )
-    if version != SCHEMA_VERSION:
+    if version not in _SAME_TABLES:
         raise SchemaMismatch(
-            f"{name} has ledger schema version {version}, this program reads {SCHEMA_VERSION}; "
+            f"{name} has ledger schema version {version}, this program reads {STORE_VERSION}; "
             "use the version of Verbatim that wrote it, or another data folder"
         )
+
+
+def may_pack(connection: Connection) -> bool:
+    """Whether no program that cannot read packed rows can have the store open."""
+    return bool(connection.execute("PRAGMA user_version").fetchone()[0] == STORE_VERSION)
 
 
 def _version(connection: sqlite3.Connection) -> int:

@@ -33,7 +33,7 @@ from obstore.store import S3Store
 
 from gateway.contracts.errors import ConfigurationError, LedgerCorrupt
 from gateway.contracts.media import Blob
-from gateway.ledger.backend import Location
+from gateway.ledger.backend import Buffer, Location
 from gateway.ledger.segments_file import sync_folder
 
 ENDPOINT_VARIABLE = "AWS_ENDPOINT_URL"
@@ -260,7 +260,7 @@ class ObjectArrays:
         self._objects = objects
         self._register = register
 
-    def append(self, key: bytes, payload: bytes) -> Location:
+    def append(self, key: bytes, payload: Buffer) -> Location:
         """Store one record; durable when it returns."""
         content = b"".join((_HEADER.pack(_MAGIC, len(key)), key, payload))
         name = hashlib.sha256(content).hexdigest()

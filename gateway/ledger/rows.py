@@ -318,10 +318,10 @@ def experts_facts(experts: RoutedExperts) -> dict[str, JsonValue]:
     return {"dtype": experts.ids.dtype.name, "shape": list(experts.ids.shape), "start": experts.start}
 
 
-def experts_bytes(experts: RoutedExperts) -> bytes:
-    """Routing rows as little-endian bytes in C order."""
+def experts_bytes(experts: RoutedExperts) -> memoryview:
+    """Routing rows as little-endian bytes in C order; the rows themselves where they are so already."""
     ids: npt.NDArray[Any] = experts.ids
-    return ids.astype(ids.dtype.newbyteorder("<"), copy=False).tobytes()
+    return np.ascontiguousarray(ids, ids.dtype.newbyteorder("<")).reshape(-1).view(np.uint8).data
 
 
 def read_experts(facts: Mapping[str, Any], payload: bytes | memoryview) -> RoutedExperts:

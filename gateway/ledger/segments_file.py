@@ -5,6 +5,7 @@ a writer of another process has that one (it holds a lock on the file for as lon
 lengths and checksum, so that a reader trusts nothing but the bytes and an index can be remade from them:
 
     magic "VRX1" · crc32 u32 · key length u32 · payload length u64 · key (JSON) · payload        (little-endian)
+    magic "VRX2" · the same, its payload packed (packing.py)
 
 The checksum covers all that follows it. The order of writing is: append, fdatasync (`flush`), then commit the row that
 points at the record. So a crash leaves at worst a tail that no row points at: later records are appended behind it, and
@@ -19,19 +20,23 @@ import os
 import re
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from gateway.contracts.errors import LedgerCorrupt
-from gateway.ledger.backend import Location
+from gateway.ledger.backend import Buffer, Location
+from gateway.ledger.packing import unpack
+from gateway.ledger.rows import decode_json
 
 MAX_FILE_BYTES = 256 * 2**20
 
 _HEADER = struct.Struct("<4sIIQ")
 _LENGTHS = struct.Struct("<IQ")
 _MAGIC = b"VRX1"
+_PACKED_MAGIC = b"VRX2"
+_ANY_MAGIC = _MAGIC[:-1]
 _NAME = re.compile(r"routing-(\d{8})\.seg")
 
 
@@ -48,14 +53,16 @@ class SegmentFileWriter:
         self._batch_start = 0
         self._unsynced = False
 
-    def append(self, key: bytes, payload: bytes) -> Location:
-        """Write one record; it is durable after `flush`. Raises OSError, and then nothing of it remains."""
+    def append(self, key: bytes, payload: Buffer, *, is_packed: bool = False) -> Location:
+        """Write one record, without a copy of it; it is durable after `flush`. Raises OSError, and then nothing of it
+        remains. is_packed: the payload is a frame of packing.py."""
         lengths = _LENGTHS.pack(len(key), len(payload))
         checksum = zlib.crc32(payload, zlib.crc32(key, zlib.crc32(lengths)))
         record_bytes = _HEADER.size + len(key) + len(payload)
         descriptor = self._file_for(record_bytes)
         try:
-            _write_all(descriptor, [_HEADER.pack(_MAGIC, checksum, len(key), len(payload)) + key, payload])
+            magic = _PACKED_MAGIC if is_packed else _MAGIC
+            _write_all(descriptor, [_HEADER.pack(magic, checksum, len(key), len(payload)), key, payload])
         except OSError:
             os.ftruncate(descriptor, self._end)  # a full disk: the half-written record must not stay in the way
             raise
@@ -76,6 +83,11 @@ class SegmentFileWriter:
     def number(self) -> int:
         """Of the file that is appended to, or will be."""
         return self._number
+
+    @property
+    def num_bytes(self) -> int:
+        """Of that file."""
+        return self._end if self._descriptor is not None else file_sizes(self._folder).get(self._number, 0)
 
     def forget(self) -> None:
         """Cut off what was appended since `begin`, to which nobody will ever point; raises OSError."""
@@ -111,12 +123,15 @@ class SegmentFileWriter:
         return self._descriptor
 
     def _open_last(self) -> None:
-        """Go on with the last file, unless another process does, or has deleted it."""
+        """Go on with the last file, unless another process does, or has deleted it, or it is one of packed rows: among
+        those, new ones would not be found when files are packed."""
         try:
-            descriptor = os.open(_path(self._folder, self._number), os.O_WRONLY | os.O_APPEND)
+            descriptor = os.open(_path(self._folder, self._number), os.O_RDWR | os.O_APPEND)
         except FileNotFoundError:
             return
-        if _hold(descriptor):
+        if os.pread(descriptor, len(_PACKED_MAGIC), 0) == _PACKED_MAGIC:
+            os.close(descriptor)
+        elif _hold(descriptor):
             self._descriptor = descriptor
             self._end = self._batch_start = os.fstat(descriptor).st_size
 
@@ -167,8 +182,22 @@ def _remove_unless_held(path: Path) -> None:
         os.close(descriptor)
 
 
+class StoredRecord(NamedTuple):
+    """A record as it lies in its file; its checksum holds."""
+
+    key: bytes
+    payload: memoryview
+    is_packed: bool
+
+
 def read_record(folder: Path, location: Location, *, name: str) -> tuple[bytes, memoryview]:
-    """Key and payload of one record. `name` (session and turn) is said in errors; raises LedgerCorrupt."""
+    """Key and rows of one record. `name` (session and turn) is said in errors; raises LedgerCorrupt."""
+    key, payload, is_packed = read_stored(folder, location, name=name)
+    return key, unpack(payload, decode_json(key), name=name) if is_packed else payload
+
+
+def read_stored(folder: Path, location: Location, *, name: str) -> StoredRecord:
+    """One record; as `read_record`."""
     path = _path(folder, int(location.file))
     where = f"{name}: routing rows in {path.name} at byte {location.offset}"
     try:
@@ -179,12 +208,33 @@ def read_record(folder: Path, location: Location, *, name: str) -> tuple[bytes, 
     if len(record) != location.num_bytes:
         raise LedgerCorrupt(f"{where}: the file is cut, {len(record)} bytes of {location.num_bytes} remain")
     magic, checksum, key_bytes, payload_bytes = _HEADER.unpack_from(record)
-    if magic != _MAGIC or _HEADER.size + key_bytes + payload_bytes != len(record):
+    if magic not in (_MAGIC, _PACKED_MAGIC) or _HEADER.size + key_bytes + payload_bytes != len(record):
         raise LedgerCorrupt(f"{where}: no record starts there")
     if zlib.crc32(memoryview(record)[_HEADER.size - _LENGTHS.size :]) != checksum:
         raise LedgerCorrupt(f"{where}: the checksum does not hold")
     body = memoryview(record)[_HEADER.size :]
-    return bytes(body[:key_bytes]), body[key_bytes:]
+    return StoredRecord(bytes(body[:key_bytes]), body[key_bytes:], magic == _PACKED_MAGIC)
+
+
+def is_packed(folder: Path, location: Location) -> bool:
+    """Whether a record is; True too where nothing can be read, which is for others to tell."""
+    try:
+        with _path(folder, int(location.file)).open("rb") as stream:
+            return os.pread(stream.fileno(), len(_MAGIC), location.offset) != _MAGIC
+    except FileNotFoundError:
+        return True
+
+
+def is_held(folder: Path, number: int) -> bool:
+    """Whether somebody, of this process too, appends to a file; True for one that is gone."""
+    try:
+        descriptor = os.open(_path(folder, number), os.O_WRONLY)
+    except FileNotFoundError:
+        return True
+    if not _hold(descriptor):
+        return True
+    os.close(descriptor)
+    return False
 
 
 class ScannedRecord(NamedTuple):
@@ -200,17 +250,19 @@ def scan_records(folder: Path, number: int, *, start: int = 0) -> Iterator[Scann
         return  # nothing can be mapped
     with _path(folder, number).open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
         offset = start
-        while (offset := content.find(_MAGIC, offset)) >= 0:
+        while (offset := content.find(_ANY_MAGIC, offset)) >= 0:
             found = _record_at(content, number, offset)
             if found is not None:
                 yield found
-            offset += len(_MAGIC) if found is None else found.location.num_bytes
+            offset += len(_ANY_MAGIC) if found is None else found.location.num_bytes
 
 
 def _record_at(content: mmap.mmap, number: int, offset: int) -> ScannedRecord | None:
     if offset + _HEADER.size > len(content):
         return None
-    _, checksum, key_bytes, payload_bytes = _HEADER.unpack_from(content, offset)
+    magic, checksum, key_bytes, payload_bytes = _HEADER.unpack_from(content, offset)
+    if magic not in (_MAGIC, _PACKED_MAGIC):
+        return None
     stop = offset + _HEADER.size + key_bytes + payload_bytes
     if stop > len(content):
         return None
@@ -229,11 +281,14 @@ def file_sizes(folder: Path) -> dict[int, int]:
     return sizes
 
 
-def _write_all(descriptor: int, buffers: list[bytes]) -> None:
-    for buffer in buffers:
-        rest = memoryview(buffer)
-        while rest:
-            rest = rest[os.write(descriptor, rest) :]
+def _write_all(descriptor: int, buffers: Sequence[Buffer]) -> None:
+    rest = [memoryview(buffer) for buffer in buffers]
+    while rest:
+        num_bytes = os.writev(descriptor, rest)
+        while rest and num_bytes >= len(rest[0]):
+            num_bytes -= len(rest.pop(0))
+        if rest:
+            rest[0] = rest[0][num_bytes:]
 
 
 def _numbers(folder: Path) -> set[int]:

@@ -11,30 +11,59 @@ write at a time, and each process appends to a segment file of its own.
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import logging
 import os
 import sqlite3
+import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Self
 
 from gateway.contracts.errors import ConfigurationError, LedgerCorrupt, LedgerError, LedgerFull, VerbatimError
-from gateway.contracts.rollouts import Reclaimed, StoreUsage
+from gateway.contracts.rollouts import Compressed, Reclaimed, StoreUsage
 from gateway.ledger import migration
-from gateway.ledger.backend import Connection, Location, Rows, Value
+from gateway.ledger.backend import Buffer, Connection, Location, Rows, Value
 from gateway.ledger.blobs import BlobFiles
-from gateway.ledger.compaction import chunks, live_bytes, live_records, mostly_dead, move
+from gateway.ledger.compaction import (
+    FULL_BYTES,
+    LiveRecord,
+    Packed,
+    chunks,
+    live_bytes,
+    live_records,
+    mostly_dead,
+    move,
+    pack_records,
+    point_to,
+)
+from gateway.ledger.packing import pack
 from gateway.ledger.reserve import Room, SpaceReserve, is_disk_full
-from gateway.ledger.segments_file import SegmentFileWriter, file_sizes, read_record, sync_folder
-from gateway.ledger.store import SqlLedger
+from gateway.ledger.rows import decode_json
+from gateway.ledger.segments_file import (
+    SegmentFileWriter,
+    file_sizes,
+    is_held,
+    is_packed,
+    read_record,
+    read_stored,
+    sync_folder,
+)
+from gateway.ledger.store import Result, SqlLedger
 from gateway.ledger.wal import check_log
 
 _log = logging.getLogger(__name__)
 
 _BUSY_TIMEOUT_SECONDS = 30.0
 _PAGES_AT_ONCE = 500
+_LOWEST_PRIORITY = 19
+_WORTH = 0.98
+"""Of its bytes, above which a record is not worth packing: 256 experts that are all as likely take 8 bits each."""
 _KEPT_LOG_BYTES = 16 * 2**20
 """To which the write-ahead log is cut after a burst has let it grow."""
 
@@ -46,6 +75,8 @@ class SqliteLedger(SqlLedger):
         """Use `open`."""
         super().__init__(backend, room)
         self._files = backend
+        self._needs_no_packing: set[int] = set()
+        """Files that were looked at and are packed, or would not become smaller."""
 
     @classmethod
     def open(
@@ -95,10 +126,10 @@ class SqliteLedger(SqlLedger):
     async def reclaim(self) -> Reclaimed:
         """Compact segment files of which most is dead, and give back the database's empty pages, a little at a time.
 
-        While another process writes too, nothing is moved.
+        Files that another process appends to are left to it.
         """
         before, num_files = await self._footprint()
-        num_moved = 0 if self.shared else await self._compact()
+        num_moved = await self._compact()
         has_more = True
         while has_more:  # between two steps turns are written
             has_more = await self._write(_give_back_pages)
@@ -114,6 +145,8 @@ class SqliteLedger(SqlLedger):
         num_moved = 0
         for number in mostly_dead(sizes, live):
             try:
+                if number != arrays.number and arrays.is_held(number):
+                    continue
                 if number == arrays.number:
                     await self._write(lambda connection: arrays.begin_next())
                 for part in chunks(await self._read(partial(live_records, number=number))):
@@ -121,6 +154,56 @@ class SqliteLedger(SqlLedger):
             except (LedgerCorrupt, LedgerFull) as error:
                 _log.warning("segment file %d is not compacted: %s", number, error)
         return num_moved
+
+    async def compress(self, *, bytes_per_second: float, full_bytes: int = FULL_BYTES) -> Compressed:
+        """Pack the rows of segment files that are full, at no more than this pace; may take long.
+
+        full_bytes: from which size on the file that is appended to is closed as well.
+
+        Nobody waits for it: the work is done in a thread that runs when no other wants to, and the writer's thread only
+        notes where the rows are now. Files of a store that an older program may still have open stay as they are.
+        """
+        done = Compressed()
+        arrays, packing = self._files.arrays, self._files.packing
+        if packing is None or not await self._read(migration.may_pack):
+            return done
+        if arrays.num_bytes >= full_bytes:
+            await self._write(lambda connection: arrays.begin_next())
+        numbers = sorted(await self._read(live_bytes))
+        self._needs_no_packing &= set(numbers)
+        for number in numbers:
+            if number in self._needs_no_packing or number == arrays.number or arrays.is_held(number):
+                continue
+            try:
+                done += await self._compress_file(number, packing, bytes_per_second)
+            except LedgerCorrupt as error:
+                _log.warning("segment file %d is not packed: %s", number, error)
+            self._needs_no_packing.add(number)
+        if done.num_records:
+            self._space_was_freed = True
+            await self._write(lambda connection: None)  # whose housekeeping removes the files
+        return done
+
+    async def _compress_file(self, number: int, packing: Packing, bytes_per_second: float) -> Compressed:
+        records = await self._read(partial(live_records, number=number))
+        done = Compressed()
+        if not records or not await self._in_thread(partial(packing.is_worth, records[0], records[-1])):
+            return done
+        for part in chunks(records):
+            began = time.monotonic()
+            packed = await self._on(packing.thread, partial(packing.append, part))
+            num_saved = await self._write(partial(point_to, packed=packed), grows=True)
+            num_bytes = sum(record.location.num_bytes for record in part)
+            done += Compressed(len(part), num_bytes, num_saved)
+            if bytes_per_second:
+                await asyncio.sleep(max(0.0, num_bytes / bytes_per_second - (time.monotonic() - began)))
+        return done
+
+    async def _on(self, thread: Executor, work: Callable[[], Result]) -> Result:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(thread, work)
+        except self._files.failures as error:
+            raise self._files.translate(error) from error
 
     async def _footprint(self) -> tuple[int, int]:
         """Bytes and number of all files."""
@@ -163,6 +246,47 @@ class SqliteConnection:
         self._raw.close()
 
 
+class Packing:
+    """The thread that packs records, and the file into which it does; made when first needed."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._writer: SegmentFileWriter | None = None
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="ledger-packing", initializer=_step_back)
+
+    def is_worth(self, first: LiveRecord, last: LiveRecord) -> bool:
+        """Whether a file of these records is not packed yet, and gets smaller. Both, as a file may begin with packed
+        ones that were moved there. Raises LedgerCorrupt."""
+        for record in (first, last):
+            if not is_packed(self._folder, record.location):
+                return self._shrinks(record)
+        return False
+
+    def append(self, records: Sequence[LiveRecord]) -> list[Packed]:
+        """Pack records; durable when it returns. Raises LedgerCorrupt, OSError."""
+        if self._writer is None:
+            self._writer = SegmentFileWriter(self._folder)
+            self._writer.begin_next()  # what another process has left behind stays of one kind
+        return pack_records(self._folder, self._writer, records)
+
+    def close(self) -> None:
+        """Wait for the thread, close the file."""
+        self.thread.shutdown(wait=True)
+        if self._writer is not None:
+            self._writer.close()
+
+    def _shrinks(self, record: LiveRecord) -> bool:
+        name = f"session {record.session_id} turn {record.turn_id}"
+        key, payload, _ = read_stored(self._folder, record.location, name=name)
+        return len(pack(payload, decode_json(key))) < _WORTH * len(payload)
+
+
+def _step_back() -> None:
+    """On Linux a thread has a priority of its own."""
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
+
+
 class SegmentFiles:
     """`gateway.ledger.backend.ArrayStore` on a folder of segment files."""
 
@@ -173,7 +297,7 @@ class SegmentFiles:
         self._folder = folder
         self._writer = writer
 
-    def append(self, key: bytes, payload: bytes) -> Location:
+    def append(self, key: bytes, payload: Buffer) -> Location:
         """Store one record; durable after `flush`. Raises OSError."""
         assert self._writer is not None
         return self._writer.append(key, payload)
@@ -196,6 +320,21 @@ class SegmentFiles:
     def read(self, location: Location, *, name: str) -> tuple[bytes, memoryview]:
         """Key and payload; raises LedgerCorrupt saying `name`."""
         return read_record(self._folder, location, name=name)
+
+    def copy(self, location: Location, *, name: str) -> Location:
+        """Append a record once more, as it is; raises LedgerCorrupt saying `name`, OSError."""
+        assert self._writer is not None
+        key, payload, is_packed = read_stored(self._folder, location, name=name)
+        return self._writer.append(key, payload, is_packed=is_packed)
+
+    def is_held(self, number: int) -> bool:
+        """Whether somebody appends to a file."""
+        return is_held(self._folder, number)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the file that is appended to."""
+        return 0 if self._writer is None else self._writer.num_bytes
 
     @property
     def number(self) -> int | None:
@@ -234,6 +373,7 @@ class SqliteBackend:
         self._data = data
         self._lock = lock
         self._arrays = SegmentFiles(data / "routing", routing)
+        self._packing = None if routing is None else Packing(data / "routing")
         self._blobs = BlobFiles(data / "blobs")
 
     @classmethod
@@ -288,6 +428,11 @@ class SqliteBackend:
     def arrays(self) -> SegmentFiles:
         """Routing rows."""
         return self._arrays
+
+    @property
+    def packing(self) -> Packing | None:
+        """What makes routing rows smaller; None for reading only."""
+        return self._packing
 
     @property
     def blobs(self) -> BlobFiles:
@@ -345,6 +490,8 @@ class SqliteBackend:
     def close(self) -> None:
         """Close the files and give up the lock, unless another process has it too."""
         self._arrays.close()
+        if self._packing is not None:
+            self._packing.close()
         if self._lock is not None:
             os.close(self._lock)
 

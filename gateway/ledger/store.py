@@ -33,7 +33,7 @@ from gateway.contracts.experts import RoutedExperts
 from gateway.contracts.generation import JsonValue
 from gateway.contracts.media import Blob
 from gateway.contracts.records import FinishRecord, SessionRecord, TurnRecord, snapshot_of
-from gateway.contracts.rollouts import FeedCounts, Lease, Reclaimed, StoredRollout, StoreUsage
+from gateway.contracts.rollouts import Compressed, FeedCounts, Lease, Reclaimed, StoredRollout, StoreUsage
 from gateway.ledger import inventory, leases, rows
 from gateway.ledger.backend import ArrayStore, Backend, Connection, Location
 from gateway.ledger.batch import Append, ArrayRecord, Arrival, Note, write_together
@@ -431,6 +431,10 @@ class SqlLedger:
     async def reclaim(self) -> Reclaimed:
         """Nothing: a store that is elsewhere looks after itself."""
         return Reclaimed()
+
+    async def compress(self, *, bytes_per_second: float) -> Compressed:
+        """Nothing: a store that is elsewhere keeps its arrays as they came."""
+        return Compressed()
 
     async def aclose(self) -> None:
         """Commit what is queued, close everything; repeating it is fine."""
