@@ -25,6 +25,7 @@ from gateway.contracts.rollouts import Reclaimed, StoreUsage
 from gateway.ledger import migration
 from gateway.ledger.backend import Connection, Location, Rows, Value
 from gateway.ledger.blobs import BlobFiles
+from gateway.ledger.checkpoints import WITHOUT_US_PAGES, Checkpoints
 from gateway.ledger.compaction import chunks, live_bytes, live_records, mostly_dead, move
 from gateway.ledger.reserve import Room, SpaceReserve, is_disk_full
 from gateway.ledger.segments_file import SegmentFileWriter, file_sizes, read_record, sync_folder
@@ -37,6 +38,9 @@ _BUSY_TIMEOUT_SECONDS = 30.0
 _PAGES_AT_ONCE = 500
 _KEPT_LOG_BYTES = 16 * 2**20
 """To which the write-ahead log is cut after a burst has let it grow."""
+
+_PAGE_BYTES = 8192
+"""Of a new store: three small turns share a page, of SQLite's own 4096 each would take one."""
 
 
 class SqliteLedger(SqlLedger):
@@ -233,6 +237,7 @@ class SqliteBackend:
         self._lock = lock
         self._arrays = SegmentFiles(data / "routing", routing)
         self._blobs = BlobFiles(data / "blobs")
+        self._checkpoints = None if lock is None else Checkpoints(lambda: self.connect(read_only=False))
 
     @classmethod
     def open(cls, data: Path, *, read_only: bool, lock: int | None, reserve: SpaceReserve | None = None) -> Self:
@@ -300,6 +305,11 @@ class SqliteBackend:
         """All that are there."""
         return self._blobs.stored()
 
+    def keep_house(self, connection: Connection) -> None:
+        """Keep the log short."""
+        if self._checkpoints is not None:
+            self._checkpoints.note(connection)
+
     def free_space(self, connection: Connection, blobs: Iterable[str]) -> None:
         """Remove segment files without a row, and those of `blobs` to which no session refers.
 
@@ -334,6 +344,8 @@ class SqliteBackend:
 
     def close(self) -> None:
         """Close the files and give up the lock, unless another process has it too."""
+        if self._checkpoints is not None:
+            self._checkpoints.close()
         self._arrays.close()
         if self._lock is not None:
             os.close(self._lock)
@@ -442,9 +454,11 @@ def _connect(path: Path, *, read_only: bool) -> sqlite3.Connection:
     connection = sqlite3.connect(path, timeout=_BUSY_TIMEOUT_SECONDS, isolation_level=None, check_same_thread=False)
     try:
         if not read_only:
+            connection.execute(f"PRAGMA page_size = {_PAGE_BYTES}")
             connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # of a new store; `reclaim` gives back its pages
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute(f"PRAGMA journal_size_limit = {_KEPT_LOG_BYTES}")
+            connection.execute(f"PRAGMA wal_autocheckpoint = {WITHOUT_US_PAGES}")
             connection.execute("PRAGMA synchronous = FULL")  # I4: a commit is on disk when it returns
         else:
             connection.execute("PRAGMA query_only = ON")

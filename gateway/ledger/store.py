@@ -71,7 +71,7 @@ class SqlLedger:
                 backend.connect(read_only=False),
                 failures=StoreFailures(backend.failures, backend.translate, backend.met_another),
                 flush=backend.arrays.flush,
-                after_commit=self._free_space,
+                after_commit=self._keep_house,
                 room=room,
                 together=partial(write_together, arrays=backend.arrays) if backend.alone_in_transaction else leave_all,
             )
@@ -523,7 +523,8 @@ class SqlLedger:
         self._freed_blobs.update(sha256 for (sha256,) in held)
         connection.execute("DELETE FROM blobs WHERE session_id = ?", (session_id,))
 
-    def _free_space(self, connection: Connection) -> None:
+    def _keep_house(self, connection: Connection) -> None:
+        self._backend.keep_house(connection)
         if self._space_was_freed:
             self._backend.free_space(connection, self._freed_blobs)
             self._freed_blobs.clear()
