@@ -1,7 +1,7 @@
-"""`verbatim bench ledger`: durable turns a second, arrays and the feed in bytes a second, and a store of a million turns.
+"""`verbatim bench ledger`: durable turns a second, arrays and the feed in bytes a second, a store of a million turns.
 
-Every figure is of the ledger as the gateway uses it, beside what somebody would write otherwise: one SQLite transaction a
-turn, and a static file served by uvicorn. Nothing is left on the disk; `--folder` says which one is measured.
+Every figure is of the ledger as the gateway uses it, beside what somebody would write otherwise: one SQLite transaction
+a turn, and a static reply of uvicorn. Nothing is left on the disk; `--folder` says which one is measured.
 """
 
 from __future__ import annotations
@@ -67,18 +67,20 @@ def run(arguments: argparse.Namespace) -> int:
                 _say(name, figures)
     checks = list(_checked(figures))
     for check in checks:
-        sys.stdout.write(f"{'met   ' if check['met'] else 'MISSED'} {check['figure']}: {check['is']} ({check['wanted']})\n")
+        sys.stdout.write(
+            f"{'met   ' if check['met'] else 'MISSED'} {check['figure']}: {check['is']} ({check['wanted']})\n"
+        )
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(figures | {"targets": checks} | _about(), indent=1) + "\n")
     return 0 if all(check["met"] for check in checks) else 1
 
 
 def _parts(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    rounds, num_turns = arguments.rounds, arguments.turns
+    rounds, num_turns, few = arguments.rounds, arguments.turns, arguments.turns // 10
     return {
         "turns": lambda: {
-            "turns": {str(n): measure_turns(folder, n, num_turns if n > 1 else num_turns // 10, rounds) for n in (1, 32, 256)},
-            "plain_sqlite": measure_plain_sqlite(folder, num_turns // 10, rounds),
+            "turns": {str(n): measure_turns(folder, n, few if n == 1 else num_turns, rounds) for n in (1, 32, 256)},
+            "plain_sqlite": measure_plain_sqlite(folder, few, rounds),
         },
         "shared": lambda: {"shared": {str(n): measure_shared(folder, n, num_turns, rounds) for n in (2, 4)}},
         "arrays": lambda: {"arrays": measure_arrays(folder, arguments.array_megabytes)},

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
-import os
 import resource
 import sqlite3
 import statistics
@@ -149,7 +148,7 @@ def _one_plain_store(folder: Path, num_turns: int) -> dict[str, float]:
 
 
 def measure_arrays(folder: Path, num_megabytes: int) -> dict[str, Any]:
-    """Turns of 8,192 rows of 48 layers x top 8 of 128 experts, four sessions at a time, each durable before the next."""
+    """Turns of 8,192 rows of 48 layers x top 8 of 128 experts, four sessions at a time, durable before the next."""
     ids = routing_rows(_ROWS_A_TURN)
     num_turns = max(num_megabytes * 10**6 // ids.nbytes, 4)
 
@@ -158,7 +157,9 @@ def measure_arrays(folder: Path, num_megabytes: int) -> dict[str, Any]:
         await ledger.create_session(a_session(name))
         for index in range(num_turns // 4):
             turn = routed_turn(name, index, parent, num_tokens=_ROWS_A_TURN)
-            await ledger.append_turn(turn, RoutedExperts(ids[: turn.experts_stop - turn.experts_start], turn.experts_start))
+            await ledger.append_turn(
+                turn, RoutedExperts(ids[: turn.experts_stop - turn.experts_start], turn.experts_start)
+            )
             parent = turn.turn_id
 
     with tempfile.TemporaryDirectory(dir=folder) as data:
@@ -201,6 +202,11 @@ def routed_turn(name: str, index: int, parent: str | None, *, num_tokens: int) -
         experts_start=max(index * num_tokens - 1, 0),
         experts_stop=(index + 1) * num_tokens - 1,
     )
+
+
+def rows_of(turn: TurnRecord, ids: np.ndarray[Any, np.dtype[np.uint8]]) -> RoutedExperts:
+    """As many of `ids` as the turn has."""
+    return RoutedExperts(ids[: turn.experts_stop - turn.experts_start], turn.experts_start)
 
 
 def _figures(seconds: list[float], cpu: float, wall: float) -> dict[str, float]:

@@ -19,6 +19,9 @@ WITHOUT_US_PAGES = 8192
 """At so many the writer's own commit moves them after all (`wal_autocheckpoint`)."""
 
 _PAUSE_SECONDS = 0.2
+_WORTH_COMMITS = 64
+"""A log of fewer commits is left alone: nothing is written while nothing happens."""
+
 _LONG_LOG_PAGES = 1024
 _MOVE = "PRAGMA wal_checkpoint(PASSIVE)"  # waits for nobody, and nobody for it
 
@@ -31,6 +34,7 @@ class Checkpoints:
         self._wanted = threading.Event()
         self._closed = threading.Event()
         self._log_is_long = False
+        self._num_commits = 0
         self._thread = threading.Thread(target=self._run, name="ledger-checkpoints", daemon=True)
         self._thread.start()
 
@@ -39,7 +43,9 @@ class Checkpoints:
         if self._log_is_long:
             self._log_is_long = False
             connection.execute(_MOVE).fetchall()
-        if not self._wanted.is_set():
+        self._num_commits += 1
+        if self._num_commits >= _WORTH_COMMITS:
+            self._num_commits = 0
             self._wanted.set()
 
     def close(self) -> None:
