@@ -163,6 +163,10 @@ class Backend(Protocol):
         """Contents that a crash may have left without a session, to look at once after opening."""
         ...
 
+    def keep_house(self, connection: Connection) -> None:
+        """After every commit, in the writer's thread and outside of a transaction; costs next to nothing."""
+        ...
+
     def free_space(self, connection: Connection, blobs: Iterable[str]) -> None:
         """After a commit that deleted turns or let go of `blobs`: remove what no row refers to any more.
 

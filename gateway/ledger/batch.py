@@ -156,11 +156,9 @@ def _check_query(num_rows: int) -> str:
 
 @cache
 def _insert_query(num_rows: int) -> str:
+    # "ON CONFLICT DO NOTHING" says nearly the same, but has SQLite keep what it needs to undo half a statement.
     row = f"({', '.join('?' * len(_INSERTED))}, 0)"
-    return (
-        f"INSERT INTO turns ({', '.join(_INSERTED)}, since_snapshot) VALUES {', '.join([row] * num_rows)} "
-        "ON CONFLICT DO NOTHING"
-    )
+    return f"INSERT OR IGNORE INTO turns ({', '.join(_INSERTED)}, since_snapshot) VALUES {', '.join([row] * num_rows)}"
 
 
 @cache

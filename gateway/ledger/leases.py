@@ -7,14 +7,70 @@ caller's transaction; those that write hold the consumer's lock, so that two pro
 
 from __future__ import annotations
 
+import math
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import NamedTuple
 
 from gateway.contracts.errors import Conflict, NotFound
 from gateway.contracts.rollouts import FeedCounts, IncompleteGroup, Lease, LeasedRollout
 from gateway.ledger.backend import Connection, Value
 from gateway.ledger.rows import decode_json, encode_json, finish_is_whole, label_bytes, read_finish, says_complete
+
+
+class _Settled(NamedTuple):
+    """All rollouts up to this one, in the order in which they are lent, are acknowledged or dropped for good.
+
+    num_rollouts, sum_of_ends: of those up to it when that was found; one that is added or deleted changes them.
+    """
+
+    finished_at: float = -math.inf
+    session_id: str = ""
+    num_rollouts: int = 0
+    sum_of_ends: float = 0.0
+
+
+class SettledRollouts:
+    """What consumers are through with, so that a lease does not look at every rollout of the past again.
+
+    A memory of one process that every look checks against the store, where other processes write too. Counting the
+    rollouts on their index takes a hundredth of looking each of them up.
+    """
+
+    def __init__(self) -> None:
+        self._by_consumer: dict[str, _Settled] = {}
+
+    def up_to(self, connection: Connection, consumer: str) -> _Settled:
+        """The last of those with which the consumer is through, as far as the store says now."""
+        known = self._by_consumer.get(consumer, _Settled())
+        if known != _Settled() and _counted(connection, known) != known:
+            known = _Settled()
+        first_open = connection.execute(
+            """SELECT f.finished_at, f.session_id FROM finishes f
+               LEFT JOIN holdings h ON h.consumer = ? AND h.session_id = f.session_id
+               WHERE (f.finished_at, f.session_id) > (?, ?)
+               AND f.dropped_at IS NULL AND coalesce(h.acknowledged, 0) = 0
+               ORDER BY f.finished_at, f.session_id LIMIT 1""",
+            (consumer, known.finished_at, known.session_id),
+        ).fetchone()
+        before, values = ("", ()) if first_open is None else ("WHERE (finished_at, session_id) < (?, ?)", first_open)
+        last = connection.execute(
+            f"SELECT finished_at, session_id FROM finishes {before} ORDER BY finished_at DESC, session_id DESC LIMIT 1",
+            values,
+        ).fetchone()
+        if last is not None and (known.finished_at, known.session_id) != tuple(last):
+            known = _counted(connection, _Settled(*last))
+        self._by_consumer[consumer] = known
+        return known
+
+
+def _counted(connection: Connection, settled: _Settled) -> _Settled:
+    row = connection.execute(
+        "SELECT count(*), coalesce(sum(finished_at), 0) FROM finishes WHERE (finished_at, session_id) <= (?, ?)",
+        settled[:2],
+    ).fetchone()
+    return _Settled(*settled[:2], *row)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +79,7 @@ class Selection:
 
     group_deadline_seconds: how long after the first of its members ended a group waits for the rest; None: for ever.
     note_damaged: hears of sessions whose rollout cannot be lent, because the record of its end is damaged.
+    settled: what earlier looks have found out.
     """
 
     consumer: str
@@ -32,6 +89,7 @@ class Selection:
     now: float
     group_deadline_seconds: float | None = None
     note_damaged: Callable[[str], None] = field(default=lambda session_id: None, compare=False)
+    settled: SettledRollouts = field(default_factory=SettledRollouts, compare=False)
 
 
 @dataclass(slots=True)
@@ -214,14 +272,15 @@ def _units(connection: Connection, wanted: Selection) -> Iterator[_Unit]:
 
 def _free_rollouts(connection: Connection, wanted: Selection) -> Iterator[tuple[str, str | None]]:
     clause, values = label_filter(wanted.labels)
+    settled = wanted.settled.up_to(connection, wanted.consumer)
     rows = connection.execute(
         f"""SELECT s.session_id, s.group_name, f.facts, f.checksum
             FROM finishes f JOIN sessions s ON s.session_id = f.session_id
             LEFT JOIN holdings h ON h.consumer = ? AND h.session_id = f.session_id
-            WHERE f.dropped_at IS NULL
+            WHERE f.dropped_at IS NULL AND (f.finished_at, f.session_id) > (?, ?)
             AND (h.session_id IS NULL OR (h.acknowledged = 0 AND h.expires_at <= ?)){clause}
             ORDER BY f.finished_at, f.session_id""",
-        [wanted.consumer, wanted.now, *values],
+        [wanted.consumer, settled.finished_at, settled.session_id, wanted.now, *values],
     )
     for session_id, group, facts, checksum in rows:
         if finish_is_whole(facts, checksum):

@@ -156,6 +156,9 @@ class PostgresBackend:
         """None: the register knows them."""
         return ()
 
+    def keep_house(self, connection: Connection) -> None:
+        """The server does."""
+
     def free_space(self, connection: Connection, blobs: Iterable[str]) -> None:
         """Left to the sweep: another gateway may just be storing the same content again."""
 

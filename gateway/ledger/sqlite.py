@@ -30,6 +30,7 @@ from gateway.contracts.rollouts import Compressed, Reclaimed, StoreUsage
 from gateway.ledger import migration
 from gateway.ledger.backend import Buffer, Connection, Location, Rows, Value
 from gateway.ledger.blobs import BlobFiles
+from gateway.ledger.checkpoints import WITHOUT_US_PAGES, Checkpoints
 from gateway.ledger.compaction import (
     FULL_BYTES,
     LiveRecord,
@@ -66,6 +67,9 @@ _WORTH = 0.98
 """Of its bytes, above which a record is not worth packing: 256 experts that are all as likely take 8 bits each."""
 _KEPT_LOG_BYTES = 16 * 2**20
 """To which the write-ahead log is cut after a burst has let it grow."""
+
+_PAGE_BYTES = 8192
+"""Of a new store: three small turns share a page, of SQLite's own 4096 each would take one."""
 
 
 class SqliteLedger(SqlLedger):
@@ -375,6 +379,7 @@ class SqliteBackend:
         self._arrays = SegmentFiles(data / "routing", routing)
         self._packing = None if routing is None else Packing(data / "routing")
         self._blobs = BlobFiles(data / "blobs")
+        self._checkpoints = None if lock is None else Checkpoints(lambda: self.connect(read_only=False))
 
     @classmethod
     def open(
@@ -455,6 +460,11 @@ class SqliteBackend:
         """All that are there."""
         return self._blobs.stored()
 
+    def keep_house(self, connection: Connection) -> None:
+        """Keep the log short."""
+        if self._checkpoints is not None:
+            self._checkpoints.note(connection)
+
     def free_space(self, connection: Connection, blobs: Iterable[str]) -> None:
         """Remove segment files without a row, and those of `blobs` to which no session refers.
 
@@ -489,6 +499,8 @@ class SqliteBackend:
 
     def close(self) -> None:
         """Close the files and give up the lock, unless another process has it too."""
+        if self._checkpoints is not None:
+            self._checkpoints.close()
         self._arrays.close()
         if self._packing is not None:
             self._packing.close()
@@ -608,9 +620,11 @@ def _connect(path: Path, *, read_only: bool) -> sqlite3.Connection:
     connection = sqlite3.connect(path, timeout=_BUSY_TIMEOUT_SECONDS, isolation_level=None, check_same_thread=False)
     try:
         if not read_only:
+            connection.execute(f"PRAGMA page_size = {_PAGE_BYTES}")
             connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # of a new store; `reclaim` gives back its pages
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute(f"PRAGMA journal_size_limit = {_KEPT_LOG_BYTES}")
+            connection.execute(f"PRAGMA wal_autocheckpoint = {WITHOUT_US_PAGES}")
             connection.execute("PRAGMA synchronous = FULL")  # I4: a commit is on disk when it returns
         else:
             connection.execute("PRAGMA query_only = ON")

@@ -60,6 +60,7 @@ class SqlLedger:
         self._closed = False
         self._space_was_freed = True  # after a crash things may be left that no row points at
         self._damaged: set[str] = set()
+        self._settled = leases.SettledRollouts()
         self._freed_blobs: set[str] = set() if backend.read_only else set(backend.unclaimed_blobs())
         self._readers = ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="ledger-reader")
         self._idle: queue.SimpleQueue[Connection] = queue.SimpleQueue()
@@ -71,7 +72,7 @@ class SqlLedger:
                 backend.connect(read_only=False),
                 failures=StoreFailures(backend.failures, backend.translate, backend.met_another),
                 flush=backend.arrays.flush,
-                after_commit=self._free_space,
+                after_commit=self._keep_house,
                 room=room,
                 together=partial(write_together, arrays=backend.arrays) if backend.alone_in_transaction else leave_all,
             )
@@ -325,7 +326,7 @@ class SqlLedger:
         if limit < 1 or lease_seconds <= 0:
             raise InvalidRequest(f"limit is {limit} and lease_seconds {lease_seconds}; both must be positive")
         wanted = leases.Selection(
-            consumer, limit, whole_groups, labels or {}, now, group_deadline_seconds, self._note_damaged
+            consumer, limit, whole_groups, labels or {}, now, group_deadline_seconds, self._note_damaged, self._settled
         )
         if not await self._read(partial(leases.may_lend, wanted=wanted, lease_id=lease_id)):
             return None
@@ -527,7 +528,8 @@ class SqlLedger:
         self._freed_blobs.update(sha256 for (sha256,) in held)
         connection.execute("DELETE FROM blobs WHERE session_id = ?", (session_id,))
 
-    def _free_space(self, connection: Connection) -> None:
+    def _keep_house(self, connection: Connection) -> None:
+        self._backend.keep_house(connection)
         if self._space_was_freed:
             self._backend.free_space(connection, self._freed_blobs)
             self._freed_blobs.clear()

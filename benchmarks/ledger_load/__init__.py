@@ -1,0 +1,1 @@
+"""Loads and yardsticks of `verbatim bench ledger`."""
