@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -27,19 +27,41 @@ class Conversation:
     template_arguments: Mapping[str, JsonValue] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class ParentTurn:
     """The recorded turn that a conversation continues.
 
-    token_ids: int32[T], all recorded ids up to and including the parent's output. num_output_tokens: how many of them,
-    at the end, it sampled. num_messages: how many of the conversation's messages the parent covers, its own reply (at
-    index num_messages - 1) included.
+    token_ids: int32[T], all recorded ids up to and including the parent's output, or how to get them: the short path
+    needs the last one only (`last_token_id`), so that a long history need not be put together. num_tokens: T, to be
+    given where token_ids is a function. num_output_tokens: how many of them, at the end, it sampled. num_messages: how
+    many of the conversation's messages the parent covers, its own reply (at index num_messages - 1) included.
     """
 
-    token_ids: TokenIds
-    num_output_tokens: int
-    num_messages: int
-    finish: Finish
+    __slots__ = ("_ids", "finish", "last_token_id", "num_messages", "num_output_tokens", "num_tokens")
+
+    def __init__(
+        self,
+        token_ids: TokenIds | Callable[[], TokenIds],
+        num_output_tokens: int,
+        num_messages: int,
+        finish: Finish,
+        *,
+        num_tokens: int | None = None,
+        last_token_id: int | None = None,
+    ) -> None:
+        self._ids = token_ids
+        self.num_output_tokens = num_output_tokens
+        self.num_messages = num_messages
+        self.finish = finish
+        self.num_tokens: int = len(self.token_ids) if num_tokens is None else num_tokens
+        last = last_token_id
+        self.last_token_id: int = (int(self.token_ids[-1]) if self.num_tokens else -1) if last is None else last
+
+    @property
+    def token_ids(self) -> TokenIds:
+        """int32[T], put together when first asked for."""
+        if callable(self._ids):
+            self._ids = self._ids()
+        return self._ids
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,8 +82,8 @@ class BuiltPrompt:
 
 def check_parent(parent: ParentTurn, conversation: Conversation) -> None:
     """Raise LengthMismatch unless the parent's figures fit its ids and the conversation."""
-    if not 0 < parent.num_output_tokens <= len(parent.token_ids):
-        raise LengthMismatch(f"parent has {len(parent.token_ids)} tokens, {parent.num_output_tokens} of them sampled")
+    if not 0 < parent.num_output_tokens <= parent.num_tokens:
+        raise LengthMismatch(f"parent has {parent.num_tokens} tokens, {parent.num_output_tokens} of them sampled")
     if not 0 < parent.num_messages <= len(conversation.messages):
         raise LengthMismatch(
             f"parent covers {parent.num_messages} messages, the conversation has {len(conversation.messages)}"

@@ -188,7 +188,7 @@ class PromptBuilder:
         if certified is None or (certified.keeps_reasoning and self._history_policy is HistoryPolicy.TEMPLATE):
             return None
         stop_id = self._tokenizer.token_id(certified.stop)
-        if stop_id is None or int(parent.token_ids[-1]) != stop_id:
+        if stop_id is None or parent.last_token_id != stop_id:
             return None
         ids = self._suffix_ids(certified.stop, certified.suffix, stop_id, None)
         if ids is None:
@@ -263,7 +263,7 @@ class PromptBuilder:
         suffix_ids = self._suffix_ids(junction.stop, junction.suffix, stop_id, guarded.brackets)
         if suffix_ids is None:
             return SegmentReason.UNCERTIFIED
-        last_id = int(parent.token_ids[-1])
+        last_id = parent.last_token_id
         if last_id == stop_id:
             certified_by = PROBE_UNRENDERED if full_text is None else _PROBED[history]
             return self._appended(parent, suffix_ids, full_text, certified_by)
@@ -284,7 +284,7 @@ class PromptBuilder:
 
     def _closing_ids(self, parent: ParentTurn, stop: str) -> TokenIds:
         """What ends the text of a turn that was cut, up to its stop token: an open call or reasoning is closed."""
-        num_prompt = len(parent.token_ids) - parent.num_output_tokens
+        num_prompt = parent.num_tokens - parent.num_output_tokens
         # What the model opened must be closed, whether or not the request offered tools: any definition will do.
         parser = self._parsing.start(prompt_ids=parent.token_ids[:num_prompt], tools=({},))
         parser.feed(parent.token_ids[num_prompt:].tolist())
@@ -307,7 +307,7 @@ class PromptBuilder:
         return reasoning_close(self._template, closer=markers.closer.text) if markers is not None else ""
 
     def _history(self, parent: ParentTurn, junction: Junction, conversation: Conversation, full_text: str) -> History:
-        num_prompt = len(parent.token_ids) - parent.num_output_tokens
+        num_prompt = parent.num_tokens - parent.num_output_tokens
         return compare_history(
             self._template,
             conversation,
@@ -324,7 +324,7 @@ class PromptBuilder:
         return SegmentReason.TRUNCATED if is_uncertified and self._was_cut(parent) else reason
 
     def _was_cut(self, parent: ParentTurn) -> bool:
-        return int(parent.token_ids[-1]) not in self._stops_of(parent)
+        return parent.last_token_id not in self._stops_of(parent)
 
     def _stops_of(self, parent: ParentTurn) -> tuple[int, ...]:
         """Ids that end a turn: of the files, and the added token that the engine says it stopped at.

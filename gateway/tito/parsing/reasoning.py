@@ -16,7 +16,7 @@ _LOOK_BACK = 1024
 """Ids of a prompt that are looked at in one step, from its end."""
 
 _NUM_LAST_IDS = 32
-"""In which an opener that is no token of its own must end the prompt."""
+"""In which an opener that is no token of its own must end the prompt; and which are looked at first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +81,8 @@ class ReasoningOpening:
         self._tokenizer = tokenizer
         self._reasoning = reasoning
         ids = (reasoning.opener.token_id, reasoning.closer.token_id)
-        edges = {token_id for token_id in ids if token_id is not None} | set(tokenizer.eos_token_ids)
-        self._edges = np.array(sorted(edges), dtype=np.int64)
+        self._edges = frozenset(token_id for token_id in ids if token_id is not None) | set(tokenizer.eos_token_ids)
+        self._sorted_edges = np.array(sorted(self._edges), dtype=np.int64)
 
     def is_open(self, prompt_ids: Sequence[int] | TokenIds) -> bool:
         """prompt_ids: the whole prompt, int32[P]."""
@@ -92,9 +92,14 @@ class ReasoningOpening:
         if opener.token_id is None or closer.token_id is None:
             end = self._tokenizer.decode(prompt_ids[-_NUM_LAST_IDS:]).rstrip()
             return end.endswith((opener.text, self._reasoning.opening))
-        for stop in range(len(prompt_ids), 0, -_LOOK_BACK):
+        # An end token stands near the end of nearly every prompt: a few ids are looked at one by one.
+        last = prompt_ids[-_NUM_LAST_IDS:]
+        for token_id in reversed(last.tolist() if isinstance(last, np.ndarray) else last):
+            if token_id in self._edges:
+                return bool(token_id == opener.token_id)
+        for stop in range(len(prompt_ids) - len(last), 0, -_LOOK_BACK):
             chunk = np.asarray(prompt_ids[max(0, stop - _LOOK_BACK) : stop])
-            found = np.flatnonzero(np.isin(chunk, self._edges))
+            found = np.flatnonzero(np.isin(chunk, self._sorted_edges))
             if len(found):
                 return int(chunk[found[-1]]) == opener.token_id
         return False
