@@ -7,8 +7,9 @@ on for a grace and recorded as not delivered.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import NamedTuple, TypeVar
@@ -236,7 +237,7 @@ class Calls:
         with_texts: bool,
     ) -> ReplyTokens:
         """Captured arrays for a writer; what each token alone decodes to is needed for log-probs only."""
-        texts = [self._spelling(token_id).text for token_id in token_ids.tolist()] if with_texts else []
+        texts = [spelled.text for spelled in map(self._spelling, token_ids.tolist())] if with_texts else []
         return ReplyTokens(token_ids, logprobs, texts, top_logprobs, self._spelling)
 
     def abandon(self, session: Session, turns: Sequence[Turn]) -> None:
@@ -368,24 +369,17 @@ class Begun:
             if not delivered:
                 self._abandon()
 
-    def _pieces(self, index: int, event: TurnEvent, finished: dict[int, TurnFinished]) -> Iterator[bytes]:
-        if isinstance(event, TurnFinished):
-            finished[index] = event
-        for frame in self._event_frames(index, event):
-            if len(frame) > PIECE_BYTES:
-                yield from slices(frame)
-            else:
-                yield frame
-
-    def _event_frames(self, index: int, event: TurnEvent) -> Iterable[bytes]:
+    def _pieces(self, index: int, event: TurnEvent, finished: dict[int, TurnFinished]) -> Iterable[bytes]:
         if isinstance(event, TurnProgress):
             tokens = self._calls.reply_tokens(
                 event.token_ids, event.logprobs, event.top_logprobs, with_texts=self._wanted.logprobs
             )
-            return self._writer.progress(index, event.deltas, tokens)
+            text = b"".join(self._writer.progress(index, event.deltas, tokens))
+            return (text,) if len(text) <= PIECE_BYTES else slices(text)
         if isinstance(event, TurnStarted):
-            return self._writer.opening(index, event.prompt_token_ids)
-        return self._writer.closing(index, self._choice(event))
+            return itertools.chain.from_iterable(map(slices, self._writer.opening(index, event.prompt_token_ids)))
+        finished[index] = event
+        return itertools.chain.from_iterable(map(slices, self._writer.closing(index, self._choice(event))))
 
     def _choice(self, turn: TurnFinished) -> FinishedChoice:
         return self._calls.choice(turn.record, turn.whole, turn.experts, with_texts=self._wanted.logprobs)

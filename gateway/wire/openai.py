@@ -239,6 +239,8 @@ def logprob_entries(tokens: ReplyTokens) -> list[JsonValue]:
 
 
 def _tops(tokens: ReplyTokens, row: Sequence[TopLogprob]) -> bytes:
+    if not row:
+        return b""
     spelled = [tokens.spell(top.token_id) for top in row]
     pairs = zip(spelled, row, strict=True)
     return b",".join([b"{%b}" % _entry(one.text, one, dump_json(top.logprob)) for one, top in pairs])
