@@ -49,7 +49,7 @@ class _ChatRoutes:
 
     async def _begun(self, request: Request) -> Begun:
         body, session = await self._calls.receive(request, max_bytes=self._max_body_bytes)
-        wanted = parse_chat_request(body)
+        wanted = parse_chat_request(body, None if session is None else session.recent.texts)
         return await self._calls.begin(request, [wanted], partial(ChatWriter, wanted.wanted), session=session)
 
     async def models(self, request: Request) -> Response:

@@ -1,7 +1,7 @@
 """JSON bytes ↔ values without loss (I8): integers of any size, `1.0` is not `1`, order and nulls stay.
 
-Read by the standard library's codec, because the faster ones turn integers beyond 64 bits into floats. Written by
-orjson, which refuses those, and then by the standard library. Arrays of numbers may stand in a value as they are, text
+Read by msgspec, written by orjson, and both by the standard library where those will not: orjson, for one, refuses
+integers beyond 64 bits. Arrays of numbers may stand in a value as they are, text
 that is JSON already as `Spliced`, and large arrays as `Base64`: those are encoded while they leave, so that a reply of
 hundreds of megabytes is never whole in memory.
 """
