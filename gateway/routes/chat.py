@@ -48,8 +48,9 @@ class _ChatRoutes:
         return await (await self._begun(request)).reply()
 
     async def _begun(self, request: Request) -> Begun:
-        wanted = parse_chat_request(await self._calls.body(request, max_bytes=self._max_body_bytes))
-        return await self._calls.begin(request, [wanted], partial(ChatWriter, wanted.wanted))
+        body, session = await self._calls.receive(request, max_bytes=self._max_body_bytes)
+        wanted = parse_chat_request(body, None if session is None else session.recent.texts)
+        return await self._calls.begin(request, [wanted], partial(ChatWriter, wanted.wanted), session=session)
 
     async def models(self, request: Request) -> Response:
         """The one model that is served."""

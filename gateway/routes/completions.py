@@ -19,9 +19,10 @@ def completions_router(calls: Calls, *, max_body_bytes: int) -> APIRouter:
 
     async def completions(request: Request) -> Response:
         """Text completions of one or several prompts."""
-        asked = parse_completions_request(await calls.body(request, max_bytes=max_body_bytes))
+        body, session = await calls.receive(request, max_bytes=max_body_bytes)
+        asked = parse_completions_request(body)
         make_writer = partial(CompletionsWriter, asked, calls.model.tokenizer.decode)
-        return await (await calls.begin(request, asked.turns, make_writer)).reply()
+        return await (await calls.begin(request, asked.turns, make_writer, session=session)).reply()
 
     for prefix in ("", "/sessions/{session_id}"):
         router.add_api_route(

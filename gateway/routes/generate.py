@@ -21,8 +21,10 @@ def generate_router(calls: Calls, *, max_body_bytes: int) -> APIRouter:
 
     async def generate(request: Request) -> Response:
         """Samples for one or several prompts."""
-        asked = parse_sglang_request(await calls.body(request, max_bytes=max_body_bytes))
-        return await (await calls.begin(request, asked.turns, partial(SglangWriter, asked, label))).reply()
+        body, session = await calls.receive(request, max_bytes=max_body_bytes)
+        asked = parse_sglang_request(body)
+        make_writer = partial(SglangWriter, asked, label)
+        return await (await calls.begin(request, asked.turns, make_writer, session=session)).reply()
 
     for prefix in ("", "/sessions/{session_id}"):
         router.add_api_route(

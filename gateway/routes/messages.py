@@ -15,6 +15,7 @@ from gateway.routes import openapi
 from gateway.routes.bodies import json_reply
 from gateway.routes.hot_path import ModelRoute
 from gateway.routes.turns import Calls
+from gateway.sessions.registry import Session
 from gateway.wire.anthropic import Earlier, MessagesRequest, parse_count_request, parse_messages_request
 from gateway.wire.anthropic_reply import MessagesWriter, error_body, error_status
 from gateway.wire.errors import error_headers
@@ -65,25 +66,27 @@ class _MessagesRoutes:
         return await _answered(request, self._count(request))
 
     async def _message(self, request: Request) -> Response:
-        asked = parse_messages_request(await self._calls.body(request, max_bytes=self._max_body_bytes))
-        turn = asked.turn(await self._earlier(request, asked))
+        body, session = await self._calls.receive(request, max_bytes=self._max_body_bytes)
+        asked = parse_messages_request(body)
+        turn = asked.turn(_earlier(session, asked))
         make_writer = partial(MessagesWriter, turn.wanted, shows_thinking=asked.shows_thinking)
-        return await (await self._calls.begin(request, [turn], make_writer)).reply()
+        return await (await self._calls.begin(request, [turn], make_writer, session=session)).reply()
 
     async def _count(self, request: Request) -> Response:
-        asked = parse_count_request(await self._calls.body(request, max_bytes=self._max_body_bytes))
-        turn = asked.turn(await self._earlier(request, asked))
+        body, session = await self._calls.receive(request, max_bytes=self._max_body_bytes)
+        asked = parse_count_request(body)
+        turn = asked.turn(_earlier(session, asked))
         return json_reply({"input_tokens": await self._calls.count_prompt_tokens(request, turn)})
 
-    async def _earlier(self, request: Request, asked: MessagesRequest) -> Earlier | None:
-        """What the thread holds that a request continues, read from its session's record; None where it sends all."""
-        if asked.previous_turn_id is None:
-            return None
-        session = await self._calls.known_session(request)
-        for node in session.tree if session is not None else ():
-            if node.record.turn_id == asked.previous_turn_id:
-                return Earlier(node.messages(), node.root.tools, node.num_tokens)
-        raise UnknownPrevious(f"no message msg_{asked.previous_turn_id} in this session; send the whole conversation")
+
+def _earlier(session: Session | None, asked: MessagesRequest) -> Earlier | None:
+    """What the thread holds that a request continues, read from its session's record; None where it sends all."""
+    if asked.previous_turn_id is None:
+        return None
+    for node in session.tree if session is not None else ():
+        if node.record.turn_id == asked.previous_turn_id:
+            return Earlier(node.messages(), node.root.tools, node.num_tokens)
+    raise UnknownPrevious(f"no message msg_{asked.previous_turn_id} in this session; send the whole conversation")
 
 
 async def _answered(request: Request, work: Awaitable[Response]) -> Response:

@@ -172,6 +172,7 @@ class Quotas:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settings = settings
+        self._limits_anything = any(asdict(settings).values())  # else nothing is counted
         self._on_refused = on_refused
         self._clock = clock
         self._running = _Running()
@@ -183,11 +184,12 @@ class Quotas:
 
     def permit(self, session_id: str, num_turns: int) -> Permit:
         """For a request of so many turns, some of which may turn out to run already."""
-        return Permit(self, session_id, num_turns)
+        return Permit(self, session_id, num_turns) if self._limits_anything else _ANYTHING
 
     def admit_call(self, session_id: str) -> None:
         """Count a call that samples nothing; raises TooManyRequests."""
-        self._admit(session_id, 1, samples=False)
+        if self._limits_anything:
+            self._admit(session_id, 1, samples=False)
 
     def admit_turns(self, session_id: str, num_turns: int) -> list[int]:
         """Count turns that are about to begin, all of them or none; their numbers.
@@ -299,3 +301,21 @@ class Permit:
         """Give back what no turn holds."""
         self._quotas.give_back(self._session_id, self._held)
         self._held = []
+
+
+class _Unlimited(Permit):
+    """Where nothing is limited: one for all requests."""
+
+    def __init__(self) -> None: ...
+
+    def ask(self) -> None:
+        """It may."""
+
+    def settle(self, turn: Ending) -> None:
+        """Nobody counts."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+_ANYTHING = _Unlimited()

@@ -69,8 +69,8 @@ class _ResponsesRoutes:
 
     async def create(self, request: Request) -> Response:
         """One response; what it continues is read from the session's record."""
-        wanted = parse_responses_request(await self._calls.body(request, max_bytes=self._max_body_bytes))
-        session, history = None, list[JsonValue]()
+        body, session = await self._calls.receive(request, max_bytes=self._max_body_bytes)
+        wanted, history = parse_responses_request(body), list[JsonValue]()
         if wanted.previous_turn_id is not None:
             found = await self._find(request, wanted.previous_turn_id)
             if found is None:

@@ -7,9 +7,11 @@ on for a grace and recorded as not delivered.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import lru_cache, partial
 from typing import NamedTuple, TypeVar
 from urllib.parse import quote, unquote
 
@@ -40,11 +42,16 @@ from gateway.wire.json_text import json_text
 from gateway.wire.protection import FieldRules
 from gateway.wire.reply import FinishedChoice, ReplyTokens, ReplyWriter, Usage
 from gateway.wire.request import TurnRequest, Wanted
-from gateway.wire.token_texts import Spelling, spelling
+from gateway.wire.token_texts import MANY_TOKENS, spelling
 
 T = TypeVar("T")
 
-_SESSION = "verbatim.session"
+
+class Received(NamedTuple):
+    """The body of a call, and the session that it is for; None where it is to be made."""
+
+    body: bytes
+    session: Session | None
 
 
 class Calls:
@@ -66,6 +73,7 @@ class Calls:
         self._registry = registry
         self._access = access
         self._creates_unknown = creates_unknown
+        self._spelling = lru_cache(MANY_TOKENS)(partial(spelling, runner.parts.model.tokenizer))
 
     @property
     def model(self) -> ServedModel:
@@ -118,13 +126,19 @@ class Calls:
             permit.close()
         return turns
 
-    async def body(self, request: Request, *, max_bytes: int) -> bytes:
+    async def receive(self, request: Request, *, max_bytes: int) -> Received:
         """The body of a call, read only for a caller who may make one; raises as `read_body` and `check_caller`."""
         session = await self._checked_caller(request)
         exchange = exchange_of(request.scope)
-        if exchange is not None and not exchange.more_body:  # no time passes until the turn begins: found once will do
-            request.scope[_SESSION] = session
-        return await read_body(request, max_bytes=max_bytes)
+        waits = exchange is None or exchange.more_body
+        body = await read_body(request, max_bytes=max_bytes)
+        if waits:  # much may have happened to the session since
+            session = await self.known_session(request)
+        return Received(body, session)
+
+    async def body(self, request: Request, *, max_bytes: int) -> bytes:
+        """As `receive`, for calls that find their session by themselves."""
+        return (await self.receive(request, max_bytes=max_bytes)).body
 
     async def check_caller(self, request: Request) -> None:
         """Raise Unauthorized, Forbidden or NotFound unless this caller may use the session that it names, or have a new
@@ -139,9 +153,6 @@ class Calls:
 
     async def session(self, request: Request, wanted: TurnRequest) -> Session:
         """Of the path, the header, the key, or made on the spot; the caller may use it."""
-        found: Session | None = request.scope.pop(_SESSION, None)
-        if found is not None:
-            return found
         return await self.known_session(request) or await self._make(request, wanted, named_session(request))
 
     async def known_session(self, request: Request) -> Session | None:
@@ -226,11 +237,8 @@ class Calls:
         with_texts: bool,
     ) -> ReplyTokens:
         """Captured arrays for a writer; what each token alone decodes to is needed for log-probs only."""
-        texts = [self._spelling(token_id).text for token_id in token_ids.tolist()] if with_texts else []
+        texts = [spelled.text for spelled in map(self._spelling, token_ids.tolist())] if with_texts else []
         return ReplyTokens(token_ids, logprobs, texts, top_logprobs, self._spelling)
-
-    def _spelling(self, token_id: int) -> Spelling:
-        return spelling(self.model.tokenizer, token_id)
 
     def abandon(self, session: Session, turns: Sequence[Turn]) -> None:
         """Their client has gone."""
@@ -361,24 +369,17 @@ class Begun:
             if not delivered:
                 self._abandon()
 
-    def _pieces(self, index: int, event: TurnEvent, finished: dict[int, TurnFinished]) -> Iterator[bytes]:
-        if isinstance(event, TurnFinished):
-            finished[index] = event
-        for frame in self._event_frames(index, event):
-            if len(frame) > PIECE_BYTES:
-                yield from slices(frame)
-            else:
-                yield frame
-
-    def _event_frames(self, index: int, event: TurnEvent) -> Iterable[bytes]:
+    def _pieces(self, index: int, event: TurnEvent, finished: dict[int, TurnFinished]) -> Iterable[bytes]:
         if isinstance(event, TurnProgress):
             tokens = self._calls.reply_tokens(
                 event.token_ids, event.logprobs, event.top_logprobs, with_texts=self._wanted.logprobs
             )
-            return self._writer.progress(index, event.deltas, tokens)
+            text = b"".join(self._writer.progress(index, event.deltas, tokens))
+            return (text,) if len(text) <= PIECE_BYTES else slices(text)
         if isinstance(event, TurnStarted):
-            return self._writer.opening(index, event.prompt_token_ids)
-        return self._writer.closing(index, self._choice(event))
+            return itertools.chain.from_iterable(map(slices, self._writer.opening(index, event.prompt_token_ids)))
+        finished[index] = event
+        return itertools.chain.from_iterable(map(slices, self._writer.closing(index, self._choice(event))))
 
     def _choice(self, turn: TurnFinished) -> FinishedChoice:
         return self._calls.choice(turn.record, turn.whole, turn.experts, with_texts=self._wanted.logprobs)

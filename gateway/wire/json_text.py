@@ -1,7 +1,9 @@
 """JSON bytes ↔ values without loss (I8): integers of any size, `1.0` is not `1`, order and nulls stay.
 
-The standard library's codec, because the faster ones turn integers beyond 64 bits into floats. Large arrays stand in a
-value as `Base64` and are encoded while they leave, so that a reply of hundreds of megabytes is never whole in memory.
+Read by msgspec, written by orjson, and both by the standard library where those will not: orjson, for one, refuses
+integers beyond 64 bits. Arrays of numbers may stand in a value as they are, text
+that is JSON already as `Spliced`, and large arrays as `Base64`: those are encoded while they leave, so that a reply of
+hundreds of megabytes is never whole in memory.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from typing import Any, NoReturn
 import msgspec
 import numpy as np
 import numpy.typing as npt
+import orjson
 import pybase64
 
 from gateway.contracts.errors import InvalidRequest
@@ -29,6 +32,13 @@ _WHOLE_BYTES = 2**18
 """JSON up to here is one piece."""
 
 _decode = msgspec.json.Decoder().decode
+
+Spliced = orjson.Fragment
+"""JSON text, as bytes, that stands in a value for what it says."""
+
+_FAST = orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_SERIALIZE_NUMPY
+"""What has no JSON of its own is refused; else orjson would make up some."""
+
 _PLAIN = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
@@ -120,26 +130,47 @@ def _quickly(text: bytes) -> JsonValue | None:
 
 def dump_json(value: JsonValue) -> bytes:
     """Compact UTF-8 JSON; floats that JSON has no name for become null."""
-    return b"".join(json_text(value).pieces())
+    try:
+        return orjson.dumps(value, option=_FAST)  # nearly all: a frame for every token
+    except orjson.JSONEncodeError:  # a Base64, an integer beyond 64 bits, an array that is not in C order, …
+        return b"".join(_text(value).pieces())
 
 
 def json_text(value: JsonValue) -> JsonText:
     """As `dump_json`, for values that may hold `Base64`, which is not encoded yet."""
     try:
-        text = _PLAIN.encode(value)  # nearly all: a frame for every token
+        return JsonText((orjson.dumps(value, option=_FAST),))
+    except orjson.JSONEncodeError:
+        return _text(value)
+
+
+def _text(value: JsonValue) -> JsonText:
+    """By the standard library, which has an answer to all that can be answered."""
+    try:
+        return JsonText((_PLAIN.encode(value).encode(),))
     except (TypeError, ValueError):  # a Base64, or a float without a name
         return _with_arrays(value)
-    return JsonText((text.encode(),))
+
+
+def number_texts(numbers: npt.NDArray[np.float32]) -> list[bytes]:
+    """The JSON of each of float32[N], as of the float64 that equals it; null for NaN."""
+    text = orjson.dumps(numbers.astype(np.float64), option=_FAST)
+    return text[1:-1].split(b",") if len(numbers) else []
 
 
 def _with_arrays(value: JsonValue) -> JsonText:
-    arrays: list[Base64] = []
+    arrays: list[Base64 | bytes] = []
     mark = secrets.token_hex(16)  # no text that an agent sends can hold it
 
     def stand_in(item: object) -> str:
-        if not isinstance(item, Base64):
+        if isinstance(item, np.ndarray):
+            arrays.append(orjson.dumps(np.ascontiguousarray(item), option=_FAST))
+        elif isinstance(item, Spliced):
+            arrays.append(orjson.dumps(item))
+        elif isinstance(item, Base64):
+            arrays.append(item)
+        else:
             raise TypeError(f"{type(item).__name__} is no JSON value")
-        arrays.append(item)
         return mark
 
     try:
@@ -150,9 +181,12 @@ def _with_arrays(value: JsonValue) -> JsonText:
     if not arrays:
         return JsonText((text.encode(),))
     first, *others = (part.encode() for part in text.split(mark))
-    parts: list[bytes | Base64] = [first]
+    parts: list[Any] = [first]
     for array, part in zip(arrays, others, strict=True):
-        parts += [array, part]
+        if isinstance(array, bytes):  # no string: the quotes around the mark go
+            parts = [*parts[:-1], parts[-1][:-1], array, part[1:]]
+        else:
+            parts += [array, part]
     found = JsonText(parts)
     return found if found.num_bytes > _WHOLE_BYTES else JsonText((b"".join(found.pieces()),))
 

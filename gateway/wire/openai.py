@@ -8,24 +8,23 @@ left out of what the engine gets and named in `ignored_fields`.
 from __future__ import annotations
 
 import hashlib
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
 from gateway.contracts.errors import InvalidRequest, VerbatimError
 from gateway.contracts.experts import RoutedExperts
-from gateway.contracts.generation import FinishReason, JsonValue, TokenIds
+from gateway.contracts.generation import FinishReason, JsonValue, TokenIds, TopLogprob
 from gateway.contracts.replies import ContentDelta, ReasoningDelta, ReplyDelta, ToolCallDelta
 from gateway.wire import sse
 from gateway.wire.errors import error_body
 from gateway.wire.fields import check_nesting, flag, inside, is_shallow_text, kind_of, objects, optional, within
-from gateway.wire.json_text import Base64, load_json_list, load_json_object
+from gateway.wire.json_text import Base64, Spliced, dump_json, load_json_list, load_json_object, number_texts
 from gateway.wire.known_texts import KnownText, KnownTexts, known_text, longer_text
 from gateway.wire.media import take_media
 from gateway.wire.reply import FinishedChoice, ReplyTokens, Usage
 from gateway.wire.request import PROTECTED, TurnRequest, Wanted, protected_names
 from gateway.wire.sampling import SAMPLING_EXTRA, TYPED_SAMPLING, sampling_fields
-from gateway.wire.token_texts import Spelling
+from gateway.wire.token_texts import Spelling, spelling_json
 
 _KNOWN = frozenset(
     (
@@ -114,14 +113,14 @@ class ChatWriter:
             "usage": _usage(_joint_usage(choices)),
         }
         if self._wanted.token_ids:
-            body["prompt_token_ids"] = choices[0].prompt_token_ids.tolist()
+            body["prompt_token_ids"] = choices[0].prompt_token_ids
         return body
 
     def opening(self, index: int, prompt_token_ids: TokenIds) -> Iterator[bytes]:
         """The first chunk of a choice: the role, and the prompt's ids if asked for."""
         chunk = self._chunk(index, {"role": "assistant", "content": "", "refusal": None})
         if self._wanted.token_ids:
-            chunk["prompt_token_ids"] = prompt_token_ids.tolist()
+            chunk["prompt_token_ids"] = prompt_token_ids
         yield sse.event(chunk)
 
     def progress(self, index: int, deltas: Sequence[ReplyDelta], tokens: ReplyTokens) -> Iterator[bytes]:
@@ -220,34 +219,37 @@ def _captured(tokens: ReplyTokens, wanted: Wanted) -> dict[str, JsonValue]:
     if not len(tokens.token_ids):
         return fields
     if wanted.token_ids:
-        fields["token_ids"] = tokens.token_ids.tolist()
+        fields["token_ids"] = tokens.token_ids
     if wanted.logprobs:
         fields["logprobs"] = {"content": logprob_entries(tokens), "refusal": None}
     return fields
 
 
 def logprob_entries(tokens: ReplyTokens) -> list[JsonValue]:
-    """One entry a token, as OpenAI spells them; needs the tokens' texts."""
+    """One entry a token, as OpenAI spells them; needs the tokens' texts.
+
+    They are JSON text already: as objects, those of a long reply cost more than all else about it.
+    """
+    numbers = number_texts(tokens.logprobs)  # I9: missing stays missing
+    ids = tokens.token_ids.tolist()
     return [
-        {
-            "token": text,
-            "logprob": None if math.isnan(logprob) else logprob,  # I9: missing stays missing
-            "bytes": _byte_values(tokens.spell(token_id)),
-            "top_logprobs": [_top_entry(tokens.spell(top.token_id), top.logprob) for top in tops],
-        }
-        for text, token_id, logprob, tops in zip(
-            tokens.texts, tokens.token_ids.tolist(), tokens.logprobs.tolist(), tokens.top_rows, strict=True
-        )
+        Spliced(b'{%b,"top_logprobs":[%b]}' % (_entry(text, tokens.spell(token_id), number), _tops(tokens, tops)))
+        for text, token_id, number, tops in zip(tokens.texts, ids, numbers, tokens.top_rows, strict=True)
     ]
 
 
-def _top_entry(spelled: Spelling, logprob: float) -> dict[str, JsonValue]:
-    return {"token": spelled.text, "logprob": logprob, "bytes": _byte_values(spelled)}
+def _tops(tokens: ReplyTokens, row: Sequence[TopLogprob]) -> bytes:
+    if not row:
+        return b""
+    spelled = [tokens.spell(top.token_id) for top in row]
+    pairs = zip(spelled, row, strict=True)
+    return b",".join([b"{%b}" % _entry(one.text, one, dump_json(top.logprob)) for one, top in pairs])
 
 
-def _byte_values(spelled: Spelling) -> list[int] | None:
-    """The bytes of a token also where they are only a part of a character, which no text can show."""
-    return None if spelled.raw is None else list(spelled.raw)
+def _entry(text: str, spelled: Spelling, logprob: bytes) -> bytes:
+    """A token, and its bytes also where they are only a part of a character, which no text can show."""
+    shown = spelling_json(text, spelled.raw)
+    return b'"token":%b,"logprob":%b,"bytes":%b' % (shown.text, logprob, shown.raw)
 
 
 def _closing_fields(choice: FinishedChoice, wanted: Wanted) -> dict[str, JsonValue]:

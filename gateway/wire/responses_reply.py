@@ -52,6 +52,7 @@ class ResponsesWriter:
         self._open: _Item | None = None
         self._last: dict[str, JsonValue] = {}
         self._unshown: list[JsonValue] = []
+        self._unshown_texts: list[str] = []
 
     def whole(self, choices: Sequence[FinishedChoice]) -> JsonValue:
         """The whole response."""
@@ -70,6 +71,7 @@ class ResponsesWriter:
         """More of the item that is open, or of new ones."""
         if self._asked.wanted.logprobs:
             self._unshown += logprob_entries(tokens)
+            self._unshown_texts += tokens.texts
         for delta in deltas:
             if self._open is None or not self._open.takes(delta):
                 yield from self._close("completed")
@@ -116,8 +118,9 @@ class ResponsesWriter:
         """Of the text's tokens; where their texts do not show which those are, of all after the reasoning."""
         if not self._asked.wanted.logprobs or not text:
             return []
+        texts = choice.tokens.texts[choice.usage.reasoning_tokens :]
         visible = logprob_entries(choice.tokens)[choice.usage.reasoning_tokens :]
-        start, stop = _position(text, visible) or (0, len(visible))
+        start, stop = _position(text, texts) or (0, len(visible))
         return visible[start:stop]
 
     def _item_of(self, delta: ReplyDelta) -> _Item:
@@ -155,8 +158,9 @@ class ResponsesWriter:
         """Those of the tokens that `text` is made of; tokens before them were markup."""
         if not self._unshown:
             return []
-        start, stop = _position(text, self._unshown) or (0, len(self._unshown))
+        start, stop = _position(text, self._unshown_texts) or (0, len(self._unshown))
         taken, self._unshown = self._unshown[start:stop], self._unshown[stop:]
+        self._unshown_texts = self._unshown_texts[stop:]
         return taken
 
     def _close(self, status: str) -> Iterator[bytes]:
@@ -345,12 +349,11 @@ def _usage(usage: Usage) -> dict[str, JsonValue]:
     }
 
 
-def _position(text: str, entries: Sequence[JsonValue]) -> tuple[int, int] | None:
-    """Which entries' tokens `text` is made of, [start, stop); None if their texts do not hold it.
+def _position(text: str, tokens: Sequence[str]) -> tuple[int, int] | None:
+    """Which tokens' texts `text` is made of, [start, stop); None if their texts do not hold it.
 
     Text that begins with a token is meant before text inside of one, for markup holds letters too.
     """
-    tokens = [entry["token"] for entry in entries]
     ends = list(accumulate(map(len, tokens)))
     joined = "".join(tokens)
     begin = next((at for at in (0, *ends[:-1]) if joined.startswith(text, at)), joined.find(text))

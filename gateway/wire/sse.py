@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from gateway.contracts.generation import JsonValue
-from gateway.wire.json_text import Base64, json_text
+from gateway.wire.json_text import Base64, dump_json, json_text
 
 DONE = b"data: [DONE]\n\n"
 """The last frame of a stream that ended well."""
@@ -16,7 +16,7 @@ _LINE_ENDS = {character.encode(): f"\\u{ord(character):04x}".encode() for charac
 
 def event(value: JsonValue) -> bytes:
     """One frame, of one line to every reader."""
-    return b"".join(event_pieces(value))
+    return b"data: " + _on_one_line(dump_json(value)) + b"\n\n"
 
 
 def event_pieces(value: JsonValue, *, kind: str = "") -> Iterator[bytes]:
@@ -36,6 +36,8 @@ def event_pieces(value: JsonValue, *, kind: str = "") -> Iterator[bytes]:
 
 
 def _on_one_line(text: bytes) -> bytes:
+    if text.isascii():
+        return text
     for character, escaped in _LINE_ENDS.items():
         text = text.replace(character, escaped)
     return text

@@ -7,7 +7,13 @@ part. Where the tokenizer does not work by bytes, none are known.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import NamedTuple, Protocol
+
+from gateway.wire.json_text import dump_json
+
+MANY_TOKENS = 16_384
+"""Whose spelling is kept: nearly all of what a model samples."""
 
 
 class Spelling(NamedTuple):
@@ -15,6 +21,13 @@ class Spelling(NamedTuple):
 
     text: str
     raw: bytes | None
+
+
+class SpellingJson(NamedTuple):
+    """JSON of a token's text, and of its bytes as numbers or null."""
+
+    text: bytes
+    raw: bytes
 
 
 class TokenDecoder(Protocol):
@@ -33,6 +46,12 @@ def spelling(tokenizer: TokenDecoder, token_id: int) -> Spelling:
     """How a tokenizer spells one token: as inside of a text, spaces before it kept."""
     raw = tokenizer.token_bytes(token_id)
     return Spelling(tokenizer.decode([token_id]) if raw is None else raw.decode(errors="replace"), raw)
+
+
+@lru_cache(MANY_TOKENS)
+def spelling_json(text: str, raw: bytes | None) -> SpellingJson:
+    """Made once for each token: every token of a reply is shown so beside its log-prob."""
+    return SpellingJson(dump_json(text), dump_json(None if raw is None else list(raw)))
 
 
 def unknown_spelling(token_id: int) -> Spelling:

@@ -123,6 +123,11 @@ def test_what_is_no_json_object_is_refused(body: bytes) -> None:
         load_json_object(body)
 
 
+def sent(reply: Any) -> Any:
+    """As its client reads it."""
+    return json.loads(dump_json(reply))
+
+
 def test_reply_holds_captured_arrays_only_where_asked_for() -> None:
     """I7; a missing log-prob is null, never a number (I9)."""
     plain = ChatWriter(parse().wanted, "id", "m").whole([choice()])
@@ -130,7 +135,7 @@ def test_reply_holds_captured_arrays_only_where_asked_for() -> None:
     assert not {"token_ids", "routed_experts"} & plain["choices"][0].keys()
     assert plain["choices"][0]["meta_info"] == {"seen": 2**70}
     asked = parse(return_token_ids=True, return_routed_experts=True).wanted
-    full = ChatWriter(asked, "id", "m").whole([choice()])
+    full = sent(ChatWriter(asked, "id", "m").whole([choice()]))
     assert full["prompt_token_ids"] == [1, 2, 3]
     assert full["choices"][0]["token_ids"] == [5, 6]
     assert [entry["logprob"] for entry in full["choices"][0]["logprobs"]["content"]] == [-0.5, None]

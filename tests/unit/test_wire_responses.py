@@ -16,6 +16,7 @@ from gateway.contracts.errors import EngineUnavailable, InvalidRequest
 from gateway.contracts.generation import Finish, FinishReason
 from gateway.contracts.media import Blob
 from gateway.contracts.replies import ContentDelta, ParsedReply, ReasoningDelta, ReplyDelta, ToolCall, ToolCallDelta
+from gateway.wire.json_text import dump_json
 from gateway.wire.reply import FinishedChoice, ReplyTokens, Usage
 from gateway.wire.request import TurnRequest, Wanted
 from gateway.wire.responses import ResponsesRequest, parse_responses_request
@@ -275,13 +276,18 @@ def test_sealed_reasoning_is_read_back_where_a_client_keeps_nothing_else() -> No
     assert messages(reasoning, message)[0]["reasoning_content"] == "ü\n?"
 
 
+def sent(reply: Any) -> Any:
+    """As its client reads it."""
+    return json.loads(dump_json(reply))
+
+
 @pytest.mark.parametrize("content", ["ab", "th"])
 def test_logprobs_are_those_of_the_text(content: str) -> None:
     """Neither reasoning that says the same nor markup with the same letters in it is part of the text."""
     asked = Wanted(token_ids=False, routed_experts=False, logprobs=True, usage_chunk=False)
     tokens = ["<think>", "ab", "</think>", "\n", *content, "<end>"]
     finished = choice(ParsedReply(content, "ab", (), (), 2), tokens=tokens, num_reasoning=2)
-    [part] = writer(wanted=asked).whole([finished])["output"][1]["content"]
+    [part] = sent(writer(wanted=asked).whole([finished]))["output"][1]["content"]
     assert [entry["logprob"] for entry in part["logprobs"]] == [-4.0, -5.0]
     made = writer(wanted=asked)
     frames = [*made.progress(0, [ReasoningDelta("ab")], cut(finished, 0, 2))]

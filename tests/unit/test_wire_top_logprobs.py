@@ -21,6 +21,7 @@ from gateway.tito.tokenizer import ChatTokenizer
 from gateway.wire import sse
 from gateway.wire.completions import CompletionsWriter, parse_completions_request
 from gateway.wire.generate import SglangWriter, parse_sglang_request
+from gateway.wire.json_text import dump_json
 from gateway.wire.openai import ChatWriter, parse_chat_request
 from gateway.wire.reply import FinishedChoice, ReplyTokens, ReplyWriter, Usage
 from gateway.wire.request import TurnRequest
@@ -146,10 +147,15 @@ def test_what_cannot_be_given_is_refused_by_name(
     assert caught.value.message.startswith(named)
 
 
+def sent(reply: Any) -> Any:
+    """As its client reads it."""
+    return json.loads(dump_json(reply))
+
+
 def test_chat_shows_them_with_the_bytes_that_tokens_really_are() -> None:
     """A token that is only a part of a character reads U+FFFD; its bytes say which part."""
     wanted = chat(logprobs=True, top_logprobs=3).wanted
-    [whole] = ChatWriter(wanted, "id", "m").whole([choice()])["choices"]
+    [whole] = sent(ChatWriter(wanted, "id", "m").whole([choice()]))["choices"]
     first, second = whole["logprobs"]["content"]
     assert first == {
         "token": "a",
@@ -199,7 +205,7 @@ def test_a_generation_shows_them_as_sglang_does(with_texts: bool, text: str | No
 
 def test_a_response_shows_them_in_its_text_and_in_its_deltas() -> None:
     asked = Asked.by(responses(include=[LOGPROBS], top_logprobs=3), None)
-    [item] = ResponsesWriter(asked, "turn-1", "m").whole([choice()])["output"]
+    [item] = sent(ResponsesWriter(asked, "turn-1", "m").whole([choice()]))["output"]
     [part] = item["content"]
     assert [[top["bytes"] for top in entry["top_logprobs"]] for entry in part["logprobs"]] == [
         [[0x61], [0xC3]],
@@ -216,13 +222,13 @@ def test_openais_own_models_accept_every_reply() -> None:
     completions' frames, whose null `finish_reason` OpenAI itself sends and does not declare)."""
     asked = {"logprobs": True, "top_logprobs": 3, "stream_options": {"include_usage": True}}
     wanted = chat(**asked).wanted
-    ChatCompletion.model_validate(ChatWriter(wanted, "id", "m").whole([choice()]))
+    ChatCompletion.model_validate(sent(ChatWriter(wanted, "id", "m").whole([choice()])))
     for frame in streamed(ChatWriter(wanted, "id", "m")):
         ChatCompletionChunk.model_validate(frame)
     text = parse_completions_request(body(prompt=[2, 2], logprobs=3))
     Completion.model_validate(CompletionsWriter(text, lambda _: "b", "t", "m").whole([choice()]))
     response = Asked.by(responses(include=[LOGPROBS], top_logprobs=3), None)
-    Response.model_validate(ResponsesWriter(response, "turn-1", "m").whole([choice()]))
+    Response.model_validate(sent(ResponsesWriter(response, "turn-1", "m").whole([choice()])))
     for event in streamed(ResponsesWriter(response, "turn-1", "m")):
         TypeAdapter(ResponseStreamEvent).validate_python(event)
 
