@@ -173,7 +173,7 @@ def _history(place: Place) -> bool:
         for _ in range(place.arguments.rounds):
             for length in _LENGTHS:
                 for contender in contenders:
-                    point = at_length(stage, contender, length, sessions=8, turns=10)
+                    point = at_length(stage, contender, length, sessions=8)
                     points.setdefault(contender.name, []).append(point)
                     _tell(line(point))
     figures = {name: [_at(mine, length) for length in _LENGTHS] for name, mine in points.items()}

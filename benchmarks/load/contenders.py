@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -145,11 +146,22 @@ def running(launch: Launch, log: Path) -> Iterator[Running]:
 
 def require_workers_flag() -> None:
     """Raises ConfigurationError where `verbatim serve` has no `--workers`."""
+    if not has_workers_flag():
+        raise ConfigurationError("this `verbatim serve` has no --workers")
+
+
+def has_workers_flag() -> bool:
+    """Whether `verbatim serve` can run as several processes on one port."""
     said = subprocess.run(
         [sys.executable, "-c", _VERBATIM, "serve", "--help"], capture_output=True, text=True, check=True, cwd=_ROOT
     ).stdout
-    if "--workers" not in said:
-        raise ConfigurationError("this `verbatim serve` has no --workers")
+    return "--workers" in said
+
+
+def raise_descriptor_limit() -> None:
+    """As far as this process may; all that it starts inherit it."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _wait_ready(process: subprocess.Popen[bytes], launch: Launch, log: Path, deadline: float) -> None:

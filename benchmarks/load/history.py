@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 
 from benchmarks.load.contenders import Running
-from benchmarks.load.script import Model, Workload
+from benchmarks.load.script import Model, Workload, bytes_a_token
 from benchmarks.load.stage import Stage
 from gateway.contracts.errors import EngineUnavailable
 from gateway.tito.conversation import Conversation
@@ -44,9 +44,9 @@ class AtLength:
         return self.cpu_us - self.parse_us
 
 
-def at_length(stage: Stage, contender: Running, history_tokens: int, *, sessions: int, turns: int) -> AtLength:
-    """`turns` turns of each session behind one that brought the history along, which does not count."""
-    workload = replace(stage.workload, history_tokens=history_tokens, turns=turns + 1)
+def at_length(stage: Stage, contender: Running, history_tokens: int, *, sessions: int) -> AtLength:
+    """The turns of each session behind the first, which brings the history along and does not count."""
+    workload = replace(stage.workload, history_tokens=history_tokens)
     body = stage.folder / "body"
     generator = stage.generator(
         contender,
@@ -65,7 +65,7 @@ def at_length(stage: Stage, contender: Running, history_tokens: int, *, sessions
     time.sleep(_SETTLE_SECONDS)
     cpu_seconds = contender.cpu_seconds() - before
     later = played.records[played.records["turn"] > 1]
-    if played.account["errors"] or len(later) != sessions * turns:
+    if played.account["errors"] or len(later) != sessions * (workload.turns - 1):
         raise EngineUnavailable(f"{contender.name} at {history_tokens} tokens: {played.account}")
     return AtLength(
         contender=contender.name,
@@ -150,10 +150,8 @@ def whole_conversation(
 
 def long_workload(model: Model, workload: Workload, *, turns: int, tokens: int) -> Workload:
     """As the stage's, with results of such a length that all turns together come to about `tokens`."""
-    sample = "The weather is fine today, and the test passes in 0.03 seconds.\n" * 40
-    bytes_a_token = len(sample.encode()) / len(model.encode(sample))
     wanted = tokens / turns - workload.reply_tokens - 8
-    return replace(workload, turns=turns, message_bytes=max(60, round(wanted * bytes_a_token)))
+    return replace(workload, turns=turns, message_bytes=max(60, round(wanted * bytes_a_token(model))))
 
 
 def encode_cost(model: Model, body: Path) -> tuple[int, float]:

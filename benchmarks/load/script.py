@@ -163,6 +163,20 @@ def write_conversation(file: Path, model: Model, workload: Workload, *, served_n
     return file
 
 
+def bytes_a_token(model: Model) -> float:
+    """Of the text that tools and users say."""
+    text = _words(20_000)
+    return len(text.encode()) / len(model.encode(text))
+
+
+def _words(num_bytes: int) -> str:
+    """Ordinary text of at least so many bytes."""
+    text, sentences = "", cycle(_PLAIN)
+    while len(text) < num_bytes:
+        text += next(sentences) + "\n"
+    return text
+
+
 def _reply(model: Model, workload: Workload, turn: int, *, calls: bool) -> Reply:
     called = [Call("calculator", {"expression": f"{turn} * {turn + 3} + {turn % 7}"})] if calls else []
     end = model.write_calls(called) + model.stop if called else model.stop
@@ -212,9 +226,7 @@ def _results(workload: Workload) -> list[str]:
     texts = []
     for turn in range(1, workload.turns + 1):
         text = f"result {NUMBER}.{turn} of the tool is {turn * 42 % 97}. "
-        words = cycle(_PLAIN)
-        while len(text) < workload.message_bytes:
-            text += next(words) + "\n"
+        text += _words(workload.message_bytes - len(text))
         texts.append(text[: max(workload.message_bytes, len(NUMBER) + 8)])
     return texts
 

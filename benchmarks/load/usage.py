@@ -17,12 +17,13 @@ class Usage:
 
     cpu_seconds: of all threads since their processes began (to the nanosecond, as the scheduler counts).
     rss_bytes: pages that several of its processes share count in each; pss_bytes: once altogether.
+    most_descriptors: of its fullest process, which is what its limit counts.
     """
 
     cpu_seconds: float
     rss_bytes: int
     pss_bytes: int
-    num_descriptors: int
+    most_descriptors: int
     num_processes: int
 
 
@@ -34,7 +35,7 @@ def usage_of(pid: int) -> Usage:
         cpu_seconds=sum(_cpu_seconds(each) for each in pids),
         rss_bytes=sum(rss for rss, _ in memory),
         pss_bytes=sum(pss for _, pss in memory),
-        num_descriptors=sum(_num_descriptors(each) for each in pids),
+        most_descriptors=max(_num_descriptors(each) for each in pids),
         num_processes=len(pids),
     )
 
