@@ -1,0 +1,1 @@
+"""Parts of `verbatim bench growth`: measured costs, arithmetic, simulation."""
