@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import NamedTuple
 
 from gateway.contracts.generation import JsonValue
@@ -84,10 +85,11 @@ class _Step(NamedTuple):
 
 
 class KnownWay(NamedTuple):
-    """The way of an earlier request as far as its deepest match, and the messages that led there. num_turns: that the
-    tree had then."""
+    """The way of an earlier request as far as its deepest match, and all its messages; keys: of those behind the match.
+    num_turns: that the tree had then."""
 
     messages: Sequence[JsonValue]
+    keys: Sequence[MessageKey]
     root: RootContext
     root_digest: bytes
     step: _Step
@@ -98,9 +100,15 @@ class KnownWay(NamedTuple):
         num = self.step.num_messages
         return (
             len(messages) >= num
-            and all(map(operator.is_, self.messages, messages))
+            and all(map(operator.is_, self.messages[:num], messages))
             and tree.first_change_since(self.num_turns) > num
         )
+
+    def known_keys(self, messages: Sequence[JsonValue]) -> Sequence[MessageKey]:
+        """Of the messages behind the match that are the same objects too."""
+        num = self.step.num_messages
+        same = takewhile(bool, map(operator.is_, self.messages[num:], messages[num:]))
+        return self.keys[: sum(same)]
 
 
 class KnownWays:
@@ -137,15 +145,17 @@ def attach(tree: TurnTree, messages: Sequence[JsonValue], root: RootContext, way
     if step is _START:
         step = step._replace(trails=[_Trail(tree.start, MatchTier.EXACT, 0)])
     deepest, keys = step, list[MessageKey]()
+    known_keys = iter(() if way is None or way.step is not step else way.known_keys(messages))
     while step.trails and step.num_messages < len(messages):
         message = messages[step.num_messages]
-        key = message_key(message, step.calls)
+        key = next(known_keys, None) or message_key(message, step.calls)
         keys.append(key)
         step = _stepped(step, message, key, wanted_root)
         if step.here is not deepest.here:
             deepest, keys = step, []
+    keys += message_keys(messages[step.num_messages :], calls=step.calls)[0]
     if ways is not None and deepest.num_messages:
-        known = KnownWay(messages[: deepest.num_messages], root, wanted_root, deepest, len(tree))
+        known = KnownWay(messages, keys, root, wanted_root, deepest, len(tree))
         ways.keep(known, way)
     best, other = _best(tree, step.here), _best(tree, step.elsewhere)
     if best is None:
@@ -153,8 +163,6 @@ def attach(tree: TurnTree, messages: Sequence[JsonValue], root: RootContext, way
     follows = other if other is not None and other.num_messages > best.num_messages else best
     # Results of calls that the agent renamed have other keys in the tree.
     added = None if best.trail.num_other_ids or best.num_messages != deepest.num_messages else keys
-    if added is not None:
-        added += message_keys(messages[step.num_messages :], calls=step.calls)[0]
     return Place(best.node, follows.node, best.num_messages, best.trail.tier, None, added)
 
 

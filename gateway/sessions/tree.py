@@ -278,7 +278,6 @@ def _slim(record: TurnRecord, messages: Sequence[JsonValue], root: RootContext, 
     """The record with what the session holds already: one copy of equal messages and tools, no borrowed memory."""
     like = record if parent is None else parent.record
     slim = {
-        "added_messages": tuple(messages[:-1]),
         "reply": messages[-1],
         "root": None if record.root is None else root,
         "sampling": like.sampling if like.sampling == record.sampling else record.sampling,
@@ -287,8 +286,8 @@ def _slim(record: TurnRecord, messages: Sequence[JsonValue], root: RootContext, 
         "output_logprobs": _own(record.output_logprobs),
     }
     others = {name: value for name, value in slim.items() if value is not getattr(record, name)}
-    if all(map(operator.is_, messages, record.added_messages)):
-        others.pop("added_messages", None)
+    if not all(map(operator.is_, messages, record.added_messages)):
+        others["added_messages"] = tuple(messages[:-1])
     return replace(record, **others) if others else record
 
 

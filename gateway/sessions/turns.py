@@ -189,7 +189,8 @@ async def run_turn(
     turn.emit(TurnStarted(prompt.token_ids))
     sampled = await _sample(parts, session, request, prompt, sampling, turn)
     record = _record(parts, session, request, prompt, sampling, sampled, turn)
-    await keep_media(parts.ledger, session.record.session_id, record.added_messages, request.blobs)
+    if request.has_media:
+        await keep_media(parts.ledger, session.record.session_id, record.added_messages, request.blobs)
     record = await _append(parts, session, record, sampled.generated.experts)  # I4
     session.tree.add(record, prompt.place.keys if record.attachment.parent_id is not None else None)
     finished = await _finished(parts, prompt, sampled, record)
