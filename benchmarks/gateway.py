@@ -72,14 +72,12 @@ class Place:
 
     def draw(self, name: str, draw: Callable[[Path, Any], None], figures: Any) -> None:
         """A picture beside the results."""
+        output: Path = self.arguments.output
         label = "" if self.arguments.name == "default" else f"-{self.arguments.name}"
-        file = self.arguments.output.with_name(f"{self.arguments.output.stem}-{name}{label}.svg")
-        if self.arguments.output.name == os.devnull.rpartition("/")[2]:
-            return
         if not charts.can_draw():
             _tell("no picture is drawn: matplotlib is not installed\n")
-            return
-        draw(file, figures)
+        elif output.suffix == ".json":
+            draw(output.with_name(f"{output.stem}-{name}{label}.svg"), figures)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
