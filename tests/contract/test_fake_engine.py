@@ -114,9 +114,10 @@ async def test_each_turn_gets_the_scripts_reply_with_its_logprobs(
         async with client_of(engine) as client:
             for turn, reply in enumerate(replies(model, WORKLOAD), start=1):
                 prompt = prompt_of(model, turn)
+                events = engine.statistics()["events"]
                 chunks, end = await ask(client, prompt)
                 assert ids_of(chunks) == reply.token_ids
-                assert len(chunks) == -(-len(reply.token_ids) // tokens_per_event)
+                assert engine.statistics()["events"] - events == -(-len(reply.token_ids) // tokens_per_event)
                 said = np.concatenate([chunk.logprobs for chunk in chunks])
                 assert said == pytest.approx([logprob_of(turn, n) for n in range(len(said))], abs=1e-6)
                 assert (end.prompt_tokens, end.completion_tokens) == (len(prompt), len(reply.token_ids))

@@ -60,8 +60,8 @@ def test_every_measured_turn_was_sampled_and_recorded(stage: Stage, served: Runn
 
 
 def test_a_turn_at_a_long_history_costs_its_parse_and_more(stage: Stage, served: Running) -> None:
-    short = at_length(stage, served, 200, sessions=2)
-    long = at_length(stage, served, 3000, sessions=2)
+    short = at_length(stage, served, 200, sessions=2, history_turns=1)
+    long = at_length(stage, served, 3000, sessions=2, history_turns=1)
     assert long.body_bytes > short.body_bytes + 5000
     assert 0 < short.parse_us < short.cpu_us
     assert short.net_us == short.cpu_us - short.parse_us
