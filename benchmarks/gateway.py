@@ -15,7 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ RESULTS = Path(__file__).parent / "results" / "gateway.json"
 PEERS = ("smg", "litellm")
 PACKAGES = ("verbatim-rl", "uvicorn", "uvloop", "tokenizers", "smg")
 _LENGTHS = (1_000, 10_000, 30_000, 100_000)
+_HISTORY_TURNS, _TURNS_BEHIND = 40, 10
 _CONVERSATION_TURNS, _CONVERSATION_TOKENS = 100, 80_000
 
 
@@ -72,14 +73,12 @@ class Place:
 
     def draw(self, name: str, draw: Callable[[Path, Any], None], figures: Any) -> None:
         """A picture beside the results."""
+        output: Path = self.arguments.output
         label = "" if self.arguments.name == "default" else f"-{self.arguments.name}"
-        file = self.arguments.output.with_name(f"{self.arguments.output.stem}-{name}{label}.svg")
-        if self.arguments.output.name == os.devnull.rpartition("/")[2]:
-            return
         if not charts.can_draw():
             _tell("no picture is drawn: matplotlib is not installed\n")
-            return
-        draw(file, figures)
+        elif output.suffix == ".json":
+            draw(output.with_name(f"{output.stem}-{name}{label}.svg"), figures)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -90,6 +89,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="`verbatim serve --workers N` (1)")
     parser.add_argument("--serve-flag", action="append", default=[], metavar="FLAG", help="more for `verbatim serve`")
     parser.add_argument("--sessions", default="1,8,32,256", metavar="LIST", help="sessions at once (1,8,32,256)")
+    parser.add_argument(
+        "--rate",
+        type=float,
+        metavar="N",
+        help="open loop: so many conversations begin a second, however fast replies are",
+    )
     parser.add_argument("--rounds", type=int, default=5, help="of everything (5)")
     parser.add_argument("--seconds", type=float, default=4.0, help="of each measurement of turns (4)")
     parser.add_argument("--seed", type=int, default=1, help="of the order within rounds (1)")
@@ -139,7 +144,9 @@ def _turns(place: Place) -> bool:
     a = place.arguments
     sessions = [int(each) for each in a.sessions.split(",")]
     with place.stage() as stage, _contenders(place, stage) as contenders:
-        runs = run_rounds(stage, contenders, sessions, rounds=a.rounds, seconds=a.seconds, seed=a.seed, tell=_tell)
+        runs = run_rounds(
+            stage, contenders, sessions, rounds=a.rounds, seconds=a.seconds, seed=a.seed, rate=a.rate, tell=_tell
+        )
     figures = {
         each.name: {
             str(at_once): {key: plain(asdict(value)) for key, value in over_rounds(runs, each.name, at_once).items()}
@@ -154,6 +161,7 @@ def _turns(place: Place) -> bool:
             "workload": asdict(place.workload) | {"tokens_per_event": a.tokens_per_event, "stream": a.stream},
             "sessions": sessions,
             "rounds": a.rounds,
+            "conversations_per_second": a.rate,
             "seconds": a.seconds,
             "figures": figures,
             "targets": [target.figures() for target in found],
@@ -167,13 +175,14 @@ def _turns(place: Place) -> bool:
 def _history(place: Place) -> bool:
     """A turn behind 1,000 to 100,000 tokens of history."""
     points: dict[str, list[AtLength]] = {}
-    with place.stage() as stage, _contenders(place, stage, engine=False) as contenders:
+    workload = replace(place.workload, turns=_HISTORY_TURNS + 1 + _TURNS_BEHIND)
+    with place.stage(workload) as stage, _contenders(place, stage, engine=False) as contenders:
         for contender in contenders:
             stage.warm(contender)
         for _ in range(place.arguments.rounds):
             for length in _LENGTHS:
                 for contender in contenders:
-                    point = at_length(stage, contender, length, sessions=8)
+                    point = at_length(stage, contender, length, sessions=8, history_turns=_HISTORY_TURNS)
                     points.setdefault(contender.name, []).append(point)
                     _tell(line(point))
     figures = {name: [_at(mine, length) for length in _LENGTHS] for name, mine in points.items()}
@@ -247,7 +256,9 @@ def _workers(place: Place) -> bool:
             )
             contenders.append(stack.enter_context(running(launch, place.folder / f"workers-{workers}.log")))
         sessions = [int(each) for each in a.sessions.split(",")]
-        runs = run_rounds(stage, contenders, sessions, rounds=a.rounds, seconds=a.seconds, seed=a.seed, tell=_tell)
+        runs = run_rounds(
+            stage, contenders, sessions, rounds=a.rounds, seconds=a.seconds, seed=a.seed, rate=a.rate, tell=_tell
+        )
     figures = {
         each.name: {
             str(at_once): {key: plain(asdict(value)) for key, value in over_rounds(runs, each.name, at_once).items()}

@@ -44,13 +44,24 @@ class AtLength:
         return self.cpu_us - self.parse_us
 
 
-def at_length(stage: Stage, contender: Running, history_tokens: int, *, sessions: int) -> AtLength:
-    """The turns of each session behind the first, which brings the history along and does not count."""
-    workload = replace(stage.workload, history_tokens=history_tokens)
+def at_length(stage: Stage, contender: Running, history_tokens: int, *, sessions: int, history_turns: int) -> AtLength:
+    """The stage's last turns; its first `history_turns` bring the history along, and do not count."""
+    workload = replace(stage.workload, history_tokens=history_tokens, history_turns=history_turns)
+    # What is said in the last of them comes with the turn behind it.
+    first = history_turns + 1
     body = stage.folder / "body"
     generator = stage.generator(
         contender,
-        *("--sessions", str(sessions), "--conversations", str(sessions), "--wait-after", "1", "--dump", str(body)),
+        *(
+            "--sessions",
+            str(sessions),
+            "--conversations",
+            str(sessions),
+            "--wait-after",
+            str(first),
+            "--dump",
+            str(body),
+        ),
         workload=workload,
     )
     try:
@@ -64,8 +75,8 @@ def at_length(stage: Stage, contender: Running, history_tokens: int, *, sessions
     played = generator.result(timeout_seconds=_TIMEOUT_SECONDS)
     time.sleep(_SETTLE_SECONDS)
     cpu_seconds = contender.cpu_seconds() - before
-    later = played.records[played.records["turn"] > 1]
-    if played.account["errors"] or len(later) != sessions * (workload.turns - 1):
+    later = played.records[played.records["turn"] > first]
+    if played.account["errors"] or len(later) != sessions * (workload.turns - first):
         raise EngineUnavailable(f"{contender.name} at {history_tokens} tokens: {played.account}")
     return AtLength(
         contender=contender.name,

@@ -48,8 +48,9 @@ class Workload:
     """What a conversation is like.
 
     turns: calls of the model. reply_tokens: of each reply, at least what a call takes. message_bytes: of what a tool
-    (or, without tools, the user) says each turn. history_tokens: about so many in the first messages. delta_tokens:
-    tokens that one event of a streamed chat of the bare engine holds.
+    (or, without tools, the user) says each turn. history_tokens: about so many more, in the first message, or where
+    history_turns is not 0 in what is said in the first so many turns. delta_tokens: tokens that one event of a streamed
+    chat of the bare engine holds.
     """
 
     turns: int = 10
@@ -57,6 +58,7 @@ class Workload:
     message_bytes: int = 60
     history_tokens: int = 0
     tools: bool = True
+    history_turns: int = 0
     delta_tokens: int = 8
 
 
@@ -145,7 +147,7 @@ def write_conversation(file: Path, model: Model, workload: Workload, *, served_n
         {"role": "system", "content": "You are a helpful assistant that uses tools."},
         {
             "role": "user",
-            "content": f"Question {NUMBER}: how much is 3 apples and 4 pears? " + _history(model, workload),
+            "content": f"Question {NUMBER}: how much is 3 apples and 4 pears? " + _first_history(model, workload),
         },
     ]
     fields: dict[str, Any] = {"temperature": 1.0}
@@ -157,7 +159,7 @@ def write_conversation(file: Path, model: Model, workload: Workload, *, served_n
         "head " + _json({"model": served_name})[:-1] + ',"messages":[',
         "messages " + ",".join(map(_json, first)),
         "tail ]," + _json(fields)[1:-1],
-        *("result " + _json(result)[1:-1] for result in _results(workload)),
+        *("result " + _json(result)[1:-1] for result in _results(model, workload)),
     ]
     file.write_text("\n".join(lines) + "\n")
     return file
@@ -221,22 +223,26 @@ def _pieces(model: Model, text: str, tokens: int) -> list[str]:
     return [text[start:stop] for start, stop in pairwise(cuts) if stop > start]
 
 
-def _results(workload: Workload) -> list[str]:
+def _results(model: Model, workload: Workload) -> list[str]:
     """What the tool says, another text each turn, each of the wanted number of bytes."""
     texts = []
+    history_bytes = 0
+    if workload.history_turns:
+        history_bytes = round(workload.history_tokens / workload.history_turns * bytes_a_token(model))
     for turn in range(1, workload.turns + 1):
         text = f"result {NUMBER}.{turn} of the tool is {turn * 42 % 97}. "
-        text += _words(workload.message_bytes - len(text))
-        texts.append(text[: max(workload.message_bytes, len(NUMBER) + 8)])
+        wanted = workload.message_bytes + (history_bytes if turn <= workload.history_turns else 0)
+        text += _words(wanted - len(text))
+        texts.append(text[: max(wanted, len(NUMBER) + 8)])
     return texts
 
 
-def _history(model: Model, workload: Workload) -> str:
+def _first_history(model: Model, workload: Workload) -> str:
     """Ordinary text of about `history_tokens` tokens."""
-    block = "\n".join(f"{i}. {sentence}" for i, sentence in enumerate(_PLAIN * 20))
-    length = len(model.encode(block))
-    repeats, rest = divmod(workload.history_tokens, length)
-    return "\n".join([block] * repeats + [block[: len(block) * rest // length]]) if workload.history_tokens else ""
+    if workload.history_turns or not workload.history_tokens:
+        return ""
+    wanted = round(workload.history_tokens * bytes_a_token(model))
+    return _words(wanted)[:wanted]
 
 
 def _json(value: Any) -> str:

@@ -54,12 +54,15 @@ class Stage:
         """What is made once is made, so that no figure holds it."""
         self.play(contender, "--sessions", "8", "--seconds", "1", timeout_seconds=_GRACE_SECONDS)
 
-    def measure(self, contender: Running, sessions: int, *, seconds: float, number: int) -> Measured:
+    def measure(
+        self, contender: Running, sessions: int, *, seconds: float, number: int, rate: float | None = None
+    ) -> Measured:
         """So many sessions for so long; CPU counts until all that a turn leaves behind is done."""
         engine_before, before = self.engine.statistics(), contender.cpu_seconds()
         played = self.play(
             contender,
             *("--sessions", str(sessions), "--seconds", f"{seconds:g}"),
+            *(("--rate", f"{rate:g}") if rate else ()),
             timeout_seconds=seconds + _GRACE_SECONDS,
         )
         time.sleep(_SETTLE_SECONDS)

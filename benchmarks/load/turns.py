@@ -21,9 +21,13 @@ def run_rounds(
     rounds: int,
     seconds: float,
     seed: int,
+    rate: float | None = None,
     tell: Callable[[str], None],
 ) -> list[Measured]:
-    """`rounds` times every contender at every number of sessions, `seconds` each."""
+    """`rounds` times every contender at every number of sessions, `seconds` each.
+
+    rate: conversations that begin each second, in as many sessions at most; None: each session goes on as it can.
+    """
     order = random.Random(seed)
     for contender in contenders:
         stage.warm(contender)
@@ -32,7 +36,7 @@ def run_rounds(
         pairs = [(contender, at_once) for contender in contenders for at_once in sessions]
         order.shuffle(pairs)
         for contender, at_once in pairs:
-            run = stage.measure(contender, at_once, seconds=seconds, number=number)
+            run = stage.measure(contender, at_once, seconds=seconds, number=number, rate=rate)
             runs.append(run)
             tell(line(run))
     return runs
