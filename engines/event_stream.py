@@ -151,9 +151,15 @@ def _whole_events(piece: bytes) -> list[bytes] | None:
         return None
     events = piece.split(b"\n\n")
     events.pop()
-    if piece.count(b"\n") != 2 * len(events) or not all(event.startswith(b"data: ") for event in events):
+    if piece.count(b"\n") != 2 * len(events):
         return None
-    return [data for event in events if (data := event[6:].strip())]
+    read = []
+    for event in events:
+        if not event.startswith(b"data: "):
+            return None
+        if data := event[6:].strip():
+            read.append(data)
+    return read
 
 
 def _unescaped(text: bytes) -> bytes:

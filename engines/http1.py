@@ -27,6 +27,7 @@ from yarl import URL
 _HIGH_WATER_BYTES = 256 * 1024
 """Of a body that waits to be read; above it the connection is not read from."""
 _MAX_HEAD_BYTES = 64 * 1024
+"""Looked at while a head is not whole: one that came in one piece is no longer than such a piece."""
 _MAX_REST_BYTES = 64 * 1024
 _REST_SECONDS = 1.0
 """How much may follow what the reader of an answer needed, and for how long, until its connection is closed instead of

@@ -69,6 +69,11 @@ class _Entry(msgspec.Struct, array_like=True, gc=False):
     token_id: int
 
 
+_NULL = msgspec.Raw(b"null")
+_COMMA = ord(",")
+_NOTHING: tuple[Fields, Fields] = ({}, {})
+_LARGE_BYTES = 4096
+
 _TokenId: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=np.iinfo(np.int32).max)]
 _fields = msgspec.json.Decoder(Fields).decode
 _ids = msgspec.json.Decoder(list[_TokenId]).decode
@@ -125,6 +130,7 @@ class StreamReader:
         failure_of: Callable[[Any, str], VerbatimError] = failure,
     ) -> None:
         self._request = request
+        self._wanted_top = request.num_top_logprobs
         self._routing = routing
         self._policy_version_of = policy_version_of
         self._failure_of = failure_of
@@ -140,6 +146,7 @@ class StreamReader:
         self._token_ids: list[int] = []
         self._logprobs: list[float | None] = []
         self._top_logprobs: list[Sequence[TopLogprob]] = []
+        self._latest = _NOTHING
         self._unknown_top: Mapping[str, bytes] = {}
         self._unknown_meta: Mapping[str, bytes] = {}
 
@@ -170,38 +177,60 @@ class StreamReader:
             if "error" in event:
                 raise self._failure_of(_value(event["error"]), self.named)
             meta = _fields(event["meta_info"])
+            self._keep_unknown(event, meta, len(data))
             self._read(event, meta)
         except (LengthMismatch, ExpertsMismatch) as error:
             raise EngineProtocolError(f"{self.named}: {error.message}") from error
+        except msgspec.ValidationError as error:
+            raise EngineProtocolError(f"{self.named}: unreadable event: {error}") from error
+        except msgspec.DecodeError as error:
+            raise EngineProtocolError(f"{self.named}: the event is not JSON: {data[:80]!r}") from error
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            if type(error) is msgspec.DecodeError:
-                raise EngineProtocolError(f"{self.named}: the event is not JSON: {data[:80]!r}") from error
             raise EngineProtocolError(f"{self.named}: unreadable event ({type(error).__name__}: {error})") from error
 
-    def _read(self, event: Fields, meta: Fields) -> None:
+    def _keep_unknown(self, event: Fields, meta: Fields, size: int) -> None:
+        """I8: what we do not know of the latest event, and what only an earlier one says.
+
+        An event with the same fields as the one before says all that that said. A large one is not kept in memory for
+        the sake of a few fields.
+        """
+        last_event, last_meta = self._latest
+        if event.keys() != last_event.keys() or meta.keys() != last_meta.keys():
+            self._fold_latest()
+        self._latest = event, meta
+        if size > _LARGE_BYTES:
+            self._fold_latest()
+            self._latest = _NOTHING
+
+    def _fold_latest(self) -> None:
+        event, meta = self._latest
         self._unknown_top = _kept(self._unknown_top, event, _KNOWN_TOP)
         self._unknown_meta = _kept(self._unknown_meta, meta, _KNOWN_META)
+
+    def _read(self, event: Fields, meta: Fields) -> None:
         routed = meta.get("routed_experts")
         experts = None if routed is None else _value(routed)
         if self.rows is not None and not self.rows.stand_for(experts):
             raise EngineProtocolError(f"{self.named}: a big routed_experts at an unknown place of an event")
         finish = _value(meta["finish_reason"])
-        self._refuse_failed(finish)
+        if finish is not None:
+            self._refuse_failed(finish)
         fresh = self._new_ids(bytes(event["output_ids"]), _number(meta["completion_tokens"]))
         logprobs = self._new_logprobs(fresh, meta.get("output_token_logprobs"))
-        top_logprobs = self._new_top_logprobs(fresh, logprobs, meta.get("output_top_logprobs"))
+        top_logprobs: Sequence[Sequence[TopLogprob]] = ()
+        if fresh and self._wanted_top:  # I9: what an event does not give stays missing, at its own place
+            top_logprobs = self._new_top_logprobs(fresh, logprobs, meta.get("output_top_logprobs")) or [()] * len(fresh)
         self._num_output += len(fresh)
         if finish is not None:
             self.end = self._ended(meta, finish, experts)
         # Last: of an event that contradicts itself nothing is kept.
         self._token_ids += fresh
         self._logprobs += logprobs
-        if self._request.num_top_logprobs:  # I9: what an event does not give stays missing, at its own place
-            self._top_logprobs += top_logprobs or [()] * len(fresh)
+        self._top_logprobs += top_logprobs
 
-    def _refuse_failed(self, finish: Any) -> None:
+    def _refuse_failed(self, finish: Mapping[str, Any]) -> None:
         """SGLang reports some refusals as an abort with a status (an ordinary abort has none)."""
-        status = finish.get("status_code") if finish is not None and finish["type"] == "abort" else None
+        status = finish.get("status_code") if finish["type"] == "abort" else None
         if status is None:
             return
         if int(status) >= 500:
@@ -268,15 +297,15 @@ class StreamReader:
     def _new_top_logprobs(
         self, fresh: list[int], logprobs: Sequence[float | None], told: msgspec.Raw | None
     ) -> tuple[tuple[TopLogprob, ...], ...]:
-        """A row for each new token; () where none were asked for or the engine gave none (I9)."""
-        wanted = self._request.num_top_logprobs
-        if not fresh or not wanted or told is None or told == _NULL:
+        """A row for each new token; () where the engine gave none (I9)."""
+        if told is None or told == _NULL:
             return ()
         rows = _rows(told)[-len(fresh) :]
         pairs = [None if row is None else [(entry.token_id, entry.logprob) for entry in row] for row in rows]
-        return likeliest(pairs, fresh, np.array(logprobs, np.float32), most=wanted, named=self.named)
+        return likeliest(pairs, fresh, np.array(logprobs, np.float32), most=self._wanted_top, named=self.named)
 
     def _ended(self, fields: Fields, finish: Mapping[str, Any], experts: str | None) -> GenerateEnd:
+        self._fold_latest()
         meta = {name: _value(fields[name]) for name in _READ_AT_END if name in fields}
         prompt_tokens = self._prompt_tokens(meta, finish)
         # SGLang writes media into the prompt itself: its ids are then its own, and the turn is marked so (I9).
@@ -305,7 +334,8 @@ class StreamReader:
     def _version_spans(self, meta: Mapping[str, Any], num_output: int) -> tuple[VersionSpan, ...]:
         spans = meta.get("weight_versions")
         if spans is None:  # engines before spans: one label for the whole answer
-            spans = [{"version": meta["weight_version"], "start": 0, "end": num_output}]
+            version = self._policy_version_of(str(meta["weight_version"]))
+            return (VersionSpan(0, num_output, version),) if num_output else ()
         return join_spans(
             VersionSpan(int(span["start"]), int(span["end"]), self._policy_version_of(str(span["version"])))
             for span in spans
@@ -326,14 +356,10 @@ class StreamReader:
             return None
 
 
-_NULL = msgspec.Raw(b"null")
-_COMMA = ord(",")
-
-
 def _kept(before: Mapping[str, bytes], fields: Fields, known: frozenset[str]) -> Mapping[str, bytes]:
     """I8: what we do not know, also what only an earlier event says; the order of keys is the latest event's."""
     # As bytes of their own: a part of an event would keep all of it in memory until the next one.
     unknown = {key: bytes(value) for key, value in fields.items() if key not in known}
-    if before.keys() <= unknown.keys():
+    if not before:
         return unknown
     return {key: value for key, value in before.items() if key not in unknown} | unknown

@@ -67,6 +67,8 @@ def expand_spans(spans: Sequence[VersionSpan], num_tokens: int) -> npt.NDArray[n
 
 def shifted_spans(spans: Iterable[VersionSpan], by: int) -> list[VersionSpan]:
     """The same spans, `by` tokens later."""
+    if not by:
+        return list(spans)
     return [VersionSpan(span.start + by, span.stop + by, span.policy_version) for span in spans]
 
 
