@@ -11,15 +11,14 @@ import asyncio
 import contextlib
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks import results_file
 from benchmarks.routing.process import SCENARIOS
 from benchmarks.routing.store import measure_store
 from benchmarks.routing.workload import WORKLOADS
@@ -73,8 +72,6 @@ def run(arguments: argparse.Namespace) -> int:
         "rows": arguments.rows,
         "seed": arguments.seed,
         "base64_mb": arguments.rows * _BASE64_BYTES / 1e6,
-        "versions": {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
-        "machine": {"cores": os.cpu_count(), "processor": platform.machine(), "system": platform.system()},
         "load_average_before": [round(load, 1) for load in os.getloadavg()],
         "replies": {},
     }
@@ -92,8 +89,10 @@ def run(arguments: argparse.Namespace) -> int:
     for target in results["targets"]:
         verdict = "met   " if target["met"] else "MISSED"
         sys.stdout.write(f"{verdict} {target['name']}: {target['found']} (at most {target['most']})\n")
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    command = f"verbatim bench experts --rows {arguments.rows} --seed {arguments.seed}"
+    results_file.merge(
+        arguments.output, "experts", f"{arguments.rows} rows", results, command=command, packages=_PACKAGES
+    )
     return 0 if all(target["met"] for target in results["targets"]) and _is_whole(results) else 1
 
 
