@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from typing import Protocol
 
 BIG_LINE_BYTES = 2**16
+_PIECE_BYTES = 2**18
 
 _KEY = b'"routed_experts"'
 _TO_VALUE = re.compile(rb"[ \t\r]*(?::[ \t\r]*(.)?)?", re.DOTALL)
@@ -64,6 +65,13 @@ class EventReader:
 
     def read(self, piece: bytes) -> list[bytes]:
         """The data of the events that this piece completes."""
+        if len(piece) <= _PIECE_BYTES:
+            yield from self._read(piece)
+            return
+        for start in range(0, len(piece), _PIECE_BYTES):  # else it might hold a big event whole
+            yield from self._read(piece[start : start + _PIECE_BYTES])
+
+    def _read(self, piece: bytes) -> Iterator[bytes]:
         if self._inside_rows:
             piece = self._behind_rows(piece)
         elif not self._buffered and not self._data and (events := _whole_events(piece)) is not None:

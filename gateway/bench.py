@@ -10,7 +10,7 @@ from types import ModuleType
 
 from gateway.contracts.errors import ConfigurationError
 
-NAMES = ("chaos", "gateway", "growth", "ledger", "replay", "scale", "tokens", "updates")
+NAMES = ("chaos", "experts", "gateway", "growth", "ledger", "replay", "scale", "tokens", "updates")
 """The benchmarks that there are."""
 
 _CHECKOUT = Path(__file__).resolve().parent.parent

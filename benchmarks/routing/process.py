@@ -30,7 +30,15 @@ from engines.sglang import SglangEngine
 from gateway.contracts.examples import example_turn
 from gateway.contracts.experts import RoutedExperts
 from gateway.contracts.generation import GenerateEnd, GenerateRequest, SamplingParams
-from gateway.contracts.records import Attachment, MatchTier, RootContext, SegmentReason, SessionOrigin, SessionRecord
+from gateway.contracts.records import (
+    Attachment,
+    MatchTier,
+    RootContext,
+    SegmentReason,
+    SessionOrigin,
+    SessionRecord,
+    TurnRecord,
+)
 from gateway.contracts.versions import VersionSpan
 from gateway.ledger.sqlite import SqliteLedger
 
@@ -49,10 +57,22 @@ class Usage(NamedTuple):
     peak_bytes: int
 
 
+class Gaps(NamedTuple):
+    """Seconds by which timers came late, and of them those of this process's own making."""
+
+    seconds: list[float]
+    own: list[float]
+
+    def figures(self) -> dict[str, Any]:
+        """In milliseconds."""
+        return {"gap_ms": _percentiles(self.seconds), "own_gap_ms": _percentiles(self.own)}
+
+
 class Bench:
     """An engine and a ledger."""
 
-    def __init__(self, engine: SglangEngine, ledger: SqliteLedger) -> None:
+    def __init__(self, url: str, engine: SglangEngine, ledger: SqliteLedger) -> None:
+        self.url = url
         self.engine = engine
         self.ledger = ledger
         self._indexes: dict[str, int] = {}
@@ -64,7 +84,7 @@ class Bench:
         engine = SglangEngine(url, engine_id="e0", routing=SHAPE, policy_version_of=int, context_length=10**6)
         ledger = SqliteLedger.open(folder)
         try:
-            yield cls(engine, ledger)
+            yield cls(url, engine, ledger)
         finally:
             await engine.aclose()
             await ledger.aclose()
@@ -89,28 +109,11 @@ class Bench:
         end = await self.ask(num_prompt, num_new, start=start)
         index = self._indexes.get(session_id, 0)
         if index == 0:
-            await self.ledger.create_session(_session(session_id))
+            await self.ledger.create_session(session_record(session_id))
         self._indexes[session_id] = index + 1
         rows = end.routed_experts
         assert (rows is None) == (start is None), "the reply's rows could not be read"
-        record = example_turn(
-            index,
-            session_id=session_id,
-            turn_id=f"t{index}",
-            attachment=Attachment(None, None, MatchTier.NONE, SegmentReason.FIRST),
-            root=RootContext((), {}),
-            prompt_token_ids=np.arange(8, dtype=np.int32),
-            output_token_ids=np.arange(2, dtype=np.int32),
-            output_logprobs=np.full(2, -0.25, np.float32),
-            version_spans=(VersionSpan(0, 2, 1),),
-            num_layers=0 if rows is None else SHAPE.num_layers,
-            num_experts=0 if rows is None else SHAPE.num_experts,
-            top_k=0 if rows is None else SHAPE.top_k,
-            experts_start=0 if rows is None else rows.start,
-            experts_stop=0 if rows is None else rows.stop,
-            created_at=time.time(),
-        )
-        await self.ledger.append_turn(record, rows)
+        await self.ledger.append_turn(turn_record(session_id, index, rows), rows)
         return rows
 
 
@@ -143,14 +146,14 @@ async def decode(bench: Bench, num_rows: int) -> dict[str, Any]:
 
 async def plain(bench: Bench, num_rows: int) -> dict[str, Any]:
     """The comparison: the answer read whole, `json`, `base64`, narrowed."""
-    url, prompt = bench.engine._http.url, num_rows - NUM_NEW + 1
+    prompt = num_rows - NUM_NEW + 1
     body = {
         "rid": "r", "input_ids": list(range(prompt)), "sampling_params": {"max_new_tokens": NUM_NEW},
         "return_routed_experts": True, "routed_experts_start_len": 0,
     }  # fmt: skip
 
     async def ask() -> np.ndarray[Any, Any]:
-        async with aiohttp.ClientSession() as session, session.post(f"{url}/generate", json=body) as response:
+        async with aiohttp.ClientSession() as session, session.post(f"{bench.url}/generate", json=body) as response:
             whole = await response.read()
         event = json.loads(whole.split(b"\n", 1)[0].removeprefix(b"data: "))
         raw = base64.b64decode(event["meta_info"]["routed_experts"], validate=True)
@@ -209,23 +212,28 @@ async def beside(bench: Bench, num_rows: int) -> dict[str, Any]:
     await asyncio.gather(*agents)
     return {
         "small_turns": len(small),
-        "gap_ms_alone": _percentiles(alone),
-        "gap_ms": _percentiles(among),
+        "without": alone.figures(),
+        **among.figures(),
         "small_turn_ms_before": _percentiles(alone_turns),
         "small_turn_ms": _percentiles(small),
     }
 
 
 @contextlib.asynccontextmanager
-async def gaps(every_seconds: float = 0.001) -> AsyncIterator[list[float]]:
-    """How late a timer of a millisecond comes, each time: seconds in which the loop did something else."""
-    late: list[float] = []
+async def gaps(every_seconds: float = 0.001) -> AsyncIterator[Gaps]:
+    """How late a timer of a millisecond comes, each time: seconds in which the loop did something else.
+
+    `own`: no more of it than this process, all threads, was computing meanwhile; the rest is other programs' doing.
+    """
+    late = Gaps([], [])
 
     async def tick() -> None:
         while True:
-            began = time.perf_counter()
+            began, cpu = time.perf_counter(), time.process_time()
             await asyncio.sleep(every_seconds)
-            late.append(max(0.0, time.perf_counter() - began - every_seconds))
+            seconds = max(0.0, time.perf_counter() - began - every_seconds)
+            late.seconds.append(seconds)
+            late.own.append(min(seconds, time.process_time() - cpu))
 
     task = asyncio.create_task(tick())
     try:
@@ -251,7 +259,7 @@ async def at_once(bench: Bench, num_rows: int) -> dict[str, Any]:
         "cpu_ms_a_reply": usage.cpu_seconds * 1e3 / NUM_AT_ONCE,
         "wall_ms": usage.wall_seconds * 1e3,
         "peak_mb_of_process": _memory("VmHWM") / 1e6,
-        "gap_ms": _percentiles(late),
+        **late.figures(),
     }
 
 
@@ -281,8 +289,34 @@ async def incremental(bench: Bench, num_rows: int) -> dict[str, Any]:
     }
 
 
-def _session(session_id: str) -> SessionRecord:
+def session_record(session_id: str) -> SessionRecord:
+    """One that says nothing."""
     return SessionRecord(session_id, None, None, None, {}, {}, {}, None, "", SessionOrigin.CREATED, True, time.time())
+
+
+def turn_record(session_id: str, index: int, rows: RoutedExperts | None) -> TurnRecord:
+    """A turn with these rows, which goes on where the one before it ended if its first row is not the first of all."""
+    parent = f"t{index - 1}" if rows is not None and rows.start else None
+    num_prompt = 8 if rows is None else rows.stop - rows.start - (1 if parent is None else 2)
+    return example_turn(
+        index,
+        session_id=session_id,
+        turn_id=f"t{index}",
+        attachment=Attachment(
+            parent, parent, MatchTier.EXACT if parent else MatchTier.NONE, None if parent else SegmentReason.FIRST
+        ),
+        root=None if parent else RootContext((), {}),
+        prompt_token_ids=np.arange(num_prompt, dtype=np.int32),
+        output_token_ids=np.arange(2, dtype=np.int32),
+        output_logprobs=np.full(2, -0.25, np.float32),
+        version_spans=(VersionSpan(0, 2, 1),),
+        num_layers=0 if rows is None else SHAPE.num_layers,
+        num_experts=0 if rows is None else SHAPE.num_experts,
+        top_k=0 if rows is None else SHAPE.top_k,
+        experts_start=0 if rows is None else rows.start,
+        experts_stop=0 if rows is None else rows.stop,
+        created_at=time.time(),
+    )
 
 
 def _forget_peak() -> None:

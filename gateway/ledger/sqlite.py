@@ -43,7 +43,7 @@ from gateway.ledger.compaction import (
     pack_records,
     point_to,
 )
-from gateway.ledger.packing import pack
+from gateway.ledger.packing import is_worth_packing
 from gateway.ledger.reserve import Room, SpaceReserve, is_disk_full
 from gateway.ledger.rows import decode_json
 from gateway.ledger.segments_file import (
@@ -63,8 +63,6 @@ _log = logging.getLogger(__name__)
 _BUSY_TIMEOUT_SECONDS = 30.0
 _PAGES_AT_ONCE = 500
 _LOWEST_PRIORITY = 19
-_WORTH = 0.98
-"""Of its bytes, above which a record is not worth packing: 256 experts that are all as likely take 8 bits each."""
 _KEPT_LOG_BYTES = 16 * 2**20
 """To which the write-ahead log is cut after a burst has let it grow."""
 
@@ -137,10 +135,15 @@ class SqliteLedger(SqlLedger):
         has_more = True
         while has_more:  # between two steps turns are written
             has_more = await self._write(_give_back_pages)
-        self._space_was_freed = True
-        await self._write(lambda connection: None)  # whose housekeeping removes files and merges the log
+        await self._free_files()
         after, num_files_after = await self._footprint()
         return Reclaimed(max(0, num_files - num_files_after), before - after, num_moved)
+
+    async def _free_files(self) -> None:
+        """Have the writer's housekeeping remove files and merge the log; it is done when this returns."""
+        self._space_was_freed = True
+        await self._write(lambda connection: None)  # which is answered before the housekeeping behind its commit
+        await self._write(lambda connection: None)
 
     async def _compact(self) -> int:
         """How many bytes were moved; a file that holds a damaged record, or for which there is no room, stays."""
@@ -184,8 +187,7 @@ class SqliteLedger(SqlLedger):
                 _log.warning("segment file %d is not packed: %s", number, error)
             self._needs_no_packing.add(number)
         if done.num_records:
-            self._space_was_freed = True
-            await self._write(lambda connection: None)  # whose housekeeping removes the files
+            await self._free_files()
         return done
 
     async def _compress_file(self, number: int, packing: Packing, bytes_per_second: float) -> Compressed:
@@ -282,7 +284,7 @@ class Packing:
     def _shrinks(self, record: LiveRecord) -> bool:
         name = f"session {record.session_id} turn {record.turn_id}"
         key, payload, _ = read_stored(self._folder, record.location, name=name)
-        return len(pack(payload, decode_json(key))) < _WORTH * len(payload)
+        return is_worth_packing(payload, decode_json(key))
 
 
 def _step_back() -> None:

@@ -151,6 +151,53 @@ async def test_a_row_with_an_expert_that_the_model_has_not_is_stored_as_invalid(
     assert not valid_rows(end.routed_experts.ids, 4).all()
 
 
+LONG = np.arange(30_000, dtype=np.int32) % 1000
+
+
+async def ask_long(engine: SglangEngine) -> GenerateEnd:
+    """A request whose rows come in many pieces."""
+    request = GenerateRequest("r" * 32, LONG, SamplingParams(max_new_tokens=2), routed_experts_start=0)
+    end = [item async for item in engine.generate(request)][-1]
+    assert isinstance(end, GenerateEnd)
+    return end
+
+
+@pytest.mark.parametrize("slash", [b"/", rb"\/"])
+async def test_rows_of_a_big_reply_are_the_same_as_those_of_a_small_one(slash: bytes) -> None:
+    """I2, I8: they are taken out of the event while it arrives; what stands around them stays."""
+    ids = np.random.default_rng(0).integers(0, 4, (len(LONG) + 1, 2, 2))
+    encoded = base64.b64encode(ids.astype("<i4").tobytes()).decode()
+    told = event([7, 8], finish=LENGTH, prompt_tokens=len(LONG), routed_experts=encoded, custom={"kept": [1, None]})
+    written = orjson.dumps(told).replace(b"/", slash)
+    async with served(streaming(event([7], prompt_tokens=len(LONG)), written)) as engine:
+        end = await ask_long(engine)
+    assert end.routed_experts is not None
+    np.testing.assert_array_equal(end.routed_experts.ids, ids)
+    assert end.routed_experts.ids.dtype == np.uint8
+    assert end.meta_info == {"custom": {"kept": [1, None]}}
+
+
+@pytest.mark.parametrize(("harm", "words"), [(b"!", "not base64"), (b"", "expected 30001 rows")])
+async def test_damage_in_a_big_reply_costs_the_rows_and_not_the_turn(
+    harm: bytes, words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """I6, I9: the same as in a small one."""
+    told = orjson.dumps(event([7, 8], finish=LENGTH, prompt_tokens=len(LONG), routed_experts=rows(len(LONG) + 1)))
+    middle = len(told) // 2 // 4 * 4
+    async with served(streaming(told[:middle] + harm + told[middle + 64 :])) as engine:
+        end = await ask_long(engine)
+    assert end.routed_experts is None
+    assert words in caplog.text
+
+
+async def test_a_big_string_of_that_name_at_another_place_is_not_lost_in_silence() -> None:
+    """I8: it was taken for rows."""
+    told = event([7, 8], finish=LENGTH, prompt_tokens=len(LONG), custom={"routed_experts": rows(len(LONG) + 1)})
+    async with served(streaming(told)) as engine:
+        with pytest.raises(EngineProtocolError, match="unknown place"):
+            await ask_long(engine)
+
+
 async def test_likeliest_tokens_are_read_from_both_kinds_of_stream() -> None:
     """I2, I9: cut to what was asked, a row that is missing stays missing, nothing of it is left in meta_info."""
     rows_told = [[[-0.1, 4, None], [-0.5, 7, None], [-0.9, 5, None]], None, [[-0.5, 9, "x"]]]

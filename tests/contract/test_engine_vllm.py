@@ -240,6 +240,21 @@ async def test_routing_rows_of_any_integer_type_are_narrowed(dtype: str) -> None
     assert upstream.bodies[0]["sampling_params"]["routed_experts_prompt_start"] == 2
 
 
+async def test_rows_of_a_big_reply_are_taken_while_it_arrives() -> None:
+    """I2: a `.npy` file in many pieces."""
+    ids = np.random.default_rng(0).integers(0, 4, (40_003, 2, 2), dtype=np.int16)
+    file = io.BytesIO()
+    np.save(file, ids)
+    prompt = np.arange(40_002, dtype=np.int32) % 1000
+    events = [event("0.30", [7, 8], finish="length", routed_experts=base64.b64encode(file.getvalue()).decode())]
+    async with served(Upstream("0.30", [*events, usage(2, len(prompt))])) as engine:
+        request = GenerateRequest("r" * 32, prompt, SamplingParams(max_new_tokens=2), routed_experts_start=0)
+        end = [item async for item in engine.generate(request)][-1]
+    assert isinstance(end, GenerateEnd)
+    assert end.routed_experts is not None
+    np.testing.assert_array_equal(end.routed_experts.ids, ids)
+
+
 async def test_version_spans_of_032_are_taken_and_its_label_is_not_asked_again() -> None:
     """I5: the engine's own spans win over labels."""
     spans = [{"version": "3", "start": 0, "end": 1}, {"version": "policy-000004", "start": 1, "end": 2}]
