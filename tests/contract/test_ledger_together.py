@@ -187,6 +187,22 @@ def test_notes_of_changes_are_cut_before_they_grow_long_and_who_missed_some_is_t
     other.close()
 
 
+# ---- the log is emptied beside the writer ----
+
+
+async def test_the_log_moves_into_the_file_while_the_ledger_is_used(tmp_path: Path) -> None:
+    ledger = SqliteLedger.open(tmp_path)
+    await ledger.create_session(a_session("s"))
+    size = (tmp_path / "ledger.sqlite").stat().st_size
+    index = 0
+    while (tmp_path / "ledger.sqlite").stat().st_size == size:
+        await ledger.append_turn(a_turn("s", index, index, None), None)
+        index += 1
+        assert index < 20_000  # about twice as many turns as SQLite itself would wait for
+    assert len(await ledger.turns("s")) == index
+    await ledger.aclose()
+
+
 # ---- no look-up reads a table from end to end ----
 
 
