@@ -86,9 +86,7 @@ async def _fill(data: Path, num_rollouts: int) -> None:
     await ledger.aclose()
 
 
-async def _read(
-    client: GatewayClient, wanted: Iterable[LeasedRollout], num_bytes: int, server: int
-) -> dict[str, float]:
+async def _read(client: GatewayClient, wanted: Iterable[LeasedRollout], server: int) -> dict[str, float]:
     """The whole body of each, into one buffer."""
     waiting = iter(wanted)
 
