@@ -15,6 +15,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from rich import box
@@ -28,9 +29,11 @@ from gateway.engine_check import show_engines
 from gateway.ledger_check import show_ledger, show_shared_ledger
 from gateway.replay_check import replay_support, show_replay
 from gateway.sessions.model import ServedModel
+from gateway.tito.backends import BackendChoice
 from gateway.tito.certificate import ShapeCertificate, Verdict
 from gateway.tito.conversation import HistoryPolicy
 from gateway.tito.survey import Survey, survey
+from gateway.tito.tokenizer import Backend
 
 _PLAIN_WIDTH = 140
 _STYLES = {Verdict.APPENDS: "green", Verdict.REASONING_DROPPED: "yellow"}
@@ -86,6 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.engine:
         required = tuple(map(Capability, arguments.require))
         return show_engines(model, arguments.engine, required, as_json=arguments.json)
+    model.tokenizer.prove_backend(BackendChoice.AUTO)
     found = survey(model.prompts, model.template, model.tokenizer, template_arguments)
     replay = replay_support(model.path)
     if arguments.json:
@@ -138,6 +142,7 @@ def _as_json(model: ServedModel, found: Survey) -> dict[str, JsonValue]:
     return {
         "model": str(model.path),
         "fingerprints": model.fingerprints,
+        "tokenizer_backend": asdict(model.tokenizer.backend),
         "parsing": model.parsing.name,
         "stop_tokens": _stop_tokens(model),
         "text_close": found.text_close,
@@ -164,6 +169,13 @@ def _stop_tokens(model: ServedModel) -> list[dict[str, JsonValue]]:
     ]
 
 
+def _backend(backend: Backend) -> str:
+    """The tokenizer library that would serve, and why a faster one does not."""
+    odd = f", but for {backend.num_odd_characters} characters" if backend.num_odd_characters else ""
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in backend.reasons.items())
+    return backend.name + odd + (f" ({reasons})" if reasons else "")
+
+
 def _row(certificate: ShapeCertificate) -> dict[str, JsonValue]:
     cells = certificate.cells
     return {
@@ -182,6 +194,7 @@ def _print(model: ServedModel, found: Survey) -> None:
     facts = Table(show_header=False, box=None)
     facts.add_row("model", Text(str(model.path)))
     facts.add_row("tokenizer", Text(f"{model.tokenizer.vocab_size} tokens, {model.tokenizer.fingerprint[:12]}"))
+    facts.add_row("texts are spelled by", Text(_backend(model.tokenizer.backend)))
     facts.add_row("template", Text(model.template.fingerprint[:12]))
     facts.add_row("replies are read as", Text(model.parsing.name))
     facts.add_row(

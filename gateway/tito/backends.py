@@ -1,8 +1,9 @@
 """Faster libraries that may spell texts in ids where they are proven equal to `tokenizers`, the format's own.
 
-One is used only once it has spelled a probe set of the model's own vocabulary as `tokenizers` does (`spellings`),
-and only as long as texts that are spelled again in operation come out alike. What differs, raises or is not installed
-is not used, and says why. Each library's API is met here and nowhere else.
+One is used only once it has spelled a probe set of the model's own vocabulary as `tokenizers` does (`spellings`), and
+only as long as texts that are spelled again in operation come out alike. Texts with a character that the two take for
+different things (a few hundred at most, all rare) are left to `tokenizers`. What differs elsewhere, raises or is not
+installed is not used, and says why. Each library's API is met here and nowhere else.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from gateway.contracts.generation import TokenIds
+from gateway.tito.spellings import around, character_groups
 
 Spell = Callable[[str], TokenIds]
 """Text → int32[T] ids, added tokens recognised and none added; raises whatever a library raises."""
@@ -57,16 +59,24 @@ def open_backend(choice: BackendChoice, tokenizer_json: bytes) -> Spell:
         raise BackendUnfit(f"cannot read it: {_first_line(error)}") from error
 
 
+def odd_characters(spell: Spell, reference: Spell, bridge: str) -> str:
+    """The characters near which the two differ: libraries have Unicode's letters and spaces of different years.
+
+    bridge: see `find_bridge`.
+    """
+
+    def differ(text: str) -> bool:
+        return not _same(_outcome(reference, text), _outcome(spell, text))
+
+    groups = (group for group in character_groups() if differ(" x ".join(around(one, bridge) for one in group)))
+    return "".join(one for group in groups for one in group if differ(around(one, bridge)))
+
+
 def first_difference(spell: Spell, reference: Spell, texts: Iterator[str]) -> str | None:
     """Why `spell` is not `reference`, in words with the text; None where all texts come out alike, refusals too."""
     for text in texts:
         expected, found = _outcome(reference, text), _outcome(spell, text)
-        if isinstance(expected, str) or isinstance(found, str):
-            # What one refuses (a lone surrogate), the other must refuse too; each has its own words for it.
-            same = isinstance(expected, str) and isinstance(found, str)
-        else:
-            same = np.array_equal(expected, found)
-        if not same:
+        if not _same(expected, found):
             return f"{_cut(text)!r} is {_shown(expected)}, not {_shown(found)}"
     return None
 
@@ -74,6 +84,13 @@ def first_difference(spell: Spell, reference: Spell, texts: Iterator[str]) -> st
 def is_of_library(error: BaseException) -> bool:
     """Whether a library may have raised it: they raise what they like, and their panics are no `Exception` at all."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def _same(one: TokenIds | str, other: TokenIds | str) -> bool:
+    """What one refuses (a lone surrogate), the other must refuse too; each has its own words for it."""
+    if isinstance(one, str) or isinstance(other, str):
+        return isinstance(one, str) and isinstance(other, str)
+    return np.array_equal(one, other)
 
 
 def _outcome(spell: Spell, text: str) -> TokenIds | str:

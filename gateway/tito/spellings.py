@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 
@@ -27,6 +28,24 @@ TEXTS = (
 
 _WORDS_AT_ONCE = 24
 _NUM_WORDS_ALONE = 3_000
+_CHARACTERS_AT_ONCE = 256
+_BRIDGE = re.compile(r"[!-&(-/:-@\[-`{-~][A-Za-z]+")
+_RANGES = (
+    (0x1, 0x3400, 1),
+    (0x3400, 0xA000, 64),
+    (0xA000, 0xAC00, 1),
+    (0xAC00, 0xD7A4, 64),
+    (0xD7A4, 0xD800, 1),
+    (0xE000, 0xF900, 64),
+    (0xF900, 0x17000, 1),
+    (0x17000, 0x18B00, 64),
+    (0x18B00, 0x20000, 1),
+    (0x20000, 0x34000, 64),
+    (0xE0000, 0xE0200, 1),
+    (0xF0000, 0x110000, 4096),
+)
+"""Code points, with their distance where many in a row are alike."""
+
 _NUM_MIXTURES = 1_500
 _NUM_RANDOM = 300
 _CODE = (
@@ -50,6 +69,24 @@ _COMBINED = (
     "\u3400\u4e00\u9fff\U00020000", "〇々ゝー", "ไม่เป็นไร", "မြန်မာ",
     "ខ្មែរ",
 )  # fmt: skip
+
+
+def around(character: str, bridge: str) -> str:
+    """A text whose ids tell what kind of character this is."""
+    return f"{character}{character}{bridge}"
+
+
+def character_groups() -> Iterator[str]:
+    """Nearly every code point, some hundred at a time."""
+    codes = [code for start, stop, step in _RANGES for code in range(start, stop, step)]
+    for at in range(0, len(codes), _CHARACTERS_AT_ONCE):
+        yield "".join(map(chr, codes[at : at + _CHARACTERS_AT_ONCE]))
+
+
+def find_bridge(words: Sequence[str]) -> str:
+    """A word that is one token with the sign before its letters (`[str`, `(x`): what stands before it decides how it is
+    cut off, and libraries know the letters, marks and spaces of other versions of Unicode."""
+    return next((word for word in words if _BRIDGE.fullmatch(word)), "(x")
 
 
 def spelling_texts(words: Sequence[str], added: Sequence[str]) -> Iterator[str]:

@@ -11,7 +11,7 @@ import logging
 import re
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
@@ -31,10 +31,11 @@ from gateway.tito.backends import (
     candidates,
     first_difference,
     is_of_library,
+    odd_characters,
     open_backend,
 )
 from gateway.tito.model_files import read_eos_entries, read_special_tokens
-from gateway.tito.spellings import spelling_texts
+from gateway.tito.spellings import find_bridge, spelling_texts
 
 _log = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ _MAX_CHECKS = 16
 """Waiting at once."""
 
 _NUM_PROBE_WORDS = 20_000
+_MAX_ODD_CHARACTERS = 512
 _MARKUP = re.compile(r"[<>\[\]|｜]")
 
 
@@ -60,11 +62,13 @@ class AddedToken:
 class Backend:
     """The library that spells texts in ids. reasons: why faster ones do not, by name.
 
-    num_checked: texts that were spelled again by `tokenizers`. num_alarms: libraries given up because of one.
+    num_odd_characters: those whose texts are left to `tokenizers`. num_checked: texts that were spelled again by it.
+    num_alarms: libraries given up because of one.
     """
 
     name: str
     reasons: Mapping[str, str] = field(default_factory=dict)
+    num_odd_characters: int = 0
     num_checked: int = 0
     num_alarms: int = 0
 
@@ -112,6 +116,7 @@ class ChatTokenizer:
         self._num_spelled = 0
         self._num_characters = 0
         self._max_characters = sys.maxsize
+        self._odd = re.compile("(?!)")
         self._to_check: deque[tuple[str, TokenIds]] = deque(maxlen=_MAX_CHECKS)
         self.eos_token_ids: tuple[int, ...] = tuple(token_id for token_id in known if 0 <= token_id < self.vocab_size)
 
@@ -141,7 +146,7 @@ class ChatTokenizer:
     def encode(self, text: str) -> TokenIds:
         """int32[T] ids of `text` from the start of a string; added tokens are recognised, none is added."""
         spell = self._spell
-        if spell is None:
+        if spell is None or (not text.isascii() and self._odd.search(text) is not None):
             return self._reference(text)
         try:
             ids = spell(text)
@@ -163,16 +168,25 @@ class ChatTokenizer:
         Not for the event loop. Whatever comes of it is in `backend`.
         """
         reasons: dict[str, str] = {}
-        for candidate in candidates(choice):
+        wanted = candidates(choice)
+        words = self._probe_words() if wanted else []
+        added = [token.text for token in self.added_tokens.values()]
+        for candidate in wanted:
             try:
                 spell = open_backend(candidate, self._json)
             except BackendUnfit as error:
                 reasons[candidate.value] = str(error)
                 continue
-            difference = first_difference(spell, self._reference, self._probe_set())
+            odd = odd_characters(spell, self._reference, find_bridge(words))
+            if len(odd) > _MAX_ODD_CHARACTERS:
+                reasons[candidate.value] = f"{len(odd)} characters are something else to it"
+                continue
+            pattern = re.compile(f"[{re.escape(odd)}]" if odd else "(?!)")
+            texts = (text for text in spelling_texts(words, added) if pattern.search(text) is None)
+            difference = first_difference(spell, self._reference, texts)
             if difference is None:
-                self._max_characters = MAX_CHARACTERS.get(candidate, sys.maxsize)
-                self._spell, self.backend = spell, Backend(candidate.value, reasons)
+                self._max_characters, self._odd = MAX_CHARACTERS.get(candidate, sys.maxsize), pattern
+                self._spell, self.backend = spell, Backend(candidate.value, reasons, num_odd_characters=len(odd))
                 _log.info("texts are spelled in ids by %s, which spells as tokenizers does", candidate.value)
                 return
             reasons[candidate.value] = difference
@@ -220,12 +234,11 @@ class ChatTokenizer:
         )
         _log.error("%s does not spell texts as tokenizers does and is not used any more: %s", known.name, why)
 
-    def _probe_set(self) -> Iterator[str]:
-        """Words from everywhere in the vocabulary, without halves of characters, and every added token."""
+    def _probe_words(self) -> list[str]:
+        """Words from everywhere in the vocabulary, without halves of characters."""
         step = max(1, self.vocab_size // _NUM_PROBE_WORDS)
         ids = (token_id for token_id in range(0, self.vocab_size, step) if token_id not in self.added_tokens)
-        words = [text for token_id in ids if (text := self.decode([token_id])) and "\ufffd" not in text]
-        return spelling_texts(words, [token.text for token in self.added_tokens.values()])
+        return [text for token_id in ids if (text := self.decode([token_id])) and "\ufffd" not in text]
 
     def encode_plain(self, text: str) -> TokenIds:
         """int32[T] ids of `text` in which nothing is a control token: what looks like one stays text.

@@ -65,7 +65,14 @@ PIECES: dict[str, list[str]] = {
         '<|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>{"x": "é"}<|tool_call_end|>',
         "functions.g:1<|tool_call_argument_begin|>{}",
     ],
-    "llama3_json": ['{"name": "f", "parameters": {"x": "é"}}', ' {"name": "g", "parameters": {}}', ";", '{"na', "{"],
+    "llama3_json": [
+        '{"name": "f", "parameters": {"x": "é"}}',
+        ' {"name": "g", "parameters": {}}',
+        ";",
+        '{"na',
+        "{",
+        " " * 300,
+    ],
     "mistral": [
         '[TOOL_CALLS][{"name": "f", "arguments": {"x": "é"}}, {"name": "g", "arguments": {}}]',
         '[TOOL_CALLS]f[ARGS]{"x": 1}',

@@ -54,6 +54,17 @@ def test_an_ordinary_vocabulary_is_spelled_by_a_faster_library() -> None:
     assert tokenizer.backend.name == BackendChoice.FASTOKENS.value
 
 
+def test_texts_with_a_character_that_a_library_takes_for_another_kind_are_left_to_tokenizers() -> None:
+    """U+180E was a space in older versions of Unicode, and is one to fastokens' patterns."""
+    reference, tokenizer = ChatTokenizer(vocabulary("byte_level")), ChatTokenizer(vocabulary("byte_level"))
+    tokenizer.prove_backend(BackendChoice.FASTOKENS)
+    text = "\u180e[str and \u180e.py"
+    fast = open_backend(BackendChoice.FASTOKENS, vocabulary("byte_level"))
+    assert fast(text).tolist() != reference.encode(text).tolist()
+    assert tokenizer.encode(text).tolist() == reference.encode(text).tolist()
+    assert (tokenizer.backend.name, tokenizer.backend.num_odd_characters) == ("fastokens", 1)
+
+
 def test_tokenizers_serves_where_it_is_chosen() -> None:
     tokenizer = ChatTokenizer(vocabulary("byte_level"))
     tokenizer.prove_backend(BackendChoice.TOKENIZERS)

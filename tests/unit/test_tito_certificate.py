@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from gateway.contracts.errors import TemplateRaised
-from gateway.contracts.generation import Finish, FinishReason, JsonValue
+from gateway.contracts.generation import Finish, FinishReason, JsonValue, TokenIds
 from gateway.contracts.records import SegmentReason
 from gateway.tito.certificate import ShapeCertificate, Verdict
 from gateway.tito.conversation import BuiltPrompt, Conversation, HistoryPolicy, ParentTurn
@@ -384,3 +384,39 @@ def test_a_replys_text_behind_its_results_is_recorded_already(tokenizer: ChatTok
     messages[1]["content"] = "I look."
     built = continue_with(tokenizer, prompts, messages)
     assert built.segment_reason is (SegmentReason.UNCERTIFIED if is_turn else None)
+
+
+def test_audits_wait_until_the_last_ones_are_paid_for(tokenizer: ChatTokenizer) -> None:
+    """However many turns there are, audits take a hundredth of a core at most."""
+    prompts = builder(tokenizer, CHATML)
+    prompts.prepare()
+    messages = tool_loop(6)
+    continue_with(tokenizer, prompts, messages)
+    prompts.upkeep()  # the shape gets its frame, the turn its audit
+    audited = prompts.audits.num_audits
+    continue_with(tokenizer, prompts, messages)
+    assert not prompts.upkeep_due
+    prompts.upkeep()
+    assert prompts.audits.num_audits == audited + 1
+    assert prompts.audits.num_alarms == 0
+
+
+def test_the_short_path_does_not_put_a_long_history_together(tokenizer: ChatTokenizer) -> None:
+    """O(new tokens): of what is recorded only the last id is looked at."""
+    prompts = builder(tokenizer, CHATML)
+    prompts.prepare()
+    stop = tokenizer.token_id("<|im_end|>")
+    assert stop is not None
+    asked: list[int] = []
+
+    def recorded() -> TokenIds:
+        asked.append(1)
+        return np.array([5, 6, 7, 7, 5, stop], dtype=np.int32)
+
+    finish = Finish(FinishReason.STOP, stop)
+    messages = tool_loop(2)
+    parent = ParentTurn(recorded, 3, len(messages) - 1, finish, num_tokens=6, last_token_id=stop)
+    built = prompts.build(Conversation(tuple(messages), TOOLS), parent)
+    assert built.certified_by == "shape"
+    assert not asked
+    assert parent.token_ids.tolist() == [5, 6, 7, 7, 5, stop]
