@@ -103,12 +103,12 @@ async def _oversee(
             predecessor.check_address(settings.host, settings.port)
         succession = stack.enter_context(closing(Succession()))
         crew = Crew(_crew_settings(settings), shares, predecessor)
-        stack.push_async_callback(crew.close)
         for number in _SIGNALS:
             loop.add_signal_handler(number, _told, crew, told_to_stop)
             stack.callback(loop.remove_signal_handler, number)
         loop.add_signal_handler(signal.SIGCHLD, crew.reap)
         stack.callback(loop.remove_signal_handler, signal.SIGCHLD)
+        stack.push_async_callback(crew.close)
 
         async def ask_for_forks() -> None:
             while True:
