@@ -18,7 +18,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack, closing, suppress
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import uvloop
 
@@ -30,6 +30,7 @@ from gateway.handover.channel import Channel
 from gateway.handover.control import Place, remove_control
 from gateway.handover.crew import Crew, CrewSettings
 from gateway.handover.estate import OwnEstate
+from gateway.handover.marks import ChangeMarks, WorkerMarks
 from gateway.handover.predecessor import Predecessor
 from gateway.handover.server import GatewayServer, Stop
 from gateway.handover.shares import Share, Shares
@@ -47,6 +48,14 @@ _PR_SET_PDEATHSIG = 1
 _STANDARD_DESCRIPTORS = 3
 
 
+class _Place(NamedTuple):
+    """What a worker gets by being forked. channel: to its supervisor."""
+
+    channel: Channel
+    share: Share
+    marks: WorkerMarks
+
+
 def supervise(
     settings: GatewaySettings,
     operator_digests: Sequence[str],
@@ -58,7 +67,7 @@ def supervise(
     at the start."""
     if settings.model is None:
         raise ConfigurationError("the gateway needs a model folder (tokenizer and chat template): give --model PATH")
-    shares = Shares(settings.workers)
+    shares, marks = Shares(settings.workers), ChangeMarks(settings.workers)
     supervisor = os.getpid()
     gc.freeze()  # no collection writes to the pages that workers share
     with asyncio.Runner() as runner:
@@ -70,7 +79,8 @@ def supervise(
             pid = os.fork()
             if pid == 0:
                 _become_worker(theirs, supervisor)
-                _end(_run_worker(settings, operator_digests, kinds, theirs, shares.enter(number)))
+                place = _Place(Channel(theirs), shares.enter(number), marks.of(number))
+                _end(_run_worker(settings, operator_digests, kinds, place))
             theirs.close()
             runner.run(_enrol(crew, number, pid, ours))
         gateway.result()
@@ -103,12 +113,12 @@ async def _oversee(
             predecessor.check_address(settings.host, settings.port)
         succession = stack.enter_context(closing(Succession()))
         crew = Crew(_crew_settings(settings), shares, predecessor)
-        stack.push_async_callback(crew.close)
         for number in _SIGNALS:
             loop.add_signal_handler(number, _told, crew, told_to_stop)
             stack.callback(loop.remove_signal_handler, number)
         loop.add_signal_handler(signal.SIGCHLD, crew.reap)
         stack.callback(loop.remove_signal_handler, signal.SIGCHLD)
+        stack.push_async_callback(crew.close)
 
         async def ask_for_forks() -> None:
             while True:
@@ -192,13 +202,12 @@ def _run_worker(
     settings: GatewaySettings,
     operator_digests: Sequence[str],
     kinds: Mapping[str, EngineMaker],
-    connection: socket.socket,
-    share: Share,
+    place: _Place,
 ) -> int:
     """A worker's whole life; its exit code."""
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(_work(of_one_worker(settings), operator_digests, kinds, Channel(connection), share))
+            return runner.run(_work(of_one_worker(settings), operator_digests, kinds, place))
     except BaseException:  # noqa: BLE001  # nothing of this process may go on in the supervisor's frames below
         _log.exception("a worker has failed")
         return 1
@@ -208,11 +217,10 @@ async def _work(
     settings: GatewaySettings,
     operator_digests: Sequence[str],
     kinds: Mapping[str, EngineMaker],
-    channel: Channel,
-    share: Share,
+    place: _Place,
 ) -> int:
     async with AsyncExitStack() as stack:
-        member = await Membership.join(channel)
+        member = await Membership.join(place.channel, place.marks)
         stack.callback(member.close)  # last: then the supervisor knows that nothing is written any more
         try:
             gateway = await stack.enter_async_context(open_gateway(settings, kinds, member, member))
@@ -224,7 +232,7 @@ async def _work(
             return exit_code
         access = Access(operator_digests, on_refused=gateway.metrics.observe_refusal)
         stop = Stop(settings.drain_seconds, begin=gateway.begin_to_stop, cut=gateway.cut)
-        server = GatewayServer(server_config(settings, build_app(gateway, access)), listener, stop, share)
+        server = GatewayServer(server_config(settings, build_app(gateway, access)), listener, stop, place.share)
         async with background(_belong(gateway, member, server, listener)):
             await server.serve()
             await gateway.chores.stop()

@@ -116,6 +116,9 @@ class GatewayServer(uvicorn.Server):
     async def adopt(self, descriptor: int) -> None:
         """Serve a connection that another process accepted; its client may have closed it meanwhile."""
         connection = socket.socket(fileno=descriptor)
+        if self.should_exit:  # idle ones are closed then, and nobody would close this one
+            connection.close()
+            return
         try:
             _, protocol = await asyncio.get_running_loop().connect_accepted_socket(self._connection, connection)
         except OSError:

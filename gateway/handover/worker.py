@@ -25,6 +25,7 @@ from gateway.contracts.generation import JsonValue
 from gateway.handover.channel import Channel, Message
 from gateway.handover.estate import OwnEstate, emptied
 from gateway.handover.link import Link
+from gateway.handover.marks import WorkerMarks
 from gateway.handover.predecessor import Holding
 from gateway.handover.questions import Answer, Questions, error_json
 from gateway.handover.state import LiveState
@@ -36,6 +37,8 @@ _SETTLE_SECONDS = 10.0
 """For another worker to record the turns of a session that is finished."""
 _LOOK_SECONDS = 2.0
 """For another worker to say what it counts."""
+_EPOCH = 2**48
+"""More than all changes of a session."""
 _TELL_SECONDS = 0.01
 """Within which finishes are told together."""
 
@@ -54,8 +57,10 @@ class Duties:
 class Membership:
     """`Origin`, `Leader` and `Siblings` of one worker; make it with `join`."""
 
-    def __init__(self, channel: Channel, first: Message) -> None:
+    def __init__(self, channel: Channel, first: Message, marks: WorkerMarks) -> None:
         """Use `join`."""
+        self._marks = marks
+        self._epoch = 0
         self.state = LiveState.from_json(first.fields["state"])
         self.serves = bool(first.fields["serves"])
         self.are_all = False
@@ -70,9 +75,9 @@ class Membership:
         self._sending: set[asyncio.Task[Any]] = set()
 
     @classmethod
-    async def join(cls, channel: Channel) -> Membership:
+    async def join(cls, channel: Channel, marks: WorkerMarks) -> Membership:
         """Of a process that its supervisor has just forked; raises HandoverFailed if that is gone."""
-        return cls(channel, await _ask(channel, "hello"))
+        return cls(channel, await _ask(channel, "hello"), marks)
 
     async def fail(self, error: VerbatimError, *, exit_code: int) -> None:
         """Tell the supervisor why this process ends."""
@@ -127,7 +132,8 @@ class Membership:
                 for descriptor in message.descriptors:
                     await estate.adopt(descriptor)
             case "old_one_gone":
-                self.are_all = bool(estate.lock)
+                self.serves = False
+                self.are_all = estate.lock is not None
             case "finished":
                 duties.look_again()
             case "leave":
@@ -144,6 +150,8 @@ class Membership:
         estate.end()
 
     async def _stay(self, estate: OwnEstate) -> None:
+        self.are_all = estate.lock is not None and not self.serves
+        self._epoch += _EPOCH  # whatever is known of a session, the other gateway may have changed it
         if self._leaving is not None:
             self._leaving.cancel()
             self._leaving = None
@@ -167,6 +175,7 @@ class Membership:
             case "perform":
                 return await estate.operations.perform(Change(fields["name"], fields["arguments"]))
             case "stop_accepting":
+                self.are_all = False  # the gateway that takes over writes too
                 await estate.stop_accepting()
                 return {}
         if name not in duties.answers:
@@ -197,13 +206,18 @@ class Membership:
 
     def begin_change(self, session_id: str) -> None:
         """As `Siblings` says."""
+        self._marks.begin(session_id)
 
     def end_change(self, session_id: str) -> None:
         """As `Siblings` says."""
+        self._marks.end(session_id)
 
     def changes(self, session_id: str) -> int | None:
         """As `Siblings` says."""
-        return None
+        if not self.are_all:
+            return None
+        changes = self._marks.changes(session_id)
+        return None if changes is None else self._epoch + changes
 
     def rollout_finished(self) -> None:
         """As `Siblings` says; a moment later, because many may finish at once."""
