@@ -12,7 +12,8 @@ written twice. Everything else passes on to the framework.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from fastapi import Request
 from fastapi.responses import Response
@@ -38,15 +39,35 @@ class ModelRoute(APIRoute):
 
 
 class ModelRequest(Request):
-    """A request whose headers are a dict made once; of one that was sent twice, the first counts."""
+    """A request whose headers are looked up in a dict, and are text only where one is read."""
 
     @property
     def headers(self) -> Mapping[str, str]:  # type: ignore[override]  # all that is used of Headers
         """By their lower-case names."""
         if "_by_name" not in self.__dict__:
-            pairs = reversed(self.scope["headers"])
-            self._by_name = {name.decode("latin-1"): value.decode("latin-1") for name, value in pairs}
+            self._by_name = _Headers(self.scope["headers"])
         return self._by_name
+
+
+class _Headers(Mapping[str, str]):
+    """Of one that was sent twice, the first counts."""
+
+    def __init__(self, pairs: Sequence[tuple[bytes, bytes]]) -> None:
+        self._values = dict(reversed(pairs))
+
+    def __getitem__(self, name: str) -> str:
+        return self._values[name.encode("latin-1")].decode("latin-1")
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The value, or `default`."""
+        value = self._values.get(name.encode("latin-1"))
+        return default if value is None else value.decode("latin-1")
+
+    def __iter__(self) -> Iterator[str]:
+        return (name.decode("latin-1") for name in self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
 
 
 class ModelCalls:

@@ -30,7 +30,7 @@ from gateway.routes.bodies import PIECE_BYTES, FrameReply, JsonReply, checked_id
 from gateway.routes.exchange import exchange_of, is_gone, is_there
 from gateway.routes.paths import path_in_session
 from gateway.routes.quotas import Quotas
-from gateway.sessions.idempotency import CallChoice, RetryHint
+from gateway.sessions.idempotency import NO_HINT, CallChoice, RetryHint
 from gateway.sessions.media import num_prompt_tokens
 from gateway.sessions.model import ServedModel
 from gateway.sessions.recorded import WholeReply
@@ -442,9 +442,9 @@ def _endpoint(request: Request) -> str:
 
 
 def _retry_hint(request: Request) -> RetryHint:
-    count = request.headers.get("x-stainless-retry-count", "0")
-    says_retry = count.isascii() and count.isdigit() and count.strip("0") != ""
-    return RetryHint(request.headers.get("idempotency-key") or None, says_retry=says_retry)
+    key, count = request.headers.get("idempotency-key"), request.headers.get("x-stainless-retry-count", "0")
+    says_retry = count != "0" and count.isascii() and count.isdigit() and count.strip("0") != ""
+    return RetryHint(key or None, says_retry=says_retry) if key or says_retry else NO_HINT
 
 
 def _headers(session: Session) -> dict[str, str]:

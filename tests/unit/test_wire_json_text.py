@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from gateway.contracts.errors import InvalidRequest, NotFound
 from gateway.wire import sse
 from gateway.wire.errors import error_body
-from gateway.wire.json_text import Base64, dump_json, json_text
+from gateway.wire.json_text import Base64, Spliced, dump_json, json_text, number_texts
 
 SIZES = (0, 1, 2, 3, 1000, 3 * 2**15, 3 * 2**15 + 1, 400_001)
 
@@ -48,6 +48,40 @@ def test_a_frame_without_arrays_draws_no_mark(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("gateway.wire.json_text.secrets.token_hex", lambda _: pytest.fail("a mark was drawn"))
     assert dump_json(value) == expected
     assert json_text(value).parts == (expected,)
+
+
+@given(
+    st.lists(st.one_of(st.text(), st.floats(), st.integers(-(2**80), 2**80), st.none()), max_size=4),
+    st.lists(st.integers(-(2**31), 2**31 - 1), max_size=5),
+    st.booleans(),
+)
+def test_text_that_is_json_and_arrays_of_numbers_stand_for_what_they_say(
+    others: list[Any], numbers: list[int], has_base64: bool
+) -> None:
+    """I8: whichever encoder takes the value, it is the same value: integers beyond 64 bits are kept, NaN is null."""
+    array = np.array(numbers, dtype=np.int32)
+    rows = [Base64(np.zeros(3, dtype=np.uint8))] if has_base64 else []
+    value = {"a": others, "ids": array, "back": array[::-1], "text": Spliced(b'{"x":[1,"]"]}'), "b": rows, "c": others}
+    known = [None if isinstance(item, float) and not np.isfinite(item) else item for item in others]
+    expected = {
+        "a": known,
+        "ids": numbers,
+        "back": numbers[::-1],
+        "text": {"x": [1, "]"]},
+        "b": ["AAAA"] * has_base64,
+        "c": known,
+    }
+    found = json.loads(dump_json(value))
+    assert found == expected
+    assert list(map(type, found["a"])) == list(map(type, known))
+
+
+@given(st.lists(st.floats(width=32), max_size=6))
+def test_numbers_one_by_one_are_the_array(numbers: list[float]) -> None:
+    """I9: a missing log-prob is null."""
+    array = np.array(numbers, dtype=np.float32)
+    found = [json.loads(text) for text in number_texts(array)]
+    assert found == [float(number) if np.isfinite(number) else None for number in array]
 
 
 def test_rows_that_are_a_part_of_others_are_encoded_in_c_order() -> None:
