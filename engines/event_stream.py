@@ -63,7 +63,7 @@ class EventReader:
         """Whether an event has begun and is not complete."""
         return bool(self._data) or self._buffered.startswith(b"data:")
 
-    def read(self, piece: bytes) -> list[bytes]:
+    def read(self, piece: bytes) -> Iterator[bytes]:
         """The data of the events that this piece completes."""
         if len(piece) <= _PIECE_BYTES:
             yield from self._read(piece)
@@ -71,7 +71,7 @@ class EventReader:
         for start in range(0, len(piece), _PIECE_BYTES):  # else it might hold a big event whole
             yield from self._read(piece[start : start + _PIECE_BYTES])
 
-    def _read(self, piece: bytes) -> Iterator[bytes]:
+    def _read(self, piece: bytes) -> list[bytes]:
         if self._inside_rows:
             piece = self._behind_rows(piece)
         elif not self._buffered and not self._data and (events := _whole_events(piece)) is not None:
