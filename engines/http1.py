@@ -32,6 +32,8 @@ _MAX_REST_BYTES = 64 * 1024
 _REST_SECONDS = 1.0
 """How much may follow what the reader of an answer needed, and for how long, until its connection is closed instead of
 being used again."""
+_CLOSING_SECONDS = 1.0
+
 _APART_BYTES = 64 * 1024
 """A larger body is not copied to stand behind its head."""
 
@@ -72,6 +74,7 @@ class Http1Client:
         """When each became idle; the newest stands last."""
         self._sweep: asyncio.TimerHandle | None = None
         self._closed = 0
+        self._emptied: asyncio.Future[None] | None = None
 
     async def send(
         self,
@@ -113,8 +116,9 @@ class Http1Client:
             self._sweep = None
         for connection in list(self._open):
             connection.end()
-        while self._open:  # noqa: ASYNC110 (the event loop tells of each in its next rounds)
-            await asyncio.sleep(0)
+        if self._open:  # the event loop tells of each in its next rounds
+            self._emptied = asyncio.get_running_loop().create_future()
+            await asyncio.wait([self._emptied], timeout=_CLOSING_SECONDS)
 
     def _reusable(self) -> Connection | None:
         """The connection that was used last, unless that was too long ago: then all others were longer ago."""
@@ -150,6 +154,8 @@ class Http1Client:
         """A connection is gone."""
         self._open.discard(connection)
         self._idle.pop(connection, None)
+        if not self._open and self._emptied is not None and not self._emptied.done():
+            self._emptied.set_result(None)
 
     def release(self, connection: Connection, now: float) -> None:
         """A connection may be used again."""

@@ -250,13 +250,13 @@ def generate_body(request: GenerateRequest) -> dict[str, JsonValue]:
     if request.cache_key:
         own = passed.get("extra_key")
         body["extra_key"] = f"{own}|{request.cache_key}" if own else request.cache_key
-    for name in ("return_routed_experts", "routed_experts_start_len", "top_logprobs_num"):
-        body.pop(name, None)
+    if passed:
+        for name in ("return_routed_experts", "routed_experts_start_len", "top_logprobs_num"):
+            body.pop(name, None)
     if request.num_top_logprobs:
         body["top_logprobs_num"] = request.num_top_logprobs
-    for kind, name in _MEDIA_FIELDS.items():
-        if urls := [media.url for media in request.media if media.kind is kind]:
-            body[name] = urls
+    for media in request.media:
+        body.setdefault(_MEDIA_FIELDS[media.kind], []).append(media.url)
     if request.reasons_first:
         body["require_reasoning"] = True
     if request.routed_experts_start is not None:

@@ -74,6 +74,9 @@ def shifted_spans(spans: Iterable[VersionSpan], by: int) -> list[VersionSpan]:
 
 def join_spans(spans: Iterable[VersionSpan]) -> tuple[VersionSpan, ...]:
     """Drop empty spans and merge neighbours of one version; the covered range stays the same."""
+    spans = tuple(spans)
+    if len(spans) == 1 and spans[0].start != spans[0].stop:  # nearly always
+        return spans
     joined: list[VersionSpan] = []
     for span in spans:
         if span.start == span.stop:
