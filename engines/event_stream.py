@@ -63,13 +63,12 @@ class EventReader:
         """Whether an event has begun and is not complete."""
         return bool(self._data) or self._buffered.startswith(b"data:")
 
-    def read(self, piece: bytes) -> Iterator[bytes]:
+    def read(self, piece: bytes) -> list[bytes]:
         """The data of the events that this piece completes."""
         if len(piece) <= _PIECE_BYTES:
-            yield from self._read(piece)
-            return
-        for start in range(0, len(piece), _PIECE_BYTES):  # else it might hold a big event whole
-            yield from self._read(piece[start : start + _PIECE_BYTES])
+            return self._read(piece)
+        starts = range(0, len(piece), _PIECE_BYTES)  # else it might hold a big event whole
+        return [data for start in starts for data in self._read(piece[start : start + _PIECE_BYTES])]
 
     def _read(self, piece: bytes) -> list[bytes]:
         if self._inside_rows:
