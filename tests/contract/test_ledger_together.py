@@ -1,4 +1,4 @@
-"""What the embedded ledger does for speed changes nothing: statements for a whole batch, quick JSON, its log, indexes."""
+"""What makes the embedded ledger fast changes nothing: statements for a whole batch, quick JSON, its log, indexes."""
 
 from __future__ import annotations
 
