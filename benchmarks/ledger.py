@@ -24,6 +24,7 @@ from benchmarks.ledger_load.million import measure_large_store
 from benchmarks.ledger_load.turns import measure_arrays, measure_plain_sqlite, measure_shared, measure_turns
 
 RESULTS = Path(__file__).parent / "results" / "ledger.json"
+_PARTS = ("turns", "shared", "arrays", "feed", "large_store")
 _PACKAGES = ("verbatim-rl", "numpy", "orjson", "msgspec", "uvicorn", "uvloop", "aiohttp")
 
 
