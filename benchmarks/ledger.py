@@ -24,6 +24,7 @@ from benchmarks.ledger_load.million import measure_large_store
 from benchmarks.ledger_load.turns import measure_arrays, measure_plain_sqlite, measure_shared, measure_turns
 
 RESULTS = Path(__file__).parent / "results" / "ledger.json"
+_PARTS = ("turns", "shared", "arrays", "feed", "large_store")
 _PACKAGES = ("verbatim-rl", "numpy", "orjson", "msgspec", "uvicorn", "uvloop", "aiohttp")
 
 
@@ -52,14 +53,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rollouts", type=int, default=64, help="rollouts of 32k tokens in the feed's store (64)")
     parser.add_argument("--reads", type=int, default=512, help="rollouts read from the feed (512)")
     parser.add_argument("--stored-turns", type=int, default=1_000_000, help="turns of the large store (1000000)")
-    parser.add_argument("--only", choices=("turns", "shared", "arrays", "feed", "large_store"), help="one part")
+    parser.add_argument(
+        "--only",
+        choices=("turns", "shared", "arrays", "feed", "large_store"),
+        help="one part; others keep their figures",
+    )
     parser.add_argument("--folder", type=Path, help="where the stores are made (the system's temporary folder)")
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="FILE", help="where the figures go")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run; 0 if every target that was measured is met."""
-    figures: dict[str, Any] = {}
+    figures: dict[str, Any] = _measured_before(arguments.output) if arguments.only else {}
     with tempfile.TemporaryDirectory(prefix="verbatim-ledger-", dir=arguments.folder) as folder:
         for name, part in _parts(arguments, Path(folder)).items():
             if arguments.only in (None, name):
@@ -73,6 +78,12 @@ def run(arguments: argparse.Namespace) -> int:
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(figures | {"targets": checks} | _about(), indent=1) + "\n")
     return 0 if all(check["met"] for check in checks) else 1
+
+
+def _measured_before(file: Path) -> dict[str, Any]:
+    """The other parts' figures, where one is measured alone."""
+    figures: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return figures
 
 
 def _parts(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
