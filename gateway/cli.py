@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -42,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         check_packages()
         name = next((word for word in words if not word.startswith("-")), None)
+        if name == "serve":  # before numpy: nothing here multiplies matrices, and each of its threads has buffers
+            os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         parser = _parser(name)
         arguments = parser.parse_args(words)
         if arguments.command is None:

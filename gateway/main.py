@@ -28,6 +28,7 @@ from gateway.handover.predecessor import Predecessor
 from gateway.handover.server import GatewayServer, Stop
 from gateway.handover.succession import Succession
 from gateway.listening import announce, check_exposure, listening_socket, server_config
+from gateway.memory import prepare_memory, settle_memory
 from gateway.parts import Gateway, build_app, open_gateway
 from gateway.routes.access import Access, read_operator_keys
 from gateway.settings import (
@@ -109,6 +110,7 @@ def serve(
     kinds = {**shipped_kinds(settings.timeouts), **(engine_kinds or {})}
     operator_digests = read_operator_keys(operator_key)
     check_exposure(settings, keys_are_on=bool(operator_digests))
+    prepare_memory()
     if settings.workers > 1:
         supervise(settings, operator_digests, kinds, replace_running=replace_running)
         return
@@ -180,6 +182,7 @@ async def _serve_place(
         await server.accepts.wait()
         gateway.presence.start()
         gateway.chores.start()
+        settle_memory()
         announce(place.listener)
         await succession.run(estate)
 

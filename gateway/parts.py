@@ -26,7 +26,6 @@ from gateway.handover.chores import Chores
 from gateway.handover.predecessor import Holding, Origin
 from gateway.handover.state import NO_STATE, LiveState
 from gateway.ledger.keeper import StorageKeeper
-from gateway.ledger.postgres import PostgresLedger
 from gateway.ledger.reserve import SpaceReserve
 from gateway.ledger.sqlite import SqliteLedger
 from gateway.replicas.health import watch_health
@@ -254,6 +253,8 @@ def open_ledger(settings: GatewaySettings, holding: Holding | None = None) -> tu
     storage = settings.storage
     if settings.ledger:
         full_wait = storage.full_wait_seconds
+        from gateway.ledger.postgres import PostgresLedger  # its libraries are 12 MB that the embedded ledger needs not
+
         return PostgresLedger.open(settings.ledger, settings.objects, full_wait_seconds=full_wait), None
     reserve = SpaceReserve(settings.data, min_free_bytes=storage.min_free_bytes, reserve_bytes=storage.reserve_bytes)
     ledger = SqliteLedger.open(
@@ -357,7 +358,7 @@ async def _connect_engine(engines: EngineList, source: EngineSource) -> None:
 async def _stored_policies(settings: GatewaySettings) -> Mapping[str, int]:
     """Read beside the gateway that writes; raises SchemaMismatch for a store that only a stopped gateway may change."""
     if settings.ledger:
-        ledger: Ledger = PostgresLedger.open(settings.ledger, settings.objects)
+        ledger, _ = open_ledger(settings)
     else:
         ledger = SqliteLedger.open(settings.data, read_only=True)
     try:

@@ -37,6 +37,7 @@ from gateway.handover.shares import Share, Shares
 from gateway.handover.succession import Succession
 from gateway.handover.worker import Duties, Membership
 from gateway.listening import announce, listening_socket, server_config
+from gateway.memory import settle_memory
 from gateway.parts import Gateway, build_app, open_gateway
 from gateway.routes.access import Access
 from gateway.settings import GatewaySettings, of_one_worker
@@ -69,7 +70,7 @@ def supervise(
         raise ConfigurationError("the gateway needs a model folder (tokenizer and chat template): give --model PATH")
     shares, marks = Shares(settings.workers), ChangeMarks(settings.workers)
     supervisor = os.getpid()
-    gc.freeze()  # no collection writes to the pages that workers share
+    settle_memory()  # and no collection writes to the pages that workers share
     with asyncio.Runner() as runner:
         forks: asyncio.Queue[tuple[Crew, int]] = asyncio.Queue()
         gateway = runner.get_loop().create_task(_oversee(settings, shares, forks, replace_running=replace_running))
@@ -243,6 +244,7 @@ async def _work(
 async def _belong(gateway: Gateway, member: Membership, server: GatewayServer, listener: socket.socket) -> None:
     """Do what the supervisor and the other workers ask for."""
     await server.accepts.wait()
+    settle_memory()
     gateway.presence.start()
     estate = OwnEstate(
         server=server,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+from gateway.memory import give_back_memory
 from gateway.tito.prompt import PromptBuilder
 
 
@@ -17,7 +18,7 @@ class PromptUpkeep:
 
     def prepare(self) -> None:
         """Certify the shapes of ordinary agents; turns that come meanwhile are certified one by one."""
-        self._start(self._prompts.prepare)
+        self._start(self._prepare)
 
     def poke(self) -> None:
         """Begin, if there is something to do and nothing under way."""
@@ -28,6 +29,10 @@ class PromptUpkeep:
         """Wait for what runs; raises what it raised."""
         if self._task is not None:
             await self._task
+
+    def _prepare(self) -> None:
+        self._prompts.prepare()
+        give_back_memory()  # of a vocabulary's reading and proving
 
     def _start(self, work: Callable[[], None]) -> None:
         if self._task is None or self._task.done():
