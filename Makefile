@@ -8,12 +8,15 @@ STAMP := $(VENV)/.installed
 
 install: $(STAMP)
 
-# bubblewrap makes the sandboxes. It is a system package: root installs it here, others are told how, once.
+# bubblewrap makes the sandboxes, cc the load of the benchmarks. They are system packages: root installs them here, others are told how, once.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Verbatim needs Python 3.11 or newer; set PYTHON=…")'
 	@command -v bwrap >/dev/null 2>&1 || { if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then \
 	    (apt-get update -qq || true) && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends bubblewrap; \
 	  else echo "bubblewrap is not installed: sandboxes need it (Debian: apt-get install bubblewrap)" >&2; fi; }
+	@command -v cc >/dev/null 2>&1 || { if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then \
+	    (apt-get update -qq || true) && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends gcc libc6-dev; \
+	  else echo "no C compiler is installed: the benchmarks of load and their tests need cc (Debian: apt-get install gcc libc6-dev)" >&2; fi; }
 	@ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1 || { if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then \
 	    (apt-get update -qq || true) && export DEBIAN_FRONTEND=noninteractive && \
 	    apt-get install -y -qq --no-install-recommends postgresql-common && \
