@@ -270,8 +270,12 @@ def test_bodies_in_flight_have_a_bound_and_small_ones_get_in(start_gateway: Star
     held = [connect(patient) for _ in range(2)]
     for connection in held:
         connection.sendall(head(CHAT, f"Content-Length: {4 * MIB}") + b" " * (3 * MIB + MIB // 2))
-    time.sleep(0.3)
-    refused = httpx.post(patient.url + CHAT, content=body_of(3 * MIB), timeout=30)
+
+    def large() -> httpx.Response:
+        return httpx.post(patient.url + CHAT, content=body_of(3 * MIB), timeout=30)
+
+    until(lambda: large().status_code != 200)  # both have been read as far as they came
+    refused = large()
     small = httpx.post(patient.url + CHAT, content=body_of(MIB), timeout=30)
     for connection in held:
         connection.close()
@@ -279,10 +283,7 @@ def test_bodies_in_flight_have_a_bound_and_small_ones_get_in(start_gateway: Star
     assert int(refused.headers["retry-after"]) >= 1
     assert small.status_code == 200
 
-    def gets_in() -> bool:
-        return httpx.post(patient.url + CHAT, content=body_of(3 * MIB), timeout=30).status_code == 200
-
-    until(gets_in)
+    until(lambda: large().status_code == 200)
 
 
 @pytest.fixture(scope="module")
