@@ -84,7 +84,9 @@ class Place:
 def configure(parser: argparse.ArgumentParser) -> None:
     """The flags of `verbatim bench gateway`."""
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (all but workers)")
-    parser.add_argument("--peers", default="", metavar="NAMES", help=f"measured beside: {','.join(PEERS)} (none)")
+    parser.add_argument(
+        "--peers", default="", metavar="NAMES", help=f"measured beside: {','.join(PEERS)} (none); litellm in turns only"
+    )
     parser.add_argument("--litellm", metavar="PATH", help="its program ($LITELLM, or the one on the PATH)")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="`verbatim serve --workers N` (1)")
     parser.add_argument("--serve-flag", action="append", default=[], metavar="FLAG", help="more for `verbatim serve`")
@@ -176,7 +178,7 @@ def _history(place: Place) -> bool:
     """A turn behind 1,000 to 100,000 tokens of history."""
     points: dict[str, list[AtLength]] = {}
     workload = replace(place.workload, turns=_HISTORY_TURNS + 1 + _TURNS_BEHIND)
-    with place.stage(workload) as stage, _contenders(place, stage, engine=False) as contenders:
+    with place.stage(workload) as stage, _contenders(place, stage, for_turns=False) as contenders:
         for contender in contenders:
             stage.warm(contender)
         for _ in range(place.arguments.rounds):
@@ -210,7 +212,7 @@ def _conversation(place: Place) -> bool:
     turns, tokens = _CONVERSATION_TURNS, _CONVERSATION_TOKENS
     wholes: dict[str, list[WholeConversation]] = {}
     workload = Workload(turns=turns, reply_tokens=place.workload.reply_tokens, tools=place.workload.tools)
-    with place.stage(workload) as stage, _contenders(place, stage, engine=False) as contenders:
+    with place.stage(workload) as stage, _contenders(place, stage, for_turns=False) as contenders:
         for contender in contenders:
             stage.warm(contender)
         for _ in range(place.arguments.rounds):
@@ -271,9 +273,11 @@ def _workers(place: Place) -> bool:
 
 
 @contextmanager
-def _contenders(place: Place, stage: Stage, *, engine: bool = True) -> Iterator[list[Running]]:
-    """All that the flags ask for, serving beside each other; the gateway is the last but for its peers."""
+def _contenders(place: Place, stage: Stage, *, for_turns: bool = True) -> Iterator[list[Running]]:
+    """All that the flags ask for, serving beside each other. for_turns: else without the bare engine, which has no CPU
+    of its own to tell, and without litellm, which would take an hour for long histories."""
     a = place.arguments
+    peers = [name for name in a.peers.split(",") if name and (for_turns or name != "litellm")]
     with ExitStack() as stack:
         launches = [
             verbatim(
@@ -284,10 +288,10 @@ def _contenders(place: Place, stage: Stage, *, engine: bool = True) -> Iterator[
                 cores=a.pin,
                 flags=a.serve_flag,
             ),
-            *(_peer(name, place, stage) for name in a.peers.split(",") if name),
+            *(_peer(name, place, stage) for name in peers),
         ]
         started = [stack.enter_context(running(each, place.folder / f"{each.name}.log")) for each in launches]
-        yield [bare(stage.engine), *started] if engine else started
+        yield [bare(stage.engine), *started] if for_turns else started
 
 
 def _peer(name: str, place: Place, stage: Stage) -> Launch:

@@ -141,6 +141,7 @@ typedef struct {
     Piece *first, *last;
     const Reply *reply;
     long turn, limit, sent_events, num_events, prompt_tokens, experts_start;
+    long number; /* of a chat, for the ids of its calls */
     double began, duration;
     char rid[160];
 } Conn;
@@ -411,7 +412,7 @@ static void chat_whole(Conn *c, Buffer *out) {
     body.len = 0;
     append_chat_head(&body, c, "chat.completion");
     append_text(&body, "\"message\":");
-    append_numbered(&body, c->reply->message, c->experts_start);
+    append_numbered(&body, c->reply->message, c->number);
     append_format(&body,
                   ",\"logprobs\":null,\"finish_reason\":\"%s\"}],\"usage\":{\"prompt_tokens\":%ld,\"completion_tokens\":%ld,"
                   "\"total_tokens\":%ld}}",
@@ -425,7 +426,7 @@ static void chat_event(Conn *c, Buffer *out, bool last) {
     event.len = 0;
     append_chat_head(&event, c, "chat.completion.chunk");
     append_text(&event, "\"delta\":");
-    append_numbered(&event, last ? "{}" : c->reply->deltas[c->sent_events], c->experts_start);
+    append_numbered(&event, last ? "{}" : c->reply->deltas[c->sent_events], c->number);
     if (last) append_format(&event, ",\"finish_reason\":\"%s\"}]}", c->reply->reason);
     else append_text(&event, ",\"finish_reason\":null}]}");
     append_format(out, "%zx\r\ndata: ", event.len + 8);
@@ -577,7 +578,7 @@ static void chat(Conn *c) {
         flush_conn(c);
         return;
     }
-    c->experts_start = seen.chats++; /* a chat's number, for its ids */
+    c->number = seen.chats++;
     snprintf(c->rid, sizeof c->rid, "chatcmpl-%ld", seen.chats);
     c->prompt_tokens = (long)(messages.len / 4) + 1;
     begin_reply(c, count_of(messages, (Slice){"\"assistant\"", 11}) + 1, limit);
