@@ -90,22 +90,20 @@ class Http1Client:
         path: with its query, behind the path of the address. body: JSON. fresh: on a new connection. Raises OSError,
         TimeoutError, and ValueError for headers that would be more than one line.
         """
+        head = self._heads.get((method, path)) or self._head(method, path)
+        if headers:
+            head += _lines(headers)
+        if body is not None:
+            head += b"Content-Type: application/json\r\nContent-Length: %d\r\n" % len(body)
         connection = None if fresh else self._reusable()
         if connection is None:
             connection = await self._connect()
         connection.begin()
-        head = self._heads.get((method, path)) or self._head(method, path)
-        if headers:
-            head += _lines(headers)
-        if body is None:
-            connection.transport.write(head + b"\r\n")
+        if body is None or len(body) <= _APART_BYTES:
+            connection.transport.write(head + b"\r\n" + (body or b""))
         else:
-            head += b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
-            if len(body) <= _APART_BYTES:
-                connection.transport.write(head + body)
-            else:
-                connection.transport.write(head)
-                connection.transport.write(body)
+            connection.transport.write(head + b"\r\n")
+            connection.transport.write(body)
         return connection
 
     async def aclose(self) -> None:
@@ -447,11 +445,13 @@ class Connection(asyncio.Protocol):
     # -- ends
 
     def _is_whole(self) -> bool:
+        """By a call: what the parser calls may have changed it."""
         return self._complete
 
     def _settle(self) -> None:
         """Use the connection again, or close it."""
-        if self._error is None and self._keep and not self.transport.get_write_buffer_size():
+        is_usable = self._error is None and self._keep and not self.transport.is_closing()
+        if is_usable and not self.transport.get_write_buffer_size():
             self._client.release(self, self._loop.time())
         else:
             self.end()

