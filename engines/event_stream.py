@@ -66,12 +66,11 @@ class EventReader:
     def read(self, piece: bytes) -> list[bytes]:
         """The data of the events that this piece completes."""
         if len(piece) <= _PIECE_BYTES:
-            yield from self._read(piece)
-            return
-        for start in range(0, len(piece), _PIECE_BYTES):  # else it might hold a big event whole
-            yield from self._read(piece[start : start + _PIECE_BYTES])
+            return self._read(piece)
+        starts = range(0, len(piece), _PIECE_BYTES)  # else it might hold a big event whole
+        return [data for start in starts for data in self._read(piece[start : start + _PIECE_BYTES])]
 
-    def _read(self, piece: bytes) -> Iterator[bytes]:
+    def _read(self, piece: bytes) -> list[bytes]:
         if self._inside_rows:
             piece = self._behind_rows(piece)
         elif not self._buffered and not self._data and (events := _whole_events(piece)) is not None:

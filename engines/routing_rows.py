@@ -25,6 +25,7 @@ from gateway.contracts.generation import GenerateRequest
 Integers: TypeAlias = npt.NDArray[np.integer[Any]]
 
 _SLICE = 2**18
+_STAND_IN = "rows "
 _NPY_START_BYTES = 12
 _NPY_HEADER_BYTES = 2**16
 _UNIT = 64
@@ -143,7 +144,7 @@ class RoutingRows:
         self._start = start
         self._num_ids = max(num_rows, 1) * shape.num_layers * shape.top_k
         self._num_begun = 0
-        self._num_checked = 0
+        self._num_noted = 0
         self._string: _RowsString | None = None
         self._failure: str | None = None
 
@@ -159,13 +160,13 @@ class RoutingRows:
     @property
     def stand_in(self) -> str | None:
         """The word for the latest string, None before the first."""
-        return f"rows {self._num_begun}" if self._num_begun else None
+        return f"{_STAND_IN}{self._num_begun}" if self._num_begun else None
 
     def begin(self) -> str:
         """As the protocol says."""
         self._num_begun += 1
         self._string, self._failure = _RowsString(self._shape, self._layout(), self._num_ids), None
-        return f"rows {self._num_begun}"
+        return f"{_STAND_IN}{self._num_begun}"
 
     def feed(self, text: bytes) -> None:
         """As the protocol says; what cannot be read is told by `rows`, and no more of it is kept."""
@@ -176,13 +177,15 @@ class RoutingRows:
         except ExpertsMismatch as error:
             self._string, self._failure = None, error.message
 
-    def stand_for(self, value: object) -> bool:
-        """Whether what came since the last call, if anything did, is `value` of the event that was just read.
+    def note(self, value: object) -> None:
+        """`value` stands in an event where its rows should."""
+        self._num_noted += isinstance(value, str) and value.startswith(_STAND_IN)
 
-        A big string of that name at another place of it was taken for rows, and is lost to whom it was for (I8).
-        """
-        num_new, self._num_checked = self._num_begun - self._num_checked, self._num_begun
-        return not num_new or (num_new == 1 and value == self.stand_in)
+    @property
+    def strayed(self) -> bool:
+        """Whether a big string of that name came at another place: it was taken for rows, and is lost to whom it was
+        for (I8). Asked when every event up to the last was noted; a later one may be arriving before."""
+        return self._num_begun != self._num_noted
 
     def rows(self, stop: int) -> RoutedExperts:
         """The latest string as rows up to `stop`, in the stored type; nothing of them is kept here.

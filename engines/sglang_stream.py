@@ -210,8 +210,8 @@ class StreamReader:
     def _read(self, event: Fields, meta: Fields) -> None:
         routed = meta.get("routed_experts")
         experts = None if routed is None else _value(routed)
-        if self.rows is not None and not self.rows.stand_for(experts):
-            raise EngineProtocolError(f"{self.named}: a big routed_experts at an unknown place of an event")
+        if self.rows is not None:
+            self.rows.note(experts)
         finish = _value(meta["finish_reason"])
         if finish is not None:
             self._refuse_failed(finish)
@@ -342,6 +342,8 @@ class StreamReader:
         )
 
     def _routed_experts(self, encoded: str | None, stop: int) -> RoutedExperts | None:
+        if self.rows is not None and self.rows.strayed:
+            raise EngineProtocolError(f"{self.named}: a big routed_experts at an unknown place of an event")
         start = self._request.routed_experts_start
         if start is None or encoded is None:
             return None  # I9: missing stays missing

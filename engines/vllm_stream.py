@@ -144,8 +144,8 @@ class VllmStream:
         if not choices:
             return None
         (choice,) = choices
-        if self.rows is not None and not self.rows.stand_for(choice.get("routed_experts")):
-            raise EngineProtocolError(f"{self.named}: a big routed_experts at an unknown place of an event")
+        if self.rows is not None:
+            self.rows.note(choice.get("routed_experts"))
         self._check_prompt(choice.get("prompt_token_ids"))
         self._choice_fields |= {key: value for key, value in choice.items() if key not in _KNOWN_CHOICE}
         chunk = self._new_tokens(choice)
@@ -235,6 +235,8 @@ class VllmStream:
         )
 
     def _routed_experts(self, stop: int) -> RoutedExperts | None:
+        if self.rows is not None and self.rows.strayed:
+            raise EngineProtocolError(f"{self.named}: a big routed_experts at an unknown place of an event")
         start = self._request.routed_experts_start
         if start is None or self._experts is None:
             return None  # I9: missing stays missing

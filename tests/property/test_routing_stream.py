@@ -62,7 +62,8 @@ def rows_of(event: Any, rows: RoutingRows, shape: RoutingShape, layout: type[Lay
     """As a client does it: of a string that was streamed, or that stayed in the event."""
     value = event["meta_info"]["routed_experts"]
     if rows.stand_in is not None:
-        assert rows.stand_for(value)
+        rows.note(value)
+        assert not rows.strayed
         return rows.rows(stop).ids
     return decode_routing(value, shape, layout, start=START, stop=stop).ids
 
@@ -160,11 +161,13 @@ def test_of_two_strings_the_later_one_counts_and_one_elsewhere_is_told() -> None
     rows = RoutingRows(shape, Int32Layout, start=0, num_rows=1)
     text = encoded(np.array([[[2, 3]]]), Int32Layout, "<i4")
     (first,) = read([b'data: {"meta_info": {"routed_experts": "!', b'"}}\n\n'], rows, big_line_bytes=1)
-    assert rows.stand_for(first["meta_info"]["routed_experts"])
+    rows.note(first["meta_info"]["routed_experts"])
     whole = f'data: {{"meta_info": {{"routed_experts": "{text}"}}}}\n\n'.encode()
     (second,) = read([whole[:50], whole[50:]], rows, big_line_bytes=1)
-    assert rows.stand_for(second["meta_info"]["routed_experts"])
+    rows.note(second["meta_info"]["routed_experts"])
+    assert not rows.strayed
     assert rows.rows(1).ids.tolist() == [[[2, 3]]]
     elsewhere = f'data: {{"custom": {{"routed_experts": "{text}"}}, "meta_info": {{}}}}\n\n'.encode()
     (third,) = read([elsewhere[:50], elsewhere[50:]], rows, big_line_bytes=1)
-    assert not rows.stand_for(third["meta_info"].get("routed_experts"))
+    rows.note(third["meta_info"].get("routed_experts"))
+    assert rows.strayed
