@@ -10,6 +10,7 @@ push what operators did out of the files.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
@@ -170,7 +171,8 @@ class AuditLog:
 
 
 class _AuditFile(RotatingFileHandler):
-    """The file, for its owner's eyes; the standard library turns it over."""
+    """The file, for its owner's eyes; the standard library turns it over. Several processes may write it: each line is
+    written, and each file turned over, under a lock on the folder."""
 
     def __init__(self, path: Path, *, max_bytes: int, num_older: int) -> None:
         self._failure: OSError | None = None
@@ -179,8 +181,27 @@ class _AuditFile(RotatingFileHandler):
     def append(self, line: str) -> OSError | None:
         """Write one line; what went wrong, if something did."""
         self._failure = None
-        self.emit(logging.LogRecord(__name__, logging.INFO, "", 0, line, None, None))
+        try:
+            folder = os.open(os.path.dirname(self.baseFilename), os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX)
+                self._follow_name()
+                self.emit(logging.LogRecord(__name__, logging.INFO, "", 0, line, None, None))
+            finally:
+                os.close(folder)  # and the lock with it
+        except OSError as error:
+            return error
         return self._failure
+
+    def _follow_name(self) -> None:
+        """Open the file anew where another process has turned it over."""
+        try:
+            if os.path.samestat(os.fstat(self.stream.fileno()), os.stat(self.baseFilename)):
+                return
+        except FileNotFoundError:  # moved away
+            pass
+        self.stream.close()
+        self.stream = self._open()
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Called inside the library's `except`."""

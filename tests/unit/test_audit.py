@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 from collections import Counter
 from pathlib import Path
@@ -96,3 +98,21 @@ def test_a_file_that_cannot_be_opened_is_told_at_the_start(tmp_path: Path) -> No
     assert audit_path("none", tmp_path) is None
     assert audit_path("", tmp_path) == tmp_path / "audit.jsonl"
     assert not [thread for thread in threading.enumerate() if thread.name == "audit"]
+
+
+def test_processes_that_share_a_file_turn_it_over_together(tmp_path: Path) -> None:
+    """No line is lost, doubled or torn, and none goes into a file that was turned over long ago."""
+    path = tmp_path / "audit.jsonl"
+    code = (
+        "import sys; from pathlib import Path; from gateway.routes.audit import _AuditFile\n"
+        "file = _AuditFile(Path(sys.argv[1]), max_bytes=2_000, num_older=90)\n"
+        "assert all(file.append(f'{sys.argv[2]} {number} ' + 'x' * 60) is None for number in range(400))\n"
+    )
+    writers = [subprocess.Popen([sys.executable, "-c", code, str(path), name]) for name in "abc"]
+    assert [writer.wait(60) for writer in writers] == [0, 0, 0]
+    files = sorted(tmp_path.glob("audit.jsonl*"), key=lambda file: int(file.suffix[1:]) if file != path else 0)
+    lines = [line for file in reversed(files) for line in file.read_text().splitlines()]
+    assert max(file.stat().st_size for file in files) <= 2_000
+    for name in "abc":
+        numbers = [int(line.split()[1]) for line in lines if line.startswith(name)]
+        assert numbers == list(range(400))
