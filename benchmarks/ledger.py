@@ -124,5 +124,10 @@ def _about() -> dict[str, Any]:
     return {
         "versions": {name: version(name) for name in _PACKAGES}
         | {"python": platform.python_version(), "sqlite": sqlite3.sqlite_version},
-        "machine": {"cores": os.cpu_count(), "processor": platform.machine(), "system": platform.system()},
+        "machine": {
+            "cores": os.cpu_count(),
+            "load_average": os.getloadavg()[0],
+            "processor": platform.machine(),
+            "system": platform.system(),
+        },
     }
