@@ -194,14 +194,16 @@ class _AuditFile(RotatingFileHandler):
         return self._failure
 
     def _follow_name(self) -> None:
-        """Open the file anew where another process has turned it over."""
+        """Have the file opened anew where another process has turned it over."""
+        if self.stream is None:
+            return
         try:
             if os.path.samestat(os.fstat(self.stream.fileno()), os.stat(self.baseFilename)):
                 return
         except FileNotFoundError:  # moved away
             pass
         self.stream.close()
-        self.stream = self._open()
+        self.stream = None  # `emit` opens it
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Called inside the library's `except`."""
