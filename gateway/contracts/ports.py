@@ -120,12 +120,6 @@ class Ledger(Protocol):
         """Whether other processes may write meanwhile, so that what was read of a session may be out of date."""
         ...
 
-    def changed_elsewhere(self) -> frozenset[str] | None:
-        """Ids of sessions that other processes have written to since the last call, of those whose commit anybody can
-        know of; None where that is not known (always at first), so that all may have been. At once, on any thread that
-        is always the same one; an answer is given once."""
-        ...
-
     async def create_session(self, session: SessionRecord) -> SessionRecord:
         """Store a session; an equal session that exists already is returned, another one raises Conflict."""
         ...

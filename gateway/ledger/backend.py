@@ -163,15 +163,6 @@ class Backend(Protocol):
         """Contents that a crash may have left without a session, to look at once after opening."""
         ...
 
-    def note_changes(self, session_ids: Sequence[str | None]) -> None:
-        """These were written to (None: nothing of a session): after their commit, before anybody hears of it, in the
-        writer's thread. Raises nothing."""
-        ...
-
-    def changed_elsewhere(self) -> frozenset[str] | None:
-        """Sessions that other processes have written to since the last call, None if that is not known; at once."""
-        ...
-
     def keep_house(self, connection: Connection) -> None:
         """After every commit, in the writer's thread and outside of a transaction; costs next to nothing."""
         ...

@@ -156,13 +156,6 @@ class PostgresBackend:
         """None: the register knows them."""
         return ()
 
-    def note_changes(self, session_ids: Sequence[str | None]) -> None:
-        """There is nobody who could be told: gateways are on different machines."""
-
-    def changed_elsewhere(self) -> frozenset[str] | None:
-        """Not known."""
-        return None
-
     def keep_house(self, connection: Connection) -> None:
         """The server does."""
 

@@ -3,7 +3,6 @@
     data/ledger.lock      held by the one gateway that writes; its pid inside
     data/ledger.sqlite    sessions, turns, finishes, leases, policies
     data/routing/*.seg    routing rows (segments_file.py)
-    data/changes.log      what was written to, for other processes of this folder (changes.py)
     data/blobs/*          images and other bytes that messages refer to (blobs.py)
 
 While one gateway hands over to the next, both write: the lock's descriptor is passed on, SQLite lets one transaction
@@ -31,7 +30,6 @@ from gateway.contracts.rollouts import Compressed, Reclaimed, StoreUsage
 from gateway.ledger import migration
 from gateway.ledger.backend import Buffer, Connection, Location, Rows, Value
 from gateway.ledger.blobs import BlobFiles
-from gateway.ledger.changes import ChangeLog
 from gateway.ledger.checkpoints import WITHOUT_US_PAGES, Checkpoints
 from gateway.ledger.compaction import (
     FULL_BYTES,
@@ -113,11 +111,8 @@ class SqliteLedger(SqlLedger):
         return self._files.lock
 
     def share(self, shared: bool) -> None:
-        """Say whether another process writes too, from now on (`shared`); raises LedgerError, LedgerFull."""
-        try:
-            self._files.share(shared)
-        except OSError as error:
-            raise translate(error) from error
+        """Say whether another process writes too, from now on (`shared`)."""
+        self._files.shared = shared
 
     async def usage(self) -> StoreUsage:
         """What the folder's files take, by kind."""
@@ -380,15 +375,13 @@ class SqliteBackend:
 
     def __init__(self, data: Path, *, lock: int | None, routing: SegmentFileWriter | None, shared: bool) -> None:
         """Use `open`; without a lock it is for reading only."""
-        self.shared = False
-        self._changes: ChangeLog | None = None
+        self.shared = shared
         self._data = data
         self._lock = lock
         self._arrays = SegmentFiles(data / "routing", routing)
         self._packing = None if routing is None else Packing(data / "routing")
         self._blobs = BlobFiles(data / "blobs")
         self._checkpoints = None if lock is None else Checkpoints(lambda: self.connect(read_only=False))
-        self.share(shared)
 
     @classmethod
     def open(
@@ -469,23 +462,6 @@ class SqliteBackend:
         """All that are there."""
         return self._blobs.stored()
 
-    def share(self, shared: bool) -> None:
-        """From now on other processes write too, or no more; raises OSError."""
-        if shared and self._changes is None:
-            self._changes = ChangeLog(self._data)
-        elif shared and not self.shared and self._changes is not None:
-            self._changes.forget()  # nothing was noted meanwhile
-        self.shared = shared
-
-    def note_changes(self, session_ids: Sequence[str | None]) -> None:
-        """For the other processes of this folder."""
-        if self.shared and self._changes is not None:
-            self._changes.note({session_id for session_id in session_ids if session_id is not None})
-
-    def changed_elsewhere(self) -> frozenset[str] | None:
-        """Nothing where no other process writes."""
-        return self._changes.changed_elsewhere() if self.shared and self._changes is not None else frozenset()
-
     def keep_house(self, connection: Connection) -> None:
         """Keep the log short."""
         if self._checkpoints is not None:
@@ -527,9 +503,6 @@ class SqliteBackend:
         """Close the files and give up the lock, unless another process has it too."""
         if self._checkpoints is not None:
             self._checkpoints.close()
-        if self._changes is not None:
-            self._changes.close()
-            self._changes = None
         self._arrays.close()
         if self._packing is not None:
             self._packing.close()

@@ -75,17 +75,12 @@ class SqlLedger:
                 after_commit=self._keep_house,
                 room=room,
                 together=partial(write_together, arrays=backend.arrays) if backend.alone_in_transaction else leave_all,
-                committed=backend.note_changes,
             )
 
     @property
     def shared(self) -> bool:
         """Whether other processes may write to the store meanwhile."""
         return self._backend.shared
-
-    def changed_elsewhere(self) -> frozenset[str] | None:
-        """Sessions that other processes have written to since the last call; None: nobody knows, all may have been."""
-        return self._backend.changed_elsewhere()
 
     # ---- sessions and turns ----
 
@@ -104,7 +99,7 @@ class SqlLedger:
                 raise Conflict(f"session {session.session_id} exists already with other properties")
             return stored
 
-        return await self._write(create, grows=True, session_id=session.session_id)
+        return await self._write(create, grows=True)
 
     async def session(self, session_id: str) -> SessionRecord | None:
         """The session, or None."""
@@ -136,9 +131,9 @@ class SqlLedger:
             arrival = await self._uploaded(arrival)
         append = Append(arrival, self._append_alone)
         try:  # as `_patiently`, whose layers cost more than the wait
-            await self._submit(append, grows=True, session_id=turn.session_id)
+            await self._submit(append, grows=True)
         except LedgerFull:
-            await self._patiently(append, turn.session_id)
+            await self._patiently(append)
         self._room.note_turn(arrival.num_bytes)
 
     def _append_alone(self, connection: Connection, arrival: Arrival) -> None:
@@ -151,22 +146,19 @@ class SqlLedger:
         SessionSealed where the rollout was dropped.
         """
         arrival = await self._uploaded(_arrival(turn, experts))
-        append = partial(_append_late, arrays=self._backend.arrays, arrival=arrival)
-        return await self._patiently(append, turn.session_id)
+        return await self._patiently(partial(_append_late, arrays=self._backend.arrays, arrival=arrival))
 
     def mark_delivered(self, session_id: str, turn_id: str, delivered_at: float) -> Awaitable[None]:
         """Note when a turn's reply left (the latest time wins); NotFound for an unknown turn.
 
         Begun when it returns: a future, which needs no task to be waited for later."""
-        note = Note(session_id, turn_id, "delivered_at", delivered_at)
-        return self._submit(note, urgent=False, session_id=session_id)
+        return self._submit(Note(session_id, turn_id, "delivered_at", delivered_at), urgent=False)
 
     def mark_lost(self, session_id: str, turn_id: str, lost_at: float) -> Awaitable[None]:
         """Note that a turn's reply reached nobody; a delivery, noted before or after, counts more. NotFound.
 
         Begun when it returns, as `mark_delivered`."""
-        note = Note(session_id, turn_id, "lost_at", lost_at)
-        return self._submit(note, urgent=False, session_id=session_id)
+        return self._submit(Note(session_id, turn_id, "lost_at", lost_at), urgent=False)
 
     async def unknown_deliveries(self, session_id: str) -> Sequence[str]:
         """Ids of turns of whose reply nobody has said that it was delivered, or lost."""
@@ -236,7 +228,7 @@ class SqlLedger:
                 (session_id, blob.sha256, blob.media_type, len(blob.content)),
             )
 
-        await self._patiently(hold, session_id)
+        await self._patiently(hold)
 
     async def blob(self, session_id: str, sha256: str) -> Blob | None:
         """A content that the session refers to, None if it refers to no such; raises LedgerCorrupt."""
@@ -281,7 +273,7 @@ class SqlLedger:
                 raise Conflict(f"session {session_id} was finished already with another reward or outcome")
             return stored
 
-        return await self._write(seal, session_id=session_id)
+        return await self._write(seal)
 
     async def finish_record(self, session_id: str, *, snapshot: str | None = None) -> FinishRecord | None:
         """How the session ended, with its latest snapshot or an earlier one; None while it is open, or if it never had
@@ -312,7 +304,7 @@ class SqlLedger:
             self._let_go_of_blobs(connection, session_id)
             self._space_was_freed = True
 
-        await self._write(delete, session_id=session_id)
+        await self._write(delete)
 
     # ---- the feed ----
 
@@ -383,7 +375,7 @@ class SqlLedger:
                 self._let_go_of_blobs(connection, session_id)
                 self._space_was_freed = True
 
-        await self._write(drop, session_id=session_id)
+        await self._write(drop)
 
     async def counts(self, consumer: str, now: float) -> FeedCounts:
         """Back-pressure figures for this consumer."""
@@ -453,29 +445,22 @@ class SqlLedger:
 
     # ---- threads ----
 
-    async def _write(
-        self, operation: Operation[Result], *, grows: bool = False, session_id: str | None = None
-    ) -> Result:
-        return await self._submit(operation, grows=grows, session_id=session_id)
+    async def _write(self, operation: Operation[Result], *, grows: bool = False) -> Result:
+        return await self._submit(operation, grows=grows)
 
     def _submit(
-        self,
-        operation: Operation[Result],
-        *,
-        grows: bool = False,
-        urgent: bool = True,
-        session_id: str | None = None,
+        self, operation: Operation[Result], *, grows: bool = False, urgent: bool = True
     ) -> asyncio.Future[Result]:
         """grows: it adds data; what does not is tried for longest on a full disk. urgent: somebody waits for it."""
         if self._writer is None:
             raise LedgerError(f"{self._backend.name}: this ledger was opened for reading only")
         if grows:
             self._room.check_growth()
-        return self._writer.submit(operation, grows=grows, urgent=urgent, session_id=session_id)
+        return self._writer.submit(operation, grows=grows, urgent=urgent)
 
-    async def _patiently(self, operation: Operation[Result], session_id: str) -> Result:
+    async def _patiently(self, operation: Operation[Result]) -> Result:
         """Write what was sampled already, and on a full disk wait for room before it is given up."""
-        return await self._with_room(lambda: self._write(operation, grows=True, session_id=session_id))
+        return await self._with_room(lambda: self._write(operation, grows=True))
 
     async def _with_room(self, work: Callable[[], Awaitable[Result]]) -> Result:
         deadline = time.monotonic() + self._room.wait_seconds

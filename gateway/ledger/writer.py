@@ -49,7 +49,6 @@ class _Waiting(NamedTuple):
     operation: Operation[Any]
     future: asyncio.Future[Any]
     grows: bool
-    session_id: str | None
 
 
 class _Settled(NamedTuple):
@@ -71,7 +70,7 @@ class GroupCommitWriter:
     failures: of the store. flush: makes durable what operations wrote beside the store; called before each commit.
     after_commit: housekeeping after each commit, outside of a transaction; its failure is nobody's. room: what can be
     done about a full disk before a batch fails. together: carries out what it can of a batch and returns the positions
-    of what it left; the result of all others is None. committed: told of the sessions of a commit before anybody is.
+    of what it left; the result of all others is None.
     """
 
     def __init__(
@@ -83,7 +82,6 @@ class GroupCommitWriter:
         after_commit: Callable[[Connection], None],
         room: Room = NO_ROOM_TO_MAKE,
         together: Callable[[Connection, Sequence[Operation[Any]]], set[int]] = leave_all,
-        committed: Callable[[Sequence[str | None]], None] = lambda session_ids: None,
     ) -> None:
         self._connection = connection
         self._failures = failures
@@ -92,7 +90,6 @@ class GroupCommitWriter:
         self._after_commit = after_commit
         self._room = room
         self._together = together
-        self._committed = committed
         self._gathered: list[_Waiting] = []
         self._leaves_soon = False
         self._queue: queue.SimpleQueue[list[_Waiting] | None] = queue.SimpleQueue()
@@ -102,25 +99,20 @@ class GroupCommitWriter:
         self._thread.start()
 
     def submit(
-        self,
-        operation: Operation[Result],
-        *,
-        grows: bool = False,
-        urgent: bool = True,
-        session_id: str | None = None,
+        self, operation: Operation[Result], *, grows: bool = False, urgent: bool = True
     ) -> asyncio.Future[Result]:
         """Queue an operation; a future of the running event loop. Cancelling it before its batch starts means that it
         never runs.
 
         grows: it adds data, so that on a full disk it fails before others do. urgent: it starts a batch at once; what
-        is not waits a moment for others to be committed with. session_id: of the session that it writes to.
+        is not waits a moment for others to be committed with.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Result] = loop.create_future()
         with self._submit_lock:  # nothing may be queued behind the end mark, its future would never resolve
             if self._closed:
                 raise LedgerError("the ledger is closed")
-            self._gathered.append(_Waiting(operation, future, grows, session_id))
+            self._gathered.append(_Waiting(operation, future, grows))
             if urgent and not self._leaves_soon:
                 self._leaves_soon = True
                 loop.call_soon(self._hand_over)
@@ -217,7 +209,6 @@ class GroupCommitWriter:
             if is_disk_full(error):  # after another failure, a commit that failed may still be found after a crash
                 self._room.forget()
             return error
-        self._committed([waiting.session_id for waiting in running])
         _settle(settled)
         return None
 
