@@ -6,7 +6,6 @@ Version spans are shifted, expert rows joined; no token and no row is kept twice
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -16,6 +15,7 @@ import numpy.typing as npt
 
 from gateway.contracts.errors import EngineProtocolError
 from gateway.contracts.experts import RoutedExperts
+from gateway.contracts.fresh_ids import fresh_hex
 from gateway.contracts.generation import (
     EngineIdentity,
     Finish,
@@ -124,7 +124,7 @@ class Continuation:
         wants_experts = asked.routed_experts_start is not None and engine.captures_experts
         is_first = not self._num_tokens  # then it is the prompt and the sampling as they are: nothing is copied
         return GenerateRequest(
-            os.urandom(16).hex(),  # of fixed length: SGLang aborts by prefix
+            fresh_hex(32),  # of fixed length: SGLang aborts by prefix
             asked.token_ids if is_first else np.concatenate([asked.token_ids, *self._token_ids]),
             asked.sampling if is_first else replace(asked.sampling, max_new_tokens=self.remaining_tokens),
             self._next_row if wants_experts else None,

@@ -4,12 +4,12 @@ that it may call us by, and the note that the audit gets of it."""
 from __future__ import annotations
 
 import re
-import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.contracts.errors import Forbidden, InvalidRequest, TooManyRequests, VerbatimError
+from gateway.contracts.fresh_ids import fresh_hex
 from gateway.routes.access import HostCheck
 from gateway.routes.audit import AuditLog, AuditNote, put_note
 from gateway.wire.errors import error_body
@@ -157,18 +157,8 @@ async def _refuse(error: VerbatimError, send: Send) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-def _random_hex() -> Iterator[bytes]:
-    """32 digits each time; the system is asked for many at once, and only when one is wanted."""
-    while True:
-        digits = secrets.token_hex(16 * 256).encode()
-        yield from (digits[start : start + 32] for start in range(0, len(digits), 32))
-
-
-_RANDOM = _random_hex()
-
-
 def _request_id(headers: Mapping[bytes, bytes]) -> bytes:
     sent = headers.get(b"x-request-id")
     if sent is not None and _REQUEST_ID.fullmatch(sent):
         return sent
-    return b"req_" + next(_RANDOM)
+    return b"req_" + fresh_hex(32).encode()

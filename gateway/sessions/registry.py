@@ -187,9 +187,14 @@ class SessionRegistry:
         existing = await self.find(wanted.session_id)
         if existing is None:
             with self._changing(wanted.session_id):
-                await self._ledger.create_session(wanted)
+                changes = self._siblings.changes(wanted.session_id)
+                stored = await self._ledger.create_session(wanted)
             if (earlier := self._loading.get(wanted.session_id)) is not None:
                 await asyncio.wait([earlier])  # it may have looked before the session was there
+            others_tell = not self._ledger.shared or changes is not None
+            if stored is wanted and others_tell and wanted.session_id not in self._sessions:
+                # Made just now, and by nobody else: it has no turns to be read.
+                self._keep(Session(wanted, TurnTree(), None, seen_changes=changes))
             return await self.get(wanted.session_id), True
         if not _same_wish(existing.record, wanted):
             raise Conflict(f"session {wanted.session_id!r} exists already with other properties")
@@ -277,9 +282,12 @@ class SessionRegistry:
         finish = await self._ledger.finish_record(session_id)
         tree = TurnTree(await self._ledger.turns(session_id))
         session = Session(record, tree, finish, seen_changes=changes)
-        self._sessions[session_id] = session
-        self._forget_idle()
+        self._keep(session)
         return session
+
+    def _keep(self, session: Session) -> None:
+        self._sessions[session.record.session_id] = session
+        self._forget_idle()
 
     def _forget_idle(self) -> None:
         excess = len(self._sessions) - self._capacity

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing, suppress
@@ -33,6 +32,7 @@ from gateway.contracts.errors import (
     VerbatimError,
 )
 from gateway.contracts.experts import RoutedExperts
+from gateway.contracts.fresh_ids import fresh_hex
 from gateway.contracts.generation import (
     Finish,
     FinishReason,
@@ -302,7 +302,7 @@ class TurnRunner:
         """
         session.check_open()
         self.parts.admit(self.num_running)
-        turn = Turn(f"turn-{secrets.token_hex(12)}", call or CallChoice("", request.digest, 0), retry)
+        turn = Turn(f"turn-{fresh_hex(24)}", call or CallChoice("", request.digest, 0), retry)
         self._follow(session, turn, run_turn(self.parts, session, request, turn, begun=begun))
         if begun is not None:  # if nothing came of it, the next retry goes on from there again
             turn.on_end(partial(session.calls.leave, begun.record.turn_id))

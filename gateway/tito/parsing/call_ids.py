@@ -8,6 +8,7 @@ import string
 from enum import Enum
 
 from gateway.contracts.errors import TemplateRaised
+from gateway.contracts.fresh_ids import fresh_hex
 from gateway.contracts.generation import JsonValue
 from gateway.tito.conversation import Conversation
 from gateway.tito.parsing.calls import PROBE_NAME
@@ -40,7 +41,7 @@ class CallIdStyle(Enum):
     def new_id(self) -> str:
         """A fresh id."""
         if self is CallIdStyle.CALL_HEX:
-            return f"call_{secrets.token_hex(16)}"
+            return f"call_{fresh_hex(32)}"
         return "".join(secrets.choice(_ALPHANUMERICS) for _ in range(9))
 
 
