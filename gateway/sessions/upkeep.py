@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from gateway.memory import give_back_memory
 from gateway.tito.prompt import PromptBuilder
+from gateway.tito.proof import prove_elsewhere
 
 
 class PromptUpkeep:
@@ -31,8 +32,8 @@ class PromptUpkeep:
             await self._task
 
     def _prepare(self) -> None:
-        self._prompts.prepare()
-        give_back_memory()  # of a vocabulary's reading and proving
+        self._prompts.prepare(prove_elsewhere)
+        give_back_memory()  # of a vocabulary's reading
 
     def _start(self, work: Callable[[], None]) -> None:
         if self._task is None or self._task.done():

@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -138,10 +138,10 @@ class PromptBuilder:
                 return continued
         return self._by_rendering(conversation, parent, reason)
 
-    def prepare(self) -> None:
-        """Prove a faster tokenizer library, certify the shapes of ordinary agents; a second or two, for a thread."""
-        self._tokenizer.prove_backend(self._backend)
+    def prepare(self, prove: Callable[[ChatTokenizer, BackendChoice], None] = ChatTokenizer.prove_backend) -> None:
+        """Certify the shapes of ordinary agents, prove a faster tokenizer library; a second or two, for a thread."""
         self._short_path.certify_standard_shapes()
+        prove(self._tokenizer, self._backend)
 
     def certificate(self, shape: Shape, arguments: Mapping[str, JsonValue]) -> ShapeCertificate:
         """Try a shape of turns under template arguments, for people to look at; some 10 ms."""

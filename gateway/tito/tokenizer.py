@@ -59,6 +59,16 @@ class AddedToken:
 
 
 @dataclass(frozen=True, slots=True)
+class FoundBackend:
+    """What came of a proof. reasons: why faster libraries are not taken, by name; odd_characters: those that the one
+    that is taken reads otherwise."""
+
+    name: str
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    odd_characters: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Backend:
     """The library that spells texts in ids. reasons: why faster ones do not, by name.
 
@@ -101,7 +111,7 @@ class ChatTokenizer:
     def __init__(
         self, tokenizer_json: bytes, *, eos_token_ids: Iterable[int] = (), eos_token: str | None = None
     ) -> None:
-        self._json = tokenizer_json
+        self.json = tokenizer_json
         description = _described(tokenizer_json)  # a tenth of a second for 150,000 words: parsed once, and not kept
         self._tokenizer = _plain_tokenizer(description, tokenizer_json)
         self._decoder: Mapping[str, JsonValue] = description.get("decoder") or {}
@@ -170,15 +180,29 @@ class ChatTokenizer:
     def prove_backend(self, choice: BackendChoice) -> None:
         """Spell with a faster library from now on, if one spells the probe set as `tokenizers` does; a second of work.
 
-        Not for the event loop. Whatever comes of it is in `backend`.
+        Not for the event loop. Whatever comes of it is in `backend`. It leaves some 30 MB behind (`tito.proof`).
         """
+        self.use_backend(self.find_backend(choice))
+
+    def use_backend(self, found: FoundBackend) -> None:
+        """Spell with what was found; `backend` says so. Not for the event loop: libraries take a moment to open."""
+        odd, name = found.odd_characters, BackendChoice(found.name)
+        if name is not BackendChoice.TOKENIZERS:
+            self._max_characters = MAX_CHARACTERS.get(name, sys.maxsize)
+            self._odd = re.compile(f"[{re.escape(odd)}]" if odd else "(?!)")
+            self._spell = open_backend(name, self.json)
+            _log.info("texts are spelled in ids by %s, which spells as tokenizers does", name.value)
+        self.backend = Backend(name.value, found.reasons, num_odd_characters=len(odd))
+
+    def find_backend(self, choice: BackendChoice) -> FoundBackend:
+        """The first library that spells the probe set as `tokenizers` does, or that itself."""
         reasons: dict[str, str] = {}
         wanted = candidates(choice)
         words = self._probe_words() if wanted else []
         added = [token.text for token in self.added_tokens.values()]
         for candidate in wanted:
             try:
-                spell = open_backend(candidate, self._json)
+                spell = open_backend(candidate, self.json)
             except BackendUnfit as error:
                 reasons[candidate.value] = str(error)
                 continue
@@ -190,12 +214,9 @@ class ChatTokenizer:
             texts = (text for text in spelling_texts(words, added) if pattern.search(text) is None)
             difference = first_difference(spell, self._reference, texts)
             if difference is None:
-                self._max_characters, self._odd = MAX_CHARACTERS.get(candidate, sys.maxsize), pattern
-                self._spell, self.backend = spell, Backend(candidate.value, reasons, num_odd_characters=len(odd))
-                _log.info("texts are spelled in ids by %s, which spells as tokenizers does", candidate.value)
-                return
+                return FoundBackend(candidate.value, reasons, odd)
             reasons[candidate.value] = difference
-        self.backend = Backend(BackendChoice.TOKENIZERS.value, reasons)
+        return FoundBackend(BackendChoice.TOKENIZERS.value, reasons)
 
     @property
     def checks_due(self) -> bool:
@@ -208,7 +229,7 @@ class ChatTokenizer:
         Whether there was one. Not for the event loop.
         """
         if self._is_worn:
-            self._spell = open_backend(BackendChoice(self.backend.name), self._json)
+            self._spell = open_backend(BackendChoice(self.backend.name), self.json)
             self._num_characters = 0
         if not self._to_check:
             return False
@@ -290,7 +311,7 @@ class ChatTokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """See `gateway.contracts.fingerprints`: the same for every spelling of the same tokenizer."""
-        return tokenizer_sha256(json.loads(self._json))
+        return tokenizer_sha256(json.loads(self.json))
 
     @cached_property
     def opening(self) -> str:
@@ -303,7 +324,7 @@ class ChatTokenizer:
 
     @cached_property
     def _without_added(self) -> Tokenizer:
-        description = _described(self._json) | {"added_tokens": []}
+        description = _described(self.json) | {"added_tokens": []}
         return _plain_tokenizer(description, json.dumps(description).encode())
 
     @cached_property
