@@ -135,7 +135,8 @@ def run_program(program: str, environment: str, jobs: str, folder: Path) -> list
     done = subprocess.run(
         [ENVIRONMENTS[environment], AGENTS / f"{program}.py", jobs],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
+        errors="replace",  # of what libraries print, which need not be text
         timeout=TIMEOUT_SECONDS,
         cwd=home,
         env=client_environment(home),
