@@ -192,7 +192,8 @@ class SessionRegistry:
             if (earlier := self._loading.get(wanted.session_id)) is not None:
                 await asyncio.wait([earlier])  # it may have looked before the session was there
             others_tell = not self._ledger.shared or changes is not None
-            if stored is wanted and others_tell and wanted.session_id not in self._sessions:
+            is_known = wanted.session_id in self._sessions or wanted.session_id in self._loading
+            if stored is wanted and others_tell and not is_known:
                 # Made just now, and by nobody else: it has no turns to be read.
                 self._keep(Session(wanted, TurnTree(), None, seen_changes=changes))
             return await self.get(wanted.session_id), True

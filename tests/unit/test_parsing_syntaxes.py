@@ -362,7 +362,7 @@ def test_a_prompts_opener_counts_however_much_follows_it_and_past_turns_do_not(p
     """A control token behind the opener (a thinking budget) changes nothing; a turn that ended does."""
     parsing, tokenizer = chosen(plain, "none", "seed_oss", "<budget>")
     ended = ChatTokenizer(
-        with_tokens(plain, ["<seed:think>", "</seed:think>", "<|im_end|>"])._json, eos_token="<|im_end|>"
+        with_tokens(plain, ["<seed:think>", "</seed:think>", "<|im_end|>"]).json, eos_token="<|im_end|>"
     )
     assert parsing.opens_reasoning(tokenizer.encode("Go.<seed:think><budget>" + "word " * 3000))
     assert not parsing.opens_reasoning(tokenizer.encode("Go.<seed:think>a</seed:think>"))
