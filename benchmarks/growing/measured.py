@@ -20,17 +20,20 @@ def read_measured(folder: Path) -> Costs:
     """Raises ConfigurationError naming the benchmark that has to run first."""
     gateway, scale = _Results(folder, "gateway"), _Results(folder, "scale")
     ledger, experts = _Results(folder, "ledger"), _Results(folder, "experts")
-    rows = experts.at("rows")
+    reply = next(iter(experts.entries("experts")))
+    rows = experts.at("experts", reply, "rows")
     return Costs(
         turn_cpu_seconds=max(
             gateway.at("turns", "default", "figures", "verbatim", "32", "cpu_us", "median"),
             scale.at("flight", "default", "figures", "verbatim", "cpu_us_a_turn"),
         )
         / 1e6,
-        routing_cpu_seconds_a_token=experts.at("replies", "random", "recorded", "cpu_ms", "median") / 1e3 / rows,
-        routing_bytes_a_token=experts.at("store", "random", "one_reply", "packed_bytes_a_token"),
+        routing_cpu_seconds_a_token=experts.at("experts", reply, "replies", "random", "recorded", "cpu_ms", "median")
+        / 1e3
+        / rows,
+        routing_bytes_a_token=experts.at("experts", reply, "store", "random", "one_reply", "packed_bytes_a_token"),
         turn_bytes=ledger.at("large_store", "bytes_per_turn"),
-        engine_bytes_a_token=experts.at("base64_mb") * 1e6 / rows,
+        engine_bytes_a_token=experts.at("experts", reply, "base64_mb") * 1e6 / rows,
         flight_bytes=scale.at("flight", "default", "figures", "verbatim", "kb_a_turn") * 1024,
         durable_turns_per_second=ledger.at("turns", "256", "per_second"),
         arrays_bytes_per_second=ledger.at("arrays", "megabytes_per_second") * 1e6,
@@ -47,6 +50,12 @@ class _Results:
         if not self._file.exists():
             raise ConfigurationError(f"{self._file.name} is missing: run `verbatim bench {name}` first")
         self._content = json.loads(self._file.read_text())
+
+    def entries(self, part: str) -> list[str]:
+        """Names of what was measured of one part; raises ConfigurationError where nothing was."""
+        if not (names := list(self._content.get(part, {}))):
+            raise ConfigurationError(f"{self._file.name} has no {part}: run `verbatim bench {self._name}` again")
+        return names
 
     def at(self, *path: str) -> float:
         """A figure; raises ConfigurationError where the file has none of that name."""
