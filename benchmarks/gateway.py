@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks.load import charts
 from benchmarks.load.contenders import Launch, Running, bare, litellm, require_workers_flag, running, smg, verbatim
-from benchmarks.load.figures import Target, over_rounds, plain, spread
+from benchmarks.load.figures import Measured, Target, over_rounds, plain, spread
 from benchmarks.load.history import AtLength, WholeConversation, at_length, line, whole_conversation
 from benchmarks.load.script import Model, Workload
 from benchmarks.load.stage import Stage, staged
@@ -149,13 +149,7 @@ def _turns(place: Place) -> bool:
         runs = run_rounds(
             stage, contenders, sessions, rounds=a.rounds, seconds=a.seconds, seed=a.seed, rate=a.rate, tell=_tell
         )
-    figures = {
-        each.name: {
-            str(at_once): {key: plain(asdict(value)) for key, value in over_rounds(runs, each.name, at_once).items()}
-            for at_once in sessions
-        }
-        for each in contenders
-    }
+    figures = _by_sessions(runs, contenders, sessions)
     found = targets(runs, _ours(contenders))
     place.keep(
         "turns",
@@ -172,6 +166,19 @@ def _turns(place: Place) -> bool:
     )
     place.draw("turns", charts.draw_turns, figures)
     return _told(found)
+
+
+def _by_sessions(
+    runs: Sequence[Measured], contenders: Sequence[Running], sessions: Sequence[int]
+) -> dict[str, dict[str, Any]]:
+    """Medians and ranges of each contender at each number of sessions."""
+    return {
+        each.name: {
+            str(at_once): {key: plain(asdict(value)) for key, value in over_rounds(runs, each.name, at_once).items()}
+            for at_once in sessions
+        }
+        for each in contenders
+    }
 
 
 def _history(place: Place) -> bool:
@@ -261,13 +268,7 @@ def _workers(place: Place) -> bool:
         runs = run_rounds(
             stage, contenders, sessions, rounds=a.rounds, seconds=a.seconds, seed=a.seed, rate=a.rate, tell=_tell
         )
-    figures = {
-        each.name: {
-            str(at_once): {key: plain(asdict(value)) for key, value in over_rounds(runs, each.name, at_once).items()}
-            for at_once in sessions
-        }
-        for each in contenders
-    }
+    figures = _by_sessions(runs, contenders, sessions)
     place.keep("workers", {"cores": len(cores), "figures": figures})
     return not any(each.errors for each in runs)
 

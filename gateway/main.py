@@ -23,7 +23,6 @@ from gateway.contracts.generation import Capability
 from gateway.contracts.settings import load_settings, settings_toml
 from gateway.engine_kinds import EngineMaker, shipped_kinds
 from gateway.handover.control import Place, bound_control, remove_control
-from gateway.handover.estate import OwnEstate
 from gateway.handover.predecessor import Predecessor
 from gateway.handover.server import GatewayServer, Stop
 from gateway.handover.succession import Succession
@@ -153,19 +152,7 @@ async def _serve_place(
     stop = Stop(settings.drain_seconds, begin=gateway.begin_to_stop, cut=gateway.cut)
     server = GatewayServer(server_config(settings, app), place.listener, stop)
 
-    estate = OwnEstate(
-        server=server,
-        place=place,
-        lock=gateway.lock,
-        shared=gateway.share,
-        runner=gateway.runner,
-        operations=gateway.operations,
-        presence=gateway.presence,
-        chores=gateway.chores,
-        live=gateway.state,
-        drain_seconds=settings.replaced_drain_seconds,
-        predecessor=predecessor,
-    )
+    estate = gateway.estate(server, place, predecessor)
 
     async def follow() -> None:
         if predecessor is None:

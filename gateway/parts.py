@@ -23,7 +23,10 @@ from gateway.contracts.ports import Engine, Ledger
 from gateway.contracts.records import SessionRecord
 from gateway.engine_kinds import EngineMaker, default_engine_id, make_engine
 from gateway.handover.chores import Chores
-from gateway.handover.predecessor import Holding, Origin
+from gateway.handover.control import Place
+from gateway.handover.estate import OwnEstate
+from gateway.handover.predecessor import Holding, Origin, Predecessor
+from gateway.handover.server import GatewayServer
 from gateway.handover.state import NO_STATE, LiveState
 from gateway.ledger.keeper import StorageKeeper
 from gateway.ledger.reserve import SpaceReserve
@@ -95,6 +98,22 @@ class Gateway:
     presence: Chores
     chores: Chores
     siblings: Siblings
+
+    def estate(self, server: GatewayServer, place: Place, predecessor: Predecessor | None) -> OwnEstate:
+        """What of it a hand-over moves."""
+        return OwnEstate(
+            server=server,
+            place=place,
+            lock=self.lock,
+            shared=self.share,
+            runner=self.runner,
+            operations=self.operations,
+            presence=self.presence,
+            chores=self.chores,
+            live=self.state,
+            drain_seconds=self.settings.replaced_drain_seconds,
+            predecessor=predecessor,
+        )
 
     def state(self) -> LiveState:
         """What a successor has to be told."""

@@ -29,7 +29,6 @@ from gateway.engine_kinds import EngineMaker
 from gateway.handover.channel import Channel
 from gateway.handover.control import Place, remove_control
 from gateway.handover.crew import Crew, CrewSettings
-from gateway.handover.estate import OwnEstate
 from gateway.handover.marks import ChangeMarks, WorkerMarks
 from gateway.handover.predecessor import Predecessor
 from gateway.handover.server import GatewayServer, Stop
@@ -246,19 +245,8 @@ async def _belong(gateway: Gateway, member: Membership, server: GatewayServer, l
     await server.accepts.wait()
     settle_memory()
     gateway.presence.start()
-    estate = OwnEstate(
-        server=server,
-        place=Place(listener, listener),  # it gives none: the supervisor does
-        lock=gateway.lock,
-        shared=gateway.share,
-        runner=gateway.runner,
-        operations=gateway.operations,
-        presence=gateway.presence,
-        chores=gateway.chores,
-        live=gateway.state,
-        drain_seconds=gateway.settings.replaced_drain_seconds,
-        predecessor=None,
-    )
+    place = Place(listener, listener)  # it gives none: the supervisor does
+    estate = gateway.estate(server, place, None)
     await member.run(estate, Duties(_answers(gateway), gateway.lease_queue.look_again))
 
 

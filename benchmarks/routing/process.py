@@ -138,9 +138,7 @@ async def decode(bench: Bench, num_rows: int) -> dict[str, Any]:
     assert end.routed_experts is not None
     return {
         "digest": hashlib.sha256(end.routed_experts.ids).hexdigest(),
-        "cpu_ms": _spread([usage.cpu_seconds * 1e3 for usage in ours]),
-        "wall_ms": _spread([usage.wall_seconds * 1e3 for usage in ours]),
-        "peak_mb_above_rows": (first.peak_bytes - end.routed_experts.ids.nbytes) / 1e6,
+        **_cost(first, ours, end.routed_experts.ids.nbytes),
     }
 
 
@@ -164,12 +162,7 @@ async def plain(bench: Bench, num_rows: int) -> dict[str, Any]:
 
     first = await measured(ask)
     usages = [await measured(ask) for _ in range(ROUNDS)]
-    stored = num_rows * SHAPE.num_layers * SHAPE.top_k
-    return {
-        "cpu_ms": _spread([usage.cpu_seconds * 1e3 for usage in usages]),
-        "wall_ms": _spread([usage.wall_seconds * 1e3 for usage in usages]),
-        "peak_mb_above_rows": (first.peak_bytes - stored) / 1e6,
-    }
+    return _cost(first, usages, num_rows * SHAPE.num_layers * SHAPE.top_k)
 
 
 async def recorded(bench: Bench, num_rows: int) -> dict[str, Any]:
@@ -178,12 +171,7 @@ async def recorded(bench: Bench, num_rows: int) -> dict[str, Any]:
     await bench.turn("warm", 64, 1, start=0)
     first = await measured(lambda: bench.turn("big", prompt, NUM_NEW, start=0))
     usages = [await measured(lambda: bench.turn("big", prompt, NUM_NEW, start=0)) for _ in range(ROUNDS)]
-    stored = num_rows * SHAPE.num_layers * SHAPE.top_k
-    return {
-        "cpu_ms": _spread([usage.cpu_seconds * 1e3 for usage in usages]),
-        "wall_ms": _spread([usage.wall_seconds * 1e3 for usage in usages]),
-        "peak_mb_above_rows": (first.peak_bytes - stored) / 1e6,
-    }
+    return _cost(first, usages, num_rows * SHAPE.num_layers * SHAPE.top_k)
 
 
 async def beside(bench: Bench, num_rows: int) -> dict[str, Any]:
@@ -328,6 +316,15 @@ def _memory(name: str) -> int:
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
     raise KeyError(name)
+
+
+def _cost(first: Usage, usages: list[Usage], stored_bytes: int) -> dict[str, Any]:
+    """Of equal replies; the first shows how much memory one takes."""
+    return {
+        "cpu_ms": _spread([usage.cpu_seconds * 1e3 for usage in usages]),
+        "wall_ms": _spread([usage.wall_seconds * 1e3 for usage in usages]),
+        "peak_mb_above_rows": (first.peak_bytes - stored_bytes) / 1e6,
+    }
 
 
 def _spread(values: list[float]) -> dict[str, float]:
