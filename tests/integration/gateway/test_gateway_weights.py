@@ -31,7 +31,7 @@ pytestmark = pytest.mark.timeout(180)
 
 NUM_UPDATES = 10
 LONGEST_PAUSE = 1.5
-FEW = Load(agents=4, turns=2, tokens=(40, 80), seed=1)
+FEW = Load(agents=4, turns=2, tokens=(160, 240), seed=1)
 QUICK = ("replicas.health_interval_seconds=0.2", "replicas.found_pause_seconds=1.0")
 PUBLISHER = """
 import asyncio, sys
