@@ -85,12 +85,16 @@ class Access:
     def check_newcomer(self, request: Request, session_id: str | None) -> None:
         """Raise Unauthorized or Forbidden for a session that does not exist, as for one that does: who has no key to it
         must not learn which sessions there are. session_id: None where the request names none."""
-        key = _presented(request)
-        if not self.keys_are_on or self._is_operator(request, key):
+        if self.opens_all(request):
             return
+        key = _presented(request)
         if session_id is None:
             raise self._no_key("no session has this id or key; make one with POST /sessions")
         raise self._no_key(_NEEDS_ITS_KEY) if key is None else self._wrong_key(_NOT_ITS_KEY)
+
+    def opens_all(self, request: Request) -> bool:
+        """Whether this caller may use every session, those that nobody made yet among them."""
+        return not self.keys_are_on or self._is_operator(request, _presented(request))
 
     def new_key(self, session_id: str, *, seed: str | None = None) -> SessionKey:
         """A key for a new session; the same for the same `seed`, which must be hard to guess, else a random one."""

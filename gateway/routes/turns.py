@@ -48,7 +48,7 @@ T = TypeVar("T")
 
 
 class Received(NamedTuple):
-    """The body of a call, and the session that it is for; None where it is to be made."""
+    """The body of a call, and the session that it is for; None where it is to be made, or was not looked for yet."""
 
     body: bytes
     session: Session | None
@@ -128,11 +128,11 @@ class Calls:
 
     async def receive(self, request: Request, *, max_bytes: int) -> Received:
         """The body of a call, read only for a caller who may make one; raises as `read_body` and `check_caller`."""
-        session = await self._checked_caller(request)
+        session = None if self._needs_no_look(request) else await self._checked_caller(request)
         exchange = exchange_of(request.scope)
         waits = exchange is None or exchange.more_body
         body = await read_body(request, max_bytes=max_bytes)
-        if waits:  # much may have happened to the session since
+        if waits and session is not None:  # much may have happened to it since
             session = await self.known_session(request)
         return Received(body, session)
 
@@ -153,7 +153,18 @@ class Calls:
 
     async def session(self, request: Request, wanted: TurnRequest) -> Session:
         """Of the path, the header, the key, or made on the spot; the caller may use it."""
-        return await self.known_session(request) or await self._make(request, wanted, named_session(request))
+        begins = not _replies(wanted) and self._needs_no_look(request)  # its ledger looks, should it be there after all
+        session = None if begins else await self.known_session(request)
+        return session or await self._make(request, wanted, named_session(request))
+
+    def _needs_no_look(self, request: Request) -> bool:
+        """Whether a caller may use the session that it names whether it is there or not, and it is not in memory.
+
+        A look into the ledger costs as much as half a turn, and all agents of a new batch begin at once.
+        """
+        session_id = named_session(request)
+        known = session_id is not None and self._registry.holds(session_id)
+        return not known and self._creates_unknown and self._access.opens_all(request)
 
     async def known_session(self, request: Request) -> Session | None:
         """The session that a request names, where there is one; the caller may use it."""
@@ -264,7 +275,7 @@ class Calls:
         """Of a session that nobody made, if this caller may have one."""
         self._check_new(request, session_id)
         # A first request with replies that nobody here sampled belongs to a session whose record is gone.
-        gaps = tuple(i for i, message in enumerate(wanted.messages) if message["role"] == "assistant")
+        gaps = _replies(wanted)
         session_id = session_id or f"session-{uuid.uuid4().hex}"
         return new_session(
             session_id,
@@ -272,6 +283,11 @@ class Calls:
             origin=SessionOrigin.RECREATED if gaps else SessionOrigin.ON_THE_SPOT,
             gaps=gaps,
         )
+
+
+def _replies(wanted: TurnRequest) -> tuple[int, ...]:
+    """Which of a request's messages are replies to earlier ones."""
+    return tuple(i for i, message in enumerate(wanted.messages) if message["role"] == "assistant")
 
 
 def named_session(request: Request) -> str | None:

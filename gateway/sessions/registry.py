@@ -183,23 +183,40 @@ class SessionRegistry:
         return session
 
     async def create(self, wanted: SessionRecord) -> tuple[Session, bool]:
-        """Make a session; one with equal properties that exists is returned (False), another one raises Conflict."""
-        existing = await self.find(wanted.session_id)
+        """Make a session; one with equal properties that exists is returned (False), another one raises Conflict.
+
+        One that is not in memory is written without a look whether it is there, which the ledger tells then: nearly
+        every session that somebody makes is new.
+        """
+        session_id = wanted.session_id
+        if not self.holds(session_id):
+            try:
+                return await self._create(wanted)
+            except Conflict:  # it is there: whether it is the wanted one, its record tells
+                pass
+        existing = await self.find(session_id)
         if existing is None:
-            with self._changing(wanted.session_id):
-                changes = self._siblings.changes(wanted.session_id)
-                stored = await self._ledger.create_session(wanted)
-            if (earlier := self._loading.get(wanted.session_id)) is not None:
-                await asyncio.wait([earlier])  # it may have looked before the session was there
-            others_tell = not self._ledger.shared or changes is not None
-            is_known = wanted.session_id in self._sessions or wanted.session_id in self._loading
-            if stored is wanted and others_tell and not is_known:
-                # Made just now, and by nobody else: it has no turns to be read.
-                self._keep(Session(wanted, TurnTree(), None, seen_changes=changes))
-            return await self.get(wanted.session_id), True
+            return await self._create(wanted)
         if not _same_wish(existing.record, wanted):
-            raise Conflict(f"session {wanted.session_id!r} exists already with other properties")
+            raise Conflict(f"session {session_id!r} exists already with other properties")
         return existing, False
+
+    async def _create(self, wanted: SessionRecord) -> tuple[Session, bool]:
+        session_id = wanted.session_id
+        with self._changing(session_id):
+            changes = self._siblings.changes(session_id)
+            stored = await self._ledger.create_session(wanted)
+        if (earlier := self._loading.get(session_id)) is not None:
+            await asyncio.wait([earlier])  # it may have looked before the session was there
+        others_tell = not self._ledger.shared or changes is not None
+        if stored is wanted and others_tell and not self.holds(session_id):
+            # Made just now, and by nobody else: it has no turns to be read.
+            self._keep(Session(wanted, TurnTree(), None, seen_changes=changes))
+        return await self.get(session_id), stored is wanted
+
+    def holds(self, session_id: str) -> bool:
+        """Whether a session is in memory, or on its way there; perhaps not as the ledger has it now."""
+        return session_id in self._sessions or session_id in self._loading
 
     async def finish(
         self, session_id: str, *, reward: float | None, outcome: str, metadata: Mapping[str, JsonValue]

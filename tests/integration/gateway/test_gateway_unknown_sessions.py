@@ -70,6 +70,27 @@ def test_what_a_made_session_or_a_later_request_brings_along_is_no_gap(
     assert facts(gateway, f"{session_id}-other") == ("on_the_spot", True, [])
 
 
+@pytest.mark.parametrize("labels", [{}, {"task": "made"}], ids=["as_on_the_spot", "otherwise"])
+def test_a_call_that_might_be_a_first_one_finds_a_session_that_is_not_in_memory(
+    start_gateway: StartGateway, tmp_path: Path, labels: dict[str, str]
+) -> None:
+    """Nobody looks before such a session is made; the one that is there keeps its record and its turns."""
+    first = start_gateway(tmp_path)
+    first.post("/sessions", {"session_id": "made", "labels": labels})
+    for name in ("made", "met"):
+        ask(first, name, "/v1/chat/completions", {"messages": [QUICK]})
+    before = [first.get(f"/sessions/{name}") for name in ("made", "met")]
+    first.stop()
+    second = start_gateway(tmp_path)
+    for name in ("made", "met"):
+        ask(second, name, "/v1/chat/completions", {"messages": [SYSTEM, QUICK]})
+    after = [second.get(f"/sessions/{name}") for name in ("made", "met")]
+    assert [second.get(f"/sessions/{name}/report")["num_turns"] for name in ("made", "met")] == [2, 2]
+    assert [(one["origin"], one["labels"]) for one in after] == [("created", labels), ("on_the_spot", {})]
+    assert [one["created_at"] for one in after] == [one["created_at"] for one in before]
+    assert second.get("/sessions?limit=9")["sessions"][2:] == []
+
+
 def verbatim(*arguments: str) -> str:
     program = "import sys; from gateway.cli import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", program, *arguments]
