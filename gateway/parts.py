@@ -8,6 +8,7 @@ import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 
 from fastapi import FastAPI
 from starlette.types import ASGIApp
@@ -31,6 +32,7 @@ from gateway.handover.state import NO_STATE, LiveState
 from gateway.ledger.keeper import StorageKeeper
 from gateway.ledger.reserve import SpaceReserve
 from gateway.ledger.sqlite import SqliteLedger
+from gateway.memory import collect_cycles
 from gateway.replicas.health import watch_health
 from gateway.replicas.operations import Operations
 from gateway.replicas.pool import ReplicaPool
@@ -257,7 +259,7 @@ async def open_gateway(
                 policies=policies,
                 engines=engines,
                 operations=Operations(pool, engines, learn_policy),
-                presence=Chores([queue.serve]),
+                presence=Chores([queue.serve, partial(collect_cycles, lambda: runner.num_running)]),
                 chores=Chores([keeper.sweep_regularly, expiry.watch]),
                 siblings=siblings,
             )

@@ -13,7 +13,7 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
-from starlette.types import Message, Scope
+from starlette.types import ASGIApp, Message, Scope
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
@@ -57,6 +57,15 @@ class Exchange(RequestResponseCycle):
         self._attendant: asyncio.Task[Any] | None = None
         self._was_left = False
         scope["extensions"] = {_EXCHANGE: self}  # ASGI allows a server's own names
+
+    async def run_asgi(self, app: ASGIApp) -> None:  # type: ignore[override]  # uvicorn's own name for the same
+        """As uvicorn's; at its end it lets go of what refers to it, so that it goes at once and not when the collector
+        looks for cycles, which stops everything for as long as there is much in memory."""
+        try:
+            await super().run_asgi(app)  # type: ignore[arg-type]
+        finally:
+            self._attendant = None
+            self.scope["extensions"] = {}
 
     async def send(self, message: Message) -> None:  # type: ignore[override]  # uvicorn's own name for the same
         """As uvicorn does it, but for a frame of a stream, of which a reply has one for every few tokens."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import socket
+import weakref
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -17,7 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from engines.launch import free_port
 from gateway.routes.bodies import FrameReply, JsonReply
 from gateway.routes.connections import BoundedConnection
-from gateway.routes.exchange import exchange_of
+from gateway.routes.exchange import Exchange, exchange_of
 from gateway.wire.json_text import JsonText
 
 REQUEST = b"POST /%b HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%b"
@@ -110,6 +112,31 @@ async def test_a_reply_that_is_read_is_delivered_once(size: int) -> None:
             text = await replies(client, 1, b"x" * size)
             assert b"content-length: %d\r\n" % size in text
     assert notes.heard == ["delivered"]
+
+
+async def test_a_request_that_is_over_needs_no_collector_to_go() -> None:
+    """Passes of the collector over all that is in memory stop everything, so they are rare."""
+    notes = Notes()
+    seen: list[weakref.ref[Exchange]] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        exchange = exchange_of(scope)
+        assert exchange is not None
+        exchange.attend()
+        seen.append(weakref.ref(exchange))
+        await notes.reply(2)(scope, receive, send)
+
+    gc.disable()
+    try:
+        async with serving(app) as port:
+            with connected(port) as client:
+                for num in (1, 2):
+                    client.sendall(REQUEST % (b"", 0, b""))
+                    await replies(client, 1, b"xx")
+                    assert len(seen) == num
+                assert seen[0]() is None
+    finally:
+        gc.enable()
 
 
 async def test_who_attends_is_cancelled_when_the_client_goes_and_need_not_tell_it() -> None:
