@@ -57,6 +57,7 @@ from gateway.ledger.segments_file import (
 )
 from gateway.ledger.store import Result, SqlLedger
 from gateway.ledger.wal import check_log
+from gateway.ledger.write_turn import WriteTurn
 
 _log = logging.getLogger(__name__)
 
@@ -221,23 +222,39 @@ class SqliteLedger(SqlLedger):
 class SqliteConnection:
     """`gateway.ledger.backend.Connection` on a SQLite file."""
 
-    def __init__(self, raw: sqlite3.Connection) -> None:
-        """`raw` in autocommit mode, usable by any thread (one at a time, which the callers see to)."""
+    def __init__(self, raw: sqlite3.Connection, turn: WriteTurn | None = None) -> None:
+        """`raw` in autocommit mode, usable by any thread (one at a time, which the callers see to); it is closed here,
+        and so is `turn`, without which nothing is written."""
         self._raw = raw
+        self._turn = turn
 
     @property
     def in_transaction(self) -> bool:
         return self._raw.in_transaction
 
     def begin(self) -> None:
-        self._raw.execute("BEGIN IMMEDIATE")
+        if self._turn is not None:
+            self._turn.take()
+        try:
+            self._raw.execute("BEGIN IMMEDIATE")
+        except sqlite3.Error:
+            self._end()
+            raise
 
     def commit(self) -> None:
-        self._raw.execute("COMMIT")
+        self._raw.execute("COMMIT")  # after a failure the transaction is open still, for `rollback`
+        self._end()
 
     def rollback(self) -> None:
-        if self._raw.in_transaction:
-            self._raw.execute("ROLLBACK")
+        try:
+            if self._raw.in_transaction:
+                self._raw.execute("ROLLBACK")
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        if self._turn is not None:
+            self._turn.give()
 
     def execute(self, sql: str, parameters: Sequence[Value] = ()) -> Rows:
         return self._raw.execute(sql, parameters)
@@ -250,6 +267,9 @@ class SqliteConnection:
 
     def close(self) -> None:
         self._raw.close()
+        if self._turn is not None:
+            self._turn.close()
+            self._turn = None
 
 
 class Packing:
@@ -448,7 +468,12 @@ class SqliteBackend:
 
     def connect(self, *, read_only: bool) -> SqliteConnection:
         """Another connection to the file."""
-        return SqliteConnection(_connect(_store(self._data), read_only=read_only))
+        raw = _connect(_store(self._data), read_only=read_only)
+        try:
+            return SqliteConnection(raw, None if read_only else WriteTurn(self._data / "ledger.turn"))
+        except OSError:
+            raw.close()
+            raise
 
     def translate(self, error: Exception) -> VerbatimError:
         """SQLite's and the system's errors as ours."""
