@@ -49,6 +49,8 @@ class EventReader:
     routing: takes the string of each `routed_experts` in a line of at least `big_line_bytes`; None: it stays in place.
     """
 
+    __slots__ = ("_big_line_bytes", "_buffered", "_data", "_held", "_inside_rows", "_looked", "_routing")
+
     def __init__(self, routing: RoutingSink | None = None, *, big_line_bytes: int = BIG_LINE_BYTES) -> None:
         self._routing = routing
         self._big_line_bytes = big_line_bytes

@@ -120,6 +120,28 @@ class StreamReader:
     stream stands for.
     """
 
+    __slots__ = (
+        "_failure_of",
+        "_known_ids",
+        "_latest",
+        "_logprobs",
+        "_logprobs_stop",
+        "_num_output",
+        "_policy_version_of",
+        "_request",
+        "_routing",
+        "_token_ids",
+        "_top_logprobs",
+        "_unknown_meta",
+        "_unknown_top",
+        "_wanted_top",
+        "end",
+        "has_media",
+        "named",
+        "request_id",
+        "rows",
+    )
+
     def __init__(
         self,
         request: GenerateRequest,

@@ -66,6 +66,7 @@ T = TypeVar("T", np.int32, np.float32)
 
 _NO_IDS = np.zeros(0, dtype=np.int32)
 _NO_LOGPROBS = np.zeros(0, dtype=np.float32)
+_NO_FLAGS: frozenset[CacheFlag] = frozenset()
 
 
 class Continuation:
@@ -74,6 +75,30 @@ class Continuation:
     `request` is the whole turn as first asked. Order of calls: `next_request`, then `add_chunk` and either `end` or
     `lose`, then perhaps `next_request` again.
     """
+
+    __slots__ = (
+        "_asked",
+        "_asked_of",
+        "_attempt_start",
+        "_cache_flags",
+        "_cached_tokens",
+        "_engines",
+        "_experts",
+        "_logprobs",
+        "_lost_attempts",
+        "_meta_info",
+        "_num_attempts",
+        "_num_retractions",
+        "_num_tokens",
+        "_open",
+        "_prompt_tokens",
+        "_recomputed_rows",
+        "_reply_fields",
+        "_spans",
+        "_token_ids",
+        "_top_logprobs",
+        "_versions_certain",
+    )
 
     def __init__(self, request: GenerateRequest) -> None:
         self._asked = request
@@ -93,7 +118,7 @@ class Continuation:
         self._lost_attempts = 0
         self._versions_certain = True
         self._asked_of: EngineIdentity | None = None
-        self._cache_flags: set[CacheFlag] = set()
+        self._cache_flags = _NO_FLAGS
         self._recomputed_rows: list[tuple[int, int]] = []
         self._meta_info: Mapping[str, JsonValue] = {}
         self._reply_fields: Mapping[str, JsonValue] = {}
@@ -242,20 +267,20 @@ class Continuation:
             return
         known = self._asked_of.policy_version if self._asked_of is not None else spans[0].policy_version
         if end.cached_tokens and spans[0].policy_version != known:
-            self._cache_flags.add(CacheFlag.OLDER)  # the prefix was looked up under a label of before
+            self._cache_flags |= {CacheFlag.OLDER}  # the prefix was looked up under a label of before
         num_changes = len(spans) - 1
         if end.num_retractions and num_changes:
-            self._cache_flags.add(CacheFlag.RECOMPUTED)
+            self._cache_flags |= {CacheFlag.RECOMPUTED}
             # Row i made token i + 1; all rows before the last change were computed again after it.
             first_row = len(self._asked.token_ids) + self._attempt_start - 1
             if spans[-1].start:
                 self._recomputed_rows.append((first_row, first_row + spans[-1].start))
         if end.num_retractions < num_changes:
-            self._cache_flags.add(CacheFlag.OLDER)
+            self._cache_flags |= {CacheFlag.OLDER}
 
     def _add_spans(self, spans: tuple[VersionSpan, ...]) -> None:
         if spans and self._spans and spans[0].policy_version != self._spans[-1].policy_version:
-            self._cache_flags.add(CacheFlag.RECOMPUTED)  # the prompt of this attempt is what other weights sampled
+            self._cache_flags |= {CacheFlag.RECOMPUTED}  # the prompt of this attempt is what other weights sampled
         self._spans += shifted_spans(spans, self._attempt_start)
 
     def _joined_experts(self) -> RoutedExperts | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from collections import deque
 from collections.abc import Callable
 from typing import Any, cast
 from urllib.parse import unquote
@@ -22,7 +23,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from uvicorn.server import ServerState
 
 from gateway.contracts.errors import InvalidRequest, RequestTimeout, VerbatimError
-from gateway.routes.exchange import Exchange
+from gateway.routes.exchange import Exchange, Flow
 from gateway.wire.errors import error_body
 from gateway.wire.json_text import dump_json
 
@@ -33,10 +34,28 @@ MAX_HEAD_BYTES = 65_536
 
 _FLUSH_SECONDS = 0.005
 
+_NOTHING_AHEAD: deque[Any] = deque(maxlen=0)
+"""Of connections whose requests come one after another, which are nearly all; an empty queue takes 0.8 KB."""
+
 
 class BoundedConnection(HttpToolsProtocol):
     """One connection. read_timeout_seconds: for the head of a request, and for the rest of a body nobody reads;
     write_timeout_seconds: how long a reply may wait for its reader."""
+
+    # With uvicorn's own they would be more than Python keeps in an object without a dict, of 1.2 KB.
+    __slots__ = (
+        "_descriptor",
+        "_give",
+        "_head",
+        "_head_bytes",
+        "_idle",
+        "_in_message",
+        "_read_timeout_seconds",
+        "_reader",
+        "_rest",
+        "_served",
+        "_write_timeout_seconds",
+    )
 
     def __init__(
         self,
@@ -49,6 +68,7 @@ class BoundedConnection(HttpToolsProtocol):
         write_timeout_seconds: float,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
+        self.pipeline = _NOTHING_AHEAD
         self._read_timeout_seconds = read_timeout_seconds
         self._write_timeout_seconds = write_timeout_seconds
         self._head = _Deadline(self.loop)
@@ -75,6 +95,7 @@ class BoundedConnection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         """The first request has to come."""
         super().connection_made(transport)
+        self.flow = Flow(transport)
         self._descriptor = transport.get_extra_info("socket").fileno()
         self._await_head()
 
@@ -128,6 +149,8 @@ class BoundedConnection(HttpToolsProtocol):
             self._start_asgi_task(self.cycle, self.app)
         else:
             self.flow.pause_reading()
+            if self.pipeline is _NOTHING_AHEAD:
+                self.pipeline = deque()
             self.pipeline.appendleft((self.cycle, self.app))
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:

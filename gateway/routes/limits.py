@@ -49,6 +49,8 @@ class BodyBudget:
 class BodyAccount:
     """One request's share of the budget, held until `close`."""
 
+    __slots__ = ("_budget", "_held_bytes")
+
     def __init__(self, budget: BodyBudget) -> None:
         self._budget = budget
         self._held_bytes = 0

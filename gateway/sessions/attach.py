@@ -114,8 +114,10 @@ class KnownWay(NamedTuple):
 class KnownWays:
     """The latest ways of one session, of a conversation each; what they spare is reading the whole history again."""
 
+    __slots__ = ("_known",)
+
     def __init__(self) -> None:
-        self._known: list[KnownWay] = []
+        self._known: Sequence[KnownWay] = ()
 
     def find(self, tree: TurnTree, messages: Sequence[JsonValue]) -> KnownWay | None:
         """The longest that a request goes too."""
@@ -129,7 +131,7 @@ class KnownWays:
 
     def clear(self) -> None:
         """Forget all."""
-        self._known = []
+        self._known = ()
 
 
 _START = _Step(0, (), NO_CALLS, (), ())

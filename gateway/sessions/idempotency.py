@@ -15,6 +15,7 @@ several gateways share a ledger, one that recorded a turn notes its delivery at 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import islice
 from typing import Generic, NamedTuple, Protocol, TypeVar
@@ -67,25 +68,39 @@ T = TypeVar("T", bound=OpenTurn)
 class SessionCalls(Generic[T]):
     """The turns of one session by the calls that asked for them, and which of them somebody waits for."""
 
+    __slots__ = ("_keyed", "_num_known", "_own", "_recorded", "_replaced", "_running", "_tree", "_waited_for")
+
+    # Lists where few are asked for, and seldom: a set takes 216 bytes of every session, before anything is in it.
+
     def __init__(self, tree: TurnTree) -> None:
         self._tree = tree
         self._num_known = 0
         self._recorded: dict[CallChoice, tuple[Node, ...]] = {}
         self._keyed: dict[tuple[str, int], tuple[Node, ...]] = {}
         self._running: dict[str, T] = {}
-        self._waited_for: set[str] = set()
-        self._replaced: set[str] = set()
-        self._own: set[str] = set()
+        self._waited_for: list[str] = []
+        self._replaced: list[str] = []
+        self._own: list[str] = []
 
     def attend(self, turn: T) -> None:
         """Somebody waits for the reply of a turn that runs."""
         self._running[turn.turn_id] = turn
-        self._own.add(turn.turn_id)
-        self._waited_for.add(turn.turn_id)
+        self._own.append(turn.turn_id)
+        self._wait_for(turn.turn_id)
 
     def leave(self, turn_id: str) -> None:
         """Nobody does any more, or the reply was delivered."""
-        self._waited_for.discard(turn_id)
+        if turn_id in self._waited_for:
+            self._waited_for.remove(turn_id)
+
+    def _wait_for(self, turn_id: str) -> None:
+        if turn_id not in self._waited_for:
+            self._waited_for.append(turn_id)
+
+    @property
+    def running(self) -> Collection[T]:
+        """Turns that run."""
+        return self._running.values()
 
     def end(self, turn_id: str) -> None:
         """A turn does not run any more; who waits for its reply still does."""
@@ -110,7 +125,7 @@ class SessionCalls(Generic[T]):
         if found is None and retry.says_retry and retry.key is None:
             found = self._only_turn(call)
         if found is not None:
-            self._waited_for.add(_turn_id(found))
+            self._wait_for(_turn_id(found))
         return found
 
     def is_waited_for(self, call: CallChoice) -> bool:
@@ -163,7 +178,7 @@ class SessionCalls(Generic[T]):
             if (key := record.meta["call"]["idempotency_key"]) is not None:
                 self._keyed[key, call.choice] = (*self._keyed.get((key, call.choice), ()), node)
             if record.attachment.continues and record.attachment.parent_id is not None:
-                self._replaced.add(record.attachment.parent_id)
+                self._replaced.append(record.attachment.parent_id)
 
 
 def is_whole(record: TurnRecord) -> bool:

@@ -19,6 +19,8 @@ from gateway.wire.known_texts import KnownTexts
 class Recent:
     """Of one session. texts: of its requests; ways: where they led in its tree."""
 
+    __slots__ = ("__weakref__", "_path", "texts", "ways")
+
     def __init__(self) -> None:
         self.texts = KnownTexts()
         self.ways = KnownWays()

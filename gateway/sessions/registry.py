@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -53,15 +53,25 @@ class Session:
     closing: bool = False
     seen_changes: int | None = None
     held_until: float = 0.0
-    running: set[RunningTurn] = field(default_factory=set)
-    deliveries: set[asyncio.Future[None]] = field(default_factory=set)
+    deliveries: list[asyncio.Future[None]] = field(default_factory=list)
     recent: Recent = field(default_factory=Recent)
-    token_paths: TokenPaths = field(init=False)
     calls: SessionCalls[RunningTurn] = field(init=False)
+    _token_paths: TokenPaths | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        self.token_paths = TokenPaths(self.tree)
         self.calls = SessionCalls(self.tree)
+
+    @property
+    def running(self) -> Collection[RunningTurn]:
+        """Turns that run in this process."""
+        return self.calls.running
+
+    @property
+    def token_paths(self) -> TokenPaths:
+        """For raw prompts, which few sessions have."""
+        if self._token_paths is None:
+            self._token_paths = TokenPaths(self.tree)
+        return self._token_paths
 
     @property
     def is_idle(self) -> bool:

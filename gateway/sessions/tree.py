@@ -75,6 +75,7 @@ class MissingRows(NamedTuple):
 
 
 NO_ROWS = MissingRows(0, frozenset())
+_NO_INDICES: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -133,14 +134,26 @@ class Node:
 class TurnTree:
     """All turns of one session."""
 
+    __slots__ = (
+        "_beyond",
+        "_changes",
+        "_delivered",
+        "_next_index",
+        "_nodes",
+        "_num_complete",
+        "_roots",
+        "_went_on",
+        "start",
+    )
+
     def __init__(self, records: Iterable[TurnRecord] = ()) -> None:
         self._nodes: dict[str, Node] = {}
         self._roots: dict[bytes, RootContext] = {}
         self._delivered: dict[str, float] = {}
-        self._went_on: set[str] = set()
+        self._went_on: set[str] | None = None
         self._next_index = 0
         self._num_complete = 0
-        self._beyond: set[int] = set()
+        self._beyond = _NO_INDICES
         self._changes: list[int] = []
         self.start = RecordedMessage(None, None)
         for record in records:
@@ -188,7 +201,11 @@ class TurnTree:
         parent = None if parent_id is None else self._nodes[parent_id]
         node = self._node(record, parent, keys)
         node.last.turns = (*node.last.turns, node)
-        self._went_on.update(one for one in (parent_id, record.attachment.follows_id) if one is not None)
+        if went_on := {one for one in (parent_id, record.attachment.follows_id) if one is not None}:
+            if self._went_on is None:
+                self._went_on = went_on
+            else:
+                self._went_on |= went_on
         self._nodes[record.turn_id] = node
         self._count(record.index)
         if record.delivered_at is not None:
@@ -205,13 +222,16 @@ class TurnTree:
 
     def goes_on(self, node: Node) -> bool:
         """Whether a later turn goes on from this one, in tokens or as a conversation."""
-        return node.record.turn_id in self._went_on
+        return self._went_on is not None and node.record.turn_id in self._went_on
 
     def _count(self, index: int) -> None:
         self._next_index = max(self._next_index, index + 1)
-        self._beyond.add(index)
+        if index != self._num_complete:
+            self._beyond |= {index}
+            return
+        self._num_complete += 1
         while self._num_complete in self._beyond:
-            self._beyond.remove(self._num_complete)
+            self._beyond -= {self._num_complete}
             self._num_complete += 1
 
     def _node(self, record: TurnRecord, parent: Node | None, keys: Sequence[MessageKey] | None) -> Node:

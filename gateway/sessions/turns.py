@@ -311,9 +311,8 @@ class TurnRunner:
     def _follow(self, session: Session, turn: Turn, work: Coroutine[None, None, TurnFinished]) -> Turn:
         task = asyncio.create_task(work, name=turn.turn_id)
         self._turns[turn] = task
-        session.running.add(turn)
         session.calls.attend(turn)
-        task.add_done_callback(lambda _: self._forget(session, turn))
+        task.add_done_callback(partial(self._forget, session, turn))
         turn.run(task)
         return turn
 
@@ -350,11 +349,11 @@ class TurnRunner:
         self, session: Session, note: asyncio.Future[None], again: Callable[[], Awaitable[None]] | None
     ) -> None:
         """again: what is tried where the ledger could not be written; a task for every note would cost more than it."""
-        session.deliveries.add(note)
+        session.deliveries.append(note)
         self._deliveries.add(note)
 
         def end(note: asyncio.Future[None]) -> None:
-            session.deliveries.discard(note)
+            session.deliveries.remove(note)
             self._deliveries.discard(note)
             error = None if note.cancelled() else note.exception()
             if isinstance(error, LedgerError) and again is not None:
@@ -388,13 +387,12 @@ class TurnRunner:
         await self.deliveries_noted()
         await self._upkeep.aclose()
 
-    def _forget(self, session: Session, turn: Turn) -> None:
-        session.running.discard(turn)
+    def _forget(self, session: Session, turn: Turn, task: asyncio.Task[TurnFinished]) -> None:
         session.hold(session.record.ttl_seconds or 0.0)
         session.calls.end(turn.turn_id)
         self._recent.note(session.recent)
         self._upkeep.poke()
-        task = self._turns.pop(turn)
+        del self._turns[turn]
         # Retrieved here too, because the reader may have gone; what is no VerbatimError is a bug and is logged as one.
         error = None if task.cancelled() else task.exception()
         if error is not None and not isinstance(error, VerbatimError):

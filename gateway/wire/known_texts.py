@@ -12,7 +12,7 @@ reads as the rest of a list; so nothing is guessed, and what does not fit is rea
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -48,8 +48,10 @@ class KnownText:
 class KnownTexts:
     """The latest requests of one session, of a conversation each."""
 
+    __slots__ = ("_known",)
+
     def __init__(self) -> None:
-        self._known: list[KnownText] = []
+        self._known: Sequence[KnownText] = ()
 
     @property
     def num_bytes(self) -> int:
@@ -72,7 +74,7 @@ class KnownTexts:
 
     def clear(self) -> None:
         """Forget all."""
-        self._known = []
+        self._known = ()
 
 
 def known_text(body: bytes, fields: Mapping[str, JsonValue], request: TurnRequest) -> KnownText | None:

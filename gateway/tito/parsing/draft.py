@@ -20,6 +20,8 @@ class ReplyDraft:
     Promise: the deltas that were taken, joined, are the reply at the end.
     """
 
+    __slots__ = ("_deltas", "_flags", "content", "num_reasoning_tokens", "reasoning", "tool_calls")
+
     def __init__(self, *, holds_space: bool) -> None:
         self.content = JoinedText(holds_space=holds_space)
         self.reasoning = JoinedText(holds_space=True)

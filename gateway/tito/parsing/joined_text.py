@@ -11,6 +11,8 @@ class JoinedText:
     piece does not depend on how much came before.
     """
 
+    __slots__ = ("_at_block_start", "_holds_space", "_pieces", "_waiting", "is_blank")
+
     def __init__(self, *, holds_space: bool) -> None:
         self._holds_space = holds_space
         self._pieces: list[str] = []

@@ -82,6 +82,23 @@ class _State(Enum):
 class MarkedParser:
     """Reads one reply; made by `MarkedParsing.start`."""
 
+    __slots__ = (
+        "_beginning",
+        "_call_body",
+        "_call_ids",
+        "_call_opener",
+        "_calls",
+        "_draft",
+        "_frame",
+        "_in_section",
+        "_label",
+        "_reasoning_markers",
+        "_scanner",
+        "_section_text",
+        "_state",
+        "_tools",
+    )
+
     def __init__(
         self, parsing: MarkedParsing, scanner: TokenScanner, tools: Sequence[JsonValue], *, reasoning_open: bool
     ) -> None:
@@ -290,6 +307,8 @@ class MarkedParser:
 
 class _Label:
     """Takes the label that follows a reasoning opener out of the text behind it."""
+
+    __slots__ = ("_held", "_label")
 
     def __init__(self, label: str) -> None:
         self._label = label

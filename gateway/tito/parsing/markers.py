@@ -73,13 +73,27 @@ class TokenScanner:
     than the longest of them and the newest token.
     """
 
+    __slots__ = (
+        "_beginnings",
+        "_by_id",
+        "_by_text",
+        "_detokenizer",
+        "_edges",
+        "_held",
+        "_max_held",
+        "_search",
+        "_silent",
+        "_stop",
+        "_takes_runs",
+    )
+
     def __init__(self, markup: Markup, *, stop_token_ids: Iterable[int], stop: Iterable[str]) -> None:
         self._detokenizer = _Detokenizer(markup.tokenizer)
         self._by_id, self._by_text, self._search = markup.by_id, markup.by_text, markup.search
         self._silent, self._edges = markup.silent_with(stop_token_ids)
         self._stop = tuple(text for text in stop if text)
         patterns = (*self._by_text, *self._stop)
-        self._beginnings = {text[:length] for text in patterns for length in range(1, len(text))}
+        self._beginnings = _beginnings(patterns) if patterns else _NO_TEXTS
         self._max_held = max((len(text) - 1 for text in patterns), default=0)
         self._held = ""
         # Without patterns in the text nothing is ever held, and bytes join as their tokens do.
@@ -157,10 +171,17 @@ class TokenScanner:
 
 
 _UTF8 = codecs.getincrementaldecoder("utf-8")
+_NO_TEXTS: frozenset[str] = frozenset()
+
+
+def _beginnings(patterns: Iterable[str]) -> frozenset[str]:
+    return frozenset(text[:length] for text in patterns for length in range(1, len(text)))
 
 
 class _Detokenizer:
     """Token ids → text, never half a character."""
+
+    __slots__ = ("_bytes", "_shown", "_tokenizer", "_window")
 
     def __init__(self, tokenizer: ChatTokenizer) -> None:
         self._tokenizer = tokenizer
