@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from typing import Annotated, Any, TypeAlias
+from functools import lru_cache
+from typing import Annotated, Any, NamedTuple, TypeAlias
 
 import msgspec
 import numpy as np
@@ -71,8 +72,6 @@ class _Entry(msgspec.Struct, array_like=True, gc=False):
 
 _NULL = msgspec.Raw(b"null")
 _COMMA = ord(",")
-_NOTHING: tuple[Fields, Fields] = ({}, {})
-_LARGE_BYTES = 4096
 
 _TokenId: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=np.iinfo(np.int32).max)]
 _fields = msgspec.json.Decoder(Fields).decode
@@ -123,13 +122,13 @@ class StreamReader:
     __slots__ = (
         "_failure_of",
         "_known_ids",
-        "_latest",
         "_logprobs",
         "_logprobs_stop",
         "_num_output",
         "_policy_version_of",
         "_request",
         "_routing",
+        "_shape",
         "_token_ids",
         "_top_logprobs",
         "_unknown_meta",
@@ -168,9 +167,9 @@ class StreamReader:
         self._token_ids: list[int] = []
         self._logprobs: list[float | None] = []
         self._top_logprobs: list[Sequence[TopLogprob]] = []
-        self._latest = _NOTHING
-        self._unknown_top: Mapping[str, bytes] = {}
-        self._unknown_meta: Mapping[str, bytes] = {}
+        self._shape: _Shape | None = None
+        self._unknown_top = _NOTHING
+        self._unknown_meta = _NOTHING
 
     def read_all(self, events: Sequence[bytes]) -> VerbatimError | None:
         """Read events up to the end; the error of one that cannot be read, those before it stay."""
@@ -199,7 +198,7 @@ class StreamReader:
             if "error" in event:
                 raise self._failure_of(_value(event["error"]), self.named)
             meta = _fields(event["meta_info"])
-            self._keep_unknown(event, meta, len(data))
+            self._keep_unknown(event, meta)
             self._read(event, meta)
         except (LengthMismatch, ExpertsMismatch) as error:
             raise EngineProtocolError(f"{self.named}: {error.message}") from error
@@ -210,24 +209,18 @@ class StreamReader:
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise EngineProtocolError(f"{self.named}: unreadable event ({type(error).__name__}: {error})") from error
 
-    def _keep_unknown(self, event: Fields, meta: Fields, size: int) -> None:
-        """I8: what we do not know of the latest event, and what only an earlier one says.
-
-        An event with the same fields as the one before says all that that said. A large one is not kept in memory for
-        the sake of a few fields.
-        """
-        last_event, last_meta = self._latest
-        if event.keys() != last_event.keys() or meta.keys() != last_meta.keys():
-            self._fold_latest()
-        self._latest = event, meta
-        if size > _LARGE_BYTES:
-            self._fold_latest()
-            self._latest = _NOTHING
-
-    def _fold_latest(self) -> None:
-        event, meta = self._latest
-        self._unknown_top = _kept(self._unknown_top, event, _KNOWN_TOP)
-        self._unknown_meta = _kept(self._unknown_meta, meta, _KNOWN_META)
+    def _keep_unknown(self, event: Fields, meta: Fields) -> None:
+        """I8: what we do not know of the latest event, and what only an earlier one says."""
+        shape = _shape(tuple(event), tuple(meta))
+        if shape is not self._shape:
+            self._shape = shape
+            self._unknown_top = _kept(self._unknown_top, event, shape.unknown_top)
+            self._unknown_meta = _kept(self._unknown_meta, meta, shape.unknown_meta)
+            return
+        for name in shape.unknown_top:
+            self._unknown_top[name] = bytes(event[name])
+        for name in shape.unknown_meta:
+            self._unknown_meta[name] = bytes(meta[name])
 
     def _read(self, event: Fields, meta: Fields) -> None:
         routed = meta.get("routed_experts")
@@ -327,7 +320,6 @@ class StreamReader:
         return likeliest(pairs, fresh, np.array(logprobs, np.float32), most=self._wanted_top, named=self.named)
 
     def _ended(self, fields: Fields, finish: Mapping[str, Any], experts: str | None) -> GenerateEnd:
-        self._fold_latest()
         meta = {name: _value(fields[name]) for name in _READ_AT_END if name in fields}
         prompt_tokens = self._prompt_tokens(meta, finish)
         # SGLang writes media into the prompt itself: its ids are then its own, and the turn is marked so (I9).
@@ -380,10 +372,27 @@ class StreamReader:
             return None
 
 
-def _kept(before: Mapping[str, bytes], fields: Fields, known: frozenset[str]) -> Mapping[str, bytes]:
+def _kept(before: dict[str, bytes], fields: Fields, unknown: Sequence[str]) -> dict[str, bytes]:
     """I8: what we do not know, also what only an earlier event says; the order of keys is the latest event's."""
+    if not unknown:
+        return before
     # As bytes of their own: a part of an event would keep all of it in memory until the next one.
-    unknown = {key: bytes(value) for key, value in fields.items() if key not in known}
-    if not before:
-        return unknown
-    return {key: value for key, value in before.items() if key not in unknown} | unknown
+    now = {name: bytes(fields[name]) for name in unknown}
+    return {name: value for name, value in before.items() if name not in now} | now
+
+
+class _Shape(NamedTuple):
+    """What events of the same fields have that we do not know."""
+
+    unknown_top: tuple[str, ...]
+    unknown_meta: tuple[str, ...]
+
+
+@lru_cache(maxsize=256)  # an engine's events are of two or three shapes
+def _shape(top: tuple[str, ...], meta: tuple[str, ...]) -> _Shape:
+    return _Shape(
+        tuple(name for name in top if name not in _KNOWN_TOP), tuple(name for name in meta if name not in _KNOWN_META)
+    )
+
+
+_NOTHING: dict[str, bytes] = {}

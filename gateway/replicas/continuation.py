@@ -105,8 +105,8 @@ class Continuation:
         self._token_ids: list[TokenIds] = []
         self._logprobs: list[npt.NDArray[np.float32]] = []
         self._top_logprobs: list[Sequence[TopLogprob]] = []
-        self._spans: list[VersionSpan] = []
-        self._experts: list[RoutedExperts] = []
+        self._spans: tuple[VersionSpan, ...] = ()
+        self._experts: tuple[RoutedExperts, ...] = ()
         self._num_tokens = 0
         self._attempt_start = 0
         self._open = False
@@ -119,7 +119,7 @@ class Continuation:
         self._versions_certain = True
         self._asked_of: EngineIdentity | None = None
         self._cache_flags = _NO_FLAGS
-        self._recomputed_rows: list[tuple[int, int]] = []
+        self._recomputed_rows: tuple[tuple[int, int], ...] = ()
         self._meta_info: Mapping[str, JsonValue] = {}
         self._reply_fields: Mapping[str, JsonValue] = {}
 
@@ -197,7 +197,7 @@ class Continuation:
                 raise EngineProtocolError(
                     f"engine {self._engine_id} sent routing rows from {rows.start}, asked from {self._next_row}"
                 )
-            self._experts.append(rows)
+            self._experts += (rows,)
         if self._cached_tokens is None:
             self._cached_tokens = end.cached_tokens
             self._prompt_tokens = end.prompt_tokens - self._attempt_start
@@ -238,7 +238,7 @@ class Continuation:
             top_logprobs=tuple(self._top_logprobs),
             prompt_tokens=self._prompt_tokens or 0,
             cache_flags=tuple(sorted(self._cache_flags)),
-            recomputed_rows=tuple(self._recomputed_rows),
+            recomputed_rows=self._recomputed_rows,
         )
 
     def stop_if_over(self, stop_token_ids: frozenset[int]) -> Finish | None:
@@ -274,14 +274,14 @@ class Continuation:
             # Row i made token i + 1; all rows before the last change were computed again after it.
             first_row = len(self._asked.token_ids) + self._attempt_start - 1
             if spans[-1].start:
-                self._recomputed_rows.append((first_row, first_row + spans[-1].start))
+                self._recomputed_rows += ((first_row, first_row + spans[-1].start),)
         if end.num_retractions < num_changes:
             self._cache_flags |= {CacheFlag.OLDER}
 
     def _add_spans(self, spans: tuple[VersionSpan, ...]) -> None:
         if spans and self._spans and spans[0].policy_version != self._spans[-1].policy_version:
             self._cache_flags |= {CacheFlag.RECOMPUTED}  # the prompt of this attempt is what other weights sampled
-        self._spans += shifted_spans(spans, self._attempt_start)
+        self._spans = (*self._spans, *shifted_spans(spans, self._attempt_start))
 
     def _joined_experts(self) -> RoutedExperts | None:
         if not self._experts:

@@ -117,6 +117,7 @@ class RequestEdge:
             # In place: a scope is made for one request, and copies of it would be kept while its turn is sampled.
             scope[_ACCOUNT], scope[_READ_TIMEOUT] = account, self._read_timeout_seconds
             put_note(scope, note)
+            del headers  # while a turn is sampled
             await self._app(scope, receive, send_with_id)
         finally:
             account.close()

@@ -25,6 +25,7 @@ from gateway.wire.reply import FinishedChoice, ReplyTokens, Usage
 from gateway.wire.request import PROTECTED, TurnRequest, Wanted, protected_names
 from gateway.wire.sampling import SAMPLING_EXTRA, TYPED_SAMPLING, sampling_fields
 from gateway.wire.token_texts import Spelling, spelling_json
+from gateway.wire.tool_lists import shared_tools
 
 _KNOWN = frozenset(
     (
@@ -70,7 +71,7 @@ def _longer_request(known: KnownText, added: bytes, body: bytes) -> KnownText | 
 def chat_request(fields: Mapping[str, JsonValue], *, body: bytes) -> TurnRequest:
     """A request from chat's fields, which other dialects are translated into; `body` is what the client sent."""
     messages, blobs, has_media = take_media(_messages(fields))
-    tools = objects(fields, "tools")
+    tools = shared_tools(objects(fields, "tools"))
     for name, now in (("functions", "tools"), ("function_call", "tool_choice")):
         if fields.get(name) is not None:
             raise InvalidRequest(f"{name}: {now} has replaced it, and it is not read here")
