@@ -304,6 +304,7 @@ class TurnRunner:
         self.parts.admit(self.num_running)
         turn = Turn(f"turn-{fresh_hex(24)}", call or CallChoice("", request.digest, 0), retry)
         self._follow(session, turn, run_turn(self.parts, session, request, turn, begun=begun))
+        self._upkeep.poke()  # not only at the end of a turn: the first ones may be long
         if begun is not None:  # if nothing came of it, the next retry goes on from there again
             turn.on_end(partial(session.calls.leave, begun.record.turn_id))
         return turn

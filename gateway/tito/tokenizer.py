@@ -128,6 +128,7 @@ class ChatTokenizer:
         self._bytes_of_token = _TokenBytes(self._spelled_bytes)
         self.backend = Backend(BackendChoice.TOKENIZERS.value)
         self._spell: Spell | None = None
+        self._is_asked = False
         self._num_spelled = 0
         self._num_characters = 0
         self._max_characters = sys.maxsize
@@ -161,7 +162,10 @@ class ChatTokenizer:
     def encode(self, text: str) -> TokenIds:
         """int32[T] ids of `text` from the start of a string; added tokens are recognised, none is added."""
         spell = self._spell
-        if spell is None or (not text.isascii() and self._odd.search(text) is not None):
+        if spell is None:
+            self._is_asked = True
+            return self._reference(text)
+        if not text.isascii() and self._odd.search(text) is not None:
             return self._reference(text)
         try:
             ids = spell(text)
@@ -183,15 +187,17 @@ class ChatTokenizer:
         Not for the event loop. Whatever comes of it is in `backend`. It leaves some 30 MB behind (`tito.proof`).
         """
         self.use_backend(self.find_backend(choice))
+        if self._is_expected:
+            self._open()
 
     def use_backend(self, found: FoundBackend) -> None:
-        """Spell with what was found; `backend` says so. Not for the event loop: libraries take a moment to open."""
+        """Spell with what was found; `backend` says so. It is opened once it is asked for, by `check_backend`: it takes
+        20 MB at least, which a gateway that nobody uses need not have."""
         odd, name = found.odd_characters, BackendChoice(found.name)
         if name is not BackendChoice.TOKENIZERS:
             self._max_characters = MAX_CHARACTERS.get(name, sys.maxsize)
             self._odd = re.compile(f"[{re.escape(odd)}]" if odd else "(?!)")
-            self._spell = open_backend(name, self.json)
-            _log.info("texts are spelled in ids by %s, which spells as tokenizers does", name.value)
+            self._is_asked = False
         self.backend = Backend(name.value, found.reasons, num_odd_characters=len(odd))
 
     def find_backend(self, choice: BackendChoice) -> FoundBackend:
@@ -221,16 +227,15 @@ class ChatTokenizer:
     @property
     def checks_due(self) -> bool:
         """Whether `check_backend` has something to do."""
-        return bool(self._to_check) or self._is_worn
+        return bool(self._to_check) or self._is_worn or (self._is_asked and self._is_expected)
 
     def check_backend(self) -> bool:
         """Have `tokenizers` spell again one sample of what the faster library spelled; a difference ends its use.
 
-        Whether there was one. Not for the event loop.
+        Whether there was one. Not for the event loop: libraries take a moment to open.
         """
-        if self._is_worn:
-            self._spell = open_backend(BackendChoice(self.backend.name), self.json)
-            self._num_characters = 0
+        if self._is_worn or (self._is_asked and self._is_expected):
+            self._open()
         if not self._to_check:
             return False
         text, ids = self._to_check.popleft()
@@ -238,6 +243,20 @@ class ChatTokenizer:
             self._distrust(f"it spelled {text[:60]!r} otherwise")
         self.backend = replace(self.backend, num_checked=self.backend.num_checked + 1)
         return True
+
+    def _open(self) -> None:
+        try:
+            self._spell = open_backend(BackendChoice(self.backend.name), self.json)
+        except BackendUnfit as error:
+            self._distrust(str(error))
+            return
+        self._num_characters = 0
+        _log.info("texts are spelled in ids by %s, which spells as tokenizers does", self.backend.name)
+
+    @property
+    def _is_expected(self) -> bool:
+        """Whether a faster library is chosen and not open yet."""
+        return self._spell is None and self.backend.name != BackendChoice.TOKENIZERS
 
     @property
     def _is_worn(self) -> bool:

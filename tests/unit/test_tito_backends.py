@@ -16,7 +16,7 @@ from gateway.tito import backends
 from gateway.tito.backends import BackendChoice, BackendUnfit, candidates, first_difference, open_backend
 from gateway.tito.proof import prove_elsewhere
 from gateway.tito.spellings import spelling_texts
-from gateway.tito.tokenizer import ChatTokenizer
+from gateway.tito.tokenizer import ChatTokenizer, FoundBackend
 
 LIBRARIES = [choice for choice in BackendChoice if choice not in (BackendChoice.AUTO, BackendChoice.TOKENIZERS)]
 SPECIAL, MARKUP = ["<|im_start|>", "<|im_end|>", "<s>", "</s>"], ["<tool_call>", "</tool_call>", "<think>", "</think>"]
@@ -189,3 +189,40 @@ def test_a_proof_that_breaks_off_leaves_tokenizers_and_says_why(monkeypatch: pyt
     prove_elsewhere(tokenizer, BackendChoice.FASTOKENS)
     assert tokenizer.backend.name == "tokenizers"
     assert "broke off" in tokenizer.backend.reasons["fastokens"]
+
+
+def test_a_library_that_was_proven_elsewhere_is_opened_once_a_text_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It takes memory that a gateway without turns need not have; what is spelled meanwhile is the same."""
+    reference, tokenizer = ChatTokenizer(vocabulary("byte_level")), ChatTokenizer(vocabulary("byte_level"))
+    opened: list[bytes] = []
+
+    def opener(tokenizer_json: bytes) -> backends.Spell:
+        opened.append(tokenizer_json)
+        return reference.encode
+
+    monkeypatch.setitem(backends.OPENERS, BackendChoice.FASTOKENS, opener)
+    tokenizer.use_backend(FoundBackend("fastokens"))
+    assert tokenizer.backend.name == "fastokens"
+    assert not tokenizer.checks_due
+    assert tokenizer.encode("Four plums.").tolist() == reference.encode("Four plums.").tolist()
+    assert tokenizer.checks_due
+    assert opened == []
+    tokenizer.check_backend()
+    tokenizer.encode("Four plums.")
+    assert len(opened) == 1
+    assert tokenizer.backend.name == "fastokens"
+
+
+def test_a_proven_library_that_cannot_be_opened_leaves_tokenizers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def opener(tokenizer_json: bytes) -> backends.Spell:
+        raise ImportError
+
+    monkeypatch.setitem(backends.OPENERS, BackendChoice.FASTOKENS, opener)
+    tokenizer = ChatTokenizer(vocabulary("byte_level"))
+    tokenizer.use_backend(FoundBackend("fastokens"))
+    tokenizer.encode("Four plums.")
+    tokenizer.check_backend()
+    assert (tokenizer.backend.name, tokenizer.backend.reasons) == ("tokenizers", {"fastokens": "not installed"})
+    assert not tokenizer.checks_due
