@@ -192,7 +192,7 @@ async def run_turn(
     if request.has_media:
         await keep_media(parts.ledger, session.record.session_id, record.added_messages, request.blobs)
     record = await _append(parts, session, record, sampled.generated.experts)  # I4
-    session.tree.add(record, prompt.place.keys if record.attachment.parent_id is not None else None)
+    session.tree.add(record)
     finished = await _finished(parts, prompt, sampled, record)
     parts.observe(finished, sampled.generated, turn.times())
     if sampled.failure is not None:
