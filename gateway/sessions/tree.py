@@ -7,6 +7,7 @@ recorded conversation, each stored once, so that a request finds its place in on
 
 from __future__ import annotations
 
+import itertools
 import operator
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -151,6 +152,8 @@ class Node:
 
     def num_reply_tokens(self) -> int:
         """Of its whole reply."""
+        if not self.record.attachment.continues:
+            return len(self.record.output_token_ids)
         return sum(len(node.record.output_token_ids) for node in self.reply_nodes())
 
 
@@ -179,6 +182,11 @@ class TurnTree:
     def __iter__(self) -> Iterator[Node]:
         """All turns, in the order in which they were added."""
         return iter(self._nodes.values())
+
+    def since(self, num_turns: int) -> Sequence[Node]:
+        """The turns that were added behind the first `num_turns`, in that order."""
+        newest_first = itertools.islice(reversed(self._nodes.values()), len(self._nodes) - num_turns)
+        return [*newest_first][::-1]
 
     @property
     def records(self) -> Sequence[TurnRecord]:
@@ -301,16 +309,20 @@ def _missing_rows(record: TurnRecord, before: MissingRows, num_tokens: int) -> M
 
 def _slim(record: TurnRecord, messages: Sequence[JsonValue], root: RootContext, parent: Node | None) -> TurnRecord:
     """The record with what the session holds already: one copy of equal messages and tools, no borrowed memory."""
-    like = record if parent is None else parent.record
-    slim = {
-        "reply": messages[-1],
-        "root": None if record.root is None else root,
-        "sampling": like.sampling if like.sampling == record.sampling else record.sampling,
-        "prompt_token_ids": _own(record.prompt_token_ids),
-        "output_token_ids": _own(record.output_token_ids),
-        "output_logprobs": _own(record.output_logprobs),
-    }
-    others = {name: value for name, value in slim.items() if value is not getattr(record, name)}
+    others: dict[str, Any] = {}
+    if messages[-1] is not record.reply:
+        others["reply"] = messages[-1]
+    if record.root is not None and record.root is not root:
+        others["root"] = root
+    if parent is not None and record.sampling is not (known := parent.record.sampling) and record.sampling == known:
+        others["sampling"] = known
+    for name, array in (
+        ("prompt_token_ids", record.prompt_token_ids),
+        ("output_token_ids", record.output_token_ids),
+        ("output_logprobs", record.output_logprobs),
+    ):
+        if (own := _own(array)) is not array:
+            others[name] = own
     if not all(map(operator.is_, messages, record.added_messages)):
         others["added_messages"] = tuple(messages[:-1])
     return replace(record, **others) if others else record

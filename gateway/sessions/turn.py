@@ -67,6 +67,11 @@ class TurnTimes:
 class Turn:
     """One turn's events for any number of readers. call, retry: what it answers."""
 
+    __slots__ = (
+        "_clock", "_cut_at", "_cut_for_good", "_cut_reason", "_deadline", "_ends_at", "_first_token_seconds",
+        "_prompt_seconds", "_readers", "_so_far", "_task", "_waiting", "call", "retry", "started_at", "turn_id",
+    )  # fmt: skip
+
     def __init__(self, turn_id: str, call: CallChoice, retry: RetryHint = NO_HINT) -> None:
         self.turn_id = turn_id
         self.call = call
@@ -76,12 +81,13 @@ class Turn:
         self._prompt_seconds = 0.0
         self._first_token_seconds: float | None = None
         self._so_far = _SoFar()
-        self._readers: set[asyncio.Queue[TurnEvent | None]] = set()
+        self._readers: list[asyncio.Queue[TurnEvent | None]] = []
+        self._waiting: list[asyncio.Future[None]] = []
         self._deadline: asyncio.Timeout | None = None
         self._ends_at: float | None = None
         self._cut_at: float | None = None
         self._cut_for_good = False
-        self._cut_reason: VerbatimError = EngineTimeout("the client left, and its grace is over")
+        self._cut_reason: VerbatimError | None = None
         self._task: asyncio.Task[TurnFinished] | None = None
 
     def emit(self, event: TurnStarted | TurnProgress) -> None:
@@ -101,7 +107,7 @@ class Turn:
     async def events(self) -> AsyncGenerator[TurnEvent, None]:
         """Events up to TurnFinished, those of the past joined; raises what ended the turn instead."""
         reader: asyncio.Queue[TurnEvent | None] = asyncio.Queue()
-        self._readers.add(reader)
+        self._readers.append(reader)
         try:
             is_over = self._task is not None and self._task.done()
             for event in self._so_far.events():
@@ -109,15 +115,20 @@ class Turn:
             while not is_over and (new := await reader.get()) is not None:
                 yield new
         finally:
-            self._readers.discard(reader)
+            self._readers.remove(reader)
         if self._task is not None:
-            yield await asyncio.shield(self._task)
+            yield await self.finished()
 
     async def finished(self) -> TurnFinished:
         """Skip to the end."""
         if self._task is None:
             raise EngineUnavailable("the turn ended before it began")
-        return await asyncio.shield(self._task)
+        if not self._task.done():
+            # As `asyncio.shield` would: who waits may be cancelled without the turn.
+            waiting = asyncio.get_running_loop().create_future()
+            self._waiting.append(waiting)
+            await waiting
+        return self._task.result()
 
     async def settled(self) -> None:
         """Wait for the end, however it comes."""
@@ -149,7 +160,9 @@ class Turn:
 
     def cut_reason(self) -> VerbatimError | None:
         """Why it was ended early, None if nobody asked for that."""
-        return self._cut_reason if self._cut_at is not None else None
+        if self._cut_at is None:
+            return None
+        return self._cut_reason or EngineTimeout("the client left, and its grace is over")
 
     def limit(self, deadline: asyncio.Timeout | None) -> None:
         """The timeout that sampling runs under now (None: it is over)."""
@@ -158,18 +171,21 @@ class Turn:
         self._apply_cut()
 
     def run(self, work: asyncio.Task[TurnFinished]) -> None:
-        """Follow the task that does the work."""
+        """Follow the task that does the work; `tell_end` is to be called when it is done."""
         self._task = work
-        self.on_end(self._tell_end)
 
     def on_end(self, do: Callable[[], None]) -> None:
         """Have something done when the work is over, however it ended."""
         if self._task is not None:
             self._task.add_done_callback(lambda _: do())
 
-    def _tell_end(self) -> None:
+    def tell_end(self) -> None:
+        """The work is over, however it ended."""
         for reader in self._readers:
             reader.put_nowait(None)
+        for waiting in self._waiting:
+            if not waiting.done():
+                waiting.set_result(None)
 
     def _apply_cut(self) -> None:
         if self._deadline is None or self._cut_at is None or self._deadline.expired():
@@ -180,6 +196,8 @@ class Turn:
 
 class _SoFar:
     """All that was emitted, as little of it as a late reader needs."""
+
+    __slots__ = ("_deltas", "_logprobs", "_started", "_token_ids", "_top_logprobs")
 
     def __init__(self) -> None:
         self._started: TurnStarted | None = None

@@ -11,8 +11,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from contextlib import aclosing, suppress
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from urllib.parse import quote
@@ -36,6 +36,7 @@ from gateway.contracts.fresh_ids import fresh_hex
 from gateway.contracts.generation import (
     Finish,
     FinishReason,
+    GenerateChunk,
     GenerateRequest,
     JsonValue,
     LogprobKind,
@@ -133,7 +134,8 @@ class TurnParts:
     @property
     def context_length(self) -> int:
         """In tokens, of the model and of every engine; 0 if nobody says."""
-        return min((length for length in (self.pool.context_length, self.model.context_length) if length), default=0)
+        engines, model = self.pool.context_length, self.model.context_length
+        return min(engines, model) if engines and model else engines or model
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -313,8 +315,8 @@ class TurnRunner:
         self._turns[turn] = task
         session.running.add(turn)
         session.calls.attend(turn)
-        task.add_done_callback(lambda _: self._forget(session, turn))
         turn.run(task)
+        task.add_done_callback(partial(self._forget, session, turn))
         return turn
 
     def abandon(self, session: Session, turn: Turn) -> None:
@@ -388,13 +390,14 @@ class TurnRunner:
         await self.deliveries_noted()
         await self._upkeep.aclose()
 
-    def _forget(self, session: Session, turn: Turn) -> None:
+    def _forget(self, session: Session, turn: Turn, task: asyncio.Task[TurnFinished]) -> None:
+        turn.tell_end()
         session.running.discard(turn)
         session.hold(session.record.ttl_seconds or 0.0)
         session.calls.end(turn.turn_id)
         self._recent.note(session.recent)
         self._upkeep.poke()
-        task = self._turns.pop(turn)
+        del self._turns[turn]
         # Retrieved here too, because the reader may have gone; what is no VerbatimError is a bug and is logged as one.
         error = None if task.cancelled() else task.exception()
         if error is not None and not isinstance(error, VerbatimError):
@@ -539,32 +542,27 @@ async def _sample(
         stop=sampling.stop,
         stop_token_ids=sampling.stop_token_ids,
     )
-    media = await load_media(
-        prompt.media,
-        request.blobs,
-        parts.ledger,
-        session.record.session_id,
-        takes_urls=parts.settings.media_urls,
-    )
+    session_id, media = session.record.session_id, tuple[Media, ...]()
+    if prompt.media:
+        takes_urls = parts.settings.media_urls
+        media = await load_media(prompt.media, request.blobs, parts.ledger, session_id, takes_urls=takes_urls)
     if (begun := prompt.begun) is not None:
         deltas = parser.feed(begun.token_ids.tolist())
         turn.emit(TurnProgress(begun.token_ids, begun.logprobs, deltas, begun.top_logprobs))
     progress = Continuation(_generate_request(parts, session, request, prompt, sampling, media))
+
+    def hear(new: GenerateChunk) -> None:
+        turn.emit(TurnProgress(new.token_ids, new.logprobs, parser.feed(new.token_ids.tolist()), new.top_logprobs))
+
     finish, failure = Finish(FinishReason.ABORT), None
     try:
         async with asyncio.timeout(parts.settings.timeout_seconds) as deadline:
             turn.limit(deadline)
-            async with aclosing(parts.pool.generate(progress, session_id=session.record.session_id)) as stream:
-                async for item in stream:
-                    if isinstance(item, Finish):
-                        finish = item
-                    else:
-                        deltas = parser.feed(item.token_ids.tolist())
-                        turn.emit(TurnProgress(item.token_ids, item.logprobs, deltas, item.top_logprobs))
+            finish = await parts.pool.generate(progress, session_id=session_id, hear=hear)
     except TimeoutError:
         failure = _cut_or_timed_out(parts, turn)
     except EngineError as error:
-        _log.warning("session %s %s: %s", session.record.session_id, turn.turn_id, error)
+        _log.warning("session %s %s: %s", session_id, turn.turn_id, error)
         failure = agents_error(error, turn.turn_id)
     except RequestError as error:  # of a replica that takes less than the one before: what that one gave is kept (I3)
         failure = error
@@ -640,7 +638,7 @@ def _record(
         version_spans=generated.version_spans,
         finish=generated.finish,
         logprob_kind=kind_under(sampler.logprob_kind, sampling),
-        sampling=_sampling_json(sampling),
+        sampling=_sampling_json(sampling, None if prompt.place.parent is None else prompt.place.parent.record.sampling),
         num_layers=0 if rows is None else rows.ids.shape[1],
         num_experts=0 if rows is None or routing is None else routing.num_experts,
         top_k=0 if rows is None else rows.ids.shape[2],
@@ -651,7 +649,7 @@ def _record(
         request_digest=request.digest,
         cached_tokens=generated.cached_tokens,
         num_retractions=generated.num_retractions,
-        meta=_meta(request, prompt, sampling, sampled) | {"call": turn.call.facts(turn.retry)},
+        meta=_meta(request, prompt, sampling, sampled, turn),
         untrainable_reason=_untrainable_reason(prompt, sampling, generated),
         created_at=turn.started_at,
         delivered_at=None,
@@ -719,8 +717,9 @@ def _attachment(prompt: _Prompt) -> Attachment:
     return Attachment(None, follows_id, place.tier, prompt.built.segment_reason or place.reason)
 
 
-def _sampling_json(sampling: SamplingParams) -> dict[str, JsonValue]:
-    return {
+def _sampling_json(sampling: SamplingParams, like: Mapping[str, JsonValue] | None) -> Mapping[str, JsonValue]:
+    """`like` itself if it is that: a session keeps one of equal ones."""
+    fields = {
         "max_new_tokens": sampling.max_new_tokens,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
@@ -732,6 +731,7 @@ def _sampling_json(sampling: SamplingParams) -> dict[str, JsonValue]:
         "ignore_eos": sampling.ignore_eos,
         "extra": dict(sampling.extra),
     }
+    return like if like is not None and like == fields else fields
 
 
 def _enforced(request: TurnRequest, sampling: SamplingParams) -> bool | None:
@@ -739,12 +739,11 @@ def _enforced(request: TurnRequest, sampling: SamplingParams) -> bool | None:
     return "structural_tag" in sampling.extra if request.required_calls else None
 
 
-def _meta(request: TurnRequest, prompt: _Prompt, sampling: SamplingParams, sampled: _Sampled) -> dict[str, JsonValue]:
+def _meta(
+    request: TurnRequest, prompt: _Prompt, sampling: SamplingParams, sampled: _Sampled, turn: Turn
+) -> dict[str, JsonValue]:
     generated = sampled.generated
-    top_logprobs = recorded_top_logprobs(generated.top_logprobs)
-    media = {"num_media": len(prompt.media), "engine_prompt_tokens": generated.prompt_tokens}
-    return {
-        **({"top_logprobs": top_logprobs} if request.wanted.num_top_logprobs else {}),
+    meta = {
         "certified_by": prompt.built.certified_by,
         "hidden_messages": list(prompt.built.hidden_messages),
         "flags": [flag.value for flag in sampled.reply.flags],
@@ -757,24 +756,30 @@ def _meta(request: TurnRequest, prompt: _Prompt, sampling: SamplingParams, sampl
         "tool_choice_enforced": _enforced(request, sampling),
         "request": dict(request.kept),
         "error": None if sampled.failure is None else sampled.failure.code,
-        **({"media": media} if prompt.media else {}),
-        **_cache_facts(prompt, generated),
         "engine": dict(generated.meta_info),
         "engine_reply": dict(generated.reply_fields),
+        "call": turn.call.facts(turn.retry),
     }
+    if request.wanted.num_top_logprobs:
+        meta["top_logprobs"] = recorded_top_logprobs(generated.top_logprobs)
+    if prompt.media:
+        meta["media"] = {"num_media": len(prompt.media), "engine_prompt_tokens": generated.prompt_tokens}
+    if (cache := _cache_facts(prompt, generated)) is not None:
+        meta["cache"] = cache
+    return meta
 
 
-def _cache_facts(prompt: _Prompt, generated: Generated) -> dict[str, JsonValue]:
-    """What `TurnRecord.cache_flags` and `recomputed_rows` read; nothing where all is of the weights that sampled."""
+def _cache_facts(prompt: _Prompt, generated: Generated) -> dict[str, JsonValue] | None:
+    """What `TurnRecord.cache_flags` and `recomputed_rows` read; None where all is of the weights that sampled."""
     rows = [list(bounds) for bounds in generated.recomputed_rows]
     missing, parent = _missing_rows(prompt), prompt.place.parent
     sampling_now = {span.policy_version for span in generated.version_spans[:1]}
-    if parent is not None and missing.policy_versions - sampling_now:
+    if parent is not None and not missing.policy_versions <= sampling_now:
         # I9: rows of earlier turns that came late, and other weights computed them.
         rows.append([missing.first, parent.num_tokens - 1])
     if not (rows or generated.cache_flags):
-        return {}
-    return {"cache": {"flags": [flag.value for flag in generated.cache_flags], "recomputed_rows": rows}}
+        return None
+    return {"flags": [flag.value for flag in generated.cache_flags], "recomputed_rows": rows}
 
 
 def _untrainable_reason(prompt: _Prompt, sampling: SamplingParams, generated: Generated) -> str | None:
