@@ -194,7 +194,9 @@ async def run_turn(
     if request.has_media:
         await keep_media(parts.ledger, session.record.session_id, record.added_messages, request.blobs)
     record = await _append(parts, session, record, sampled.generated.experts)  # I4
-    session.tree.add(record)
+    node = session.tree.add(record)
+    if request.prompt is None and begun is None:
+        session.recent.keep(node, prompt.token_ids)
     finished = await _finished(parts, prompt, sampled, record)
     parts.observe(finished, sampled.generated, turn.times())
     if sampled.failure is not None:
@@ -415,7 +417,8 @@ async def _chat_prompt(parts: TurnParts, session: Session, request: TurnRequest)
     place = attach(session.tree, request.messages, root, session.recent.ways)
     conversation = Conversation(restore_reasoning(place, request.messages), root.tools, root.template_arguments)
     media = shown_media(parts.model.template, conversation.messages) if request.has_media else ()
-    parent = _parent_turn(session, place)
+    recorded = () if place.parent is None else session.recent.token_ids(place.parent)
+    parent = None if place.parent is None else _parent_turn(place.parent, recorded, place.num_matched)
     prompts, reason = parts.model.prompts, place.reason or SegmentReason.UNCERTIFIED
     if request.num_bytes <= parts.settings.inline_prompt_bytes:
         built = prompts.build(conversation, parent, reason=reason)
@@ -424,7 +427,7 @@ async def _chat_prompt(parts: TurnParts, session: Session, request: TurnRequest)
     if parent is None or built.segment_reason is not None:
         token_ids = built.token_ids
     else:
-        token_ids = np.concatenate([parent.token_ids, built.token_ids])
+        token_ids = np.concatenate([*recorded, built.token_ids])
     _check_vocabulary(parts, built.token_ids)
     await _check_placeholders(parts, media, token_ids)
     return _Prompt(place, root, conversation.messages, built, token_ids, media)
@@ -470,14 +473,15 @@ def _begun_prompt(session: Session, node: Node) -> _Prompt:
     return _Prompt(place, node.root, (), built, begun.prompt_token_ids, media, begun)
 
 
-def _parent_turn(session: Session, place: Place) -> ParentTurn | None:
-    if place.parent is None:
-        return None
+def _parent_turn(node: Node, recorded: Sequence[TokenIds], num_messages: int) -> ParentTurn:
+    """recorded: all ids of its path. They are put together only where the long way wants to see them."""
     return ParentTurn(
-        token_ids=session.recent.token_ids(place.parent),
-        num_output_tokens=place.parent.num_reply_tokens(),
-        num_messages=place.num_matched,
-        finish=place.parent.record.finish,
+        token_ids=partial(np.concatenate, recorded),
+        num_output_tokens=node.num_reply_tokens(),
+        num_messages=num_messages,
+        finish=node.record.finish,
+        num_tokens=node.num_tokens,
+        last_token_id=int(node.record.output_token_ids[-1]),
     )
 
 
