@@ -18,6 +18,7 @@ from gateway.contracts.experts import RoutedExperts
 from gateway.contracts.generation import TokenIds, TopLogprob
 from gateway.contracts.records import TurnRecord
 from gateway.contracts.replies import ContentDelta, ReasoningDelta, ReplyDelta
+from gateway.sessions.deadlines import Deadline
 from gateway.sessions.idempotency import NO_HINT, CallChoice, RetryHint
 from gateway.sessions.recorded import WholeReply
 
@@ -68,7 +69,7 @@ class Turn:
     """One turn's events for any number of readers. call, retry: what it answers."""
 
     __slots__ = (
-        "_clock", "_cut_at", "_cut_for_good", "_cut_reason", "_deadline", "_ends_at", "_first_token_seconds",
+        "_clock", "_cut_at", "_cut_for_good", "_cut_reason", "_deadline", "_first_token_seconds",
         "_prompt_seconds", "_readers", "_so_far", "_task", "_waiting", "call", "retry", "started_at", "turn_id",
     )  # fmt: skip
 
@@ -83,8 +84,7 @@ class Turn:
         self._so_far = _SoFar()
         self._readers: list[asyncio.Queue[TurnEvent | None]] = []
         self._waiting: list[asyncio.Future[None]] = []
-        self._deadline: asyncio.Timeout | None = None
-        self._ends_at: float | None = None
+        self._deadline: Deadline | None = None
         self._cut_at: float | None = None
         self._cut_for_good = False
         self._cut_reason: VerbatimError | None = None
@@ -143,13 +143,13 @@ class Turn:
 
     def rejoin(self) -> bool:
         """Somebody waits again; False if it is too late, and sampling has been ended."""
-        if self._cut_for_good or (self._deadline is not None and self._deadline.expired()):
+        if self._cut_for_good or (self._deadline is not None and self._deadline.expired):
             return False
         if self._task is not None and self._task.done() and (self._task.cancelled() or self._task.exception()):
             return False
         self._cut_at = None
         if self._deadline is not None:
-            self._deadline.reschedule(self._ends_at)
+            self._deadline.bring_forward(None)
         return True
 
     def cut(self, reason: VerbatimError) -> None:
@@ -164,10 +164,9 @@ class Turn:
             return None
         return self._cut_reason or EngineTimeout("the client left, and its grace is over")
 
-    def limit(self, deadline: asyncio.Timeout | None) -> None:
-        """The timeout that sampling runs under now (None: it is over)."""
+    def limit(self, deadline: Deadline | None) -> None:
+        """The deadline that sampling runs under now (None: it is over)."""
         self._deadline = deadline
-        self._ends_at = None if deadline is None else deadline.when()
         self._apply_cut()
 
     def run(self, work: asyncio.Task[TurnFinished]) -> None:
@@ -188,10 +187,8 @@ class Turn:
                 waiting.set_result(None)
 
     def _apply_cut(self) -> None:
-        if self._deadline is None or self._cut_at is None or self._deadline.expired():
-            return
-        when = self._deadline.when()
-        self._deadline.reschedule(self._cut_at if when is None else min(when, self._cut_at))
+        if self._deadline is not None and self._cut_at is not None:
+            self._deadline.bring_forward(self._cut_at)
 
 
 class _SoFar:

@@ -59,6 +59,7 @@ from gateway.contracts.replies import ParsedReply
 from gateway.replicas.continuation import Continuation, Generated
 from gateway.replicas.pool import ReplicaPool
 from gateway.sessions.attach import RAW, Place, attach, restore_reasoning
+from gateway.sessions.deadlines import Deadlines
 from gateway.sessions.idempotency import NO_HINT, CallChoice, RetryHint, can_go_on, is_whole
 from gateway.sessions.media import UNTRAINABLE, check_placeholders, keep_media, load_media, shown_media
 from gateway.sessions.model import ServedModel
@@ -174,7 +175,13 @@ class _Sampled:
 
 
 async def run_turn(
-    parts: TurnParts, session: Session, request: TurnRequest, turn: Turn, *, begun: Node | None = None
+    parts: TurnParts,
+    session: Session,
+    request: TurnRequest,
+    turn: Turn,
+    deadlines: Deadlines,
+    *,
+    begun: Node | None = None,
 ) -> TurnFinished:
     """One call; events go to `turn`, the record to the ledger. begun: the turn with whose broken reply it goes on.
 
@@ -189,7 +196,7 @@ async def run_turn(
             list(prompt.built.hidden_messages),
         )
     turn.emit(TurnStarted(prompt.token_ids))
-    sampled = await _sample(parts, session, request, prompt, sampling, turn)
+    sampled = await _sample(parts, session, request, prompt, sampling, turn, deadlines)
     record = _record(parts, session, request, prompt, sampling, sampled, turn)
     if request.has_media:
         await keep_media(parts.ledger, session.record.session_id, record.added_messages, request.blobs)
@@ -219,6 +226,7 @@ class TurnRunner:
         self.parts = parts
         self._turns: dict[Turn, asyncio.Task[TurnFinished]] = {}
         self._deliveries: set[asyncio.Future[None]] = set()
+        self._deadlines = Deadlines(parts.settings.timeout_seconds)
         self._recent = RecentBudget(parts.settings.recent_bytes)
         self._upkeep = PromptUpkeep(parts.model.prompts)
 
@@ -307,7 +315,7 @@ class TurnRunner:
         session.check_open()
         self.parts.admit(self.num_running)
         turn = Turn(f"turn-{fresh_hex(24)}", call or CallChoice("", request.digest, 0), retry)
-        self._follow(session, turn, run_turn(self.parts, session, request, turn, begun=begun))
+        self._follow(session, turn, run_turn(self.parts, session, request, turn, self._deadlines, begun=begun))
         if begun is not None:  # if nothing came of it, the next retry goes on from there again
             turn.on_end(partial(session.calls.leave, begun.record.turn_id))
         return turn
@@ -389,6 +397,7 @@ class TurnRunner:
         self.stop()
         if self._turns:
             await asyncio.wait(list(self._turns.values()))
+        self._deadlines.close()
         await self.deliveries_noted()
         await self._upkeep.aclose()
 
@@ -536,7 +545,13 @@ def _with_forced_calls(parts: TurnParts, request: TurnRequest, params: SamplingP
 
 
 async def _sample(
-    parts: TurnParts, session: Session, request: TurnRequest, prompt: _Prompt, sampling: SamplingParams, turn: Turn
+    parts: TurnParts,
+    session: Session,
+    request: TurnRequest,
+    prompt: _Prompt,
+    sampling: SamplingParams,
+    turn: Turn,
+    deadlines: Deadlines,
 ) -> _Sampled:
     """Stream from the engines; whatever ends it, what was sampled comes back. If nothing was, the failure is raised."""
     parsing = parts.model.parsing if request.prompt is None else parts.model.plain_parsing
@@ -560,7 +575,7 @@ async def _sample(
 
     finish, failure = Finish(FinishReason.ABORT), None
     try:
-        async with asyncio.timeout(parts.settings.timeout_seconds) as deadline:
+        with deadlines.begin() as deadline:
             turn.limit(deadline)
             finish = await parts.pool.generate(progress, session_id=session_id, hear=hear)
     except TimeoutError:
