@@ -11,13 +11,14 @@ import itertools
 import operator
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from gateway.contracts.errors import LedgerCorrupt
+from gateway.contracts.frozen import frozen_dataclass
 from gateway.contracts.generation import JsonValue, TokenIds
 from gateway.contracts.records import RootContext, TurnRecord, conversation
 from gateway.sessions.messages import (
@@ -102,7 +103,7 @@ class MissingRows(NamedTuple):
 NO_ROWS = MissingRows(0, frozenset())
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@frozen_dataclass(frozen=True, slots=True, eq=False)
 class Node:
     """One recorded turn in the tree.
 

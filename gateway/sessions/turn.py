@@ -8,13 +8,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from gateway.contracts.errors import EngineTimeout, EngineUnavailable, VerbatimError
 from gateway.contracts.experts import RoutedExperts
+from gateway.contracts.frozen import frozen_dataclass
 from gateway.contracts.generation import TokenIds, TopLogprob
 from gateway.contracts.records import TurnRecord
 from gateway.contracts.replies import ContentDelta, ReasoningDelta, ReplyDelta
@@ -26,14 +26,14 @@ _MANY_PIECES = 512
 """Objects that wait for a late reader, before they are made one."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@frozen_dataclass(frozen=True, slots=True, eq=False)
 class TurnStarted:
     """The prompt stands. `prompt_token_ids`: all of it, int32[P]."""
 
     prompt_token_ids: TokenIds
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@frozen_dataclass(frozen=True, slots=True, eq=False)
 class TurnProgress:
     """New tokens, and what of them can be shown already."""
 
@@ -43,7 +43,7 @@ class TurnProgress:
     top_logprobs: Sequence[Sequence[TopLogprob]] = ()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@frozen_dataclass(frozen=True, slots=True, eq=False)
 class TurnFinished:
     """The turn is on disk; its reply may be sent. whole: all of it, of which `record` holds the last part only where it
     goes on with another turn's; experts: its routing rows."""
@@ -56,7 +56,7 @@ class TurnFinished:
 TurnEvent = TurnStarted | TurnProgress | TurnFinished
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@frozen_dataclass(frozen=True, slots=True, eq=False)
 class TurnTimes:
     """For metrics: seconds from the start of a turn to its prompt, its first token and its record."""
 

@@ -33,6 +33,7 @@ from gateway.contracts.errors import (
 )
 from gateway.contracts.experts import RoutedExperts
 from gateway.contracts.fresh_ids import fresh_hex
+from gateway.contracts.frozen import frozen_dataclass
 from gateway.contracts.generation import (
     Finish,
     FinishReason,
@@ -90,6 +91,8 @@ _NOTE_PAUSES_SECONDS = (0.1, 0.5, 2.0, 5.0, 10.0)
 """Between tries to note a delivery, while the ledger cannot be written."""
 
 
+_FEW_TOKENS = 128
+
 _NO_TOKENS: TokenIds = np.zeros(0, dtype=np.int32)
 _NO_LOGPROBS = np.zeros(0, dtype=np.float32)
 
@@ -139,7 +142,7 @@ class TurnParts:
         return min(engines, model) if engines and model else engines or model
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@frozen_dataclass(frozen=True, slots=True, eq=False)
 class _Prompt:
     """A built prompt with its place; `token_ids` is all of it. `messages`: as the template was given them, recorded
     reasoning restored; for a raw prompt one that stands for what it adds. media: of all of it, in order. begun: the
@@ -165,7 +168,7 @@ class _Prompt:
         return not self.media and (parent is None or parent.record.untrainable_reason != UNTRAINABLE)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@frozen_dataclass(frozen=True, slots=True, eq=False)
 class _Sampled:
     """`reply`: of all tokens, also of those that an earlier turn sampled."""
 
@@ -496,9 +499,10 @@ def _parent_turn(node: Node, recorded: Sequence[TokenIds], num_messages: int) ->
 
 def _check_vocabulary(parts: TurnParts, token_ids: TokenIds) -> None:
     """An id that the engine does not have kills some engines; it must never leave. What an engine sampled, it has."""
-    vocab_size = parts.vocab_size
-    # Without a sign a negative id is a large one.
-    if len(token_ids) and int(token_ids.view(np.uint32).max()) >= vocab_size:
+    vocab_size, num_tokens = parts.vocab_size, len(token_ids)
+    # Without a sign a negative id is a large one. A few are looked at sooner than numpy is ready to.
+    unsigned = token_ids.view(np.uint32)
+    if num_tokens and int(unsigned.max() if num_tokens > _FEW_TOKENS else max(unsigned.tolist())) >= vocab_size:
         raise IntegrityError(f"a prompt holds ids outside [0, {vocab_size}): engine and tokenizer do not fit")
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
+from gateway.contracts.frozen import frozen_dataclass
 from gateway.contracts.generation import JsonValue
 from gateway.tito.certificate import (
     CertificateBook,
@@ -32,7 +32,7 @@ from gateway.tito.template import ChatTemplate
 _MAX_ARGUMENTS_LENGTH = 2_000
 
 
-@dataclass(frozen=True, slots=True)
+@frozen_dataclass(frozen=True, slots=True)
 class CertifiedSuffix:
     """`suffix`: what stands behind `stop`. keeps_reasoning: the template may drop old reasoning, which is kept."""
 
