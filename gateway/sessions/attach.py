@@ -181,11 +181,14 @@ def _stepped(step: _Step, message: JsonValue, wanted_root: bytes) -> _Step:
 
 def _further(step: _Step, message: JsonValue) -> Sequence[_Trail]:
     """The trails that go on with a message."""
-    first = step.trails[0]
-    only = first.at.only if len(step.trails) == 1 else None
-    # Where all ids are those recorded, an equal message answers the same calls: nobody needs its key.
-    if only is not None and not first.num_other_ids and is_surely(message, only.message):
-        return (_Trail(only, first.tier, 0),)
+    if len(step.trails) == 1:  # the rule, and then nobody may need the message's key
+        trail = step.trails[0]
+        if trail.at.is_last:
+            return ()
+        only = trail.at.only
+        # Where all ids are those recorded, an equal message answers the same calls.
+        if only is not None and not trail.num_other_ids and is_surely(message, only.message):
+            return (_Trail(only, trail.tier, 0),)
     key = message_key(message, step.calls)
     return [further for trail in step.trails for further in _steps(trail, key)]
 

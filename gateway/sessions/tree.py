@@ -57,6 +57,11 @@ class RecordedMessage:
         return self._key
 
     @property
+    def is_last(self) -> bool:
+        """Whether nothing was recorded after it."""
+        return self._following is None
+
+    @property
     def is_new(self) -> bool:
         """Whether no recorded conversation has it yet."""
         return self._following is None and not self.turns
