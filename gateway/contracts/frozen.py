@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+__all__ = ["frozen_dataclass"]
+
 if TYPE_CHECKING:
     from dataclasses import dataclass as frozen_dataclass
 else:
