@@ -92,6 +92,7 @@ _NOTE_PAUSES_SECONDS = (0.1, 0.5, 2.0, 5.0, 10.0)
 
 
 _FEW_TOKENS = 128
+"""Which Python has looked at before numpy begins."""
 
 _NO_TOKENS: TokenIds = np.zeros(0, dtype=np.int32)
 _NO_LOGPROBS = np.zeros(0, dtype=np.float32)
@@ -500,7 +501,7 @@ def _parent_turn(node: Node, recorded: Sequence[TokenIds], num_messages: int) ->
 def _check_vocabulary(parts: TurnParts, token_ids: TokenIds) -> None:
     """An id that the engine does not have kills some engines; it must never leave. What an engine sampled, it has."""
     vocab_size, num_tokens = parts.vocab_size, len(token_ids)
-    # Without a sign a negative id is a large one. A few are looked at sooner than numpy is ready to.
+    # Without a sign a negative id is a large one.
     unsigned = token_ids.view(np.uint32)
     if num_tokens and int(unsigned.max() if num_tokens > _FEW_TOKENS else max(unsigned.tolist())) >= vocab_size:
         raise IntegrityError(f"a prompt holds ids outside [0, {vocab_size}): engine and tokenizer do not fit")

@@ -201,7 +201,7 @@ def _as_printed(character: str) -> str:
 
 
 def _absent_pair(said: SaidTexts) -> tuple[str, str]:
-    free = [character for character in _NONCHARACTERS if character not in said.by_models + said.by_others]
+    free = [one for one in _NONCHARACTERS if one not in said.by_models and one not in said.by_others]
     # All 32 in one conversation is somebody's test of us; two of them then break text but build no token.
     opening, closing = [*free, *_NONCHARACTERS][:2]
     return opening, closing
