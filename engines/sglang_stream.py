@@ -1,0 +1,398 @@
+"""What SGLang streams, read into tokens: one event of `/generate` says all tokens so far, or only the new ones.
+
+Each turn comes through here, perhaps an event for every token, so what an event costs must not grow with what was sent
+before: of its arrays only the new end is parsed, the rest is compared as bytes or passed over, and what we do not know
+stays text until the answer is over. Ids, log-probs, versions and routing rows are checked against each other (I2, I9).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Annotated, Any, NamedTuple, TypeAlias
+
+import msgspec
+import numpy as np
+
+from engines.connection import EventStream, abort_quietly
+from engines.likeliest import likeliest
+from engines.refusals import failure, refused
+from engines.routing_rows import Int32Layout, RoutingRows, decode_routing
+from gateway.contracts.errors import (
+    EngineProtocolError,
+    EngineRejected,
+    EngineUnavailable,
+    ExpertsMismatch,
+    InvalidRequest,
+    LengthMismatch,
+    RequestError,
+    VerbatimError,
+)
+from gateway.contracts.experts import RoutedExperts, RoutingShape
+from gateway.contracts.generation import (
+    Finish,
+    FinishReason,
+    GenerateChunk,
+    GenerateEnd,
+    GenerateRequest,
+    TopLogprob,
+)
+from gateway.contracts.versions import VersionSpan, join_spans
+
+_log = logging.getLogger(__name__)
+
+_KNOWN_TOP = frozenset(("text", "output_ids", "meta_info", "index"))
+_READ_AT_END = ("prompt_tokens", "weight_version", "weight_versions", "num_retractions", "cached_tokens")
+_KNOWN_META = frozenset(
+    (
+        *_READ_AT_END,
+        "id",
+        "finish_reason",
+        "input_token_logprobs",
+        "output_token_logprobs",
+        "output_token_logprobs_length",
+        "input_top_logprobs",
+        "output_top_logprobs",
+        "completion_tokens",
+        "routed_experts",
+    )
+)
+
+Fields: TypeAlias = dict[str, msgspec.Raw]
+"""An object whose values are not parsed yet."""
+
+
+class _Entry(msgspec.Struct, array_like=True, gc=False):
+    """`[log-prob, token id, text]`; the text is not read."""
+
+    logprob: float | None
+    token_id: int
+
+
+_NULL = msgspec.Raw(b"null")
+_COMMA = ord(",")
+
+_TokenId: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=np.iinfo(np.int32).max)]
+_fields = msgspec.json.Decoder(Fields).decode
+_ids = msgspec.json.Decoder(list[_TokenId]).decode
+_number = msgspec.json.Decoder(int).decode
+_entries = msgspec.json.Decoder(list[_Entry]).decode
+_rows = msgspec.json.Decoder(list[list[_Entry] | None]).decode
+_value = msgspec.json.Decoder().decode
+
+
+async def read_generation(
+    prepare: Callable[[], Awaitable[tuple[EventStream, StreamReader]]], *, abort: Callable[[str], Awaitable[None]]
+) -> AsyncGenerator[GenerateChunk | GenerateEnd, None]:
+    """The items of one `/generate` stream; whatever ends it before its end, the request is aborted."""
+    stream, reader = await prepare()
+    ended = False
+    try:
+        async with stream:
+            while reader.end is None and (events := await stream.next()):
+                error = reader.read_all(events)
+                if (chunk := reader.take()) is not None:
+                    yield chunk
+                if error is not None:
+                    raise error
+            if reader.end is not None:
+                stream.finish()
+        if reader.end is None:
+            raise EngineUnavailable(f"{reader.named}: the stream ended before the request did")
+        ended = True
+        yield reader.end
+    except (EngineRejected, RequestError) as error:
+        ended = True
+        if reader.has_media and isinstance(error, EngineRejected):  # nearly always one that it could not read
+            raise InvalidRequest(error.reason) from error
+        raise
+    finally:
+        if not ended:
+            await abort_quietly(abort, reader.request_id)
+
+
+class StreamReader:
+    """One `/generate` stream as it is read; `end` is set by the event that finished the request.
+
+    rows: takes its routing rows as they arrive, None where there will be none. failure_of: what an `error` inside the
+    stream stands for.
+    """
+
+    __slots__ = (
+        "_failure_of",
+        "_known_ids",
+        "_logprobs",
+        "_logprobs_stop",
+        "_num_output",
+        "_policy_version_of",
+        "_request",
+        "_routing",
+        "_shape",
+        "_token_ids",
+        "_top_logprobs",
+        "_unknown_meta",
+        "_unknown_top",
+        "_wanted_top",
+        "end",
+        "has_media",
+        "named",
+        "request_id",
+        "rows",
+    )
+
+    def __init__(
+        self,
+        request: GenerateRequest,
+        routing: RoutingShape | None,
+        policy_version_of: Callable[[str], int],
+        engine_id: str,
+        *,
+        failure_of: Callable[[Any, str], VerbatimError] = failure,
+    ) -> None:
+        self._request = request
+        self._wanted_top = request.num_top_logprobs
+        self._routing = routing
+        self._policy_version_of = policy_version_of
+        self._failure_of = failure_of
+        self.request_id = request.request_id
+        self.has_media = bool(request.media)
+        self.named = f"engine {engine_id}, request {request.request_id}"
+        self.rows = RoutingRows.of(request, routing, Int32Layout)
+        self.end: GenerateEnd | None = None
+        self._num_output = 0
+        self._known_ids = bytearray(b"[")
+        """The output ids so far as the engine spells them, without the closing bracket."""
+        self._logprobs_stop = 0
+        self._token_ids: list[int] = []
+        self._logprobs: list[float | None] = []
+        self._top_logprobs: list[Sequence[TopLogprob]] = []
+        self._shape: _Shape | None = None
+        self._unknown_top = _NOTHING
+        self._unknown_meta = _NOTHING
+
+    def read_all(self, events: Sequence[bytes]) -> VerbatimError | None:
+        """Read events up to the end; the error of one that cannot be read, those before it stay."""
+        try:
+            for event in events:
+                self.read(event)
+                if self.end is not None:
+                    break
+        except VerbatimError as error:
+            return error
+        return None
+
+    def take(self) -> GenerateChunk | None:
+        """The new tokens of all events since the last call, None if they brought none."""
+        if not self._token_ids:
+            return None
+        top_logprobs = tuple(self._top_logprobs) if any(self._top_logprobs) else ()
+        chunk = GenerateChunk(np.array(self._token_ids, np.int32), np.array(self._logprobs, np.float32), top_logprobs)
+        self._token_ids, self._logprobs, self._top_logprobs = [], [], []
+        return chunk
+
+    def read(self, data: bytes) -> None:
+        """Read one event."""
+        try:
+            event = _fields(data)
+            if "error" in event:
+                raise self._failure_of(_value(event["error"]), self.named)
+            meta = _fields(event["meta_info"])
+            self._keep_unknown(event, meta)
+            self._read(event, meta)
+        except (LengthMismatch, ExpertsMismatch) as error:
+            raise EngineProtocolError(f"{self.named}: {error.message}") from error
+        except msgspec.ValidationError as error:
+            raise EngineProtocolError(f"{self.named}: unreadable event: {error}") from error
+        except msgspec.DecodeError as error:
+            raise EngineProtocolError(f"{self.named}: the event is not JSON: {data[:80]!r}") from error
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise EngineProtocolError(f"{self.named}: unreadable event ({type(error).__name__}: {error})") from error
+
+    def _keep_unknown(self, event: Fields, meta: Fields) -> None:
+        """I8: what we do not know of the latest event, and what only an earlier one says."""
+        shape = _shape(tuple(event), tuple(meta))
+        if shape is not self._shape:
+            self._shape = shape
+            self._unknown_top = _kept(self._unknown_top, event, shape.unknown_top)
+            self._unknown_meta = _kept(self._unknown_meta, meta, shape.unknown_meta)
+            return
+        for name in shape.unknown_top:
+            self._unknown_top[name] = bytes(event[name])
+        for name in shape.unknown_meta:
+            self._unknown_meta[name] = bytes(meta[name])
+
+    def _read(self, event: Fields, meta: Fields) -> None:
+        routed = meta.get("routed_experts")
+        experts = None if routed is None else _value(routed)
+        if self.rows is not None:
+            self.rows.note(experts)
+        finish = _value(meta["finish_reason"])
+        if finish is not None:
+            self._refuse_failed(finish)
+        fresh = self._new_ids(bytes(event["output_ids"]), _number(meta["completion_tokens"]))
+        logprobs = self._new_logprobs(fresh, meta.get("output_token_logprobs"))
+        top_logprobs: Sequence[Sequence[TopLogprob]] = ()
+        if fresh and self._wanted_top:  # I9: what an event does not give stays missing, at its own place
+            top_logprobs = self._new_top_logprobs(fresh, logprobs, meta.get("output_top_logprobs")) or [()] * len(fresh)
+        self._num_output += len(fresh)
+        if finish is not None:
+            self.end = self._ended(meta, finish, experts)
+        # Last: of an event that contradicts itself nothing is kept.
+        self._token_ids += fresh
+        self._logprobs += logprobs
+        self._top_logprobs += top_logprobs
+
+    def _refuse_failed(self, finish: Mapping[str, Any]) -> None:
+        """SGLang reports some refusals as an abort with a status (an ordinary abort has none)."""
+        status = finish.get("status_code") if finish["type"] == "abort" else None
+        if status is None:
+            return
+        if int(status) >= 500:
+            raise EngineUnavailable(f"{self.named}: {finish.get('message')}")
+        raise refused(str(finish.get("message")), self.named)
+
+    def _new_ids(self, text: bytes, total: int) -> list[int]:
+        """The new ids of an event that has `total` so far; both kinds of stream are told by their number."""
+        known, seen = self._known_ids, self._num_output
+        try:
+            if text.startswith(known):  # cumulative, if it is complete: then only the new ones are parsed
+                rest = text[len(known) :]
+                if not seen or rest[:1] in (b",", b"]"):
+                    fresh = [] if rest == b"]" else _ids(b"[" + rest.removeprefix(b","))
+                    if seen + len(fresh) == total:
+                        known += rest[:-1]
+                        return fresh
+            ids = _ids(text)
+        except msgspec.ValidationError as error:
+            raise EngineProtocolError(f"{self.named}: token ids that are none, or out of range: {error}") from error
+        if len(ids) == total:
+            if ids[:seen] != _ids(known + b"]"):
+                raise EngineProtocolError(f"{self.named}: the engine changed tokens that it had already sent")
+            known[:] = text[:-1]
+            return ids[seen:]
+        if len(ids) == total - seen:  # incremental
+            if ids:
+                known += text[1:-1] if not seen else b"," + text[1:-1]
+            return ids
+        raise EngineProtocolError(
+            f"{self.named}: {len(ids)} ids in an event that claims {total} tokens, {seen} seen before"
+        )
+
+    def _new_logprobs(self, fresh: list[int], told: msgspec.Raw | None) -> Sequence[float | None]:
+        """One for each new id; None where the engine gave none (I9)."""
+        if not fresh:
+            return ()
+        if told is None or told == _NULL:
+            return [None] * len(fresh)
+        entries = self._newest_entries(memoryview(told), len(fresh))
+        if len(entries) < len(fresh):
+            raise EngineProtocolError(f"{self.named}: {len(entries)} log-probs for {len(fresh)} new tokens (I2)")
+        newest = entries[-len(fresh) :]
+        if [entry.token_id for entry in newest] != fresh:
+            raise EngineProtocolError(f"{self.named}: log-probs are of other tokens than output_ids (I2)")
+        return [entry.logprob for entry in newest]
+
+    def _newest_entries(self, text: memoryview, number: int) -> list[_Entry]:
+        """The last `number` entries of an array, or all of them.
+
+        Where the array of the event before ended, a cumulative one most likely goes on. An end of it that begins behind
+        a comma and holds just as many entries is their end, whatever is before it.
+        """
+        stop, self._logprobs_stop = self._logprobs_stop, len(text) - 1
+        if 0 < stop < len(text) and text[stop] == _COMMA:
+            try:
+                entries = _entries(b"[" + text[stop + 1 :])
+            except msgspec.DecodeError:
+                entries = []
+            if len(entries) == number:
+                return entries
+        return _entries(text)
+
+    def _new_top_logprobs(
+        self, fresh: list[int], logprobs: Sequence[float | None], told: msgspec.Raw | None
+    ) -> tuple[tuple[TopLogprob, ...], ...]:
+        """A row for each new token; () where the engine gave none (I9)."""
+        if told is None or told == _NULL:
+            return ()
+        rows = _rows(told)[-len(fresh) :]
+        pairs = [None if row is None else [(entry.token_id, entry.logprob) for entry in row] for row in rows]
+        return likeliest(pairs, fresh, np.array(logprobs, np.float32), most=self._wanted_top, named=self.named)
+
+    def _ended(self, fields: Fields, finish: Mapping[str, Any], experts: str | None) -> GenerateEnd:
+        meta = {name: _value(fields[name]) for name in _READ_AT_END if name in fields}
+        prompt_tokens = self._prompt_tokens(meta, finish)
+        # SGLang writes media into the prompt itself: its ids are then its own, and the turn is marked so (I9).
+        if prompt_tokens != len(self._request.token_ids) and not self._request.media:
+            raise EngineProtocolError(
+                f"{self.named}: the engine read {prompt_tokens} prompt tokens of {len(self._request.token_ids)} (I1)"
+            )
+        return GenerateEnd(
+            finish=Finish(FinishReason(finish["type"]), finish.get("matched")),
+            version_spans=self._version_spans(meta, self._num_output),
+            routed_experts=self._routed_experts(experts, prompt_tokens + self._num_output - 1),
+            prompt_tokens=prompt_tokens,
+            completion_tokens=self._num_output,
+            cached_tokens=int(meta.get("cached_tokens") or 0),
+            num_retractions=int(meta.get("num_retractions") or 0),
+            meta_info={name: _value(text) for name, text in self._unknown_meta.items()},
+            reply_fields={name: _value(text) for name, text in self._unknown_top.items()},
+        )
+
+    def _prompt_tokens(self, meta: Mapping[str, Any], finish: Mapping[str, Any]) -> int:
+        """Of a request that was aborted while it waited, SGLang says next to nothing: it was never read."""
+        if finish["type"] == "abort" and "prompt_tokens" not in meta and not self._num_output:
+            return len(self._request.token_ids)
+        return int(meta["prompt_tokens"])
+
+    def _version_spans(self, meta: Mapping[str, Any], num_output: int) -> tuple[VersionSpan, ...]:
+        spans = meta.get("weight_versions")
+        if spans is None:  # engines before spans: one label for the whole answer
+            version = self._policy_version_of(str(meta["weight_version"]))
+            return (VersionSpan(0, num_output, version),) if num_output else ()
+        return join_spans(
+            VersionSpan(int(span["start"]), int(span["end"]), self._policy_version_of(str(span["version"])))
+            for span in spans
+        )
+
+    def _routed_experts(self, encoded: str | None, stop: int) -> RoutedExperts | None:
+        if self.rows is not None and self.rows.strayed:
+            raise EngineProtocolError(f"{self.named}: a big routed_experts at an unknown place of an event")
+        start = self._request.routed_experts_start
+        if start is None or encoded is None:
+            return None  # I9: missing stays missing
+        if self._routing is None:
+            raise EngineProtocolError(f"{self.named}: routing came, but the model's routing shape is not known")
+        try:
+            if self.rows is not None and encoded == self.rows.stand_in:
+                return self.rows.rows(stop)
+            return decode_routing(encoded, self._routing, Int32Layout, start=start, stop=stop)
+        except ExpertsMismatch as error:  # I9: tokens and log-probs are sound; that its rows are missing is counted
+            _log.warning("%s: %s; the turn is recorded without routing rows", self.named, error.message)
+            return None
+
+
+def _kept(before: dict[str, bytes], fields: Fields, unknown: Sequence[str]) -> dict[str, bytes]:
+    """I8: what we do not know, also what only an earlier event says; the order of keys is the latest event's."""
+    if not unknown:
+        return before
+    # As bytes of their own: a part of an event would keep all of it in memory until the next one.
+    now = {name: bytes(fields[name]) for name in unknown}
+    return {name: value for name, value in before.items() if name not in now} | now
+
+
+class _Shape(NamedTuple):
+    """What events of the same fields have that we do not know."""
+
+    unknown_top: tuple[str, ...]
+    unknown_meta: tuple[str, ...]
+
+
+@lru_cache(maxsize=256)  # an engine's events are of two or three shapes
+def _shape(top: tuple[str, ...], meta: tuple[str, ...]) -> _Shape:
+    return _Shape(
+        tuple(name for name in top if name not in _KNOWN_TOP), tuple(name for name in meta if name not in _KNOWN_META)
+    )
+
+
+_NOTHING: dict[str, bytes] = {}

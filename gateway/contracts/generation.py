@@ -16,6 +16,7 @@ import numpy.typing as npt
 from gateway.contracts.dimensions import UNKNOWN_DIMENSIONS, ModelDimensions
 from gateway.contracts.errors import InvalidRequest, LengthMismatch
 from gateway.contracts.experts import RoutedExperts, RoutingShape
+from gateway.contracts.frozen import frozen_dataclass
 from gateway.contracts.versions import VersionSpan, check_spans
 
 JsonValue: TypeAlias = Any
@@ -45,7 +46,7 @@ class FinishReason(StrEnum):
     ABORT = "abort"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen_dataclass(frozen=True, slots=True)
 class Finish:
     """The end of one generation; `matched` is the stop token id or stop string that ended it, where one did."""
 
@@ -53,7 +54,7 @@ class Finish:
     matched: int | str | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen_dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How to sample; names and defaults are SGLang's, units are tokens.
 
@@ -115,7 +116,7 @@ class TopLogprob(NamedTuple):
     logprob: float
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@frozen_dataclass(frozen=True, slots=True, eq=False)
 class GenerateRequest:
     """Token ids in. `request_id` has a fixed length (SGLang aborts by prefix).
 
@@ -139,7 +140,7 @@ class GenerateRequest:
     cache_key: str = ""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@frozen_dataclass(frozen=True, slots=True, eq=False)
 class GenerateChunk:
     """New tokens since the last chunk: `token_ids` int32[n], `logprobs` float32[n] (NaN where the engine gave none).
 
@@ -151,7 +152,7 @@ class GenerateChunk:
     top_logprobs: Sequence[Sequence[TopLogprob]] = ()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@frozen_dataclass(frozen=True, slots=True, eq=False)
 class GenerateEnd:
     """The last item of a generation stream.
 

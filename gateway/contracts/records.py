@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gateway.contracts.errors import LengthMismatch
+from gateway.contracts.frozen import frozen_dataclass
 from gateway.contracts.generation import Finish, JsonValue, LogprobKind, TokenIds, TopLogprob
 from gateway.contracts.versions import CacheFlag, VersionSpan, check_spans
 
@@ -82,7 +83,7 @@ class SegmentReason(StrEnum):
     UNCERTIFIED = "uncertified"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen_dataclass(frozen=True, slots=True)
 class Attachment:
     """Where a turn stands in the tree.
 
@@ -107,7 +108,7 @@ class Attachment:
             )
 
 
-@dataclass(frozen=True, slots=True)
+@frozen_dataclass(frozen=True, slots=True)
 class RootContext:
     """Part of a root's identity: what the template was given besides messages."""
 
@@ -115,7 +116,7 @@ class RootContext:
     template_arguments: Mapping[str, JsonValue]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@frozen_dataclass(frozen=True, slots=True, eq=False)
 class TurnRecord:
     """One model call, as recorded.
 

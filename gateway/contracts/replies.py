@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
 
+from gateway.contracts.frozen import frozen_dataclass
 from gateway.contracts.generation import JsonValue
 
 
@@ -16,21 +16,21 @@ class ReplyFlag(StrEnum):
     UNCLOSED_REASONING = "unclosed_reasoning"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen_dataclass(frozen=True, slots=True)
 class ReasoningDelta:
     """More reasoning text."""
 
     text: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen_dataclass(frozen=True, slots=True)
 class ContentDelta:
     """More visible text."""
 
     text: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen_dataclass(frozen=True, slots=True)
 class ToolCallDelta:
     """More of tool call `index`; `call_id` and `name` are set on its first delta only."""
 
@@ -43,7 +43,7 @@ class ToolCallDelta:
 ReplyDelta = ReasoningDelta | ContentDelta | ToolCallDelta
 
 
-@dataclass(frozen=True, slots=True)
+@frozen_dataclass(frozen=True, slots=True)
 class ToolCall:
     """One parsed call; `arguments` is the JSON text as the model wrote it."""
 
@@ -52,7 +52,7 @@ class ToolCall:
     arguments: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen_dataclass(frozen=True, slots=True)
 class ParsedReply:
     """Output tokens as a message. `content` None means no text at all; `num_reasoning_tokens` counts output tokens."""
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from enum import StrEnum
 
 import numpy as np
 import numpy.typing as npt
 
 from gateway.contracts.errors import LengthMismatch
+from gateway.contracts.frozen import frozen_dataclass
 
 NOT_SAMPLED = -1
 """The version of a token that no policy sampled (prompts, tool results, closing tokens)."""
@@ -26,7 +26,7 @@ class CacheFlag(StrEnum):
     OLDER = "older"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen_dataclass(frozen=True, slots=True)
 class VersionSpan:
     """Output tokens `[start, stop)` of one turn were sampled by `policy_version`.
 

@@ -7,7 +7,7 @@ Version spans are shifted, expert rows joined; no token and no row is kept twice
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
@@ -16,6 +16,7 @@ import numpy.typing as npt
 from gateway.contracts.errors import EngineProtocolError
 from gateway.contracts.experts import RoutedExperts
 from gateway.contracts.fresh_ids import fresh_hex
+from gateway.contracts.frozen import frozen_dataclass
 from gateway.contracts.generation import (
     EngineIdentity,
     Finish,
@@ -30,7 +31,7 @@ from gateway.contracts.generation import (
 from gateway.contracts.versions import CacheFlag, VersionSpan, join_spans, shifted_spans
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@frozen_dataclass(frozen=True, slots=True, eq=False)
 class Generated:
     """All that one turn's generation gave.
 

@@ -168,12 +168,12 @@ class ReplicaPool:
     @property
     def context_length(self) -> int:
         """The shortest context of the engines in tokens, 0 if none says."""
-        return min((r.identity.context_length for r in self._replicas.values() if r.identity.context_length), default=0)
+        return min([r.identity.context_length for r in self._replicas.values() if r.identity.context_length], default=0)
 
     @property
     def vocab_size(self) -> int:
         """The smallest vocabulary of the engines, 0 if none says."""
-        return min((r.identity.vocab_size for r in self._replicas.values() if r.identity.vocab_size), default=0)
+        return min([r.identity.vocab_size for r in self._replicas.values() if r.identity.vocab_size], default=0)
 
     def replica(self, engine_id: str) -> Replica:
         """Raises NotFound."""
@@ -350,15 +350,15 @@ class ReplicaPool:
         self._note_holds()
 
     async def generate(
-        self, progress: Continuation, *, session_id: str
-    ) -> AsyncGenerator[GenerateChunk | Finish, None]:
-        """Stream new tokens, then exactly one Finish; `progress` holds all of it, also when this is cut off.
+        self, progress: Continuation, *, session_id: str, hear: Callable[[GenerateChunk], None] = lambda chunk: None
+    ) -> Finish:
+        """How a turn ended; `hear` is told of new tokens as they come, and `progress` holds all, also of one cut off.
 
         Raises EngineRejected at once, and EngineUnavailable, EngineTimeout or EngineProtocolError when retries are used
         up; tokens that came before stay in `progress`.
         """
-        # Every turn comes through here, perhaps with each of its tokens: one loop, and no generator or context manager
-        # around it that would have to be entered, resumed and closed for each.
+        # Every turn comes through here, perhaps with each of its tokens: one loop that calls who listens, and no
+        # generator or context manager around it that would have to be entered, resumed and closed for each.
         patience: _Patience | None = None
         finish: Finish | None = None
         while finish is None:
@@ -374,7 +374,7 @@ class ReplicaPool:
                         finish = _final(item)
                     else:
                         progress.add_chunk(item)
-                        yield item
+                        hear(item)
             except (EngineUnavailable, EngineTimeout, EngineProtocolError) as failure:
                 error = failure
             finally:
@@ -402,7 +402,7 @@ class ReplicaPool:
                 finish = progress.stop_if_over(self._stop_token_ids)
             if finish is None:
                 await asyncio.sleep(self.settings.retry_delay_seconds if progress.num_tokens == before else 0)
-        yield finish
+        return finish
 
     @asynccontextmanager
     async def lend(self, session_id: str) -> AsyncIterator[Engine]:

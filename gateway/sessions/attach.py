@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import takewhile
 from typing import NamedTuple
 
+from gateway.contracts.frozen import frozen_dataclass
 from gateway.contracts.generation import JsonValue
 from gateway.contracts.records import MatchTier, RootContext, SegmentReason
 from gateway.sessions.messages import (
@@ -22,10 +21,9 @@ from gateway.sessions.messages import (
     arguments_digest,
     calls_behind,
     compare,
+    is_surely,
     message_key,
-    message_keys,
     reasoning_of,
-    root_digest,
 )
 from gateway.sessions.tree import Node, RecordedMessage, TurnTree
 
@@ -37,13 +35,12 @@ _MOST_WAYS = 4
 _RANK = {MatchTier.EXACT: 0, MatchTier.SEMANTIC: 1, MatchTier.PROJECTION: 2}
 
 
-@dataclass(frozen=True, slots=True)
+@frozen_dataclass(frozen=True, slots=True)
 class Place:
     """Where a request stands.
 
     parent: the turn whose tokens it may extend; None opens a new segment for `reason`. num_matched: how many of the
-    request's messages the parent covers. follows: the turn it continues as a conversation, if any. keys: of the
-    messages that the parent does not cover, as the tree would make them; None where they were not read so.
+    request's messages the parent covers. follows: the turn it continues as a conversation, if any.
     """
 
     parent: Node | None
@@ -51,7 +48,6 @@ class Place:
     num_matched: int
     tier: MatchTier
     reason: SegmentReason | None
-    keys: Sequence[MessageKey] | None = None
 
 
 class _Trail(NamedTuple):
@@ -85,12 +81,10 @@ class _Step(NamedTuple):
 
 
 class KnownWay(NamedTuple):
-    """The way of an earlier request as far as its deepest match, and all its messages; keys: of those behind the match.
-    num_turns: that the tree had then."""
+    """The way of an earlier request as far as its deepest match, and all its messages. num_turns: that the tree had
+    then."""
 
     messages: Sequence[JsonValue]
-    keys: Sequence[MessageKey]
-    root: RootContext
     root_digest: bytes
     step: _Step
     num_turns: int
@@ -104,12 +98,6 @@ class KnownWay(NamedTuple):
             and tree.first_change_since(self.num_turns) > num
         )
 
-    def known_keys(self, messages: Sequence[JsonValue]) -> Sequence[MessageKey]:
-        """Of the messages behind the match that are the same objects too."""
-        num = self.step.num_messages
-        same = takewhile(bool, map(operator.is_, self.messages[num:], messages[num:]))
-        return self.keys[: sum(same)]
-
 
 class KnownWays:
     """The latest ways of one session, of a conversation each; what they spare is reading the whole history again."""
@@ -121,8 +109,12 @@ class KnownWays:
 
     def find(self, tree: TurnTree, messages: Sequence[JsonValue]) -> KnownWay | None:
         """The longest that a request goes too."""
-        found = [way for way in self._known if way.leads(tree, messages)]
-        return max(found, key=lambda way: way.step.num_messages, default=None)
+        found = None
+        for way in self._known:
+            is_longer = found is None or way.step.num_messages > found.step.num_messages
+            if is_longer and way.leads(tree, messages):
+                found = way
+        return found
 
     def keep(self, new: KnownWay, instead_of: KnownWay | None) -> None:
         """Remember a way; the one that it goes on from is not needed any more."""
@@ -141,31 +133,24 @@ def attach(tree: TurnTree, messages: Sequence[JsonValue], root: RootContext, way
     """Find the deepest turn whose conversation the messages begin with. ways: of the session's earlier requests."""
     if not len(tree):
         return Place(None, None, 0, MatchTier.NONE, SegmentReason.FIRST)
+    wanted_root = tree.digest_of(root)
     way = None if ways is None else ways.find(tree, messages)
-    wanted_root = root_digest(root) if way is None or not _is_same(way.root, root) else way.root_digest
-    step = _START if way is None or way.root_digest != wanted_root else way.step
-    if step is _START:
-        step = step._replace(trails=[_Trail(tree.start, MatchTier.EXACT, 0)])
-    deepest, keys = step, list[MessageKey]()
-    known_keys = iter(() if way is None or way.step is not step else way.known_keys(messages))
+    if way is not None and way.root_digest == wanted_root:
+        step = way.step
+    else:
+        step = _START._replace(trails=[_Trail(tree.start, MatchTier.EXACT, 0)])
+    deepest = step
     while step.trails and step.num_messages < len(messages):
-        message = messages[step.num_messages]
-        key = next(known_keys, None) or message_key(message, step.calls)
-        keys.append(key)
-        step = _stepped(step, message, key, wanted_root)
+        step = _stepped(step, messages[step.num_messages], wanted_root)
         if step.here is not deepest.here:
-            deepest, keys = step, []
-    keys += message_keys(messages[step.num_messages :], calls=step.calls)[0]
+            deepest = step
     if ways is not None and deepest.num_messages:
-        known = KnownWay(messages, keys, root, wanted_root, deepest, len(tree))
-        ways.keep(known, way)
+        ways.keep(KnownWay(messages, wanted_root, deepest, len(tree)), way)
     best, other = _best(tree, step.here), _best(tree, step.elsewhere)
     if best is None:
         return Place(None, other.node if other else None, 0, MatchTier.NONE, _reason(other, root))
     follows = other if other is not None and other.num_messages > best.num_messages else best
-    # Results of calls that the agent renamed have other keys in the tree.
-    added = None if best.trail.num_other_ids or best.num_messages != deepest.num_messages else keys
-    return Place(best.node, follows.node, best.num_messages, best.trail.tier, None, added)
+    return Place(best.node, follows.node, best.num_messages, best.trail.tier, None)
 
 
 def restore_reasoning(place: Place, messages: Sequence[JsonValue]) -> tuple[JsonValue, ...]:
@@ -180,35 +165,38 @@ def restore_reasoning(place: Place, messages: Sequence[JsonValue]) -> tuple[Json
     return (*restored, *messages[len(restored) :])
 
 
-def _stepped(step: _Step, message: JsonValue, key: MessageKey, wanted_root: bytes) -> _Step:
+def _stepped(step: _Step, message: JsonValue, wanted_root: bytes) -> _Step:
     """One message further. Matches are turns that have sampled something and end just there.
 
     Turns of raw prompts have no conversation, whatever a message looks like that stands for one."""
-    trails = [further for trail in step.trails for further in _steps(trail, key)]
-    matches = [
-        _Match(node, trail, step.num_messages + 1)
-        for trail in trails
-        for node in trail.at.turns
-        if len(node.record.output_token_ids) and node.record.meta.get("certified_by") != RAW
-    ]
-    return _Step(
-        step.num_messages + 1,
-        trails,
-        calls_behind(message, key, step.calls),
-        [match for match in matches if match.node.root_digest == wanted_root] or step.here,
-        [match for match in matches if match.node.root_digest != wanted_root] or step.elsewhere,
-    )
+    trails, num_messages = _further(step, message), step.num_messages + 1
+    here: list[_Match] = []
+    elsewhere: list[_Match] = []
+    for trail in trails:
+        for node in trail.at.turns:
+            if len(node.record.output_token_ids) and node.record.meta.get("certified_by") != RAW:
+                matches = here if node.root_digest == wanted_root else elsewhere
+                matches.append(_Match(node, trail, num_messages))
+    calls = calls_behind(message, step.calls)
+    return _Step(num_messages, trails, calls, here or step.here, elsewhere or step.elsewhere)
 
 
-def _is_same(one: RootContext, other: RootContext) -> bool:
-    """Whether two roots are made of the very same objects, as those of requests that begin with the same text are."""
-    return one.tools is other.tools and one.template_arguments is other.template_arguments
+def _further(step: _Step, message: JsonValue) -> Sequence[_Trail]:
+    """The trails that go on with a message."""
+    if len(step.trails) == 1:  # the rule, and then nobody may need the message's key
+        trail = step.trails[0]
+        if trail.at.is_last:
+            return ()
+        only = trail.at.only
+        # Where all ids are those recorded, an equal message answers the same calls.
+        if only is not None and not trail.num_other_ids and is_surely(message, only.message):
+            return (_Trail(only, trail.tier, 0),)
+    key = message_key(message, step.calls)
+    return [further for trail in step.trails for further in _steps(trail, key)]
 
 
 def _steps(trail: _Trail, key: MessageKey) -> Iterator[_Trail]:
     for recorded in trail.at.following(key.core):
-        if recorded.key is None:
-            continue
         tier = compare(recorded.key, key)
         if tier is not None:
             loosest = tier if _RANK[tier] > _RANK[trail.tier] else trail.tier
@@ -222,7 +210,7 @@ def _best(tree: TurnTree, matches: Sequence[_Match]) -> _Match | None:
         delivered_at = tree.delivered_at(match.node.record.turn_id) or 0.0
         return (match.trail.num_other_ids, _RANK[match.trail.tier], -delivered_at, -match.node.record.index)
 
-    return min(matches, key=preference, default=None)
+    return matches[0] if len(matches) == 1 else min(matches, key=preference, default=None)
 
 
 def _reason(elsewhere: _Match | None, root: RootContext) -> SegmentReason:

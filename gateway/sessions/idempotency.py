@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from itertools import islice
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from gateway.contracts.errors import Conflict
@@ -130,7 +129,8 @@ class SessionCalls(Generic[T]):
 
     def is_waited_for(self, call: CallChoice) -> bool:
         """Whether somebody waits for a running turn of the same call, as far as is known."""
-        return any(turn.call == call and turn.turn_id in self._waited_for for turn in self._running.values())
+        running = self._running.values()
+        return bool(running) and any(turn.call == call and turn.turn_id in self._waited_for for turn in running)
 
     def _left_turn(self, call: CallChoice) -> T | Node | None:
         """Of those whose client has gone the oldest: every retry takes another one."""
@@ -168,7 +168,7 @@ class SessionCalls(Generic[T]):
 
     def _learn(self) -> None:
         """Recorded turns that came since; what was recorded by others counts too."""
-        for node in islice(self._tree, self._num_known, None):
+        for node in self._tree.since(self._num_known):
             self._num_known += 1
             record = node.record
             call = _call_of(record)

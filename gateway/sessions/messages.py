@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from decimal import Decimal
 from functools import lru_cache
 from types import MappingProxyType
@@ -77,26 +77,20 @@ def compare(recorded: MessageKey, sent: MessageKey) -> MatchTier | None:
     return None if sent.reasoning else MatchTier.PROJECTION
 
 
-def message_keys(
-    messages: Sequence[JsonValue], *, calls: CallPositions
-) -> tuple[tuple[MessageKey, ...], CallPositions]:
-    """Keys of messages that follow an assistant message with `calls`, and the calls that hold after them.
-
-    Messages are objects of any content: shapes that no API allows get keys like all others.
-    """
-    keys: list[MessageKey] = []
-    for message in messages:
-        key = message_key(message, calls)
-        keys.append(key)
-        calls = calls_behind(message, key, calls)
-    return tuple(keys), calls
-
-
-def calls_behind(message: Mapping[str, JsonValue], key: MessageKey, calls: CallPositions) -> CallPositions:
+def calls_behind(message: Mapping[str, JsonValue], calls: CallPositions) -> CallPositions:
     """The calls that hold after a message, `calls` before it."""
-    if key.call_ids and message.get("role") == "assistant":
-        return {call_id: position for position, call_id in enumerate(key.call_ids) if call_id} or NO_CALLS
-    return calls
+    if message.get("role") != "assistant" or not (call_ids := _call_ids(message.get("tool_calls"))):
+        return calls
+    return {call_id: position for position, call_id in enumerate(call_ids) if call_id} or NO_CALLS
+
+
+def is_surely(message: Mapping[str, JsonValue], recorded: Mapping[str, JsonValue]) -> bool:
+    """Whether two messages at one place are exactly equal, as far as that is seen without their keys: one object, or
+    texts that are the same (of numbers Python has another notion of equality than JSON)."""
+    if message is recorded:
+        return True
+    sent = _without_null_refusal(message)
+    return sent == recorded and _has_texts_only(sent)
 
 
 def root_digest(root: RootContext) -> bytes:
@@ -120,8 +114,7 @@ def reasoning_of(message: Mapping[str, JsonValue]) -> str | None:
 
 def message_key(message: Mapping[str, JsonValue], calls: CallPositions) -> MessageKey:
     """Of a message that follows an assistant message with `calls`."""
-    if "refusal" in message and message["refusal"] is None:  # our replies say so, and records do not
-        message = {name: value for name, value in message.items() if name != "refusal"}
+    message = _without_null_refusal(message)
     content = message.get("content")
     text = _text_digest(content) if isinstance(content, str) and content else None
     if text is not None and len(message) == 2 and "role" in message:  # most messages, and most bytes
@@ -141,6 +134,27 @@ def message_key(message: Mapping[str, JsonValue], calls: CallPositions) -> Messa
         call_ids=_call_ids(message.get("tool_calls")),
         extras=_extras(message),
     )
+
+
+def _without_null_refusal(message: Mapping[str, JsonValue]) -> Mapping[str, JsonValue]:
+    """Our replies have one, and records do not."""
+    if "refusal" in message and message["refusal"] is None:
+        return {name: value for name, value in message.items() if name != "refusal"}
+    return message
+
+
+def _has_texts_only(value: JsonValue) -> bool:
+    """Whether all values in it are texts or null."""
+    inner = [value]
+    while inner:
+        value = inner.pop()
+        if isinstance(value, dict):
+            inner += value.values()
+        elif isinstance(value, list):
+            inner += value
+        elif not (value is None or isinstance(value, str)):
+            return False
+    return True
 
 
 def _core_digest(message: Mapping[str, JsonValue], text: bytes | None) -> bytes:

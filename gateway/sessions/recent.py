@@ -8,8 +8,6 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 
-import numpy as np
-
 from gateway.contracts.generation import TokenIds
 from gateway.sessions.attach import KnownWays
 from gateway.sessions.tree import Node
@@ -24,23 +22,26 @@ class Recent:
     def __init__(self) -> None:
         self.texts = KnownTexts()
         self.ways = KnownWays()
-        self._path: tuple[Node, TokenIds] | None = None
+        self._path: tuple[Node, tuple[TokenIds, ...]] | None = None
 
     @property
     def num_bytes(self) -> int:
         """About what it takes."""
-        return self.texts.num_bytes + (0 if self._path is None else self._path[1].nbytes)
+        pieces = () if self._path is None else self._path[1]
+        return self.texts.num_bytes + sum([piece.nbytes for piece in pieces])
 
-    def token_ids(self, node: Node) -> TokenIds:
-        """int32[num_tokens]: everything recorded on the path to a node (I1); read it only."""
+    def token_ids(self, node: Node) -> tuple[TokenIds, ...]:
+        """Pieces int32[n] of everything recorded on the path to a node (I1), in order; read them only."""
         known = self._path
         if known is not None and known[0] is node:
             return known[1]
-        before = known[1] if known is not None and known[0] is node.parent else None
-        own = (node.record.prompt_token_ids, node.record.output_token_ids)
-        joined = node.token_ids() if before is None else np.concatenate([before, *own])
-        self._path = (node, joined)
-        return joined
+        pieces: tuple[TokenIds, ...] = (node.token_ids(),)
+        self._path = (node, pieces)
+        return pieces
+
+    def keep(self, node: Node, prompt_token_ids: TokenIds) -> None:
+        """A turn was recorded whose whole prompt was int32[P]; the next one most likely goes on from it."""
+        self._path = (node, (prompt_token_ids, node.record.output_token_ids))
 
     def clear(self) -> None:
         """Forget all."""

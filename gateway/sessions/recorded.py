@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
 from gateway.contracts.experts import RoutedExperts
+from gateway.contracts.frozen import frozen_dataclass
 from gateway.contracts.generation import TokenIds, TopLogprob
 from gateway.contracts.ports import Ledger
 from gateway.contracts.replies import ParsedReply, ReplyFlag, ToolCall
@@ -18,7 +19,7 @@ from gateway.sessions.messages import reasoning_of
 from gateway.sessions.tree import Node
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@frozen_dataclass(frozen=True, slots=True, eq=False)
 class WholeReply:
     """A reply and its prompt, however many turns it took.
 

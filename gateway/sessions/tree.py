@@ -7,16 +7,18 @@ recorded conversation, each stored once, so that a request finds its place in on
 
 from __future__ import annotations
 
+import itertools
 import operator
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from gateway.contracts.errors import LedgerCorrupt
+from gateway.contracts.frozen import frozen_dataclass
 from gateway.contracts.generation import JsonValue, TokenIds
 from gateway.contracts.records import RootContext, TurnRecord, conversation
 from gateway.sessions.messages import (
@@ -24,7 +26,8 @@ from gateway.sessions.messages import (
     CallPositions,
     MessageKey,
     calls_behind,
-    message_keys,
+    is_surely,
+    message_key,
     root_digest,
 )
 
@@ -33,36 +36,64 @@ class RecordedMessage:
     """A message at its place: after just these other messages, in one or several recorded conversations.
 
     turns: those whose conversation, reply included, ends with it. message: None at the start of all conversations.
+    calls: those that hold before it. Its key is made when asked for: nobody asks where conversations only grow.
     """
 
-    __slots__ = ("_following", "key", "message", "turns")
+    __slots__ = ("_calls", "_following", "_key", "message", "turns")
 
-    def __init__(self, key: MessageKey | None, message: JsonValue) -> None:
-        self.key = key
+    def __init__(self, message: JsonValue, calls: CallPositions) -> None:
         self.message = message
         self.turns: tuple[Node, ...] = ()
-        # By core digest: one alone (the rule), or a tuple of those that differ in what the core leaves out.
-        self._following: dict[bytes, RecordedMessage | tuple[RecordedMessage, ...]] | None = None
+        self._calls = calls
+        self._key: MessageKey | None = None
+        # One alone (the rule), or by core digest: one, or a tuple of those that differ in what the core leaves out.
+        self._following: RecordedMessage | dict[bytes, RecordedMessage | tuple[RecordedMessage, ...]] | None = None
+
+    @property
+    def key(self) -> MessageKey:
+        """What of it counts."""
+        if self._key is None:
+            self._key = message_key(self.message, self._calls)
+        return self._key
+
+    @property
+    def is_last(self) -> bool:
+        """Whether nothing was recorded after it."""
+        return self._following is None
+
+    @property
+    def is_new(self) -> bool:
+        """Whether no recorded conversation has it yet."""
+        return self._following is None and not self.turns
+
+    @property
+    def only(self) -> RecordedMessage | None:
+        """The one message that was recorded right after this one, None where there are several or none."""
+        return self._following if isinstance(self._following, RecordedMessage) else None
 
     def following(self, core: bytes) -> Sequence[RecordedMessage]:
         """Messages recorded right after this one that have this core."""
-        found = () if self._following is None else self._following.get(core, ())
+        known = self._following
+        if isinstance(known, RecordedMessage):
+            return (known,) if known.key.core == core else ()
+        found = () if known is None else known.get(core, ())
         return found if isinstance(found, tuple) else (found,)
 
-    def holds(self, key: MessageKey) -> bool:
-        """Whether a message with just this key was recorded right after this one."""
-        return any(known.key == key for known in self.following(key.core))
-
-    def extended(self, key: MessageKey, message: JsonValue) -> RecordedMessage:
-        """This message followed by another one: what is recorded already, or a new branch."""
-        found = self.following(key.core)
-        for known in found:
-            if known.key == key:
-                return known
-        new = RecordedMessage(key, message)
+    def extended(self, message: JsonValue, calls: CallPositions) -> RecordedMessage:
+        """This message followed by another one: what is recorded already, or a new branch. calls: that hold here."""
+        new = RecordedMessage(message, calls)
         if self._following is None:
-            self._following = {}
-        self._following[key.core] = (*found, new) if found else new
+            self._following = new
+            return new
+        if isinstance(self._following, RecordedMessage):
+            if is_surely(message, self._following.message):
+                return self._following
+            self._following = {self._following.key.core: self._following}
+        found = self.following(new.key.core)
+        for known in found:
+            if known.key == new.key:
+                return known
+        self._following[new.key.core] = (*found, new) if found else new
         return new
 
 
@@ -78,7 +109,7 @@ NO_ROWS = MissingRows(0, frozenset())
 _NO_INDICES: frozenset[int] = frozenset()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@frozen_dataclass(frozen=True, slots=True, eq=False)
 class Node:
     """One recorded turn in the tree.
 
@@ -128,6 +159,8 @@ class Node:
 
     def num_reply_tokens(self) -> int:
         """Of its whole reply."""
+        if not self.record.attachment.continues:
+            return len(self.record.output_token_ids)
         return sum(len(node.record.output_token_ids) for node in self.reply_nodes())
 
 
@@ -155,7 +188,7 @@ class TurnTree:
         self._num_complete = 0
         self._beyond = _NO_INDICES
         self._changes: list[int] = []
-        self.start = RecordedMessage(None, None)
+        self.start = RecordedMessage(None, NO_CALLS)
         for record in records:
             self.add(record)
 
@@ -168,6 +201,11 @@ class TurnTree:
     def __iter__(self) -> Iterator[Node]:
         """All turns, in the order in which they were added."""
         return iter(self._nodes.values())
+
+    def since(self, num_turns: int) -> Sequence[Node]:
+        """The turns that were added behind the first `num_turns`, in that order."""
+        newest_first = itertools.islice(reversed(self._nodes.values()), len(self._nodes) - num_turns)
+        return [*newest_first][::-1]
 
     @property
     def records(self) -> Sequence[TurnRecord]:
@@ -189,23 +227,21 @@ class TurnTree:
         """The least number of messages after which anything was added with the turns behind the first `num_turns`."""
         return min(self._changes[num_turns:], default=sys.maxsize)
 
-    def add(self, record: TurnRecord, keys: Sequence[MessageKey] | None = None) -> Node:
-        """Hang a turn into the tree, which may hang there already; raises LedgerCorrupt if its parent is not there.
-
-        keys: of its added messages, where they are known."""
+    def add(self, record: TurnRecord) -> Node:
+        """Hang a turn into the tree, which may hang there already; raises LedgerCorrupt if its parent is not there."""
         if record.turn_id in self._nodes:
             return self._nodes[record.turn_id]
         parent_id = record.attachment.parent_id
         if parent_id is not None and parent_id not in self._nodes:
             raise LedgerCorrupt(f"session {record.session_id} turn {record.index}: its parent {parent_id} is missing")
         parent = None if parent_id is None else self._nodes[parent_id]
-        node = self._node(record, parent, keys)
+        node = self._node(record, parent)
         node.last.turns = (*node.last.turns, node)
-        if went_on := {one for one in (parent_id, record.attachment.follows_id) if one is not None}:
-            if self._went_on is None:
-                self._went_on = went_on
-            else:
-                self._went_on |= went_on
+        for earlier_id in (parent_id, record.attachment.follows_id):
+            if earlier_id is not None:
+                if self._went_on is None:
+                    self._went_on = set()
+                self._went_on.add(earlier_id)
         self._nodes[record.turn_id] = node
         self._count(record.index)
         if record.delivered_at is not None:
@@ -234,28 +270,22 @@ class TurnTree:
             self._beyond -= {self._num_complete}
             self._num_complete += 1
 
-    def _node(self, record: TurnRecord, parent: Node | None, keys: Sequence[MessageKey] | None) -> Node:
+    def _node(self, record: TurnRecord, parent: Node | None) -> Node:
         if parent is None:
-            asked, calls = self.start, NO_CALLS
+            asked, asked_calls = self.start, NO_CALLS
         elif record.attachment.continues:
-            asked, calls = parent.asked, parent.asked_calls
+            asked, asked_calls = parent.asked, parent.asked_calls
         else:
-            asked, calls = parent.last, parent.calls
+            asked, asked_calls = parent.last, parent.calls
         num_before = 0 if parent is None else parent.num_messages - record.attachment.continues
         known: list[JsonValue] = []
-        if keys is None:
-            keys, asked_calls = message_keys(record.added_messages, calls=calls)
-        else:
-            asked_calls = calls
-            for key, message in zip(keys, record.added_messages, strict=True):
-                asked_calls = calls_behind(message, key, asked_calls)
         num_found = 0
-        for key, message in zip(keys, record.added_messages, strict=True):
-            num_found += asked.holds(key)
-            asked = asked.extended(key, message)
+        for message in record.added_messages:
+            asked = asked.extended(message, asked_calls)
+            num_found += not asked.is_new
             known.append(asked.message)
-        (key,), calls = message_keys((record.reply,), calls=asked_calls)
-        last = asked.extended(key, record.reply)
+            asked_calls = calls_behind(message, asked_calls)
+        last = asked.extended(record.reply, asked_calls)
         known.append(last.message)
         self._changes.append(num_before + num_found + 1)
         root, digest = self._root(record, parent)
@@ -269,7 +299,7 @@ class TurnTree:
             asked=asked,
             asked_calls=asked_calls,
             last=last,
-            calls=calls,
+            calls=calls_behind(record.reply, asked_calls),
             num_messages=len(known) + num_before,
             num_tokens=num_tokens,
             missing_rows=_missing_rows(record, NO_ROWS if parent is None else parent.missing_rows, num_tokens),
@@ -280,8 +310,15 @@ class TurnTree:
             return parent.root, parent.root_digest
         if record.root is None:
             raise LedgerCorrupt(f"session {record.session_id} turn {record.index}: a root without its context")
-        digest = root_digest(record.root)
+        digest = self.digest_of(record.root)
         return self._roots.setdefault(digest, record.root), digest
+
+    def digest_of(self, root: RootContext) -> bytes:
+        """Its `root_digest`, known where it is made of the very objects of a recorded root."""
+        for digest, known in self._roots.items():
+            if known.tools is root.tools and known.template_arguments is root.template_arguments:
+                return digest
+        return root_digest(root)
 
 
 def _missing_rows(record: TurnRecord, before: MissingRows, num_tokens: int) -> MissingRows:
@@ -296,16 +333,20 @@ def _missing_rows(record: TurnRecord, before: MissingRows, num_tokens: int) -> M
 
 def _slim(record: TurnRecord, messages: Sequence[JsonValue], root: RootContext, parent: Node | None) -> TurnRecord:
     """The record with what the session holds already: one copy of equal messages and tools, no borrowed memory."""
-    like = record if parent is None else parent.record
-    slim = {
-        "reply": messages[-1],
-        "root": None if record.root is None else root,
-        "sampling": like.sampling if like.sampling == record.sampling else record.sampling,
-        "prompt_token_ids": _own(record.prompt_token_ids),
-        "output_token_ids": _own(record.output_token_ids),
-        "output_logprobs": _own(record.output_logprobs),
-    }
-    others = {name: value for name, value in slim.items() if value is not getattr(record, name)}
+    others: dict[str, Any] = {}
+    if messages[-1] is not record.reply:
+        others["reply"] = messages[-1]
+    if record.root is not None and record.root is not root:
+        others["root"] = root
+    if parent is not None and record.sampling is not (known := parent.record.sampling) and record.sampling == known:
+        others["sampling"] = known
+    for name, array in (
+        ("prompt_token_ids", record.prompt_token_ids),
+        ("output_token_ids", record.output_token_ids),
+        ("output_logprobs", record.output_logprobs),
+    ):
+        if (own := _own(array)) is not array:
+            others[name] = own
     if not all(map(operator.is_, messages, record.added_messages)):
         others["added_messages"] = tuple(messages[:-1])
     return replace(record, **others) if others else record

@@ -8,16 +8,17 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from gateway.contracts.errors import EngineTimeout, EngineUnavailable, VerbatimError
 from gateway.contracts.experts import RoutedExperts
+from gateway.contracts.frozen import frozen_dataclass
 from gateway.contracts.generation import TokenIds, TopLogprob
 from gateway.contracts.records import TurnRecord
 from gateway.contracts.replies import ContentDelta, ReasoningDelta, ReplyDelta
+from gateway.sessions.deadlines import Deadline
 from gateway.sessions.idempotency import NO_HINT, CallChoice, RetryHint
 from gateway.sessions.recorded import WholeReply
 
@@ -25,14 +26,14 @@ _MANY_PIECES = 512
 """Objects that wait for a late reader, before they are made one."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@frozen_dataclass(frozen=True, slots=True, eq=False)
 class TurnStarted:
     """The prompt stands. `prompt_token_ids`: all of it, int32[P]."""
 
     prompt_token_ids: TokenIds
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@frozen_dataclass(frozen=True, slots=True, eq=False)
 class TurnProgress:
     """New tokens, and what of them can be shown already."""
 
@@ -42,7 +43,7 @@ class TurnProgress:
     top_logprobs: Sequence[Sequence[TopLogprob]] = ()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@frozen_dataclass(frozen=True, slots=True, eq=False)
 class TurnFinished:
     """The turn is on disk; its reply may be sent. whole: all of it, of which `record` holds the last part only where it
     goes on with another turn's; experts: its routing rows."""
@@ -55,7 +56,7 @@ class TurnFinished:
 TurnEvent = TurnStarted | TurnProgress | TurnFinished
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@frozen_dataclass(frozen=True, slots=True, eq=False)
 class TurnTimes:
     """For metrics: seconds from the start of a turn to its prompt, its first token and its record."""
 
@@ -68,23 +69,9 @@ class Turn:
     """One turn's events for any number of readers. call, retry: what it answers."""
 
     __slots__ = (
-        "_clock",
-        "_cut_at",
-        "_cut_for_good",
-        "_cut_reason",
-        "_deadline",
-        "_ends",
-        "_ends_at",
-        "_first_token_seconds",
-        "_prompt_seconds",
-        "_readers",
-        "_so_far",
-        "_task",
-        "call",
-        "retry",
-        "started_at",
-        "turn_id",
-    )
+        "_clock", "_cut_at", "_cut_for_good", "_cut_reason", "_deadline", "_first_token_seconds",
+        "_prompt_seconds", "_readers", "_so_far", "_task", "_waiting", "call", "retry", "started_at", "turn_id",
+    )  # fmt: skip
 
     def __init__(self, turn_id: str, call: CallChoice, retry: RetryHint = NO_HINT) -> None:
         self.turn_id = turn_id
@@ -95,10 +82,9 @@ class Turn:
         self._prompt_seconds = 0.0
         self._first_token_seconds: float | None = None
         self._so_far = _SoFar()
-        self._readers: tuple[asyncio.Queue[TurnEvent | None], ...] = ()
-        self._ends: tuple[asyncio.Future[None], ...] = ()
-        self._deadline: asyncio.Timeout | None = None
-        self._ends_at: float | None = None
+        self._readers: list[asyncio.Queue[TurnEvent | None]] = []
+        self._waiting: list[asyncio.Future[None]] = []
+        self._deadline: Deadline | None = None
         self._cut_at: float | None = None
         self._cut_for_good = False
         self._cut_reason: VerbatimError | None = None
@@ -121,7 +107,7 @@ class Turn:
     async def events(self) -> AsyncGenerator[TurnEvent, None]:
         """Events up to TurnFinished, those of the past joined; raises what ended the turn instead."""
         reader: asyncio.Queue[TurnEvent | None] = asyncio.Queue()
-        self._readers += (reader,)
+        self._readers.append(reader)
         try:
             is_over = self._task is not None and self._task.done()
             for event in self._so_far.events():
@@ -129,7 +115,7 @@ class Turn:
             while not is_over and (new := await reader.get()) is not None:
                 yield new
         finally:
-            self._readers = tuple(other for other in self._readers if other is not reader)
+            self._readers.remove(reader)
         if self._task is not None:
             yield await self.finished()
 
@@ -138,10 +124,10 @@ class Turn:
         if self._task is None:
             raise EngineUnavailable("the turn ended before it began")
         if not self._task.done():
-            # A future of its own: who goes away must not take the turn along, and `shield` makes four objects for that.
-            ended = self._task.get_loop().create_future()
-            self._ends += (ended,)
-            await ended
+            # As `asyncio.shield` would: who waits may be cancelled without the turn.
+            waiting = asyncio.get_running_loop().create_future()
+            self._waiting.append(waiting)
+            await waiting
         return self._task.result()
 
     async def settled(self) -> None:
@@ -157,13 +143,13 @@ class Turn:
 
     def rejoin(self) -> bool:
         """Somebody waits again; False if it is too late, and sampling has been ended."""
-        if self._cut_for_good or (self._deadline is not None and self._deadline.expired()):
+        if self._cut_for_good or (self._deadline is not None and self._deadline.expired):
             return False
         if self._task is not None and self._task.done() and (self._task.cancelled() or self._task.exception()):
             return False
         self._cut_at = None
         if self._deadline is not None:
-            self._deadline.reschedule(self._ends_at)
+            self._deadline.bring_forward(None)
         return True
 
     def cut(self, reason: VerbatimError) -> None:
@@ -178,34 +164,31 @@ class Turn:
             return None
         return self._cut_reason or EngineTimeout("the client left, and its grace is over")
 
-    def limit(self, deadline: asyncio.Timeout | None) -> None:
-        """The timeout that sampling runs under now (None: it is over)."""
+    def limit(self, deadline: Deadline | None) -> None:
+        """The deadline that sampling runs under now (None: it is over)."""
         self._deadline = deadline
-        self._ends_at = None if deadline is None else deadline.when()
         self._apply_cut()
 
     def run(self, work: asyncio.Task[TurnFinished]) -> None:
-        """Follow the task that does the work."""
+        """Follow the task that does the work; `tell_end` is to be called when it is done."""
         self._task = work
-        work.add_done_callback(self._tell_end)
 
     def on_end(self, do: Callable[[], None]) -> None:
         """Have something done when the work is over, however it ended."""
         if self._task is not None:
             self._task.add_done_callback(lambda _: do())
 
-    def _tell_end(self, _work: asyncio.Task[TurnFinished]) -> None:
+    def tell_end(self) -> None:
+        """The work is over, however it ended."""
         for reader in self._readers:
             reader.put_nowait(None)
-        for ended in self._ends:
-            if not ended.done():
-                ended.set_result(None)
+        for waiting in self._waiting:
+            if not waiting.done():
+                waiting.set_result(None)
 
     def _apply_cut(self) -> None:
-        if self._deadline is None or self._cut_at is None or self._deadline.expired():
-            return
-        when = self._deadline.when()
-        self._deadline.reschedule(self._cut_at if when is None else min(when, self._cut_at))
+        if self._deadline is not None and self._cut_at is not None:
+            self._deadline.bring_forward(self._cut_at)
 
 
 class _SoFar:

@@ -11,8 +11,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from contextlib import aclosing, suppress
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from urllib.parse import quote
@@ -33,9 +33,11 @@ from gateway.contracts.errors import (
 )
 from gateway.contracts.experts import RoutedExperts
 from gateway.contracts.fresh_ids import fresh_hex
+from gateway.contracts.frozen import frozen_dataclass
 from gateway.contracts.generation import (
     Finish,
     FinishReason,
+    GenerateChunk,
     GenerateRequest,
     JsonValue,
     LogprobKind,
@@ -58,6 +60,7 @@ from gateway.contracts.replies import ParsedReply
 from gateway.replicas.continuation import Continuation, Generated
 from gateway.replicas.pool import ReplicaPool
 from gateway.sessions.attach import RAW, Place, attach, restore_reasoning
+from gateway.sessions.deadlines import Deadlines
 from gateway.sessions.idempotency import NO_HINT, CallChoice, RetryHint, can_go_on, is_whole
 from gateway.sessions.media import UNTRAINABLE, check_placeholders, keep_media, load_media, shown_media
 from gateway.sessions.model import ServedModel
@@ -87,6 +90,9 @@ _USUAL_NOTE_SECONDS = 0.25
 _NOTE_PAUSES_SECONDS = (0.1, 0.5, 2.0, 5.0, 10.0)
 """Between tries to note a delivery, while the ledger cannot be written."""
 
+
+_FEW_TOKENS = 128
+"""Which Python has looked at before numpy begins."""
 
 _NO_TOKENS: TokenIds = np.zeros(0, dtype=np.int32)
 _NO_LOGPROBS = np.zeros(0, dtype=np.float32)
@@ -133,10 +139,11 @@ class TurnParts:
     @property
     def context_length(self) -> int:
         """In tokens, of the model and of every engine; 0 if nobody says."""
-        return min((length for length in (self.pool.context_length, self.model.context_length) if length), default=0)
+        engines, model = self.pool.context_length, self.model.context_length
+        return min(engines, model) if engines and model else engines or model
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@frozen_dataclass(frozen=True, slots=True, eq=False)
 class _Prompt:
     """A built prompt with its place; `token_ids` is all of it. `messages`: as the template was given them, recorded
     reasoning restored; for a raw prompt one that stands for what it adds. media: of all of it, in order. begun: the
@@ -162,7 +169,7 @@ class _Prompt:
         return not self.media and (parent is None or parent.record.untrainable_reason != UNTRAINABLE)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@frozen_dataclass(frozen=True, slots=True, eq=False)
 class _Sampled:
     """`reply`: of all tokens, also of those that an earlier turn sampled."""
 
@@ -172,7 +179,13 @@ class _Sampled:
 
 
 async def run_turn(
-    parts: TurnParts, session: Session, request: TurnRequest, turn: Turn, *, begun: Node | None = None
+    parts: TurnParts,
+    session: Session,
+    request: TurnRequest,
+    turn: Turn,
+    deadlines: Deadlines,
+    *,
+    begun: Node | None = None,
 ) -> TurnFinished:
     """One call; events go to `turn`, the record to the ledger. begun: the turn with whose broken reply it goes on.
 
@@ -187,12 +200,14 @@ async def run_turn(
             list(prompt.built.hidden_messages),
         )
     turn.emit(TurnStarted(prompt.token_ids))
-    sampled = await _sample(parts, session, request, prompt, sampling, turn)
+    sampled = await _sample(parts, session, request, prompt, sampling, turn, deadlines)
     record = _record(parts, session, request, prompt, sampling, sampled, turn)
     if request.has_media:
         await keep_media(parts.ledger, session.record.session_id, record.added_messages, request.blobs)
     record = await _append(parts, session, record, sampled.generated.experts)  # I4
-    session.tree.add(record, prompt.place.keys if record.attachment.parent_id is not None else None)
+    node = session.tree.add(record)
+    if request.prompt is None and begun is None:
+        session.recent.keep(node, prompt.token_ids)
     finished = await _finished(parts, prompt, sampled, record)
     parts.observe(finished, sampled.generated, turn.times())
     if sampled.failure is not None:
@@ -215,6 +230,7 @@ class TurnRunner:
         self.parts = parts
         self._turns: dict[Turn, asyncio.Task[TurnFinished]] = {}
         self._deliveries: set[asyncio.Future[None]] = set()
+        self._deadlines = Deadlines(parts.settings.timeout_seconds)
         self._recent = RecentBudget(parts.settings.recent_bytes)
         self._upkeep = PromptUpkeep(parts.model.prompts)
 
@@ -303,7 +319,7 @@ class TurnRunner:
         session.check_open()
         self.parts.admit(self.num_running)
         turn = Turn(f"turn-{fresh_hex(24)}", call or CallChoice("", request.digest, 0), retry)
-        self._follow(session, turn, run_turn(self.parts, session, request, turn, begun=begun))
+        self._follow(session, turn, run_turn(self.parts, session, request, turn, self._deadlines, begun=begun))
         self._upkeep.poke()  # not only at the end of a turn: the first ones may be long
         if begun is not None:  # if nothing came of it, the next retry goes on from there again
             turn.on_end(partial(session.calls.leave, begun.record.turn_id))
@@ -313,8 +329,8 @@ class TurnRunner:
         task = asyncio.create_task(work, name=turn.turn_id)
         self._turns[turn] = task
         session.calls.attend(turn)
-        task.add_done_callback(partial(self._forget, session, turn))
         turn.run(task)
+        task.add_done_callback(partial(self._forget, session, turn))
         return turn
 
     def abandon(self, session: Session, turn: Turn) -> None:
@@ -385,10 +401,12 @@ class TurnRunner:
         self.stop()
         if self._turns:
             await asyncio.wait(list(self._turns.values()))
+        self._deadlines.close()
         await self.deliveries_noted()
         await self._upkeep.aclose()
 
     def _forget(self, session: Session, turn: Turn, task: asyncio.Task[TurnFinished]) -> None:
+        turn.tell_end()
         session.hold(session.record.ttl_seconds or 0.0)
         session.calls.end(turn.turn_id)
         self._recent.note(session.recent)
@@ -411,7 +429,8 @@ async def _chat_prompt(parts: TurnParts, session: Session, request: TurnRequest)
     place = attach(session.tree, request.messages, root, session.recent.ways)
     conversation = Conversation(restore_reasoning(place, request.messages), root.tools, root.template_arguments)
     media = shown_media(parts.model.template, conversation.messages) if request.has_media else ()
-    parent = _parent_turn(session, place)
+    recorded = () if place.parent is None else session.recent.token_ids(place.parent)
+    parent = None if place.parent is None else _parent_turn(place.parent, recorded, place.num_matched)
     prompts, reason = parts.model.prompts, place.reason or SegmentReason.UNCERTIFIED
     if request.num_bytes <= parts.settings.inline_prompt_bytes:
         built = prompts.build(conversation, parent, reason=reason)
@@ -420,7 +439,7 @@ async def _chat_prompt(parts: TurnParts, session: Session, request: TurnRequest)
     if parent is None or built.segment_reason is not None:
         token_ids = built.token_ids
     else:
-        token_ids = np.concatenate([parent.token_ids, built.token_ids])
+        token_ids = np.concatenate([*recorded, built.token_ids])
     _check_vocabulary(parts, built.token_ids)
     await _check_placeholders(parts, media, token_ids)
     return _Prompt(place, root, conversation.messages, built, token_ids, media)
@@ -466,22 +485,24 @@ def _begun_prompt(session: Session, node: Node) -> _Prompt:
     return _Prompt(place, node.root, (), built, begun.prompt_token_ids, media, begun)
 
 
-def _parent_turn(session: Session, place: Place) -> ParentTurn | None:
-    if place.parent is None:
-        return None
+def _parent_turn(node: Node, recorded: Sequence[TokenIds], num_messages: int) -> ParentTurn:
+    """recorded: all ids of its path. They are put together only where the long way wants to see them."""
     return ParentTurn(
-        token_ids=session.recent.token_ids(place.parent),
-        num_output_tokens=place.parent.num_reply_tokens(),
-        num_messages=place.num_matched,
-        finish=place.parent.record.finish,
+        token_ids=partial(np.concatenate, recorded),
+        num_output_tokens=node.num_reply_tokens(),
+        num_messages=num_messages,
+        finish=node.record.finish,
+        num_tokens=node.num_tokens,
+        last_token_id=int(node.record.output_token_ids[-1]),
     )
 
 
 def _check_vocabulary(parts: TurnParts, token_ids: TokenIds) -> None:
     """An id that the engine does not have kills some engines; it must never leave. What an engine sampled, it has."""
-    vocab_size = parts.vocab_size
+    vocab_size, num_tokens = parts.vocab_size, len(token_ids)
     # Without a sign a negative id is a large one.
-    if len(token_ids) and int(token_ids.view(np.uint32).max()) >= vocab_size:
+    unsigned = token_ids.view(np.uint32)
+    if num_tokens and int(unsigned.max() if num_tokens > _FEW_TOKENS else max(unsigned.tolist())) >= vocab_size:
         raise IntegrityError(f"a prompt holds ids outside [0, {vocab_size}): engine and tokenizer do not fit")
 
 
@@ -528,7 +549,13 @@ def _with_forced_calls(parts: TurnParts, request: TurnRequest, params: SamplingP
 
 
 async def _sample(
-    parts: TurnParts, session: Session, request: TurnRequest, prompt: _Prompt, sampling: SamplingParams, turn: Turn
+    parts: TurnParts,
+    session: Session,
+    request: TurnRequest,
+    prompt: _Prompt,
+    sampling: SamplingParams,
+    turn: Turn,
+    deadlines: Deadlines,
 ) -> _Sampled:
     """Stream from the engines; whatever ends it, what was sampled comes back. If nothing was, the failure is raised."""
     parsing = parts.model.parsing if request.prompt is None else parts.model.plain_parsing
@@ -538,32 +565,27 @@ async def _sample(
         stop=sampling.stop,
         stop_token_ids=sampling.stop_token_ids,
     )
-    media = await load_media(
-        prompt.media,
-        request.blobs,
-        parts.ledger,
-        session.record.session_id,
-        takes_urls=parts.settings.media_urls,
-    )
+    session_id, media = session.record.session_id, tuple[Media, ...]()
+    if prompt.media:
+        takes_urls = parts.settings.media_urls
+        media = await load_media(prompt.media, request.blobs, parts.ledger, session_id, takes_urls=takes_urls)
     if (begun := prompt.begun) is not None:
         deltas = parser.feed(begun.token_ids.tolist())
         turn.emit(TurnProgress(begun.token_ids, begun.logprobs, deltas, begun.top_logprobs))
     progress = Continuation(_generate_request(parts, session, request, prompt, sampling, media))
+
+    def hear(new: GenerateChunk) -> None:
+        turn.emit(TurnProgress(new.token_ids, new.logprobs, parser.feed(new.token_ids.tolist()), new.top_logprobs))
+
     finish, failure = Finish(FinishReason.ABORT), None
     try:
-        async with asyncio.timeout(parts.settings.timeout_seconds) as deadline:
+        with deadlines.begin() as deadline:
             turn.limit(deadline)
-            async with aclosing(parts.pool.generate(progress, session_id=session.record.session_id)) as stream:
-                async for item in stream:
-                    if isinstance(item, Finish):
-                        finish = item
-                    else:
-                        deltas = parser.feed(item.token_ids.tolist())
-                        turn.emit(TurnProgress(item.token_ids, item.logprobs, deltas, item.top_logprobs))
+            finish = await parts.pool.generate(progress, session_id=session_id, hear=hear)
     except TimeoutError:
         failure = _cut_or_timed_out(parts, turn)
     except EngineError as error:
-        _log.warning("session %s %s: %s", session.record.session_id, turn.turn_id, error)
+        _log.warning("session %s %s: %s", session_id, turn.turn_id, error)
         failure = agents_error(error, turn.turn_id)
     except RequestError as error:  # of a replica that takes less than the one before: what that one gave is kept (I3)
         failure = error
@@ -639,7 +661,7 @@ def _record(
         version_spans=generated.version_spans,
         finish=generated.finish,
         logprob_kind=kind_under(sampler.logprob_kind, sampling),
-        sampling=_sampling_json(sampling),
+        sampling=_sampling_json(sampling, None if prompt.place.parent is None else prompt.place.parent.record.sampling),
         num_layers=0 if rows is None else rows.ids.shape[1],
         num_experts=0 if rows is None or routing is None else routing.num_experts,
         top_k=0 if rows is None else rows.ids.shape[2],
@@ -650,7 +672,7 @@ def _record(
         request_digest=request.digest,
         cached_tokens=generated.cached_tokens,
         num_retractions=generated.num_retractions,
-        meta=_meta(request, prompt, sampling, sampled) | {"call": turn.call.facts(turn.retry)},
+        meta=_meta(request, prompt, sampling, sampled, turn),
         untrainable_reason=_untrainable_reason(prompt, sampling, generated),
         created_at=turn.started_at,
         delivered_at=None,
@@ -718,8 +740,9 @@ def _attachment(prompt: _Prompt) -> Attachment:
     return Attachment(None, follows_id, place.tier, prompt.built.segment_reason or place.reason)
 
 
-def _sampling_json(sampling: SamplingParams) -> dict[str, JsonValue]:
-    return {
+def _sampling_json(sampling: SamplingParams, like: Mapping[str, JsonValue] | None) -> Mapping[str, JsonValue]:
+    """`like` itself if it is that: a session keeps one of equal ones."""
+    fields = {
         "max_new_tokens": sampling.max_new_tokens,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
@@ -731,6 +754,7 @@ def _sampling_json(sampling: SamplingParams) -> dict[str, JsonValue]:
         "ignore_eos": sampling.ignore_eos,
         "extra": dict(sampling.extra),
     }
+    return like if like is not None and like == fields else fields
 
 
 def _enforced(request: TurnRequest, sampling: SamplingParams) -> bool | None:
@@ -738,12 +762,11 @@ def _enforced(request: TurnRequest, sampling: SamplingParams) -> bool | None:
     return "structural_tag" in sampling.extra if request.required_calls else None
 
 
-def _meta(request: TurnRequest, prompt: _Prompt, sampling: SamplingParams, sampled: _Sampled) -> dict[str, JsonValue]:
+def _meta(
+    request: TurnRequest, prompt: _Prompt, sampling: SamplingParams, sampled: _Sampled, turn: Turn
+) -> dict[str, JsonValue]:
     generated = sampled.generated
-    top_logprobs = recorded_top_logprobs(generated.top_logprobs)
-    media = {"num_media": len(prompt.media), "engine_prompt_tokens": generated.prompt_tokens}
-    return {
-        **({"top_logprobs": top_logprobs} if request.wanted.num_top_logprobs else {}),
+    meta = {
         "certified_by": prompt.built.certified_by,
         "hidden_messages": list(prompt.built.hidden_messages),
         "flags": [flag.value for flag in sampled.reply.flags],
@@ -756,24 +779,30 @@ def _meta(request: TurnRequest, prompt: _Prompt, sampling: SamplingParams, sampl
         "tool_choice_enforced": _enforced(request, sampling),
         "request": dict(request.kept),
         "error": None if sampled.failure is None else sampled.failure.code,
-        **({"media": media} if prompt.media else {}),
-        **_cache_facts(prompt, generated),
         "engine": dict(generated.meta_info),
         "engine_reply": dict(generated.reply_fields),
+        "call": turn.call.facts(turn.retry),
     }
+    if request.wanted.num_top_logprobs:
+        meta["top_logprobs"] = recorded_top_logprobs(generated.top_logprobs)
+    if prompt.media:
+        meta["media"] = {"num_media": len(prompt.media), "engine_prompt_tokens": generated.prompt_tokens}
+    if (cache := _cache_facts(prompt, generated)) is not None:
+        meta["cache"] = cache
+    return meta
 
 
-def _cache_facts(prompt: _Prompt, generated: Generated) -> dict[str, JsonValue]:
-    """What `TurnRecord.cache_flags` and `recomputed_rows` read; nothing where all is of the weights that sampled."""
+def _cache_facts(prompt: _Prompt, generated: Generated) -> dict[str, JsonValue] | None:
+    """What `TurnRecord.cache_flags` and `recomputed_rows` read; None where all is of the weights that sampled."""
     rows = [list(bounds) for bounds in generated.recomputed_rows]
     missing, parent = _missing_rows(prompt), prompt.place.parent
     sampling_now = {span.policy_version for span in generated.version_spans[:1]}
-    if parent is not None and missing.policy_versions - sampling_now:
+    if parent is not None and not missing.policy_versions <= sampling_now:
         # I9: rows of earlier turns that came late, and other weights computed them.
         rows.append([missing.first, parent.num_tokens - 1])
     if not (rows or generated.cache_flags):
-        return {}
-    return {"cache": {"flags": [flag.value for flag in generated.cache_flags], "recomputed_rows": rows}}
+        return None
+    return {"flags": [flag.value for flag in generated.cache_flags], "recomputed_rows": rows}
 
 
 def _untrainable_reason(prompt: _Prompt, sampling: SamplingParams, generated: Generated) -> str | None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from enum import StrEnum
 
 from gateway.contracts.errors import LengthMismatch
+from gateway.contracts.frozen import frozen_dataclass
 from gateway.contracts.generation import Finish, JsonValue, TokenIds
 from gateway.contracts.records import SegmentReason
 
@@ -18,7 +19,7 @@ class HistoryPolicy(StrEnum):
     TEMPLATE = "template"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen_dataclass(frozen=True, slots=True)
 class Conversation:
     """What the chat template is given: the client's messages as sent (unknown keys too), tools, template arguments."""
 
@@ -64,7 +65,7 @@ class ParentTurn:
         return self._ids
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@frozen_dataclass(frozen=True, slots=True, eq=False)
 class BuiltPrompt:
     """Tokens for one turn. With `segment_reason` None they are added to the parent's ids; else they are a whole prompt.
 

@@ -88,8 +88,11 @@ class Frame:
             text: JsonValue = messages
             for step in path:
                 text = text[step]
-            if text.strip().lower() in self.spoken or any(part in text for part in self.searched):
+            if text.strip().lower() in self.spoken:
                 return None
+            for part in self.searched:
+                if part in text:
+                    return None
             parts.append(text if form is _Form.AS_IS else form.shown(text))
         return "".join(parts)
 

@@ -21,11 +21,15 @@ from gateway.contracts.generation import JsonValue
 from gateway.contracts.media import media_kind
 from gateway.contracts.records import SegmentReason
 from gateway.tito.conversation import Conversation
-from gateway.tito.lookalikes import Brackets, absent_characters
+from gateway.tito.lookalikes import Brackets, SaidTexts, absent_characters
 from gateway.tito.parsing.call_ids import show_call
 from gateway.tito.template import REASONING_KEYS, ChatTemplate
 
 _WORDS = re.compile(r"(?:^|(?<=>))[^<]+")
+_MIN_TELLING_CHARACTERS = 16
+_MAX_COMPARED_CHARACTERS = 2**18
+"""Beyond which looking for each text in all of them takes longer than a render."""
+
 _LOCAL_SENTINEL = f"Sentinel{secrets.token_hex(8)}q"
 """Stands where no render tells which sentinel is free; nobody can know it, so nobody can write it."""
 
@@ -130,8 +134,11 @@ def local_suffix(
 def unseen_messages(template: ChatTemplate, conversation: Conversation, full_text: str) -> tuple[int, ...]:
     """Indices of messages whose text the template does not show at all: the model will not see them.
 
-    A message without text is never among them. One render.
+    A message without text is never among them. One render, or none where each text is found and can have come from its
+    message alone.
     """
+    if _all_are_found(template, conversation, full_text):
+        return ()
     marks = absent_characters(full_text, len(conversation.messages))
     if marks is None:
         return ()
@@ -148,6 +155,24 @@ def unseen_messages(template: ChatTemplate, conversation: Conversation, full_tex
         for i, (changed, mark) in enumerate(zip(marked, marks, strict=True))
         if changed is not None and _find_mark(text, mark) < 0
     )
+
+
+def _all_are_found(template: ChatTemplate, conversation: Conversation, full_text: str) -> bool:
+    """Whether the text of every message stands in the render, and nothing else in the conversation or the template has
+    it. Short texts and single words may be anything (a role, a key of a tool's schema)."""
+    messages = conversation.messages
+    if len(messages) * len(full_text) > _MAX_COMPARED_CHARACTERS:
+        return False
+    texts = [message.get("content") if isinstance(message, dict) else None for message in messages]
+    said = SaidTexts.of(messages, (*conversation.tools, conversation.template_arguments))
+    all_said = f"{said.by_models}\n{said.by_others}"
+    for text in texts:
+        text = text.strip() if isinstance(text, str) else ""
+        if len(text) < _MIN_TELLING_CHARACTERS or " " not in text or text not in full_text:
+            return False
+        if all_said.count(text) != 1 or text in template.source:
+            return False
+    return True
 
 
 def text_turn_close(template: ChatTemplate, stops: Sequence[str]) -> str:

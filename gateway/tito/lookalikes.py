@@ -12,8 +12,9 @@ tokens that build turns are text there.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -45,7 +46,7 @@ class GuardedConversation:
     brackets: Brackets | None
 
 
-class _AnyOf:
+class AnyOf:
     """Any of some texts: as a pattern, and as a quick question.
 
     A pattern of a hundred alternatives tries each at every character. Control tokens begin alike (`<|`), and most text
@@ -59,7 +60,26 @@ class _AnyOf:
 
     def are_in(self, text: str) -> bool:
         """Whether one of them is in `text`."""
-        return any(start in text for start in self._beginnings) and self.pattern.search(text) is not None
+        for start in self._beginnings:
+            if start in text:
+                return self.pattern.search(text) is not None
+        return False
+
+
+class SaidTexts(NamedTuple):
+    """All texts of some messages, a line each: of the messages of assistants, and of all others."""
+
+    by_models: str
+    by_others: str
+
+    @classmethod
+    def of(cls, messages: Iterable[JsonValue], others: Iterable[JsonValue] = ()) -> SaidTexts:
+        """others: what no model said besides."""
+        by_models: list[JsonValue] = []
+        by_others: list[JsonValue] = [*others]
+        for message in messages:
+            (by_models if _is_models(message) else by_others).append(message)
+        return cls("\n".join(_strings(by_models)), "\n".join(_strings(by_others)))
 
 
 class LookalikeGuard:
@@ -77,18 +97,20 @@ class LookalikeGuard:
         turn |= {tokenizer.token_text(token_id) for token_id in tokenizer.eos_token_ids} & added
         shaped = {text for text in added if _CONTROL_SHAPE.fullmatch(text)}
         written = {text for text in added if text in template.source and not text.isspace()}
-        self._control = _AnyOf(turn | shaped | written | (set(markup) & added))
-        self._turn = _AnyOf(turn)
+        self._control = AnyOf(turn | shaped | written | (set(markup) & added))
+        self._turn = AnyOf(turn)
 
     def guard(self, conversation: Conversation) -> GuardedConversation:
         """The conversation with its lookalikes bracketed, so that the template makes the same text of it.
 
         Where no bracketing does, what stays is the brackets, never the lookalike.
         """
-        if not any(tokens.are_in(text) for tokens, text in self._texts(conversation)):
+        given = (*conversation.tools, conversation.template_arguments)
+        said = SaidTexts.of(conversation.messages, given)
+        if not self.has_lookalikes(said):
             return GuardedConversation(conversation, None)
         expected = self._template.render(conversation)
-        opening, closing = _absent_pair(text for _, text in self._texts(conversation))
+        opening, closing = _absent_pair(said)
         candidates: list[GuardedConversation] = []
         for open_edges in (False, True):
             brackets = Brackets(opening, closing, open_edges)
@@ -103,9 +125,9 @@ class LookalikeGuard:
         # I6: a template that refuses every bracketed form still gets its conversation.
         return candidates[0] if candidates else GuardedConversation(conversation, None)
 
-    def has_lookalikes(self, messages: Iterable[JsonValue]) -> bool:
-        """Whether any text of these messages looks like a control token."""
-        return any(self._pattern_for(message).are_in(text) for message in messages for text in _strings(message))
+    def has_lookalikes(self, said: SaidTexts) -> bool:
+        """Whether anything in these texts looks like a control token."""
+        return self._control.are_in(said.by_others) or self._turn.are_in(said.by_models)
 
     def encode(self, text: str, brackets: Brackets | None) -> TokenIds:
         """int32[T] ids of rendered text; bracketed tokens are spelled as ordinary text."""
@@ -142,17 +164,8 @@ class LookalikeGuard:
             forms += [f"(?P<first>{token}){closing}", f"{opening}(?P<last>{token})"]
         return re.compile("|".join([*forms, opening, closing]))
 
-    def _texts(self, conversation: Conversation) -> Iterator[tuple[_AnyOf, str]]:
-        for message in conversation.messages:
-            tokens = self._pattern_for(message)
-            for text in _strings(message):
-                yield tokens, text
-        for value in (*conversation.tools, dict(conversation.template_arguments)):
-            for text in _strings(value):
-                yield self._control, text
-
     def _bracketed(self, conversation: Conversation, brackets: Brackets) -> Conversation:
-        def bracket(value: JsonValue, tokens: _AnyOf) -> JsonValue:
+        def bracket(value: JsonValue, tokens: AnyOf) -> JsonValue:
             return _map_strings(value, lambda text: _bracketed_text(text, tokens.pattern, brackets))
 
         return Conversation(
@@ -161,9 +174,8 @@ class LookalikeGuard:
             template_arguments=bracket(dict(conversation.template_arguments), self._control),
         )
 
-    def _pattern_for(self, message: JsonValue) -> _AnyOf:
-        is_assistant = isinstance(message, dict) and message.get("role") == "assistant"
-        return self._turn if is_assistant else self._control
+    def _pattern_for(self, message: JsonValue) -> AnyOf:
+        return self._turn if _is_models(message) else self._control
 
 
 def absent_characters(text: str, count: int) -> str | None:
@@ -188,25 +200,30 @@ def _as_printed(character: str) -> str:
     return f"(?:{character}|\\\\u{ord(character):04x})"
 
 
-def _absent_pair(texts: Iterable[str]) -> tuple[str, str]:
-    taken: set[str] = set()
-    for text in texts:
-        taken.update(character for character in _NONCHARACTERS if character in text)
-    free = [character for character in _NONCHARACTERS if character not in taken]
+def _absent_pair(said: SaidTexts) -> tuple[str, str]:
+    free = [one for one in _NONCHARACTERS if one not in said.by_models and one not in said.by_others]
     # All 32 in one conversation is somebody's test of us; two of them then break text but build no token.
     opening, closing = [*free, *_NONCHARACTERS][:2]
     return opening, closing
 
 
-def _strings(value: JsonValue) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for entry in value.values():
-            yield from _strings(entry)
-    elif isinstance(value, list | tuple):
-        for entry in value:
-            yield from _strings(entry)
+def _is_models(message: JsonValue) -> bool:
+    return isinstance(message, dict) and message.get("role") == "assistant"
+
+
+def _strings(value: JsonValue) -> list[str]:
+    """All strings in a value but the names of keys, in any order."""
+    found: list[str] = []
+    inner = [value]
+    while inner:
+        value = inner.pop()
+        if isinstance(value, str):
+            found.append(value)
+        elif isinstance(value, Mapping):
+            inner += value.values()
+        elif isinstance(value, list | tuple):
+            inner += value
+    return found
 
 
 def _map_strings(value: JsonValue, change: Callable[[str], str]) -> JsonValue:

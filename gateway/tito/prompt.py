@@ -280,7 +280,8 @@ class PromptBuilder:
         """Ids of the suffix as they are behind the stop token: that token may eat the space that follows it, and
         some tokenizers put a space before a text's first piece. None where the stop is not one token of its own."""
         ids = self._guard.encode(stop + suffix, brackets)
-        return ids[1:] if len(ids) and int(ids[0]) == stop_id else None
+        # A copy: it is kept with the turn, and a view would keep the whole.
+        return ids[1:].copy() if len(ids) and int(ids[0]) == stop_id else None
 
     def _closing_ids(self, parent: ParentTurn, stop: str) -> TokenIds:
         """What ends the text of a turn that was cut, up to its stop token: an open call or reasoning is closed."""

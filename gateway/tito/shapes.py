@@ -263,22 +263,25 @@ class _Writer:
 def _form_of(message: JsonValue, call_ids: Sequence[JsonValue], template_source: str) -> MessageForm | None:
     if not isinstance(message, dict) or message.get("role") not in _ROLES:
         return None
-    if any(key not in _KNOWN_KEYS and str(key) in template_source for key in message):
+    if not message.keys() <= _KNOWN_KEYS and any(str(key) in template_source for key in message.keys() - _KNOWN_KEYS):
         return None  # the template may read it
     content, calls = _content_kind(message.get("content")), message.get("tool_calls")
     if content is None or not (calls is None or (isinstance(calls, list) and all(map(_is_plain_call, calls)))):
         return None
-    reasoning = [message[key] for key in REASONING_KEYS if message.get(key)]
-    if not all(isinstance(text, str) for text in reasoning):
-        return None
+    reasons = False
+    for key in REASONING_KEYS:
+        if text := message.get(key):
+            if not isinstance(text, str):
+                return None
+            reasons = True
     call_id = message.get("tool_call_id")
     return MessageForm(
-        role=str(message["role"]),
-        content=content,
-        reasoning=bool(reasoning),
-        num_calls=len(calls or ()),
-        answers=None if call_id is None else _position(call_ids, call_id),
-        named=isinstance(message.get("name"), str),
+        message["role"],
+        content,
+        reasons,
+        len(calls) if calls else 0,
+        None if call_id is None else _position(call_ids, call_id),
+        isinstance(message.get("name"), str),
     )
 
 
@@ -290,7 +293,9 @@ def _content_kind(content: JsonValue) -> ContentKind | None:
     if content is None:
         return ContentKind.ABSENT
     if isinstance(content, str):
-        return ContentKind.TEXT if content.strip() else ContentKind.BLANK if content else ContentKind.EMPTY
+        if content.isspace():
+            return ContentKind.BLANK
+        return ContentKind.TEXT if content else ContentKind.EMPTY
     is_one_text = (
         isinstance(content, list)
         and len(content) == 1

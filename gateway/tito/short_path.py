@@ -9,9 +9,9 @@ long path (`prompt`).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
+from gateway.contracts.frozen import frozen_dataclass
 from gateway.contracts.generation import JsonValue
 from gateway.tito.certificate import (
     CertificateBook,
@@ -24,7 +24,7 @@ from gateway.tito.certificate import (
 from gateway.tito.conversation import Conversation
 from gateway.tito.frames import Frame, learn_frame
 from gateway.tito.junction import TurnTokens, local_suffix
-from gateway.tito.lookalikes import LookalikeGuard
+from gateway.tito.lookalikes import AnyOf, LookalikeGuard, SaidTexts
 from gateway.tito.parsing.reasoning import ReasoningMarkers
 from gateway.tito.shapes import Shape, shape_of, standard_shapes
 from gateway.tito.template import ChatTemplate
@@ -32,7 +32,7 @@ from gateway.tito.template import ChatTemplate
 _MAX_ARGUMENTS_LENGTH = 2_000
 
 
-@dataclass(frozen=True, slots=True)
+@frozen_dataclass(frozen=True, slots=True)
 class CertifiedSuffix:
     """`suffix`: what stands behind `stop`. keeps_reasoning: the template may drop old reasoning, which is kept."""
 
@@ -55,6 +55,7 @@ class ShortPath:
     ) -> None:
         self._template = template
         self._guard = guard
+        self._looked_for = AnyOf(template.looked_for)
         self._tokens = tokens
         self._reasoning = reasoning
         self._book: CertificateBook[Frame] = CertificateBook()
@@ -127,19 +128,9 @@ class ShortPath:
         return ShapeKey(shape, arguments) if len(arguments) <= _MAX_ARGUMENTS_LENGTH else None
 
     def _is_plain(self, messages: Sequence[JsonValue]) -> bool:
-        if self._guard.has_lookalikes(messages):
-            return False
-        text = "\n".join(_texts(messages))
-        return not any(literal in text for literal in self._template.looked_for)
-
-
-def _texts(value: JsonValue) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for key, entry in value.items():
-            if key != "role":
-                yield from _texts(entry)
-    elif isinstance(value, list | tuple):
-        for entry in value:
-            yield from _texts(entry)
+        said = SaidTexts.of(messages)
+        return not (
+            self._guard.has_lookalikes(said)
+            or self._looked_for.are_in(said.by_models)
+            or self._looked_for.are_in(said.by_others)
+        )

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import msgspec
 
+from gateway.contracts.frozen import frozen_dataclass
 from gateway.contracts.generation import JsonValue
 from gateway.wire.request import TurnRequest
 
@@ -27,7 +27,7 @@ _SPACE = b" \t\r\n"
 _values = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@frozen_dataclass(frozen=True, slots=True, eq=False)
 class KnownText:
     """A request as it came. head: its body up to the end of its last message; tail: from the end of its messages on.
     hashed: sha256 of the head."""

@@ -35,6 +35,9 @@ _KNOWN = frozenset(
     )
 )  # fmt: skip
 
+_READ_HERE = _KNOWN | TYPED_SAMPLING | SAMPLING_EXTRA | PROTECTED
+"""All else goes on to the engine."""
+
 MAX_CHOICES = 128
 """Of one prompt, in every dialect."""
 
@@ -75,7 +78,7 @@ def chat_request(fields: Mapping[str, JsonValue], *, body: bytes) -> TurnRequest
     for name, now in (("functions", "tools"), ("function_call", "tool_choice")):
         if fields.get(name) is not None:
             raise InvalidRequest(f"{name}: {now} has replaced it, and it is not read here")
-    passthrough = {k: v for k, v in fields.items() if k not in _KNOWN | TYPED_SAMPLING | SAMPLING_EXTRA | PROTECTED}
+    passthrough = {name: value for name, value in fields.items() if name not in _READ_HERE}
     return TurnRequest(
         model=optional(fields, "model", str),
         messages=messages,

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from gateway.contracts.errors import InvalidRequest
+from gateway.contracts.frozen import frozen_dataclass
 from gateway.contracts.generation import JsonValue, TokenIds
 from gateway.contracts.media import Blob
 
@@ -63,7 +64,7 @@ class RawPrompt:
             raise InvalidRequest("prompt: expected either token ids or a text")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen_dataclass(frozen=True, slots=True)
 class TurnRequest:
     """One call as asked; messages and tools as OpenAI's chat completions spell them.
 

@@ -69,7 +69,8 @@ def sampling_fields(fields: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
         sampling["stop_token_ids"] = _stop_ids(fields["stop_token_ids"])
     if (ignores := optional(fields, "ignore_eos", bool)) is not None:
         sampling["ignore_eos"] = ignores
-    _check_extra(fields)
+    if not SAMPLING_EXTRA.isdisjoint(fields):
+        _check_extra(fields)
     for name in sorted(SAMPLING_EXTRA & fields.keys(), key=ALIASES.__contains__, reverse=True):  # aliases give way
         if fields[name] is not None:
             sampling[ALIASES.get(name, name)] = fields[name]

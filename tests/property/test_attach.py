@@ -53,7 +53,7 @@ def add(tree: TurnTree, place: Place, sent: list[Any], root: RootContext, reply:
     parent_id = None if place.parent is None else place.parent.record.turn_id
     attachment = Attachment(parent_id, None, place.tier, place.reason)
     turn = record(tree.take_index(), attachment, None if place.parent else root, list(sent[place.num_matched :]), reply)
-    tree.add(turn, place.keys if place.parent else None)
+    tree.add(turn)
     return turn
 
 

@@ -8,14 +8,33 @@ from typing import Any
 import pytest
 
 from gateway.contracts.records import MatchTier, RootContext
-from gateway.sessions.messages import NO_CALLS, MessageKey, compare, message_keys, reasoning_of, root_digest
+from gateway.sessions.messages import (
+    NO_CALLS,
+    CallPositions,
+    MessageKey,
+    calls_behind,
+    compare,
+    is_surely,
+    message_key,
+    reasoning_of,
+    root_digest,
+)
 
 USER = {"role": "user", "content": "x"}
 REPLY = {"role": "assistant", "content": "x"}
 
 
 def key(message: dict[str, Any]) -> MessageKey:
-    return message_keys([message], calls=NO_CALLS)[0][0]
+    return message_key(message, NO_CALLS)
+
+
+def read(messages: list[dict[str, Any]]) -> tuple[list[MessageKey], CallPositions]:
+    """Keys of a conversation's messages, and the calls that hold behind them."""
+    keys, calls = [], NO_CALLS
+    for message in messages:
+        keys.append(message_key(message, calls))
+        calls = calls_behind(message, calls)
+    return keys, calls
 
 
 def tier(recorded: dict[str, Any], sent: dict[str, Any]) -> MatchTier | None:
@@ -132,7 +151,7 @@ def test_tool_results_name_calls_by_position_so_that_ids_may_be_rewritten() -> N
         first, second = (entry | {"id": i} for entry, i in zip(two["tool_calls"], (first_id, second_id), strict=True))
         named = {} if of is None else {"tool_call_id": of}
         messages = [two | {"tool_calls": [first, second]}, {"role": "tool", "content": "1", **named}]
-        return message_keys(messages, calls=NO_CALLS)[0][1]
+        return read(messages)[0][1]
 
     recorded = result("a", "b", of="b")
     assert compare(recorded, result("c", "d", of="d")) is MatchTier.SEMANTIC
@@ -142,9 +161,7 @@ def test_tool_results_name_calls_by_position_so_that_ids_may_be_rewritten() -> N
 
 
 def test_calls_stay_known_behind_an_inserted_assistant_message() -> None:
-    keys, calls = message_keys(
-        [call("{}"), REPLY, {"role": "tool", "tool_call_id": "c", "content": "1"}], calls=NO_CALLS
-    )
+    keys, calls = read([call("{}"), REPLY, {"role": "tool", "tool_call_id": "c", "content": "1"}])
     assert calls == {"c": 0}
     assert keys[2].result_of == 0
 
@@ -209,3 +226,17 @@ def test_the_null_refusal_of_our_own_replies_leaves_a_replay_exact() -> None:
     """A text there is something that a client has put on the message."""
     assert tier(REPLY, REPLY | {"refusal": None}) is MatchTier.EXACT
     assert tier(REPLY, REPLY | {"refusal": "no"}) is MatchTier.SEMANTIC
+
+
+def test_messages_are_surely_the_same_only_where_their_keys_are() -> None:
+    counted = {"role": "user", "content": "y", "n": 1}
+    said = {"role": "assistant", "content": None, "tool_calls": [{"id": "c", "function": {"name": "f"}}]}
+    messages = [counted, {**counted, "n": True}, {**counted, "n": 1.0}, said, {**said, "content": ""}, *ODD]
+    for one in messages:
+        assert is_surely(one, one)
+        for other in messages:
+            copy = json.loads(json.dumps(other))
+            assert not is_surely(copy, one) or key(copy).exact == key(one).exact
+    assert is_surely(json.loads(json.dumps(said)), said)
+    assert is_surely({**said, "refusal": None}, said)
+    assert not is_surely({**counted, "n": True}, counted)

@@ -30,7 +30,7 @@ from gateway.contracts.generation import Finish, FinishReason
 from gateway.contracts.media import Blob
 from gateway.contracts.records import MatchTier
 from gateway.contracts.replies import ContentDelta, ParsedReply, ReasoningDelta, ReplyDelta, ToolCall, ToolCallDelta
-from gateway.sessions.messages import NO_CALLS, compare, message_keys
+from gateway.sessions.messages import NO_CALLS, compare, message_key
 from gateway.wire.anthropic import Earlier, parse_count_request, parse_messages_request
 from gateway.wire.anthropic_blocks import SENT_BLOCKS
 from gateway.wire.anthropic_reply import MessagesWriter, error_body, error_status
@@ -120,8 +120,7 @@ def accumulated(values: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def tier_of(recorded: Any, sent: Any) -> MatchTier | None:
-    (ours,), _ = message_keys([recorded], calls=NO_CALLS)
-    (theirs,), _ = message_keys([sent], calls=NO_CALLS)
+    ours, theirs = message_key(recorded, NO_CALLS), message_key(sent, NO_CALLS)
     return compare(ours, theirs)
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from gateway.contracts.errors import InvalidRequest
 from gateway.contracts.media import MEDIA_KEYS, Blob, blob_name, placed_media
 from gateway.contracts.records import MatchTier
-from gateway.sessions.messages import NO_CALLS, compare, message_keys
+from gateway.sessions.messages import NO_CALLS, compare, message_key
 from gateway.wire import media
 from gateway.wire.generate import parse_sglang_request
 from gateway.wire.media import TakenMedia, take_engine_media, take_media
@@ -155,7 +155,7 @@ def test_bytes_come_back_from_any_data_url_and_a_replay_is_the_same_message(cont
     assert name is not None
     assert found.blobs[name].content == content
     assert found.blobs[name].media_type == f"image/{subtype}"
-    keys = [message_keys(each.messages, calls=NO_CALLS)[0][0] for each in (found, again)]
+    keys = [message_key(each.messages[0], NO_CALLS) for each in (found, again)]
     assert compare(keys[0], keys[1]) is MatchTier.EXACT
     assert base64.b64encode(content).decode() not in json.dumps(found.messages) or len(content) < 4
 

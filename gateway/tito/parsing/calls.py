@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from gateway.contracts.frozen import frozen_dataclass
 from gateway.contracts.generation import JsonValue
 from gateway.tito.parsing.markers import Marker, Scanned
 from gateway.tito.tokenizer import ChatTokenizer
@@ -15,7 +16,7 @@ PROBE_NAME = "probe_function"
 """The function of the call that is rendered to see how a template writes calls."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen_dataclass(frozen=True, slots=True)
 class WrittenCall:
     """A call as the model wrote it; `arguments` is JSON text of an object, `call_id` None where it wrote none."""
 

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import json
 import re
+from typing import NamedTuple
 
 _SPACES = " \t\r\n"
 _SPACE = re.compile(r"[ \t\r\n]*")
+_COLON = re.compile(r"[ \t\r\n]*:[ \t\r\n]*")
+_NEXT = re.compile(r"[ \t\r\n]*([,}])[ \t\r\n]*")
 
 
-def read_members(text: str) -> dict[str, str]:
-    """Key → JSON text of its value, as written, of the one object that `text` is.
+class Written(NamedTuple):
+    """A value, and its JSON text as it was written."""
+
+    text: str
+    value: object
+
+
+def read_members(text: str) -> dict[str, Written]:
+    """Key → value of the one object that `text` is.
 
     Raises ValueError for all else (a key that stands twice too), RecursionError for absurd nesting.
     """
@@ -20,29 +30,34 @@ def read_members(text: str) -> dict[str, str]:
     return members
 
 
-def members_at(text: str, at: int) -> tuple[dict[str, str], int]:
+def members_at(text: str, at: int) -> tuple[dict[str, Written], int]:
     """As `read_members`, of the object that begins at `at`; and where it ends."""
-    members: dict[str, str] = {}
+    members: dict[str, Written] = {}
     at = skip_space(text, expect(text, at, "{"))
     if text[at : at + 1] == "}":
         return members, at + 1
     while True:
         expect(text, at, '"')
         key, after_key = _DECODER.raw_decode(text, at)
-        start = skip_space(text, expect(text, skip_space(text, after_key), ":"))
-        stop = _DECODER.raw_decode(text, start)[1]
+        colon = _COLON.match(text, after_key)
+        if colon is None:
+            raise ValueError(f"expected ':' at {after_key}")
+        start = colon.end()
+        value, stop = _DECODER.raw_decode(text, start)
         if key in members:
             raise ValueError(f"key {key!r} stands twice")
-        members[key] = text[start:stop]
-        at = skip_space(text, stop)
-        if text[at : at + 1] != ",":
-            return members, expect(text, at, "}")
-        at = skip_space(text, at + 1)
+        members[key] = Written(text[start:stop], value)
+        follows = _NEXT.match(text, stop)
+        if follows is None:
+            raise ValueError(f"expected ',' or '}}' at {stop}")
+        if follows[1] == "}":
+            return members, follows.end(1)
+        at = follows.end()
 
 
-def read_items(text: str) -> list[dict[str, str]]:
+def read_items(text: str) -> list[dict[str, Written]]:
     """The members of each object of the one JSON array of objects that `text` is; raises as `read_members`."""
-    items: list[dict[str, str]] = []
+    items: list[dict[str, Written]] = []
     at = skip_space(text, expect(text, skip_space(text, 0), "["))
     while True:
         members, at = members_at(text, at)

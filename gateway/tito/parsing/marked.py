@@ -79,6 +79,9 @@ class _State(Enum):
     CALL = "call"
 
 
+_CONTENT, _REASONING, _CALL = _State  # an enum's own names are slow to read
+
+
 class MarkedParser:
     """Reads one reply; made by `MarkedParsing.start`."""
 
@@ -108,7 +111,7 @@ class MarkedParser:
         self._call_ids = parsing.call_ids
         self._tools = tools
         self._scanner = scanner
-        self._state = _State.REASONING if reasoning_open else _State.CONTENT
+        self._state = _REASONING if reasoning_open else _CONTENT
         self._draft = ReplyDraft(holds_space=self._calls is not None)
         self._label = _Label(parsing.reasoning.label if parsing.reasoning is not None else "")
         self._beginning: str | None = "" if self._frame.beginnings else None
@@ -123,9 +126,11 @@ class MarkedParser:
         while at < len(token_ids):
             # Where the beginning is undecided, each token may decide it.
             stop = self._scanner.run_end(token_ids, at) if self._beginning is None else at + 1
-            was_reasoning = self._state is _State.REASONING
-            self._read(self._scanner.push_run(token_ids[at:stop]))
-            if was_reasoning or self._state is _State.REASONING:
+            was_reasoning = self._state is _REASONING
+            scanned = self._scanner.push_run(token_ids[at:stop]) if stop - at > 1 else self._scanner.push(token_ids[at])
+            if scanned:
+                self._read(scanned)
+            if was_reasoning or self._state is _REASONING:
                 self._draft.num_reasoning_tokens += stop - at
             at = stop
         return self._draft.take_deltas()
@@ -140,10 +145,10 @@ class MarkedParser:
     @property
     def open_markup(self) -> OpenMarkup:
         """What would have to be closed if the reply ended now."""
-        call_closer = self._frame.closer if self._state is _State.CALL else None
+        call_closer = self._frame.closer if self._state is _CALL else None
         section_closer = self._frame.section.closer if self._frame.section and self._in_section else None
         return OpenMarkup(
-            in_reasoning=self._state is _State.REASONING,
+            in_reasoning=self._state is _REASONING,
             closing_text="".join(closer.text for closer in (call_closer, section_closer) if closer is not None),
         )
 
@@ -151,17 +156,17 @@ class MarkedParser:
         for item in scanned:
             if isinstance(item, str):
                 self._text(item)
-            elif self._state is _State.REASONING:
+            elif self._state is _REASONING:
                 self._marker_in_reasoning(item)
-            elif self._state is _State.CALL:
+            elif self._state is _CALL:
                 self._marker_in_call(item)
             else:
                 self._marker_in_content(item)
 
     def _text(self, text: str) -> None:
-        if self._state is _State.CALL:
+        if self._state is _CALL:
             self._call_body.append(text)
-        elif self._state is _State.REASONING:
+        elif self._state is _REASONING:
             self._draft.think(self._label.skip(text))
         elif self._beginning is not None:
             self._decide_beginning(self._beginning + text)
@@ -175,7 +180,7 @@ class MarkedParser:
         markers = self._reasoning_markers
         if markers is not None and item == markers.closer:
             self._draft.think(self._label.end())
-            self._state = _State.CONTENT
+            self._state = _CONTENT
             self._draft.content.begin_block()
         elif markers is not None and item == markers.opener and self._draft.reasoning.is_blank:
             return  # an opener that the prompt already had, or that the model repeats
@@ -192,7 +197,7 @@ class MarkedParser:
         elif self._frame.section is not None and item == self._frame.section.closer and self._in_section:
             self._close_section(item)
         elif self._opens_reasoning(item):
-            self._state = _State.REASONING
+            self._state = _REASONING
             self._draft.reasoning.begin_block()
             self._label.begin()
         else:
@@ -224,12 +229,12 @@ class MarkedParser:
         """The reply has ended: by itself, or it was cut."""
         flag = ReplyFlag.MALFORMED_TOOL_CALL if finish.reason is FinishReason.STOP else ReplyFlag.UNCLOSED_TOOL_CALL
         closer = self._frame.closer
-        if self._state is _State.REASONING:
+        if self._state is _REASONING:
             self._draft.think(self._label.end())
             self._draft.flag(ReplyFlag.UNCLOSED_REASONING)
-        elif self._state is _State.CALL and (closer is None or stop_string == closer.text):
+        elif self._state is _CALL and (closer is None or stop_string == closer.text):
             self._end_call(closer="", flag=flag)
-        elif self._state is _State.CALL:
+        elif self._state is _CALL:
             self._spill_call(ReplyFlag.UNCLOSED_TOOL_CALL, closer="")
         self._end_beginning()
         self._spill_section(flag=flag)
@@ -254,7 +259,7 @@ class MarkedParser:
             self._text(text)
 
     def _open_call(self, opener: str) -> None:
-        self._state = _State.CALL
+        self._state = _CALL
         self._call_opener = opener
         self._call_body = []
 
@@ -265,7 +270,7 @@ class MarkedParser:
             return
         for call in written:
             self._add_call(call)
-        self._state = _State.CONTENT
+        self._state = _CONTENT
         self._section_text = []
         self._draft.content.begin_block()
 
@@ -279,7 +284,7 @@ class MarkedParser:
     def _spill_call(self, flag: ReplyFlag, *, closer: str) -> None:
         """What was to be a call becomes content, as written."""
         text = body_text(self._call_body)
-        self._state = _State.CONTENT
+        self._state = _CONTENT
         self._spill_section(flag=flag)
         # JSON without an opener that is no call is an answer in JSON.
         if self._call_opener or object_text(text) is None:

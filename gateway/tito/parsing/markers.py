@@ -10,13 +10,12 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from gateway.tito.tokenizer import ChatTokenizer
 
 
-@dataclass(frozen=True, slots=True)
-class Marker:
+class Marker(NamedTuple):
     """One piece of markup; `token_id` None where it is not a single added token."""
 
     text: str
@@ -26,7 +25,7 @@ class Marker:
 _MAX_UNDECIDED_TOKENS = 8
 """No character has more; a text that still ends in U+FFFD then really holds one."""
 
-_MAX_SILENT_SETS = 256
+_MAX_KNOWN_STOPS = 256
 
 Scanned = str | Marker
 """Visible text, or a marker that was recognised."""
@@ -48,6 +47,7 @@ class Markup:
         special = {token.token_id for token in tokenizer.added_tokens.values() if token.special}
         self.silent = frozenset((special | set(tokenizer.eos_token_ids)) - self.by_id.keys())
         self._silent_with: dict[tuple[int, ...], tuple[frozenset[int], frozenset[int]]] = {}
+        self._held_with: dict[tuple[str, ...], HeldTexts] = {}
         longest_first = sorted(self.by_text, key=len, reverse=True)
         self.search = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
@@ -60,9 +60,27 @@ class Markup:
         if known is None:
             silent = self.silent | (set(key) - self.by_id.keys())
             known = silent, silent | self.by_id.keys()
-            if len(self._silent_with) < _MAX_SILENT_SETS:
+            if len(self._silent_with) < _MAX_KNOWN_STOPS:
                 self._silent_with[key] = known
         return known
+
+    def held_with(self, stop: tuple[str, ...]) -> HeldTexts:
+        """What may become a marker, or one of these stop strings."""
+        known = self._held_with.get(stop)
+        if known is None:
+            patterns = (*self.by_text, *stop)
+            beginnings = frozenset(text[:length] for text in patterns for length in range(1, len(text)))
+            known = HeldTexts(beginnings, max((len(text) for text in patterns), default=0))
+            if len(self._held_with) < _MAX_KNOWN_STOPS:
+                self._held_with[stop] = known
+        return known
+
+
+class HeldTexts(NamedTuple):
+    """Texts with which a pattern may begin, and the longest pattern's length, 0 where there is none."""
+
+    beginnings: frozenset[str]
+    longest: int
 
 
 class TokenScanner:
@@ -80,7 +98,7 @@ class TokenScanner:
         "_detokenizer",
         "_edges",
         "_held",
-        "_max_held",
+        "_longest",
         "_search",
         "_silent",
         "_stop",
@@ -92,32 +110,31 @@ class TokenScanner:
         self._by_id, self._by_text, self._search = markup.by_id, markup.by_text, markup.search
         self._silent, self._edges = markup.silent_with(stop_token_ids)
         self._stop = tuple(text for text in stop if text)
-        patterns = (*self._by_text, *self._stop)
-        self._beginnings = _beginnings(patterns) if patterns else _NO_TEXTS
-        self._max_held = max((len(text) - 1 for text in patterns), default=0)
+        self._beginnings, self._longest = markup.held_with(self._stop)
         self._held = ""
         # Without patterns in the text nothing is ever held, and bytes join as their tokens do.
-        self._takes_runs = not patterns and markup.tokenizer.works_by_bytes
+        self._takes_runs = not self._longest and markup.tokenizer.works_by_bytes
 
     def push(self, token_id: int) -> list[Scanned]:
         """What one more token makes certain."""
         found = self._by_id.get(token_id)
-        if found is None and token_id in self._silent:
-            return self._take(self._detokenizer.flush())
+        if found is None and token_id not in self._silent:
+            return self._take(self._detokenizer.push(token_id))
+        scanned = self._take(self._detokenizer.flush())
         if found is not None:
             # A marker ends whatever was waiting: half characters, half markers, a stop string that did not stop.
-            return [*self._take(self._detokenizer.flush()), *self._release(len(self._held)), found]
-        return self._take(self._detokenizer.push(token_id))
+            if self._held:
+                scanned += self._release(len(self._held))
+            scanned.append(found)
+        return scanned
 
     def run_end(self, token_ids: Sequence[int], start: int) -> int:
         """Where the run of tokens from `start` on ends that `push_run` may take: one token, or several plain ones."""
-        edges = self._edges
-        if not self._takes_runs or token_ids[start] in edges:
+        is_edge = self._edges.__contains__
+        if not self._takes_runs or is_edge(token_ids[start]):
             return start + 1
-        for at in range(start + 1, len(token_ids)):
-            if token_ids[at] in edges:
-                return at
-        return len(token_ids)
+        edge = next(filter(is_edge, token_ids[start + 1 :]), None)
+        return len(token_ids) if edge is None else token_ids.index(edge, start + 1)
 
     def push_run(self, token_ids: Sequence[int]) -> list[Scanned]:
         """What the tokens of one run make certain; the same as of `push` for each."""
@@ -129,6 +146,8 @@ class TokenScanner:
     def finish(self, stop_string: str | None) -> list[Scanned]:
         """What was held back, up to the stop string that ended the reply, if one did."""
         self._held += self._detokenizer.flush()
+        if not self._held:
+            return []
         cut = self._held.find(stop_string) if stop_string else -1
         if cut >= 0:
             self._held = self._held[:cut]
@@ -137,6 +156,8 @@ class TokenScanner:
     def _take(self, text: str) -> list[Scanned]:
         if not text:
             return []
+        if not self._longest:
+            return [text]
         before = len(self._held)
         self._held += text
         return self._release(self._certain_length(before))
@@ -145,7 +166,7 @@ class TokenScanner:
         """How much of the held text can neither start a pattern nor be a stop string that the newest text completed."""
         held = self._held
         certain = len(held)
-        for length in range(min(self._max_held, len(held)), 0, -1):
+        for length in range(min(self._longest - 1, len(held)), 0, -1):
             if held[-length:] in self._beginnings:
                 certain -= length
                 break
@@ -171,11 +192,6 @@ class TokenScanner:
 
 
 _UTF8 = codecs.getincrementaldecoder("utf-8")
-_NO_TEXTS: frozenset[str] = frozenset()
-
-
-def _beginnings(patterns: Iterable[str]) -> frozenset[str]:
-    return frozenset(text[:length] for text in patterns for length in range(1, len(text)))
 
 
 class _Detokenizer:

@@ -5,22 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from gateway.tito.parsing.calls import WrittenCall
-from gateway.tito.parsing.json_text import strict_json
+from gateway.tito.parsing.json_text import Written, strict_json
 
 
-def call_of_members(members: Mapping[str, str]) -> WrittenCall:
-    """The call of an object's members (key → JSON text): `name`, and `arguments` or `parameters`, kept as written.
+def call_of_members(members: Mapping[str, Written]) -> WrittenCall:
+    """The call of an object's members: `name`, and `arguments` or `parameters`, kept as written.
 
     An `id` is the call's. Raises ValueError, KeyError or RecursionError for what is no call.
     """
-    name = strict_json(members["name"])
-    arguments = members["arguments" if "arguments" in members else "parameters"]
-    value = strict_json(arguments)
+    name = members["name"].value
+    arguments, value = members["arguments" if "arguments" in members else "parameters"]
     if isinstance(value, str):
         arguments = value  # some models write the object as a JSON string
         value = strict_json(arguments)
     if not isinstance(name, str) or not name or not isinstance(value, dict):
         raise ValueError("a call has a name and an object of arguments")
     name.encode()  # a lone surrogate, which JSON can spell, is no text: UnicodeEncodeError is a ValueError
-    call_id = strict_json(members["id"]) if "id" in members else None
+    call_id = members["id"].value if "id" in members else None
     return WrittenCall(name, arguments, call_id if isinstance(call_id, str) else None)

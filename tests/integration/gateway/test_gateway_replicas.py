@@ -68,12 +68,11 @@ async def generate(pool: ReplicaPool, *, start: int = 0, max_new_tokens: int = 5
     sampling = SamplingParams(max_new_tokens=max_new_tokens)
     progress = Continuation(GenerateRequest("", PROMPT, sampling, routed_experts_start=start))
     streamed: list[int] = []
-    finish = Finish(FinishReason.ABORT)
-    async for item in pool.generate(progress, session_id="s"):
-        if isinstance(item, Finish):
-            finish = item
-        else:
-            streamed += item.token_ids.tolist()
+
+    def hear(chunk: GenerateChunk) -> None:
+        streamed.extend(chunk.token_ids.tolist())
+
+    finish = await pool.generate(progress, session_id="s", hear=hear)
     generated = progress.generated(finish)
     assert streamed == generated.token_ids.tolist()
     return generated
@@ -183,8 +182,7 @@ async def test_error_is_told_when_no_engine_helps_and_tokens_stay() -> None:
     progress = Continuation(GenerateRequest("", PROMPT, SamplingParams(max_new_tokens=50), routed_experts_start=0))
     async with pool_of(engine) as pool:
         with pytest.raises(EngineUnavailable):
-            async for _ in pool.generate(progress, session_id="s"):
-                pass
+            await pool.generate(progress, session_id="s")
     assert tuple(progress.generated(Finish(FinishReason.ABORT)).token_ids) == REPLY[:4]
     assert len(engine.requests) == 1 + QUICK.max_fruitless_attempts
 
@@ -201,8 +199,7 @@ async def test_sessions_stay_with_their_engine_and_spread_over_all() -> None:
         for session in range(30):
             for _ in range(2):
                 progress = Continuation(GenerateRequest("", PROMPT, SamplingParams(max_new_tokens=5)))
-                async for _ in pool.generate(progress, session_id=f"session-{session}"):
-                    pass
+                await pool.generate(progress, session_id=f"session-{session}")
     assert sum(len(engine.requests) for engine in engines) == 60
     assert all(len(engine.requests) % 2 == 0 and len(engine.requests) >= 8 for engine in engines)
 
