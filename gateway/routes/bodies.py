@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 from urllib.parse import unquote
 
 from fastapi import Request
 from fastapi.responses import Response
 from starlette.requests import ClientDisconnect
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from gateway.contracts.errors import InvalidRequest, PayloadTooLarge, RequestTimeout, UnsupportedEncoding
 from gateway.contracts.generation import JsonValue
-from gateway.routes.exchange import exchange_of, is_gone, is_there
+from gateway.routes.exchange import WITH_BODY, exchange_of, is_gone, is_there
 from gateway.routes.limits import BodyAccount, body_account, read_timeout_seconds
 from gateway.wire.fields import check_nesting
 from gateway.wire.json_text import JsonText, dump_json, load_json_object
@@ -119,6 +120,10 @@ class _Prepared(Response):
         self.raw_headers = [(k.lower().encode("latin-1"), v.encode("latin-1")) for k, v in headers.items()]
         self.raw_headers += others
 
+    def _start(self) -> Message:
+        """What begins the reply; its body follows at once."""
+        return {"type": "http.response.start", "status": 200, "headers": self.raw_headers, WITH_BODY: True}
+
 
 class JsonReply(_Prepared):
     """A JSON reply of any size, sent as fast as it is read; `delivered` runs when its last byte has left, or `lost` if
@@ -139,7 +144,7 @@ class JsonReply(_Prepared):
         """
         complete = False
         try:
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            await send(self._start())
             last = b""
             for piece in self._pieces():
                 if last:
@@ -168,12 +173,19 @@ class JsonReply(_Prepared):
                     yield part
 
 
+class Frame(NamedTuple):
+    """A piece of a streamed reply."""
+
+    data: bytes
+    is_last: bool = False
+
+
 class FrameReply(_Prepared):
     """A streamed reply; its frames end with it, also those that nobody asked for any more. `lost` runs if the client
     goes before any of them was asked for: they tell what becomes of the others."""
 
     def __init__(
-        self, frames: AsyncGenerator[bytes, None], headers: Mapping[str, str], lost: Callable[[], None]
+        self, frames: AsyncGenerator[Frame, None], headers: Mapping[str, str], lost: Callable[[], None]
     ) -> None:
         super().__init__(headers, (b"content-type", b"text/event-stream; charset=utf-8"))
         self._frames = frames
@@ -183,15 +195,31 @@ class FrameReply(_Prepared):
         """Send, then close the frames."""
         begun = False
         try:
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            await send(self._start())
             begun = True
-            async for frame in self._frames:
-                await send({"type": "http.response.body", "body": frame, "more_body": True})
-            await send({"type": "http.response.body", "body": b""})
+            is_last = False
+            async for data, is_last in self._frames:
+                await send({"type": "http.response.body", "body": data, "more_body": not is_last})
+            if not is_last:
+                await send({"type": "http.response.body", "body": b""})
         finally:
             if not begun:
                 self._lost()
             await self._frames.aclose()
+
+
+def gathered(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """The same bytes in few pieces: small ones that are there together leave in one write."""
+    waiting = b""
+    for piece in pieces:
+        if len(waiting) + len(piece) <= _SHORT_BYTES:
+            waiting += piece
+            continue
+        if waiting:
+            yield waiting
+        waiting = piece
+    if waiting:
+        yield waiting
 
 
 def slices(data: bytes) -> Iterator[bytes]:

@@ -26,8 +26,18 @@ from gateway.contracts.experts import RoutedExperts
 from gateway.contracts.generation import TokenIds, TopLogprob
 from gateway.contracts.records import SessionOrigin, SessionRecord, TurnRecord
 from gateway.routes.access import Access, session_of_key
-from gateway.routes.bodies import PIECE_BYTES, FrameReply, JsonReply, checked_id, path_id, read_body, slices
-from gateway.routes.exchange import exchange_of, is_gone, is_there
+from gateway.routes.bodies import (
+    PIECE_BYTES,
+    Frame,
+    FrameReply,
+    JsonReply,
+    checked_id,
+    gathered,
+    path_id,
+    read_body,
+    slices,
+)
+from gateway.routes.exchange import exchange_of, is_there
 from gateway.routes.paths import path_in_session
 from gateway.routes.quotas import Quotas
 from gateway.sessions.idempotency import NO_HINT, CallChoice, RetryHint
@@ -358,28 +368,39 @@ class Begun:
 
     async def _frames(
         self, first: Sequence[_Indexed], events: AsyncGenerator[_Indexed, None]
-    ) -> AsyncGenerator[bytes, None]:
+    ) -> AsyncGenerator[Frame, None]:
         """What to send of each event. first: those that were taken already."""
         finished: dict[int, TurnFinished] = {}
+        closing: Iterable[bytes] = ()
         delivered = False
         try:
-            for index, event in first:
-                for piece in self._pieces(index, event, finished):
-                    yield piece
+            opening = [self._pieces(index, event, finished) for index, event in first]
+            if len(finished) == len(self._turns):
+                closing = opening.pop()
+            for piece in gathered(itertools.chain.from_iterable(opening)):
+                yield Frame(piece)
             async for index, event in events:
-                for piece in self._pieces(index, event, finished):
-                    yield piece
-            end = b"".join(self._writer.end([self._choice(finished[i]) for i in sorted(finished)]))
+                pieces = self._pieces(index, event, finished)
+                if len(finished) == len(self._turns):
+                    closing = pieces  # nothing comes behind it but the end
+                    continue
+                for piece in pieces:
+                    yield Frame(piece)
+            end = self._writer.end([self._choice(finished[i]) for i in sorted(finished)])
+            last = b""
+            for piece in gathered(itertools.chain(closing, end)):
+                if last:
+                    yield Frame(last)
+                last = piece
             if is_there(self._scope):
-                for piece in slices(end):
-                    yield piece
-                delivered = not is_gone(self._scope)
+                yield Frame(last, is_last=True)
+                delivered = True
             for item in finished.values() if delivered else ():
                 # At once: who has read the end may finish the session before this response has wound up.
                 self._calls.runner.delivered(self._session, item)
         except VerbatimError as error:
-            for frame in self._writer.failure(error):
-                yield frame
+            for piece in self._writer.failure(error):
+                yield Frame(piece)
         finally:
             await events.aclose()
             if not delivered:

@@ -17,7 +17,7 @@ from fastapi.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from engines.launch import free_port
-from gateway.routes.bodies import FrameReply, JsonReply
+from gateway.routes.bodies import Frame, FrameReply, JsonReply
 from gateway.routes.connections import BoundedConnection
 from gateway.routes.exchange import Exchange, exchange_of
 from gateway.wire.json_text import JsonText
@@ -195,10 +195,10 @@ async def test_frames_end_with_their_reader() -> None:
     """I4's other half: what was not sent is not taken for sent."""
     notes = Notes()
 
-    async def frames() -> AsyncIterator[bytes]:
+    async def frames() -> AsyncIterator[Frame]:
         try:
             while True:
-                yield b"x" * 2**16
+                yield Frame(b"x" * 2**16)
         finally:
             notes.heard.append("closed")
 
