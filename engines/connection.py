@@ -333,7 +333,11 @@ class EventStream:
         if self._is_over:
             return ()
         try:
-            while pieces := await self._pieces(connection):
+            while (pieces := connection.taken()) or pieces is None:
+                if pieces is None:
+                    if not await connection.arrival(self._waits_until(connection)):
+                        await self._bear_silence(connection)
+                    continue
                 payloads: Sequence[bytes] = ()
                 for piece in pieces:
                     new = self._reader.read(piece)
@@ -351,10 +355,23 @@ class EventStream:
             raise self._http.translated(error, self._path) from error
         raise EngineUnavailable(f"{self._http.named(self._path)}: the stream ended early")
 
+    def _waits_until(self, connection: Connection) -> float:
+        """When the silence of a body is too long, or long enough to ask whether the other side lives."""
+        return min(connection.heard_at + self._http.idle_timeout_seconds, self._stalls_at(connection.now()))
+
+    async def _bear_silence(self, connection: Connection) -> None:
+        """Raise TimeoutError for one that is too long."""
+        is_too_long = connection.now() >= connection.heard_at + self._http.idle_timeout_seconds
+        if self._on_silence is None or is_too_long:
+            raise TimeoutError
+        await self._on_silence()
+
     async def _begin(self, connection: Connection) -> None:
-        http, path, now = self._http, self._path, asyncio.get_running_loop().time
+        http, path, now = self._http, self._path, connection.now
         deadline = connection.heard_at + http.first_byte_timeout_seconds
-        while not await connection.head(min(deadline, self._stalls_at(now()))):
+        while not connection.has_head:
+            if await connection.arrival(min(deadline, self._stalls_at(now()))):
+                continue
             if now() >= deadline:
                 raise EngineTimeout(
                     f"{http.named(path)} did not begin to answer in {http.first_byte_timeout_seconds:g} s"
@@ -367,20 +384,10 @@ class EventStream:
             self._on_headers(connection.headers)
         self._heard_at = now()
 
-    async def _pieces(self, connection: Connection) -> Sequence[bytes]:
-        """What has come of the body, () at its end; raises TimeoutError for a silence that is too long."""
-        now, idle_seconds = asyncio.get_running_loop().time, self._http.idle_timeout_seconds
-        while True:
-            pieces = await connection.pieces(min(connection.heard_at + idle_seconds, self._stalls_at(now())))
-            if pieces is not None:
-                return pieces
-            if self._on_silence is None or now() >= connection.heard_at + idle_seconds:
-                raise TimeoutError
-            await self._on_silence()
-
     async def _check_comments(self) -> None:
         """A router keeps the connection alive with comments, however long its worker is silent."""
-        now = asyncio.get_running_loop().time()
+        assert self._connection is not None
+        now = self._connection.now()
         if self._reader.inside_event:
             self._heard_at = now
         elif now > self._heard_at + self._http.idle_timeout_seconds:

@@ -154,10 +154,12 @@ class EventReader:
 
 def _whole_events(piece: bytes) -> list[bytes] | None:
     """The data of events of one line each, if a piece is just that, as nearly all are; a tenth of the general way."""
-    if not piece.endswith(b"\n\n") or b"\r" in piece:
+    if not piece.startswith(b"data: ") or not piece.endswith(b"\n\n") or b"\r" in piece:
         return None
-    events = piece.split(b"\n\n")
-    events.pop()
+    if piece.find(b"\n") == len(piece) - 2:  # one, as of an engine that sends each by itself
+        data = piece[6:-2].strip()
+        return [data] if data else []
+    events = piece[:-2].split(b"\n\n")
     if piece.count(b"\n") != 2 * len(events):
         return None
     read = []

@@ -122,7 +122,7 @@ class Http1Client:
         """The connection that was used last, unless that was too long ago: then all others were longer ago."""
         while self._idle:
             connection, since = self._idle.popitem()
-            if asyncio.get_running_loop().time() >= since + self._keepalive_seconds:
+            if connection.now() >= since + self._keepalive_seconds:
                 connection.end()
             elif not connection.transport.is_closing():
                 return connection
@@ -227,6 +227,10 @@ class Connection(asyncio.Protocol):
 
     # -- what the client and the reader of an answer call
 
+    def now(self) -> float:
+        """The loop's time."""
+        return self._loop.time()
+
     def begin(self) -> None:
         """A request is about to be sent."""
         self.is_reused = self._parser is not None
@@ -260,25 +264,39 @@ class Connection(asyncio.Protocol):
     async def head(self, until: float) -> bool:
         """Wait for status and headers; False if they have not come by `until` (the loop's time)."""
         while not self.has_head:
-            if self._error is not None:
-                raise self._error
-            if not await self._arrival(until):
+            if not await self.arrival(until):
                 return False
         return True
 
     async def pieces(self, until: float) -> list[bytes] | None:
         """All of the body that has come since the last call, [] at its end; None if nothing came by `until`."""
-        while not self._pieces:
-            if self._complete:
-                return []
-            if self._error is not None:
-                raise self._error
-            if not await self._arrival(until):
+        while (pieces := self.taken()) is None:
+            if not await self.arrival(until):
                 return None
+        return pieces
+
+    def taken(self) -> list[bytes] | None:
+        """As `pieces`, without waiting: None if nothing has come."""
+        if not self._pieces:
+            return [] if self._complete else None
         pieces, self._pieces = self._pieces, []
         self._buffered = 0
-        self._go_on()
+        if self._paused:
+            self._go_on()
         return pieces
+
+    async def arrival(self, until: float) -> bool:
+        """Wait until something comes, be it the end; False if nothing has by `until`. Raises what ended the request."""
+        if self._error is not None:
+            raise self._error
+        if until <= self._loop.time():
+            return False
+        self._waiter = self._loop.create_future()
+        self._ring(until)
+        try:
+            return await self._waiter
+        finally:
+            self._waiter = None
 
     def finish(self) -> None:
         """Of this answer no more is needed; its connection is used again once all of it has come."""
@@ -310,17 +328,6 @@ class Connection(asyncio.Protocol):
                 self.transport.resume_reading()
 
     # -- waiting
-
-    async def _arrival(self, until: float) -> bool:
-        """Wait until something comes, be it the end; False if nothing has by `until`."""
-        if until <= self._loop.time():
-            return False
-        self._waiter = self._loop.create_future()
-        self._ring(until)
-        try:
-            return await self._waiter
-        finally:
-            self._waiter = None
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

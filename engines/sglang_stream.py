@@ -195,7 +195,7 @@ class StreamReader:
         the sake of a few fields.
         """
         last_event, last_meta = self._latest
-        if event.keys() != last_event.keys() or meta.keys() != last_meta.keys():
+        if [*event] != [*last_event] or [*meta] != [*last_meta]:  # in another order is as good as others
             self._fold_latest()
         self._latest = event, meta
         if size > _LARGE_BYTES:
