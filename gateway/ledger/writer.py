@@ -32,7 +32,7 @@ each time on what the store holds then, and only what the last run did is stored
 
 _MAX_BATCH = 512
 _MAX_TRIES_ALONE = 5
-_PATIENCE_SECONDS = 0.002
+_PATIENCE_SECONDS = 0.01
 """For which what nobody is in a hurry for waits to be committed with something else."""
 
 
