@@ -11,8 +11,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from collections import deque
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Literal, TypeAlias, cast
 from urllib.parse import unquote
 
 import httptools
@@ -22,7 +23,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from uvicorn.server import ServerState
 
 from gateway.contracts.errors import InvalidRequest, RequestTimeout, VerbatimError
-from gateway.routes.exchange import Exchange
+from gateway.routes.exchange import Exchange, Flow
 from gateway.wire.errors import error_body
 from gateway.wire.json_text import dump_json
 
@@ -32,6 +33,9 @@ MAX_HEAD_BYTES = 65_536
 """Of a request line and its headers, not counting the piece of data in which they begin."""
 
 _FLUSH_SECONDS = 0.005
+
+_Until: TypeAlias = Literal["head", "rest", "reader", "idle"]
+"""What is waited for: the head of a request, what is left of its body, the reader of a reply, the next request."""
 
 
 class BoundedConnection(HttpToolsProtocol):
@@ -51,10 +55,9 @@ class BoundedConnection(HttpToolsProtocol):
         super().__init__(config, server_state, app_state, _loop)
         self._read_timeout_seconds = read_timeout_seconds
         self._write_timeout_seconds = write_timeout_seconds
-        self._head = _Deadline(self.loop)
-        self._rest = _Deadline(self.loop)
-        self._reader = _Deadline(self.loop)
-        self._idle = _Deadline(self.loop)
+        self._deadlines = _Deadlines(self.loop)
+        # Of requests that are sent ahead; a deque for each connection would be nearly a kilobyte of every turn.
+        self.pipeline = cast("deque[Any]", ())
         self._served: Exchange | None = None
         self._descriptor = -1
         self._head_bytes: int | None = 0  # None: no head is being read
@@ -75,13 +78,13 @@ class BoundedConnection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         """The first request has to come."""
         super().connection_made(transport)
+        self.flow = Flow(transport)
         self._descriptor = transport.get_extra_info("socket").fileno()
         self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """All deadlines end; who attends to a request hears that its client has gone."""
-        for deadline in (self._head, self._rest, self._reader, self._idle):
-            deadline.end()
+        self._deadlines.end()
         super().connection_lost(exc)
         if self._served is not None and not self._served.response_complete:
             self._served.client_left()
@@ -105,7 +108,7 @@ class BoundedConnection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Its head is whole: it begins, or waits for those that were sent before it."""
         self._head_bytes = None
-        self._head.clear()
+        self._deadlines.clear("head")
         scope, url = cast("Scope", self.scope), httptools.parse_url(self.url)
         path = url.path.decode("ascii")
         scope["http_version"] = version = self.parser.get_http_version()
@@ -128,6 +131,7 @@ class BoundedConnection(HttpToolsProtocol):
             self._start_asgi_task(self.cycle, self.app)
         else:
             self.flow.pause_reading()
+            self.pipeline = self.pipeline or deque()
             self.pipeline.appendleft((self.cycle, self.app))
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
@@ -137,7 +141,7 @@ class BoundedConnection(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """It is whole."""
-        self._rest.clear()
+        self._deadlines.clear("rest")
         self._in_message = False
         super().on_message_complete()
         self._leave_soon()
@@ -153,9 +157,9 @@ class BoundedConnection(HttpToolsProtocol):
         if self.pipeline:
             self._start_asgi_task(*self.pipeline.pop())
         else:
-            self._idle.set(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+            self._deadlines.set("idle", self.timeout_keep_alive, self.timeout_keep_alive_handler)
         if self.cycle.more_body and self.cycle.response_complete:
-            self._rest.set(self._read_timeout_seconds, self.transport.abort)
+            self._deadlines.set("rest", self._read_timeout_seconds, self.transport.abort)
         self._leave_soon()
 
     def pause_writing(self) -> None:
@@ -166,10 +170,10 @@ class BoundedConnection(HttpToolsProtocol):
     def resume_writing(self) -> None:
         """It has read on."""
         super().resume_writing()
-        self._reader.clear()
+        self._deadlines.clear("reader")
 
     def _unset_keepalive_if_required(self) -> None:
-        self._idle.clear()
+        self._deadlines.clear("idle")
 
     def timeout_keep_alive_handler(self) -> None:
         """Nothing more came; who has not even read the last reply is not waited for."""
@@ -203,7 +207,7 @@ class BoundedConnection(HttpToolsProtocol):
         self.transport.close()  # this process's descriptor only
 
     def _await_head(self) -> None:
-        self._head.set(self._read_timeout_seconds, self._head_is_late)
+        self._deadlines.set("head", self._read_timeout_seconds, self._head_is_late)
 
     def _head_is_late(self) -> None:
         if self.cycle is not None and not self.cycle.response_complete:  # of the next request, sent ahead
@@ -215,7 +219,7 @@ class BoundedConnection(HttpToolsProtocol):
             self.transport.close()
 
     def _await_reader(self) -> None:
-        self._reader.set(self._write_timeout_seconds, self._reader_is_late)
+        self._deadlines.set("reader", self._write_timeout_seconds, self._reader_is_late)
 
     def _reader_is_late(self) -> None:
         _log.warning("a client did not read its reply for %g s and is cut off", self._write_timeout_seconds)
@@ -224,7 +228,7 @@ class BoundedConnection(HttpToolsProtocol):
     def _refuse(self, status: int, error: VerbatimError) -> None:
         """Answer what is no request yet, and close."""
         self._head_bytes = None
-        self._head.clear()
+        self._deadlines.clear("head")
         body = dump_json(error_body(error))
         phrase = {400: "Bad Request", 408: "Request Timeout", 431: "Request Header Fields Too Large"}[status]
         headers = [*self.server_state.default_headers, (b"content-type", b"application/json")]
@@ -239,44 +243,50 @@ class BoundedConnection(HttpToolsProtocol):
         self._refuse(400, InvalidRequest(msg))
 
 
-class _Deadline:
-    """One timer: set anew, or cleared. Both are assignments, of which each request makes several: a timer that runs is
-    left alone, and looks when it rings whether it was meant."""
+class _Deadlines:
+    """Those of one connection, under one timer; each is set anew, or cleared.
 
-    __slots__ = ("_at", "_loop", "_then", "_timer")
+    Each request makes several, and a timer is half a kilobyte: one that runs is left alone, and looks when it rings
+    what was meant.
+    """
+
+    __slots__ = ("_loop", "_timer", "_waiting")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._timer: asyncio.TimerHandle | None = None
-        self._then: Callable[[], None] | None = None
-        self._at = 0.0
+        self._waiting: dict[_Until, tuple[float, Callable[[], None]]] = {}
 
-    def set(self, seconds: float, then: Callable[[], None]) -> None:
+    def set(self, until: _Until, seconds: float, then: Callable[[], None]) -> None:
         """From now on."""
-        self._at, self._then = self._loop.time() + seconds, then
-        if self._timer is not None and self._timer.when() > self._at:
-            self._timer.cancel()
-            self._timer = None
-        if self._timer is None:
-            self._timer = self._loop.call_at(self._at, self._ring)
+        at = self._loop.time() + seconds
+        self._waiting[until] = at, then
+        self._ring_by(at)
 
-    def clear(self) -> None:
+    def clear(self, until: _Until) -> None:
         """Nothing happens."""
-        self._then = None
+        self._waiting.pop(until, None)
 
     def end(self) -> None:
         """Nothing will happen any more."""
-        self._then = None
+        self._waiting.clear()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
+    def _ring_by(self, at: float) -> None:
+        if self._timer is not None:
+            if self._timer.when() <= at:
+                return
+            self._timer.cancel()
+        self._timer = self._loop.call_at(at, self._ring)
+
     def _ring(self) -> None:
         self._timer = None
-        if self._then is None:
-            return
-        if self._loop.time() < self._at:
-            self._timer = self._loop.call_at(self._at, self._ring)
-            return
-        then, self._then = self._then, None
-        then()
+        now = self._loop.time()
+        for until, (at, then) in list(self._waiting.items()):
+            if at <= now and until in self._waiting:
+                del self._waiting[until]
+                then()
+        if self._waiting:
+            self._ring_by(min(at for at, _ in self._waiting.values()))

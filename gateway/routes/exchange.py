@@ -30,8 +30,8 @@ _NO_ACCESS_LOG = logging.getLogger("uvicorn.access")
 
 
 class _News:
-    """An `asyncio.Event` as far as uvicorn uses it, made only where somebody waits: few bodies come in pieces, and
-    nearly a kilobyte would be kept for every turn under way."""
+    """An `asyncio.Event` as far as uvicorn uses it, made only where somebody waits: few bodies come in pieces, few
+    replies are not read, and nearly a kilobyte for each would be kept for every turn under way."""
 
     __slots__ = ("_event", "_is_set")
 
@@ -57,6 +57,17 @@ class _News:
             return True
         self._event = self._event or asyncio.Event()
         return await self._event.wait()
+
+
+class Flow(FlowControl):
+    """uvicorn's, of which nearly nobody waits until a reply is read."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self.read_paused = False
+        self.write_paused = False
+        self._is_writable_event = cast(asyncio.Event, _News())
+        self._is_writable_event.set()
 
 
 class Exchange(RequestResponseCycle):
