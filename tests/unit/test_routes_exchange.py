@@ -6,7 +6,7 @@ import asyncio
 import gc
 import socket
 import weakref
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import cast
@@ -17,7 +17,7 @@ from fastapi.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from engines.launch import free_port
-from gateway.routes.bodies import Frame, FrameReply, JsonReply
+from gateway.routes.bodies import Frame, FrameReply, JsonReply, gathered
 from gateway.routes.connections import BoundedConnection
 from gateway.routes.exchange import Exchange, exchange_of
 from gateway.wire.json_text import JsonText
@@ -137,6 +137,64 @@ async def test_a_request_that_is_over_needs_no_collector_to_go() -> None:
                 assert seen[0]() is None
     finally:
         gc.enable()
+
+
+class Written:
+    """A transport that tells what is written to it, each time."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self.pieces: list[bytes] = []
+
+    def write(self, data: bytes) -> None:
+        self.pieces.append(data)
+        self._transport.write(data)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._transport, name)
+
+
+async def frames_of(*frames: Frame) -> AsyncGenerator[Frame, None]:
+    for frame in frames:
+        yield frame
+
+
+@pytest.mark.parametrize(
+    ("make", "num"),
+    [
+        (lambda notes: notes.reply(2), 1),
+        (lambda notes: FrameReply(frames_of(Frame(b"xx", is_last=True)), {}, notes.note("lost")), 1),
+        (lambda notes: FrameReply(frames_of(Frame(b"x"), Frame(b"xx", is_last=True)), {}, notes.note("lost")), 2),
+        (lambda notes: FrameReply(frames_of(Frame(b"xx")), {}, notes.note("lost")), 2),
+    ],
+)
+async def test_head_and_end_of_a_reply_take_no_writes_of_their_own(make: Callable[[Notes], Response], num: int) -> None:
+    """Each write is a packet, and wakes its reader."""
+    notes = Notes()
+    written: list[Written] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        exchange = exchange_of(scope)
+        assert exchange is not None
+        written.append(Written(exchange.transport))
+        exchange.transport = written[0]  # type: ignore[assignment]
+        await make(notes)(scope, receive, send)
+        notes.ended.set()
+
+    async with serving(app) as port:
+        with connected(port) as client:
+            client.sendall(REQUEST % (b"", 0, b""))
+            await replies(client, 1, b"xx")
+            await asyncio.wait_for(notes.ended.wait(), 10)
+    assert len(written[0].pieces) == num
+    assert written[0].pieces[0].startswith(b"HTTP/1.1 200 OK\r\n")
+    assert "lost" not in notes.heard
+
+
+async def test_pieces_are_gathered_in_order_and_a_large_one_stands_alone() -> None:
+    large = b"x" * 2**17
+    assert list(gathered([b"a", b"", b"b", large, b"c", b"d"])) == [b"ab", large, b"cd"]
+    assert list(gathered([])) == []
 
 
 async def test_who_attends_is_cancelled_when_the_client_goes_and_need_not_tell_it() -> None:
