@@ -246,7 +246,7 @@ def is_gone(scope: Scope) -> bool:
 
 def _tcp_state(descriptor: int) -> bytes:
     """Of a connection that somebody else owns; uvloop's own view of its socket would open another descriptor."""
-    view = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, fileno=descriptor)
+    view = socket.SocketType(socket.AF_INET, socket.SOCK_STREAM, 0, descriptor)
     try:
         return view.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
     finally:
