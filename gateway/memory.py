@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import gc
-import mmap
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 _M_ARENA_MAX = -8
 _NUM_ARENAS = 2
@@ -43,25 +41,6 @@ def give_back_memory() -> None:
     """What was freed goes back to the system: of reading a large vocabulary that is 80 MB."""
     if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
         trim(0)
-    _unmap_code()
-
-
-def _unmap_code() -> None:
-    """Libraries' code that the start has run comes back page by page as it is run again, from the kernel's cache, where
-    it can be given to others meanwhile: of 30 MB serving needs a third.
-
-    Machine code only: it is as the file has it, while other parts of a library may hold what was written into them.
-    """
-    try:
-        lines = Path("/proc/self/maps").read_text().splitlines()
-    except OSError:  # not on Linux
-        return
-    madvise = ctypes.CDLL(None).madvise
-    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    for fields in map(str.split, lines):
-        if fields[1] == "r-xp" and len(fields) > 5 and fields[5].startswith("/"):
-            start, stop = (int(bound, 16) for bound in fields[0].split("-"))
-            madvise(start, stop - start, mmap.MADV_DONTNEED)
 
 
 async def collect_cycles(

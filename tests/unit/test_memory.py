@@ -1,11 +1,9 @@
-"""When the collector looks through all that is in memory, which stops everything meanwhile; what is given back."""
+"""When the collector looks through all that is in memory, which stops everything meanwhile."""
 
 from __future__ import annotations
 
 import asyncio
 import gc
-import subprocess
-import sys
 import weakref
 from collections.abc import Iterator
 
@@ -13,18 +11,6 @@ import pytest
 
 from gateway.background import background
 from gateway.memory import collect_cycles
-
-_LOOK = """
-import fastapi, numpy
-from gateway.memory import give_back_memory
-
-def resident(kind):
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(kind))
-
-before = resident("RssFile")
-give_back_memory()
-print(before - resident("RssFile"), numpy.linalg.inv(numpy.eye(3) * 2)[2, 2], fastapi.FastAPI(title="again").title)
-"""
 
 
 class Ring:
@@ -82,11 +68,3 @@ async def test_nothing_is_looked_through_where_nothing_happened() -> None:
         assert ring() is not None
     gc.collect()
     await asyncio.wait_for(gone.wait(), 10)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_code_that_the_start_has_run_is_given_back_and_runs_again() -> None:
-    done = subprocess.run([sys.executable, "-c", _LOOK], capture_output=True, text=True, check=True)
-    given_back_kb, half, title = done.stdout.split()
-    assert int(given_back_kb) > 2_000
-    assert (half, title) == ("0.5", "again")
