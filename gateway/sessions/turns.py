@@ -493,7 +493,7 @@ def _parent_turn(node: Node, recorded: Sequence[TokenIds], num_messages: int) ->
         num_messages=num_messages,
         finish=node.record.finish,
         num_tokens=node.num_tokens,
-        last_token_id=int(node.record.output_token_ids[-1]),
+        last_token_id=next((int(ids[-1]) for ids in reversed(recorded) if len(ids)), None),
     )
 
 
