@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.load.programs import FakeEngine
-from benchmarks.load.usage import Usage, cpu_seconds_of, usage_of
+from benchmarks.load.usage import Usage, cpu_seconds_of, tree, usage_of
 from engines.launch import free_port
 from gateway.contracts.errors import ConfigurationError, EngineUnavailable
 
@@ -32,7 +32,8 @@ CHAT_PATH = "/v1/chat/completions"
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """How a contender is started. ready: the path that answers 200 once it serves. cores: "0,2-3", "" for all."""
+    """How a contender is started. ready: the path that answers 200 once it serves. cores: "0,2-3", "" for all.
+    num_processes: that stay once helpers of its start have ended, 0 where that is not known."""
 
     name: str
     command: Sequence[str]
@@ -41,6 +42,7 @@ class Launch:
     path: str
     environment: Mapping[str, str]
     cores: str = ""
+    num_processes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +82,9 @@ def verbatim(
         *("--port", str(port), "--data", str(data), *flags),
     )
     name = "verbatim" if workers == 1 else f"verbatim x{workers}"
-    return Launch(name, command, port, "/ready", SESSION_PATH, {"PYTHONPATH": str(_ROOT)}, cores)
+    is_known = not any(flag.startswith("--workers") for flag in flags) or workers > 1
+    num_processes = (1 if workers == 1 else workers + 1) if is_known else 0
+    return Launch(name, command, port, "/ready", SESSION_PATH, {"PYTHONPATH": str(_ROOT)}, cores, num_processes)
 
 
 def smg(engine: FakeEngine, *, cores: str = "", max_requests: int = 20_000) -> Launch:
@@ -139,7 +143,9 @@ def running(launch: Launch, log: Path) -> Iterator[Running]:
         )
     try:
         _wait_ready(process, launch, log, began + _READY_SECONDS)
-        yield Running(launch.name, launch.port, launch.path, process.pid, time.monotonic() - began)
+        ready = time.monotonic() - began
+        _wait_alone(process.pid, launch.num_processes)
+        yield Running(launch.name, launch.port, launch.path, process.pid, ready)
     finally:
         _end(process)
 
@@ -162,6 +168,13 @@ def raise_descriptor_limit() -> None:
     """As far as this process may; all that it starts inherit it."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _wait_alone(pid: int, num_processes: int) -> None:
+    """Until helpers of the start have ended, whose CPU and memory are no turn's; not longer than a start takes."""
+    deadline = time.monotonic() + _READY_SECONDS
+    while 0 < num_processes < sum(1 for _ in tree(pid)) and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def _wait_ready(process: subprocess.Popen[bytes], launch: Launch, log: Path, deadline: float) -> None:

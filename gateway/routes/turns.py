@@ -374,11 +374,12 @@ class Begun:
         closing: Iterable[bytes] = ()
         delivered = False
         try:
-            opening = [self._pieces(index, event, finished) for index, event in first]
-            if len(finished) == len(self._turns):
-                closing = opening.pop()
-            for piece in gathered(itertools.chain.from_iterable(opening)):
+            is_all = sum(isinstance(event, TurnFinished) for _, event in first) == len(self._turns)
+            opening = first[:-1] if is_all else first
+            for piece in gathered(piece for known in opening for piece in self._pieces(*known, finished)):
                 yield Frame(piece)
+            if is_all:
+                closing = self._pieces(*first[-1], finished)
             async for index, event in events:
                 pieces = self._pieces(index, event, finished)
                 if len(finished) == len(self._turns):
