@@ -24,6 +24,8 @@ from gateway.sessions.tree import TurnTree
 _NOTE_SECONDS = 1.0
 """Within which a delivery is noted by another gateway."""
 
+_FEW_LOOKS = 16
+
 _LOOK_SECONDS = 0.05
 
 
@@ -318,15 +320,19 @@ class SessionRegistry:
         self._forget_idle()
 
     def _forget_idle(self) -> None:
-        excess = len(self._sessions) - self._capacity
-        if excess <= 0:
-            return
+        """Of those that were used longest ago, of which a few are looked at: a look at all, with each session that is
+        made, would take longer than its turns. Who is in use goes to the end, so that others are looked at next."""
         newest = next(reversed(self._sessions))
-        idle = [
-            key for key, s in self._sessions.items() if not (s.running or s.closing or s.deliveries) and key != newest
-        ]
-        for session_id in idle[:excess]:
-            del self._sessions[session_id]
+        for _ in range(_FEW_LOOKS):
+            if len(self._sessions) <= self._capacity:
+                return
+            session_id, session = next(iter(self._sessions.items()))
+            if session_id == newest:
+                return
+            if session.running or session.closing or session.deliveries:
+                self._sessions.move_to_end(session_id)
+            else:
+                del self._sessions[session_id]
 
 
 def new_session(
