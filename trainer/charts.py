@@ -165,7 +165,8 @@ class _Scale:
             values = [10.0**power for power in range(first, last + 1, max((last - first) // 4, 1))]
         else:
             step = _nice_step(self.high - self.low)
-            values = [self.low + i * step for i in range(round((self.high - self.low) / step) + 1)]
+            num_steps = math.floor((self.high - self.low) / step + 1e-6)  # the last may end within the picture
+            values = [self.low + i * step for i in range(num_steps + 1)]
         return tuple(Tick(y, figure(0.0 if abs(v) < 1e-12 * abs(self.high) else v)) for v in values if (y := self.y(v)))
 
 
