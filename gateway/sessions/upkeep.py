@@ -11,15 +11,16 @@ from gateway.tito.proof import prove_elsewhere
 
 
 class PromptUpkeep:
-    """Owns the task that does it; `aclose` waits for the last one."""
+    """Owns the tasks that do it; `aclose` waits for the last ones."""
 
     def __init__(self, prompts: PromptBuilder) -> None:
         self._prompts = prompts
+        self._preparing: asyncio.Task[None] | None = None
         self._task: asyncio.Task[None] | None = None
 
     def prepare(self) -> None:
-        """Certify the shapes of ordinary agents; turns that come meanwhile are certified one by one."""
-        self._start(self._prepare)
+        """Certify the shapes of ordinary agents; those of turns that come meanwhile are certified one by one."""
+        self._preparing = asyncio.create_task(asyncio.to_thread(self._prepare))
 
     def poke(self) -> None:
         """Begin, if there is something to do and nothing under way."""
@@ -28,15 +29,18 @@ class PromptUpkeep:
 
     async def aclose(self) -> None:
         """Wait for what runs; raises what it raised."""
-        if self._task is not None:
-            await self._task
+        for task in (self._preparing, self._task):
+            if task is not None:
+                await task
 
     def _prepare(self) -> None:
         self._prompts.prepare(prove_elsewhere)
         give_back_memory()  # of a vocabulary's reading
 
     def _start(self, work: Callable[[], None]) -> None:
-        if self._task is None or self._task.done():
-            if self._task is not None:
-                self._task.result()  # a bug in a certificate must not pass in silence
-            self._task = asyncio.create_task(asyncio.to_thread(work))
+        if self._task is not None and not self._task.done():
+            return
+        for task in (self._preparing, self._task):
+            if task is not None and task.done():
+                task.result()  # a bug in a certificate must not pass in silence
+        self._task = asyncio.create_task(asyncio.to_thread(work))

@@ -37,6 +37,7 @@ from gateway.tito.junction import (
 from gateway.tito.lookalikes import Brackets, GuardedConversation, LookalikeGuard
 from gateway.tito.parsing.choice import choose_parsing
 from gateway.tito.parsing.reply import ReplyParsing
+from gateway.tito.proof import Proven, ToProve, prove
 from gateway.tito.shapes import Shape
 from gateway.tito.short_path import CertifiedSuffix, ShortPath
 from gateway.tito.template import ChatTemplate
@@ -138,10 +139,20 @@ class PromptBuilder:
                 return continued
         return self._by_rendering(conversation, parent, reason)
 
-    def prepare(self, prove: Callable[[ChatTokenizer, BackendChoice], None] = ChatTokenizer.prove_backend) -> None:
+    def prepare(self, prove: Callable[[ToProve], Proven] = prove) -> None:
         """Certify the shapes of ordinary agents, prove a faster tokenizer library; a second or two, for a thread."""
-        self._short_path.certify_standard_shapes()
-        prove(self._tokenizer, self._backend)
+        proven = prove(
+            ToProve(
+                self._template.texts,
+                self._template.special_tokens,
+                self.turn_tokens,
+                self._parsing.reasoning,
+                self._tokenizer.json,
+                self._backend,
+            )
+        )
+        self._short_path.trust(proven.certificates)
+        self._tokenizer.use_backend(proven.backend)
 
     def certificate(self, shape: Shape, arguments: Mapping[str, JsonValue]) -> ShapeCertificate:
         """Try a shape of turns under template arguments, for people to look at; some 10 ms."""

@@ -1,51 +1,90 @@
-"""Proving a faster tokenizer library in a process of its own: thirty megabytes and a second of work that the gateway
-would otherwise keep and share its interpreter with.
+"""What prompts rely on and has to be proven first, in a process of its own: thirty megabytes and two seconds of work
+that the gateway would otherwise keep, and share its interpreter with while its first turns run.
 
-    python -m gateway.tito.proof CHOICE  < tokenizer.json  > what came of it, as JSON
+    python -m gateway.tito.proof  < what to prove  > what came of it   (pickled: both ends are this program)
 """
 
 from __future__ import annotations
 
-import json
 import os
+import pickle
 import subprocess
 import sys
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from gateway.tito.backends import BackendChoice
+from gateway.tito.certificate import ShapeCertificate, ShapeKey, certify_shape
+from gateway.tito.junction import TurnTokens
+from gateway.tito.parsing.reasoning import ReasoningMarkers
+from gateway.tito.shapes import standard_shapes
+from gateway.tito.template import ChatTemplate
 from gateway.tito.tokenizer import ChatTokenizer, FoundBackend
 
 _PROOF_SECONDS = 300.0
 _NICENESS = 10
 
 
-def prove_elsewhere(tokenizer: ChatTokenizer, choice: BackendChoice) -> None:
-    """As `ChatTokenizer.prove_backend`; a proof that breaks off leaves it with `tokenizers`, and says why."""
-    if choice is BackendChoice.TOKENIZERS:
-        return
+class ToProve(NamedTuple):
+    """Of one model: templates by name and the special tokens that they see, what ends and builds turns; the
+    tokenizer.json, and which faster library is wanted for it."""
+
+    templates: Mapping[str, str]
+    special_tokens: Mapping[str, str]
+    tokens: TurnTokens
+    reasoning: ReasoningMarkers | None
+    tokenizer_json: bytes
+    backend: BackendChoice
+
+
+class Proven(NamedTuple):
+    """Certificates of the shapes that ordinary agents' turns have, and the tokenizer library to use."""
+
+    certificates: Sequence[tuple[ShapeKey, ShapeCertificate]]
+    backend: FoundBackend
+
+
+def prove(wanted: ToProve) -> Proven:
+    """In this process; a second or two, for a thread."""
+    template = ChatTemplate(wanted.templates, special_tokens=wanted.special_tokens)
+    certificates = [
+        (
+            ShapeKey(shape, "{}"),
+            certify_shape(template, shape, {}, tokens=wanted.tokens, reasoning=wanted.reasoning),
+        )
+        for has_tools in (True, False)
+        for starts_with_system in (True, False)
+        for shape in standard_shapes(starts_with_system=starts_with_system, has_tools=has_tools)
+    ]
+    if wanted.backend is BackendChoice.TOKENIZERS:
+        return Proven(certificates, FoundBackend(BackendChoice.TOKENIZERS.value))
+    return Proven(certificates, ChatTokenizer(wanted.tokenizer_json).find_backend(wanted.backend))
+
+
+def prove_elsewhere(wanted: ToProve) -> Proven:
+    """In another process. One that breaks off proves nothing, and the library's reason says why: shapes are certified
+    when they are met, and `tokenizers` serves."""
     paths = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "gateway.tito.proof", choice.value]
     try:
         done = subprocess.run(
-            command,
-            input=tokenizer.json,
+            [sys.executable, "-m", "gateway.tito.proof"],
+            input=pickle.dumps(wanted),
             stdout=subprocess.PIPE,
             timeout=_PROOF_SECONDS,
             check=True,
             env=os.environ | {"PYTHONPATH": paths},
         )
-        found = FoundBackend(**json.loads(done.stdout))
-    except (subprocess.SubprocessError, OSError, ValueError) as error:
-        found = FoundBackend(BackendChoice.TOKENIZERS.value, {choice.value: f"its proof broke off: {error}"})
-    tokenizer.use_backend(found)
+        return Proven(*pickle.loads(done.stdout))  # of our own program
+    except (subprocess.SubprocessError, OSError, pickle.UnpicklingError, EOFError) as error:
+        reasons = {wanted.backend.value: f"its proof broke off: {error}"}
+        return Proven((), FoundBackend(BackendChoice.TOKENIZERS.value, reasons))
 
 
 def main() -> None:
     """The other process."""
     os.nice(_NICENESS)
-    found = ChatTokenizer(sys.stdin.buffer.read()).find_backend(BackendChoice(sys.argv[1]))
-    sys.stdout.write(json.dumps(asdict(found)))
+    sys.stdout.buffer.write(pickle.dumps(tuple(prove(pickle.load(sys.stdin.buffer)))))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ long path (`prompt`).
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from gateway.contracts.frozen import frozen_dataclass
 from gateway.contracts.generation import JsonValue
@@ -26,7 +26,7 @@ from gateway.tito.frames import Frame, learn_frame
 from gateway.tito.junction import TurnTokens, local_suffix
 from gateway.tito.lookalikes import AnyOf, LookalikeGuard, SaidTexts
 from gateway.tito.parsing.reasoning import ReasoningMarkers
-from gateway.tito.shapes import Shape, shape_of, standard_shapes
+from gateway.tito.shapes import Shape, shape_of
 from gateway.tito.template import ChatTemplate
 
 _MAX_ARGUMENTS_LENGTH = 2_000
@@ -65,12 +65,10 @@ class ShortPath:
         """Whether shapes wait to be certified."""
         return self._book.has_pending
 
-    def certify_standard_shapes(self) -> None:
-        """Certify the shapes of ordinary agents before they are met."""
-        for has_tools in (True, False):
-            for starts_with_system in (True, False):
-                for shape in standard_shapes(starts_with_system=starts_with_system, has_tools=has_tools):
-                    self._certify(ShapeKey(shape, "{}"), {})
+    def trust(self, certificates: Iterable[tuple[ShapeKey, ShapeCertificate]]) -> None:
+        """Rely on certificates that were made elsewhere, of the same template and tokens."""
+        for key, certificate in certificates:
+            self._book.put(key, certificate)
 
     def certify_next(self) -> bool:
         """Certify one shape that was asked for (some 10 ms), or frame one that is in use; whether there was one."""

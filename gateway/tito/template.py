@@ -86,7 +86,8 @@ class ContentForms(NamedTuple):
 class ChatTemplate:
     """One or several named templates of a model, compiled once.
 
-    fingerprint: sha256 hex of the default template's text. source: the texts of all of them, one after the other.
+    texts: by their names; special_tokens: what they see of them. fingerprint: sha256 hex of the default template's
+    text. source: all texts, one after the other.
     looked_for: markup that a template compares texts with or searches in them (`</think>`, `<tool_response>`).
     """
 
@@ -94,10 +95,11 @@ class ChatTemplate:
         """Raises ConfigurationError for a template that does not compile, or when none is the default."""
         if _DEFAULT not in templates:
             raise ConfigurationError(f"no default chat template among {sorted(templates)}")
+        self.texts: Mapping[str, str] = dict(templates)
         self.fingerprint: str = hashlib.sha256(templates[_DEFAULT].encode()).hexdigest()
         self.source: str = "\n".join(templates.values())
         self.looked_for: tuple[str, ...] = _looked_for(self.source)
-        self._special_tokens = dict(special_tokens)
+        self.special_tokens: Mapping[str, str] = dict(special_tokens)
         self._content_forms: dict[str, ContentForms] = {}
         self._shows_others: dict[tuple[str, bool], bool] = {}
         self._media_shown: dict[tuple[str, MediaKind], tuple[str | None, str | None]] = {}
@@ -271,7 +273,7 @@ class ChatTemplate:
         """Names that a template reads and nobody must give: its own switches (and some of its locals), in order."""
         tree = _environment().parse(self.source)
         names = meta.find_undeclared_variables(tree)
-        return tuple(sorted(names - _GIVEN_VARIABLES - self._special_tokens.keys()))
+        return tuple(sorted(names - _GIVEN_VARIABLES - self.special_tokens.keys()))
 
     def _completed(self, messages: Sequence[dict[str, JsonValue]]) -> list[dict[str, JsonValue]]:
         """I6: what agents may leave out, and some templates cannot do without. Absent content of an assistant is "",
@@ -297,7 +299,7 @@ class ChatTemplate:
         self, conversation: Conversation, messages: list[dict[str, JsonValue]], *, add_generation_prompt: bool
     ) -> str:
         name = _TOOL_USE if conversation.tools and _TOOL_USE in self._compiled else _DEFAULT
-        variables: dict[str, JsonValue] = {"documents": None, **self._special_tokens, **conversation.template_arguments}
+        variables: dict[str, JsonValue] = {"documents": None, **self.special_tokens, **conversation.template_arguments}
         variables["messages"] = messages
         variables["tools"] = list(conversation.tools) or None
         variables["add_generation_prompt"] = add_generation_prompt

@@ -14,7 +14,6 @@ from benchmarks.models.vocabularies import VOCABULARIES, make_tokenizer
 from gateway.contracts.generation import TokenIds
 from gateway.tito import backends
 from gateway.tito.backends import BackendChoice, BackendUnfit, candidates, first_difference, open_backend
-from gateway.tito.proof import prove_elsewhere
 from gateway.tito.spellings import spelling_texts
 from gateway.tito.tokenizer import ChatTokenizer, FoundBackend
 
@@ -170,25 +169,6 @@ def test_a_library_that_remembers_all_words_is_opened_anew(monkeypatch: pytest.M
 def test_the_probe_set_is_the_same_each_time(tiny_model: Path) -> None:
     words, added = ["a", "b", " c"], ["<|x|>"]
     assert list(spelling_texts(words, added)) == list(spelling_texts(words, added))
-
-
-def test_a_proof_in_a_process_of_its_own_comes_to_the_same() -> None:
-    """I1: so that its memory is not the gateway's."""
-    here, elsewhere = ChatTokenizer(vocabulary("byte_level")), ChatTokenizer(vocabulary("byte_level"))
-    here.prove_backend(BackendChoice.AUTO)
-    prove_elsewhere(elsewhere, BackendChoice.AUTO)
-    assert elsewhere.backend == here.backend
-    assert elsewhere.backend.name != "tokenizers"
-    text = "plums, 12 of them <|im_end|>"
-    assert elsewhere.encode(text).tolist() == here.encode(text).tolist()
-
-
-def test_a_proof_that_breaks_off_leaves_tokenizers_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = ChatTokenizer(vocabulary("byte_level"))
-    monkeypatch.setattr("sys.executable", "/bin/false")
-    prove_elsewhere(tokenizer, BackendChoice.FASTOKENS)
-    assert tokenizer.backend.name == "tokenizers"
-    assert "broke off" in tokenizer.backend.reasons["fastokens"]
 
 
 def test_a_library_that_was_proven_elsewhere_is_opened_once_a_text_is_asked_for(
