@@ -1,7 +1,8 @@
-"""What nearly every commit is made of, turns and what became of their replies, written by a few statements.
+"""What nearly every commit is made of, new sessions, turns and what became of replies, written by a few statements.
 
-    appends ─▶ one SELECT for all: session there, not ended, parent there ─▶ INSERT of many rows
-    notes   ─▶ UPDATE of many rows
+    creations ─▶ one SELECT for all: none is there ─▶ INSERT of many rows (and of their labels)
+    appends   ─▶ one SELECT for all: session there, not ended, parent there ─▶ INSERT of many rows
+    notes     ─▶ UPDATE of many rows
 
 Every statement gives the interpreter's lock away and takes it again, which beside a busy event loop may wait for
 milliseconds; so what counts is how many there are, not how long each runs. Nothing here decides a conflict: what is not
@@ -19,6 +20,7 @@ from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
 from gateway.contracts.errors import NotFound
+from gateway.contracts.records import SessionRecord
 from gateway.ledger import rows
 from gateway.ledger.backend import ArrayStore, Buffer, Connection, Location, Value
 
@@ -28,6 +30,18 @@ _MOST_ROWS = 64
 """Of one statement. Statements have a power of two of them, so that few differ and all stay compiled."""
 
 _INSERTED = (*rows.TurnRow._fields, "experts_file", "experts_offset", "experts_bytes", "delivered_at", "recorded_at")
+
+
+@dataclass(slots=True, eq=False)
+class Creation:
+    """The operation that stores a session; None where it was stored as given, else what `alone` found there."""
+
+    row: rows.SessionRow
+    labels: Sequence[rows.LabelRow]
+    alone: Callable[[Connection], SessionRecord | None]
+
+    def __call__(self, connection: Connection) -> SessionRecord | None:
+        return self.alone(connection)
 
 
 class ArrayRecord(NamedTuple):
@@ -95,6 +109,9 @@ def write_together(
     half done: each finds what it stored already.
     """
     left = set(range(len(operations)))
+    creations = {i: operation for i, operation in enumerate(operations) if isinstance(operation, Creation)}
+    if creations and _create_all(connection, list(creations.values())):
+        left.difference_update(creations)
     appends = {i: operation.arrival for i, operation in enumerate(operations) if isinstance(operation, Append)}
     if appends and _append_all(connection, list(appends.values()), arrays):
         left.difference_update(appends)
@@ -103,6 +120,21 @@ def write_together(
         if notes and _note_all(connection, column, list(notes.values())):
             left.difference_update(notes)
     return left
+
+
+def _create_all(connection: Connection, creations: Sequence[Creation]) -> bool:
+    """False if one of them is there already, or comes twice: who made which is then told one by one."""
+    names = {creation.row.session_id for creation in creations}
+    if len(names) < len(creations):
+        return False
+    for part in _parts(sorted(names)):
+        if connection.execute(_known_query(len(part)), part).fetchone() is not None:
+            return False
+    for rows_ in _parts([creation.row for creation in creations]):
+        connection.execute(_create_query(len(rows_)), _flat(rows_))
+    for labels in _parts([label for creation in creations for label in creation.labels]):
+        connection.execute(_label_query(len(labels)), _flat(labels))
+    return True
 
 
 def _append_all(connection: Connection, arrivals: Sequence[Arrival], arrays: ArrayStore) -> bool:
@@ -140,6 +172,23 @@ def _parts(items: Sequence[T]) -> Iterator[Sequence[T]]:
 
 def _flat(rows_: Sequence[Sequence[Value]]) -> list[Value]:
     return list(chain.from_iterable(rows_))
+
+
+@cache
+def _known_query(num_rows: int) -> str:
+    return f"SELECT 1 FROM sessions WHERE session_id IN ({', '.join('?' * num_rows)}) LIMIT 1"
+
+
+@cache
+def _create_query(num_rows: int) -> str:
+    columns = rows.SessionRow._fields
+    row = f"({', '.join('?' * len(columns))})"
+    return f"INSERT INTO sessions ({', '.join(columns)}) VALUES {', '.join([row] * num_rows)}"
+
+
+@cache
+def _label_query(num_rows: int) -> str:
+    return f"INSERT INTO session_labels (session_id, name, value) {_values(num_rows, 3)}"
 
 
 @cache

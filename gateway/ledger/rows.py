@@ -51,6 +51,14 @@ class SessionRow(NamedTuple):
     ttl_seconds: float | None
 
 
+class LabelRow(NamedTuple):
+    """One row of `session_labels`."""
+
+    session_id: str
+    name: bytes
+    value: bytes
+
+
 class TurnRow(NamedTuple):
     """The part of a row of `turns` that never changes."""
 
@@ -97,9 +105,11 @@ def session_row(session: SessionRecord) -> SessionRow:
     )
 
 
-def label_rows(session: SessionRecord) -> list[tuple[str, bytes, bytes]]:
-    """Rows of `session_labels`: session id, name, value."""
-    return [(session.session_id, label_bytes(name), label_bytes(value)) for name, value in session.labels.items()]
+def label_rows(session: SessionRecord) -> list[LabelRow]:
+    """Its rows of `session_labels`."""
+    return [
+        LabelRow(session.session_id, label_bytes(name), label_bytes(value)) for name, value in session.labels.items()
+    ]
 
 
 def label_bytes(text: str) -> bytes:

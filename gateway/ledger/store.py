@@ -36,7 +36,7 @@ from gateway.contracts.records import FinishRecord, SessionRecord, TurnRecord, s
 from gateway.contracts.rollouts import Compressed, FeedCounts, Lease, Reclaimed, StoredRollout, StoreUsage
 from gateway.ledger import inventory, leases, rows
 from gateway.ledger.backend import ArrayStore, Backend, Connection, Location
-from gateway.ledger.batch import Append, ArrayRecord, Arrival, Note, write_together
+from gateway.ledger.batch import Append, ArrayRecord, Arrival, Creation, Note, write_together
 from gateway.ledger.reserve import NO_ROOM_TO_MAKE, Room, is_disk_full
 from gateway.ledger.writer import GroupCommitWriter, Operation, StoreFailures, leave_all
 
@@ -89,17 +89,18 @@ class SqlLedger:
         for name, text in (("session_id", session.session_id), ("group", session.group or "")):
             _check_text(name, text)
 
-        def create(connection: Connection) -> SessionRecord:
+        def create_alone(connection: Connection) -> SessionRecord | None:
             _lock(connection, session.session_id)
             stored = _session(connection, session.session_id)
             if stored is None:
                 _insert_session(connection, session)
-                return session
-            if not rows.same_session(stored, session):
+            elif not rows.same_session(stored, session):
                 raise Conflict(f"session {session.session_id} exists already with other properties")
             return stored
 
-        return await self._write(create, grows=True)
+        creation = Creation(rows.session_row(session), rows.label_rows(session), create_alone)
+        stored = await self._write(creation, grows=True)
+        return session if stored is None else stored
 
     async def session(self, session_id: str) -> SessionRecord | None:
         """The session, or None."""

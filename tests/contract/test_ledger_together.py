@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +26,13 @@ from gateway.ledger.reserve import NO_ROOM_TO_MAKE
 from gateway.ledger.rows import decode_json, encode_json
 from gateway.ledger.sqlite import SqliteBackend, SqliteLedger
 
+NO_LABELS: Mapping[str, str] = {}
 
-def a_session(session_id: str) -> SessionRecord:
-    return SessionRecord(session_id, None, None, None, {}, {}, {}, None, "", SessionOrigin.CREATED, True, 1.0)
+
+def a_session(session_id: str, labels: Mapping[str, str] = NO_LABELS, created_at: float = 1.0) -> SessionRecord:
+    return SessionRecord(
+        session_id, None, None, None, {}, labels, {}, None, "", SessionOrigin.CREATED, True, created_at
+    )
 
 
 def a_turn(session_id: str, name: int, index: int, parent: int | None, token: int = 4) -> TurnRecord:
@@ -61,7 +65,13 @@ turns = st.builds(
     st.integers(4, 5),
 )
 notes = st.tuples(st.sampled_from(["open", "ended"]), st.integers(0, 7), st.booleans(), st.floats(1, 9))
-steps = st.lists(st.lists(turns, max_size=8) | st.lists(notes, max_size=8), max_size=5)
+sessions = st.builds(
+    a_session,
+    st.sampled_from(["open", "ended", "new", "newer", "newest", "nobody's"]),
+    st.dictionaries(st.sampled_from(["run", "task"]), st.text(max_size=2), max_size=2),
+    st.floats(1, 2),
+)
+steps = st.lists(st.lists(turns, max_size=8) | st.lists(notes, max_size=8) | st.lists(sessions, max_size=8), max_size=5)
 
 
 @settings(max_examples=25, deadline=None)
@@ -80,8 +90,10 @@ def test_a_batch_ends_as_its_operations_would_one_by_one(batches: Sequence[Seque
             said += [repr(answer) for answer in answers]
         stored = [(t.turn_id, t.index, t.output_token_ids.tolist(), t.delivered_at) for t in await ledger.turns("open")]
         unknown = list(await ledger.unknown_deliveries("open"))
+        made = list(await ledger.sessions())
+        labelled = list(await ledger.sessions(labels={"run": ""}))
         await ledger.aclose()
-        return said, stored, sorted(unknown)
+        return said, stored, sorted(unknown), made, labelled
 
     with tempfile.TemporaryDirectory() as folder:
         together = asyncio.run(outcome(SqliteBackend, Path(folder) / "together"))
@@ -89,13 +101,17 @@ def test_a_batch_ends_as_its_operations_would_one_by_one(batches: Sequence[Seque
     assert together == alone
 
 
-async def carry_out(ledger: SqliteLedger, step: object) -> None:
+async def carry_out(ledger: SqliteLedger, step: object) -> bool | None:
+    """Of a session: whether it was made just now."""
+    if isinstance(step, SessionRecord):
+        return await ledger.create_session(step) is step
     if isinstance(step, TurnRecord):
         await ledger.append_turn(step, None)
     else:
         assert isinstance(step, tuple)
         session_id, name, is_lost, at = step
         await (ledger.mark_lost if is_lost else ledger.mark_delivered)(session_id, f"t{name}", at)
+    return None
 
 
 @given(
