@@ -114,6 +114,21 @@ async def test_a_reply_that_is_read_is_delivered_once(size: int) -> None:
     assert notes.heard == ["delivered"]
 
 
+async def test_a_short_reply_of_several_parts_is_sent_whole() -> None:
+    notes = Notes()
+    text = JsonText((b"[1,", b"2,", b"3]"))
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await JsonReply(text, ((b"x-a", b"b"),), notes.note("delivered"), notes.note("lost"))(scope, receive, send)
+
+    async with serving(app) as port:
+        with connected(port) as client:
+            client.sendall(REQUEST % (b"", 0, b""))
+            reply = await replies(client, 1, b"[1,2,3]")
+    assert b"x-a: b\r\ncontent-length: 7\r\ncontent-type: application/json\r\n\r\n[1,2,3]" in reply
+    assert notes.heard == ["delivered"]
+
+
 async def test_a_request_that_is_over_needs_no_collector_to_go() -> None:
     """Passes of the collector over all that is in memory stop everything, so they are rare."""
     notes = Notes()
