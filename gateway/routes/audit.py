@@ -20,13 +20,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from io import TextIOWrapper
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from starlette.types import Scope
 
 from gateway.contracts.errors import ConfigurationError
@@ -38,8 +38,10 @@ _log = logging.getLogger(__name__)
 AUDIT_OFF = "none"
 """As the setting `audit`: nothing is written."""
 
+NOTE = "verbatim.audit"
+"""Where a request's scope has its `AuditNote`."""
+
 _FILE_NAME = "audit.jsonl"
-_NOTE = "verbatim.audit"
 _MAX_FILE_BYTES = 64 * 2**20
 _NUM_OLDER_FILES = 8
 _MAX_WAITING_LINES = 10_000
@@ -51,8 +53,7 @@ _REFUSALS_OF_KEYS = (401, 403)
 _CHANGES_NOTHING = frozenset(("GET", "HEAD", "OPTIONS"))
 
 
-@dataclass(slots=True, eq=False)
-class AuditNote:
+class AuditNote(msgspec.Struct, eq=False):
     """What the parts that a request passes know of it.
 
     is_operators: it asked for an operators' call. has_operators_key: it came with such a key. key_fingerprint: of
@@ -63,7 +64,7 @@ class AuditNote:
     has_operators_key: bool = False
     key_fingerprint: str | None = None
     status: int | None = None
-    changed: dict[str, JsonValue] = field(default_factory=dict)
+    changed: dict[str, JsonValue] = msgspec.field(default_factory=dict)
 
     def reach_operators_call(self, path_parameters: Mapping[str, Any]) -> None:
         """It asks for a call that is for operators."""
@@ -73,13 +74,8 @@ class AuditNote:
 
 def audit_note(scope: Scope) -> AuditNote:
     """Of a request that came through a `RequestEdge`."""
-    note: AuditNote = scope[_NOTE]
+    note: AuditNote = scope[NOTE]
     return note
-
-
-def put_note(scope: Scope, note: AuditNote) -> None:
-    """Have a request noted about."""
-    scope[_NOTE] = note
 
 
 def note_change(scope: Scope, **what: JsonValue) -> None:
@@ -121,7 +117,7 @@ class AuditLog:
         self._thread = threading.Thread(target=self._write_all, name="audit", daemon=True)
         self._thread.start()
 
-    def record(self, scope: Scope, request_id: str, note: AuditNote) -> None:
+    def record(self, scope: Scope, request_id: bytes, note: AuditNote) -> None:
         """Have a call written, if it is one that has to be."""
         is_refused = (
             (note.is_operators or note.status in _REFUSALS_OF_KEYS) and not note.has_operators_key and _failed(note)
@@ -221,13 +217,13 @@ class _AuditFile(RotatingFileHandler):
         return open(descriptor, "a", encoding="utf-8")
 
 
-def _entry(scope: Scope, request_id: str, note: AuditNote) -> dict[str, JsonValue]:
+def _entry(scope: Scope, request_id: bytes, note: AuditNote) -> dict[str, JsonValue]:
     method: str = scope["method"]
     changes = note.status is not None and not _failed(note) and method not in _CHANGES_NOTHING
     path: bytes = scope.get("raw_path") or scope["path"].encode()
     return {
         "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
-        "request_id": request_id,
+        "request_id": request_id.decode(),
         "method": method,
         "path": _cut(path.decode("latin-1")),
         "query": _cut(scope["query_string"].decode("latin-1")),

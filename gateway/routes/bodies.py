@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 from urllib.parse import unquote
 
 from fastapi import Request
@@ -14,16 +14,21 @@ from starlette.types import Message, Receive, Scope, Send
 
 from gateway.contracts.errors import InvalidRequest, PayloadTooLarge, RequestTimeout, UnsupportedEncoding
 from gateway.contracts.generation import JsonValue
-from gateway.routes.exchange import WITH_BODY, exchange_of, is_gone, is_there
-from gateway.routes.limits import BodyAccount, body_account, read_timeout_seconds
+from gateway.routes.exchange import WHOLE_BODY, WITH_BODY, exchange_of, is_gone, is_there
+from gateway.routes.limits import FREE_BYTES, BodyAccount, body_account, read_timeout_seconds
 from gateway.wire.fields import check_nesting
 from gateway.wire.json_text import JsonText, dump_json, load_json_object
+
+HttpHeaders: TypeAlias = Sequence[tuple[bytes, bytes]]
+"""As they leave: names in lower case, values that need no check."""
 
 MAX_ID_CHARACTERS = 512
 """Of a session's id."""
 
 PIECE_BYTES = 2**18
 """Of a reply in one write."""
+
+_NOTHING: Mapping[str, str] = {}
 
 _SHORT_BYTES = 2**16
 """What a connection takes without waiting for its reader (the write buffer's high-water mark)."""
@@ -33,15 +38,10 @@ async def read_body(request: Request, *, max_bytes: int) -> bytes:
     """The whole body; raises PayloadTooLarge for one that is longer than `max_bytes`, UnsupportedEncoding for one that
     is compressed, RequestTimeout for one that takes too long, TooManyRequests where bodies hold all there is for them.
     """
-    encoding = request.headers.get("content-encoding", "identity").strip().lower()
-    if encoding not in ("", "identity"):
-        raise UnsupportedEncoding(f"the body's content-encoding is {encoding[:40]!r}; send it as it is (identity)")
-    account = _announced(request, max_bytes)
-    exchange = exchange_of(request.scope)
-    body = None if exchange is None else exchange.whole_body()
-    if body is not None:  # nearly always: it came with its head, and nobody has to wait
-        _grow(account, len(body), max_bytes)
+    body = body_at_hand(request, max_bytes=max_bytes)
+    if body is not None:
         return body
+    account = _announced(request, max_bytes)
     limit_seconds = read_timeout_seconds(request.scope)
     try:
         async with asyncio.timeout(limit_seconds):
@@ -50,6 +50,19 @@ async def read_body(request: Request, *, max_bytes: int) -> bytes:
         raise RequestTimeout(f"the body did not come within {limit_seconds:g} s") from error
     except ClientDisconnect as error:
         raise InvalidRequest("the body broke off") from error
+
+
+def body_at_hand(request: Request, *, max_bytes: int) -> bytes | None:
+    """The whole body if it came with its head, as nearly all do; None where it has to be waited for. Raises as
+    `read_body`."""
+    encoding = request.headers.get("content-encoding", "")
+    if encoding and (encoding := encoding.strip().lower()) not in ("", "identity"):
+        raise UnsupportedEncoding(f"the body's content-encoding is {encoding[:40]!r}; send it as it is (identity)")
+    exchange = exchange_of(request.scope)
+    body = None if exchange is None else exchange.whole_body()
+    if body is not None and ((size := len(body)) > FREE_BYTES or size > max_bytes):
+        _grow(body_account(request.scope), size, max_bytes)
+    return body
 
 
 def _announced(request: Request, max_bytes: int) -> BodyAccount:
@@ -113,12 +126,11 @@ def json_reply(value: JsonValue, *, status: int = 200, headers: Mapping[str, str
 class _Prepared(Response):
     """A reply whose headers are as they leave; the framework would make them anew, and check each."""
 
-    def __init__(self, headers: Mapping[str, str], *others: tuple[bytes, bytes]) -> None:
-        self.status_code = 200
-        self.background = None
-        self.body = b""
-        self.raw_headers = [(k.lower().encode("latin-1"), v.encode("latin-1")) for k, v in headers.items()]
-        self.raw_headers += others
+    status_code = 200
+    background = None
+    body = b""
+
+    raw_headers: list[tuple[bytes, bytes]]
 
     def _start(self) -> Message:
         """What begins the reply; its body follows at once."""
@@ -130,9 +142,13 @@ class JsonReply(_Prepared):
     its client goes before."""
 
     def __init__(
-        self, text: JsonText, headers: Mapping[str, str], delivered: Callable[[], None], lost: Callable[[], None]
+        self, text: JsonText, headers: HttpHeaders, delivered: Callable[[], None], lost: Callable[[], None]
     ) -> None:
-        super().__init__(headers, (b"content-length", b"%d" % text.num_bytes), (b"content-type", b"application/json"))
+        first = text.parts[0]
+        whole = first if type(first) is bytes and len(text.parts) == 1 else None
+        num_bytes = text.num_bytes if whole is None else len(whole)
+        self._short = whole if num_bytes <= _SHORT_BYTES else None
+        self.raw_headers = [*headers, (b"content-length", b"%d" % num_bytes), (b"content-type", b"application/json")]
         self._text = text
         self._delivered = delivered
         self._lost = lost
@@ -140,27 +156,38 @@ class JsonReply(_Prepared):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send, then tell; the last piece waits until the client is known to be there still.
 
-        A short reply is one piece, and one write with its head.
+        A short reply is one message, and one write with its head.
         """
         complete = False
         try:
-            await send(self._start())
-            last = b""
-            for piece in self._pieces():
-                if last:
-                    await send({"type": "http.response.body", "body": last, "more_body": True})
-                    if is_gone(scope):
-                        return
-                last = piece
-            if is_there(scope):
-                await send({"type": "http.response.body", "body": last})
+            exchange, body = exchange_of(scope), self._short
+            if body is not None and exchange is not None and not exchange.flow.write_paused and exchange.has_client():
+                start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers, WHOLE_BODY: body}
+                await send(start)
                 complete = True
+            else:
+                complete = await self._sent_in_pieces(scope, send)
         finally:
             # At once: who has read the end may finish the session before this response has wound up.
             if complete:
                 self._delivered()
             else:
                 self._lost()
+
+    async def _sent_in_pieces(self, scope: Scope, send: Send) -> bool:
+        """Whether the client was there for the last of them."""
+        await send(self._start())
+        last = b""
+        for piece in self._pieces():
+            if last:
+                await send({"type": "http.response.body", "body": last, "more_body": True})
+                if is_gone(scope):
+                    return False
+            last = piece
+        if not is_there(scope):
+            return False
+        await send({"type": "http.response.body", "body": last})
+        return True
 
     def _pieces(self) -> Iterator[bytes]:
         """The last one is short: what is written before it, the client has to have read."""
@@ -184,10 +211,8 @@ class FrameReply(_Prepared):
     """A streamed reply; its frames end with it, also those that nobody asked for any more. `lost` runs if the client
     goes before any of them was asked for: they tell what becomes of the others."""
 
-    def __init__(
-        self, frames: AsyncGenerator[Frame, None], headers: Mapping[str, str], lost: Callable[[], None]
-    ) -> None:
-        super().__init__(headers, (b"content-type", b"text/event-stream; charset=utf-8"))
+    def __init__(self, frames: AsyncGenerator[Frame, None], headers: HttpHeaders, lost: Callable[[], None]) -> None:
+        self.raw_headers = [*headers, (b"content-type", b"text/event-stream; charset=utf-8")]
         self._frames = frames
         self._lost = lost
 
@@ -234,8 +259,8 @@ def slices(data: bytes) -> Iterator[bytes]:
 
 def path_id(request: Request, name: str = "session_id") -> str | None:
     """An id of the path, percent-decoded (see `SessionPaths`), or None where the route has none."""
-    value = request.path_params.get(name)
-    return None if value is None else unquote(value)
+    value = request.scope.get("path_params", _NOTHING).get(name)
+    return unquote(value) if value is not None and "%" in value else value
 
 
 def checked_id(session_id: str) -> str:

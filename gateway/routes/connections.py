@@ -3,6 +3,7 @@
 uvicorn's protocol is bounded in three places: the head of a request has a limit of time and of size; what is left of a
 body after its reply is thrown away for a limited time only; and a client that does not read its reply is cut off, which
 routes see as a client that has gone. Bodies have their deadline in `bodies`, where routes read them.
+What every request passes does here in one step what uvicorn does in several.
 When another process takes over (`gateway.handover`), an idle connection goes there and its client notices nothing.
 """
 
@@ -19,7 +20,8 @@ from urllib.parse import unquote
 import httptools
 from starlette.types import Scope
 from uvicorn.config import Config
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from gateway.contracts.errors import InvalidRequest, RequestTimeout, VerbatimError
@@ -53,6 +55,8 @@ class BoundedConnection(HttpToolsProtocol):
         "_served",
         "_write_timeout_seconds",
     )
+    cycle: Exchange  # None before the first request, as in uvicorn
+    pipeline: deque[Exchange]  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -69,7 +73,7 @@ class BoundedConnection(HttpToolsProtocol):
         self._write_timeout_seconds = write_timeout_seconds
         self._deadlines = _Deadlines(self.loop)
         # Of requests that are sent ahead; a deque for each connection would be nearly a kilobyte of every turn.
-        self.pipeline = cast("deque[Any]", ())
+        self.pipeline = cast("deque[Exchange]", ())
         self._served: Exchange | None = None
         self._descriptor = -1
         self._head_bytes: int | None = 0  # None: no head is being read
@@ -104,30 +108,55 @@ class BoundedConnection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """Read on; a head that does not end is refused."""
         head_bytes = self._head_bytes
-        super().data_received(data)
-        if self._head_bytes is not None and head_bytes is not None:
+        self._deadlines.pop("idle", None)
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserError:
+            message = "Invalid HTTP request received."
+            self.logger.warning(message)
+            self.send_400_response(message)
+        except httptools.HttpParserUpgrade:
+            self._unsupported_upgrade_warning()
+        if self._head_bytes is None:
+            return
+        if "head" not in self._deadlines:
+            self._await_head()
+        if head_bytes is not None:
             self._head_bytes += len(data)
             if self._head_bytes > MAX_HEAD_BYTES:
                 self._refuse(431, InvalidRequest(f"the head of the request is longer than {MAX_HEAD_BYTES} bytes"))
 
     def on_message_begin(self) -> None:
-        """A request begins."""
-        super().on_message_begin()
+        """A request begins; `data_received` waits for the rest of its head where not all of that has come."""
+        self.url = b""
+        self.headers = []
+        self.expect_100_continue = False
         self._in_message = True
         self._head_bytes = 0
-        self._await_head()
+        self._deadlines.pop("head", None)
 
     def on_headers_complete(self) -> None:
         """Its head is whole: it begins, or waits for those that were sent before it."""
         self._head_bytes = None
-        self._deadlines.clear("head")
-        scope, url = cast("Scope", self.scope), httptools.parse_url(self.url)
-        path = url.path.decode("ascii")
-        scope["http_version"] = version = self.parser.get_http_version()
-        scope["method"] = self.parser.get_method().decode("ascii")
-        scope["path"] = unquote(path) if "%" in path else path
-        scope["raw_path"] = url.path
-        scope["query_string"] = url.query or b""
+        self._deadlines.pop("head", None)
+        parser, url = self.parser, httptools.parse_url(self.url)
+        raw_path, version = url.path, parser.get_http_version()
+        path = raw_path.decode("ascii")
+        scope: Scope = {
+            "type": "http",
+            "asgi": {"version": self.asgi_version, "spec_version": "2.3"},
+            "http_version": version,
+            "server": self.server,
+            "client": self.client,
+            "scheme": self.scheme,
+            "root_path": self.root_path,
+            "headers": self.headers,
+            "state": self.app_state.copy(),
+            "method": parser.get_method().decode("ascii"),
+            "path": unquote(path) if "%" in path else path,
+            "raw_path": raw_path,
+            "query_string": url.query or b"",
+        }
         before = self.cycle
         self.cycle = Exchange(
             scope,
@@ -136,27 +165,48 @@ class BoundedConnection(HttpToolsProtocol):
             descriptor=self._descriptor,
             default_headers=self.server_state.default_headers,
             expect_100_continue=self.expect_100_continue,
-            keep_alive=version != "1.0" and self.parser.should_keep_alive(),
+            keep_alive=version != "1.0" and parser.should_keep_alive(),
             on_response=self.on_response_complete,
         )
         if before is None or before.response_complete:
-            self._start_asgi_task(self.cycle, self.app)
+            self._start(self.cycle)
         else:
             self.flow.pause_reading()
             self.pipeline = self.pipeline or deque()
-            self.pipeline.appendleft((self.cycle, self.app))
+            self.pipeline.appendleft(self.cycle)
 
-    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
-        assert isinstance(cycle, Exchange)
-        self._served = cycle  # `cycle` is already another one where requests are sent ahead
-        super()._start_asgi_task(cycle, app)
+    def _start(self, exchange: Exchange) -> None:
+        self._served = exchange  # `cycle` is already another one where requests are sent ahead
+        task = self.loop.create_task(exchange.run_asgi(self.app))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    def on_body(self, body: bytes) -> None:
+        """A piece of it; one that comes alone, as nearly all do, is not copied."""
+        exchange = self.cycle
+        if exchange.response_complete:
+            return
+        if not exchange.body:
+            exchange.body = body
+        else:
+            if isinstance(exchange.body, bytes):
+                exchange.body = bytearray(exchange.body)
+            exchange.body += body
+        if len(exchange.body) > HIGH_WATER_LIMIT:
+            self.flow.pause_reading()
+        exchange.message_event.set()
 
     def on_message_complete(self) -> None:
         """It is whole."""
-        self._deadlines.clear("rest")
+        self._deadlines.pop("rest", None)
         self._in_message = False
-        super().on_message_complete()
-        self._leave_soon()
+        exchange = self.cycle
+        if not exchange.response_complete:
+            exchange.more_body = False
+            if not exchange.message_event.is_news:
+                exchange.message_event.set()
+        if self._give is not None:
+            self._leave_soon()
 
     def on_response_complete(self) -> None:
         """It is answered; the reader of the last bytes, and the rest of a body that nobody reads, are waited for."""
@@ -165,14 +215,16 @@ class BoundedConnection(HttpToolsProtocol):
             self._await_reader()
             self._leave_soon()
             return
-        self.flow.resume_reading()
+        if self.flow.read_paused:
+            self.flow.resume_reading()
         if self.pipeline:
-            self._start_asgi_task(*self.pipeline.pop())
+            self._start(self.pipeline.pop())
         else:
             self._deadlines.set("idle", self.timeout_keep_alive, self.timeout_keep_alive_handler)
         if self.cycle.more_body and self.cycle.response_complete:
             self._deadlines.set("rest", self._read_timeout_seconds, self.transport.abort)
-        self._leave_soon()
+        if self._give is not None:
+            self._leave_soon()
 
     def pause_writing(self) -> None:
         """The client does not read as fast as we write."""
@@ -182,10 +234,10 @@ class BoundedConnection(HttpToolsProtocol):
     def resume_writing(self) -> None:
         """It has read on."""
         super().resume_writing()
-        self._deadlines.clear("reader")
+        self._deadlines.pop("reader", None)
 
     def _unset_keepalive_if_required(self) -> None:
-        self._deadlines.clear("idle")
+        self._deadlines.pop("idle", None)
 
     def timeout_keep_alive_handler(self) -> None:
         """Nothing more came; who has not even read the last reply is not waited for."""
@@ -240,7 +292,7 @@ class BoundedConnection(HttpToolsProtocol):
     def _refuse(self, status: int, error: VerbatimError) -> None:
         """Answer what is no request yet, and close."""
         self._head_bytes = None
-        self._deadlines.clear("head")
+        self._deadlines.pop("head", None)
         body = dump_json(error_body(error))
         phrase = {400: "Bad Request", 408: "Request Timeout", 431: "Request Header Fields Too Large"}[status]
         headers = [*self.server_state.default_headers, (b"content-type", b"application/json")]
@@ -255,50 +307,45 @@ class BoundedConnection(HttpToolsProtocol):
         self._refuse(400, InvalidRequest(msg))
 
 
-class _Deadlines:
-    """Those of one connection, under one timer; each is set anew, or cleared.
+class _Deadlines(dict[_Until, tuple[float, Callable[[], None]]]):
+    """Those of one connection, under one timer: until what, when, and what happens then. `set` sets one anew, and `pop`
+    takes it away.
 
     Each request makes several, and a timer is half a kilobyte: one that runs is left alone, and looks when it rings
     what was meant.
     """
 
-    __slots__ = ("_loop", "_timer", "_waiting")
+    __slots__ = ("_loop", "_timer")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._timer: asyncio.TimerHandle | None = None
-        self._waiting: dict[_Until, tuple[float, Callable[[], None]]] = {}
 
     def set(self, until: _Until, seconds: float, then: Callable[[], None]) -> None:
         """From now on."""
         at = self._loop.time() + seconds
-        self._waiting[until] = at, then
-        self._ring_by(at)
-
-    def clear(self, until: _Until) -> None:
-        """Nothing happens."""
-        self._waiting.pop(until, None)
+        self[until] = at, then
+        if self._timer is None or self._timer.when() > at:
+            self._ring_by(at)
 
     def end(self) -> None:
         """Nothing will happen any more."""
-        self._waiting.clear()
+        self.clear()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
     def _ring_by(self, at: float) -> None:
         if self._timer is not None:
-            if self._timer.when() <= at:
-                return
             self._timer.cancel()
         self._timer = self._loop.call_at(at, self._ring)
 
     def _ring(self) -> None:
         self._timer = None
         now = self._loop.time()
-        for until, (at, then) in list(self._waiting.items()):
-            if at <= now and until in self._waiting:
-                del self._waiting[until]
+        for until, (at, then) in list(self.items()):
+            if at <= now and until in self:
+                del self[until]
                 then()
-        if self._waiting:
-            self._ring_by(min(at for at, _ in self._waiting.values()))
+        if self:
+            self._ring_by(min(at for at, _ in self.values()))

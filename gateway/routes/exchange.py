@@ -13,6 +13,7 @@ import socket
 from collections.abc import Callable
 from typing import Any, Literal, cast
 
+import msgspec
 from starlette.types import ASGIApp, Message, Scope
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HEADER_RE, HEADER_VALUE_RE, STATUS_LINE, RequestResponseCycle
@@ -20,40 +21,43 @@ from uvicorn.protocols.http.httptools_impl import HEADER_RE, HEADER_VALUE_RE, ST
 WITH_BODY = "verbatim.with_body"
 """Set in the message that begins a reply by who sends the first piece of its body before doing anything else."""
 
+WHOLE_BODY = "verbatim.whole_body"
+"""The body of a reply, in the message that begins it, where an `Exchange` sends it: nothing follows."""
+
 _START = "http.response.start"
 _EXCHANGE = "verbatim.exchange"
 _ESTABLISHED = b"\x01"
 """`tcpi_state` of Linux's `struct tcp_info`, its first byte, as long as neither side has closed (net/tcp_states.h)."""
 
+_IN_LOWER_CASE = frozenset((b"date", b"server", b"content-length", b"content-type", b"x-session-id", b"x-request-id"))
+"""Names that nearly every reply has."""
+
 _log = logging.getLogger("uvicorn.error")
 _NO_ACCESS_LOG = logging.getLogger("uvicorn.access")
 
 
-class _News:
+class _News(msgspec.Struct, eq=False):
     """An `asyncio.Event` as far as uvicorn uses it, made only where somebody waits: few bodies come in pieces, few
     replies are not read, and nearly a kilobyte for each would be kept for every turn under way."""
 
-    __slots__ = ("_event", "_is_set")
-
-    def __init__(self) -> None:
-        self._event: asyncio.Event | None = None
-        self._is_set = False
+    is_news: bool = False
+    _event: asyncio.Event | None = None
 
     def set(self) -> None:
         """There is some."""
-        self._is_set = True
+        self.is_news = True
         if self._event is not None:
             self._event.set()
 
     def clear(self) -> None:
         """It is known."""
-        self._is_set = False
+        self.is_news = False
         if self._event is not None:
             self._event.clear()
 
     async def wait(self) -> Literal[True]:
         """Until there is."""
-        if self._is_set:
+        if self.is_news:
             return True
         self._event = self._event or asyncio.Event()
         return await self._event.wait()
@@ -66,12 +70,27 @@ class Flow(FlowControl):
         self._transport = transport
         self.read_paused = False
         self.write_paused = False
-        self._is_writable_event = cast(asyncio.Event, _News())
-        self._is_writable_event.set()
+        self._is_writable_event = cast(asyncio.Event, _News(is_news=True))
 
 
 class Exchange(RequestResponseCycle):
     """uvicorn's cycle, which knows its client. descriptor: of the connection's socket."""
+
+    # As uvicorn sets them for each.
+    logger = _log
+    access_logger = _NO_ACCESS_LOG
+    access_log = False
+    disconnected = False
+    body: bytes | bytearray = b""  # type: ignore[assignment]  # bytes as long as one piece has come
+    more_body = True
+    response_started = False
+    response_complete = False
+    chunked_encoding: bool | None = None
+    expected_content_length = 0
+    # Ours.
+    _attendant: asyncio.Task[Any] | None = None
+    _was_left = False
+    _held = b""
 
     def __init__(
         self,
@@ -85,33 +104,42 @@ class Exchange(RequestResponseCycle):
         keep_alive: bool,
         on_response: Callable[[], None],
     ) -> None:
-        super().__init__(
-            scope,  # type: ignore[arg-type]  # uvicorn's own name for the same
-            transport,
-            flow,
-            _log,
-            _NO_ACCESS_LOG,
-            False,
-            default_headers,
-            cast(asyncio.Event, _News()),
-            expect_100_continue,
-            keep_alive,
-            on_response,
-        )
+        self.scope = scope  # type: ignore[assignment]  # uvicorn's own name for the same
+        self.transport = transport
+        self.flow = flow
+        self.default_headers = default_headers
+        self.message_event: _News = _News()  # type: ignore[assignment]
+        self.on_response = on_response
+        self.keep_alive = keep_alive
+        self.waiting_for_100_continue = expect_100_continue
         self._descriptor = descriptor
-        self._attendant: asyncio.Task[Any] | None = None
-        self._was_left = False
-        self._held = b""
-        scope["extensions"] = {_EXCHANGE: self}  # ASGI allows a server's own names
+        scope[_EXCHANGE] = self
 
     async def run_asgi(self, app: ASGIApp) -> None:  # type: ignore[override]  # uvicorn's own name for the same
         """As uvicorn's; at its end it lets go of what refers to it, so that it goes at once and not when the collector
         looks for cycles, which stops everything for as long as there is much in memory."""
         try:
-            await super().run_asgi(app)  # type: ignore[arg-type]
+            await app(self.scope, self.receive, self.send)  # type: ignore[arg-type]
+        except BaseException:  # noqa: BLE001  # nobody is above it who would hear
+            _log.exception("Exception in ASGI application\n")
+            await self._break_off()
+        else:
+            if not (self.response_complete or self.disconnected):
+                _log.error(
+                    "ASGI callable returned without %s response.", "completing" if self.response_started else "starting"
+                )
+                await self._break_off()
         finally:
+            self.on_response = _nothing
             self._attendant = None
-            self.scope["extensions"] = {}
+            self.scope[_EXCHANGE] = None  # type: ignore[literal-required]
+
+    async def _break_off(self) -> None:
+        """Nobody goes on with the reply."""
+        if self.response_started:
+            self.transport.close()
+        else:
+            await self.send_500_response()
 
     async def send(self, message: Message) -> None:  # type: ignore[override]  # uvicorn's own name for the same
         """As uvicorn's, but for the head of a reply whose body follows at once (`WITH_BODY`): both leave in one write.
@@ -131,19 +159,20 @@ class Exchange(RequestResponseCycle):
         self.response_started = True
         self.waiting_for_100_continue = False
         head = self._head(message["status"], [*self.default_headers, *message.get("headers", ())])
-        if message.get(WITH_BODY):
+        if WHOLE_BODY in message:
+            self._held = head
+            self._send_body(message[WHOLE_BODY], more=False)
+        elif WITH_BODY in message:
             self._held = head
         else:
             self.transport.write(head)
 
     def _head(self, status: int, headers: list[tuple[bytes, bytes]]) -> bytes:
-        names, values = b"".join([name for name, _ in headers]), b"".join([value for _, value in headers])
-        if HEADER_RE.search(names) or HEADER_VALUE_RE.search(values):
-            raise RuntimeError("a header of the reply holds what no header may")
         lines = [STATUS_LINE[status]]
         closes = False
         for name, value in headers:
-            name = name.lower()
+            if name not in _IN_LOWER_CASE:
+                name = name.lower()
             if name == b"content-length" and self.chunked_encoding is None:
                 self.expected_content_length = int(value)
                 self.chunked_encoding = False
@@ -154,12 +183,15 @@ class Exchange(RequestResponseCycle):
                 self.keep_alive = False
                 closes = True
             lines += (name, b": ", value, b"\r\n")
-        if not self.keep_alive and not closes:
-            lines.append(b"connection: close\r\n")
+        if HEADER_RE.search(b"".join(lines[1::4])) or HEADER_VALUE_RE.search(b"".join(lines[3::4])):
+            raise RuntimeError("a header of the reply holds what no header may")
+        end = b"\r\n"
         if self.chunked_encoding is None and self.scope["method"] != "HEAD" and status not in (204, 304):
             self.chunked_encoding = True
-            lines.append(b"transfer-encoding: chunked\r\n")
-        lines.append(b"\r\n")
+            end = b"transfer-encoding: chunked\r\n\r\n"
+        if not self.keep_alive and not closes:
+            end = b"connection: close\r\n" + end
+        lines += (end,)
         return b"".join(lines)
 
     def _send_body(self, body: bytes, *, more: bool) -> None:
@@ -179,7 +211,8 @@ class Exchange(RequestResponseCycle):
         if self.expected_content_length:
             raise RuntimeError("the body of the reply is shorter than its Content-Length")
         self.response_complete = True
-        self.message_event.set()
+        if not self.message_event.is_news:
+            self.message_event.set()
         if not self.keep_alive:
             self.transport.close()
         self.on_response()
@@ -187,7 +220,7 @@ class Exchange(RequestResponseCycle):
     def attend(self) -> None:
         """From now on the task that calls is cancelled when the client goes, at once if it has gone."""
         self._attendant = asyncio.current_task()
-        if self.is_gone:
+        if self.disconnected or self.transport.is_closing():
             self.client_left()
 
     def client_left(self) -> None:
@@ -213,22 +246,26 @@ class Exchange(RequestResponseCycle):
         Asking the socket's state costs a microsecond; polling it, or letting the loop do so, would besides let go of
         the interpreter's lock, which another thread may then keep for five milliseconds.
         """
-        if self.is_gone:
+        if self.disconnected or self.transport.is_closing():
             return False
-        return _tcp_state(self._descriptor) == _ESTABLISHED
+        # Of a socket that somebody else owns; uvloop's own view of it would open another descriptor.
+        view = socket.SocketType(socket.AF_INET, socket.SOCK_STREAM, 0, self._descriptor)
+        try:
+            return view.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1) == _ESTABLISHED
+        finally:
+            view.detach()
 
     def whole_body(self) -> bytes | None:
         """The body if all of it has come, None where it has to be received."""
         if self.more_body or self.disconnected:
             return None
-        body, self.body = bytes(self.body), bytearray()
+        body, self.body = bytes(self.body), b""
         return body
 
 
 def exchange_of(scope: Scope) -> Exchange | None:
     """The exchange of a request that came over a `BoundedConnection`."""
-    extensions: dict[str, Any] = scope.get("extensions") or {}
-    found: Exchange | None = extensions.get(_EXCHANGE)
+    found: Exchange | None = scope.get(_EXCHANGE)
     return found
 
 
@@ -244,10 +281,4 @@ def is_gone(scope: Scope) -> bool:
     return exchange is not None and exchange.is_gone
 
 
-def _tcp_state(descriptor: int) -> bytes:
-    """Of a connection that somebody else owns; uvloop's own view of its socket would open another descriptor."""
-    view = socket.SocketType(socket.AF_INET, socket.SOCK_STREAM, 0, descriptor)
-    try:
-        return view.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
-    finally:
-        view.detach()
+def _nothing() -> None: ...

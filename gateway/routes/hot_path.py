@@ -18,13 +18,14 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import Response
 from fastapi.routing import APIRoute
+from starlette.requests import empty_receive, empty_send
 from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.contracts.errors import VerbatimError
 from gateway.routes.errors import bug_reply, error_reply
 from gateway.routes.exchange import exchange_of
-from gateway.routes.paths import split_session
+from gateway.routes.paths import IN_SESSION, split_session
 
 Answer = Callable[[Request], Awaitable[Response]]
 
@@ -41,12 +42,17 @@ class ModelRoute(APIRoute):
 class ModelRequest(Request):
     """A request whose headers are looked up in a dict, and are text only where one is read."""
 
-    @property
-    def headers(self) -> Mapping[str, str]:  # type: ignore[override]  # all that is used of Headers
-        """By their lower-case names."""
-        if "_by_name" not in self.__dict__:
-            self._by_name = _Headers(self.scope["headers"])
-        return self._by_name
+    headers: Mapping[str, str] = {}  # type: ignore[assignment]  # all that is used of Headers, by their lower-case names
+    # As the framework sets them for each.
+    _send = staticmethod(empty_send)
+    _stream_consumed = False
+    _is_disconnected = False
+    _form = None
+
+    def __init__(self, scope: Scope, receive: Receive = empty_receive) -> None:
+        self.scope = scope
+        self._receive = receive
+        self.headers = _Headers(scope["headers"])
 
 
 class _Headers(Mapping[str, str]):
@@ -87,7 +93,11 @@ class ModelCalls:
             await self._app(scope, receive, send)
             return
         try:
-            response = await self._response(answer, ModelRequest(scope, receive))
+            request = ModelRequest(scope, receive)
+            try:
+                response = await answer(request)
+            except VerbatimError as error:
+                response = error_reply(request, error)
             await response(scope, receive, send)
         except asyncio.CancelledError:
             exchange = exchange_of(scope)
@@ -105,15 +115,10 @@ class ModelCalls:
         if scope["type"] != "http" or scope["method"] != "POST":
             return None
         found = split_session(scope)
-        if found is None:
-            return self._alone.get(scope["path"])
-        answer = self._of_session.get(found.rest)
+        path = scope["path"] if found is None else found.rest
+        answer = (self._alone if found is None else self._of_session).get(path)
         if answer is not None:
-            scope["path_params"] = {"session_id": found.session_id}
+            scope[IN_SESSION] = path
+            if found is not None:
+                scope["path_params"] = {"session_id": found.session_id}
         return answer
-
-    async def _response(self, answer: Answer, request: ModelRequest) -> Response:
-        try:
-            return await answer(request)
-        except VerbatimError as error:
-            return error_reply(request, error)

@@ -192,7 +192,7 @@ class LeaseReply(JsonReply):
     """A lease on its way to its consumer; the queue is told whether its last byte has left."""
 
     def __init__(self, lease: Lease, queue: LeaseQueue) -> None:
-        super().__init__(JsonText((dump_json(asdict(lease)),)), {}, self._note_delivery, lambda: None)
+        super().__init__(JsonText((dump_json(asdict(lease)),)), (), self._note_delivery, lambda: None)
         self._lease_id = lease.lease_id
         self._queue = queue
         self._is_delivered = False

@@ -6,32 +6,31 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 
+import msgspec
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.contracts.errors import Forbidden, InvalidRequest, TooManyRequests, VerbatimError
 from gateway.contracts.fresh_ids import fresh_hex
 from gateway.routes.access import HostCheck
-from gateway.routes.audit import AuditLog, AuditNote, put_note
+from gateway.routes.audit import NOTE, AuditLog, AuditNote
 from gateway.wire.errors import error_body
 from gateway.wire.json_text import dump_json
+
+FREE_BYTES = 2**20
+"""Of each body, which is not counted."""
 
 _ACCOUNT = "verbatim.body_account"
 _READ_TIMEOUT = "verbatim.read_timeout_seconds"
 _REQUEST_ID = re.compile(rb"[!-~]{1,128}")
-_FREE_BYTES = 2**20
 _SAYS_WHO = (b"authorization", b"x-api-key", b"x-session-id")
 
 
 class BodyBudget:
-    """`limit_bytes` for the bodies of all requests under way; a body's first mebibyte is free, so small ones get in."""
+    """`limit_bytes` for the bodies of all requests under way; `FREE_BYTES` of each are free, so small ones get in."""
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
         self._held_bytes = 0
-
-    def account(self) -> BodyAccount:
-        """Of one more request."""
-        return BodyAccount(self)
 
     def change(self, num_bytes: int) -> None:
         """Hold more, or less; raises TooManyRequests and holds nothing more where there is no room."""
@@ -46,29 +45,26 @@ class BodyBudget:
             raise TooManyRequests(f"the requests under way hold {held}; send this one again later")
 
 
-class BodyAccount:
+class BodyAccount(msgspec.Struct, eq=False):
     """One request's share of the budget, held until `close`."""
 
-    __slots__ = ("_budget", "_held_bytes")
-
-    def __init__(self, budget: BodyBudget) -> None:
-        self._budget = budget
-        self._held_bytes = 0
+    budget: BodyBudget
+    held_bytes: int = 0
 
     def announce(self, num_bytes: int) -> None:
         """A body of this length begins; raises TooManyRequests if there is no room for it now."""
-        self._budget.check(max(0, num_bytes - _FREE_BYTES))
+        self.budget.check(max(0, num_bytes - FREE_BYTES))
 
     def grow(self, num_bytes: int) -> None:
         """The body has reached this length; raises TooManyRequests."""
-        held = max(0, num_bytes - _FREE_BYTES)
-        self._budget.change(held - self._held_bytes)
-        self._held_bytes = held
+        held = max(0, num_bytes - FREE_BYTES)
+        self.budget.change(held - self.held_bytes)
+        self.held_bytes = held
 
     def close(self) -> None:
         """The request is answered."""
-        self._budget.change(-self._held_bytes)
-        self._held_bytes = 0
+        self.budget.change(-self.held_bytes)
+        self.held_bytes = 0
 
 
 class RequestEdge:
@@ -101,7 +97,7 @@ class RequestEdge:
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        request_id, note, account = _request_id(headers), AuditNote(), self._budget.account()
+        request_id, note, account = _request_id(headers), AuditNote(), BodyAccount(self._budget)
         last = (b"x-request-id", request_id)
 
         async def send_with_id(message: Message) -> None:
@@ -111,22 +107,23 @@ class RequestEdge:
             await send(message)
 
         try:
-            if (refusal := self._refusal(scope, headers)) is not None:
+            is_plain = self._hosts is not None and self._hosts.is_plainly_ours(scope, headers)
+            if not is_plain and (refusal := self._refusal(scope, headers)) is not None:
                 await _refuse(refusal, send_with_id)
                 return
             # In place: a scope is made for one request, and copies of it would be kept while its turn is sampled.
             scope[_ACCOUNT], scope[_READ_TIMEOUT] = account, self._read_timeout_seconds
-            put_note(scope, note)
+            scope[NOTE] = note
             del headers  # while a turn is sampled
             await self._app(scope, receive, send_with_id)
         finally:
-            account.close()
+            if account.held_bytes:
+                account.close()
             if self._audit is not None:
-                self._audit.record(scope, request_id.decode(), note)
+                self._audit.record(scope, request_id, note)
 
     def _refusal(self, scope: Scope, headers: Mapping[bytes, bytes]) -> VerbatimError | None:
-        hosts = self._hosts
-        if hosts is not None and not hosts.is_plainly_ours(scope, headers) and (why := hosts.refusal(scope)):
+        if self._hosts is not None and (why := self._hosts.refusal(scope)):
             self._on_refused("host")
             return Forbidden(why)
         if len(headers) < len(scope["headers"]) and (name := _repeated(scope)) is not None:

@@ -103,13 +103,18 @@ class GatewayMetrics:
     def observe_turn(self, finished: TurnFinished, generated: Generated, times: TurnTimes) -> None:
         """Count one recorded turn. Labelled counters take longer than all else here, so they learn of it when read."""
         record = finished.record
+        lacks_rows = False
+        if not generated.experts_complete:
+            for engine in generated.engines:
+                lacks_rows |= engine.captures_experts
+        attachment = record.attachment
         self._num_like[
             record.finish.reason,
-            record.attachment.tier,
-            record.attachment.segment_reason,
+            attachment.tier,
+            attachment.segment_reason,
             record.untrainable_reason,
             record.meta["certified_by"],
-            not generated.experts_complete and any(engine.captures_experts for engine in generated.engines),
+            lacks_rows,
         ] += 1
         self._num_hidden += len(record.meta["hidden_messages"])
         self._num_prompt_tokens += len(finished.whole.prompt_token_ids)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
+import msgspec
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+IN_SESSION = "verbatim.path_in_session"
+"""Where a request's scope has what `path_in_session` tells, once that is known."""
+
 _PREFIX = b"/sessions/"
+_ID_AT = len(_PREFIX)
 
 
 class SessionPaths:
@@ -22,7 +25,7 @@ class SessionPaths:
         await self._app(scope, receive, send)
 
 
-class SessionPath(NamedTuple):
+class SessionPath(msgspec.Struct, frozen=True):
     """A path under a session: its id as it was sent, percent-encoded, and the path after it."""
 
     session_id: str
@@ -34,12 +37,15 @@ def split_session(scope: Scope) -> SessionPath | None:
     path = _raw_session_path(scope)
     if path is None:
         return None
-    session_id, slash, rest = path[len(_PREFIX) :].partition("/")
-    return SessionPath(session_id, slash + rest) if session_id and slash else None
+    end = path.find("/", _ID_AT)
+    return SessionPath(path[_ID_AT:end], path[end:]) if end > _ID_AT else None
 
 
 def path_in_session(scope: Scope) -> str:
     """The path of a request without the session before it: decoded where there is none, as it was sent in one."""
+    known: str | None = scope.get(IN_SESSION)
+    if known is not None:
+        return known
     found = split_session(scope)
     path: str = scope["path"]
     return path if found is None else found.rest

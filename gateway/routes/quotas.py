@@ -182,9 +182,9 @@ class Quotas:
         self._buckets: dict[str, TokenBucket] = {}
         self._num_buckets_to_sweep = _FEW_BUCKETS
 
-    def permit(self, session_id: str, num_turns: int) -> Permit:
-        """For a request of so many turns, some of which may turn out to run already."""
-        return Permit(self, session_id, num_turns) if self._limits_anything else _ANYTHING
+    def permit(self, session_id: str, num_turns: int) -> Permit | None:
+        """For a request of so many turns, some of which may turn out to run already; None where nothing is limited."""
+        return Permit(self, session_id, num_turns) if self._limits_anything else None
 
     def admit_call(self, session_id: str) -> None:
         """Count a call that samples nothing; raises TooManyRequests."""
@@ -301,21 +301,3 @@ class Permit:
         """Give back what no turn holds."""
         self._quotas.give_back(self._session_id, self._held)
         self._held = []
-
-
-class _Unlimited(Permit):
-    """Where nothing is limited: one for all requests."""
-
-    def __init__(self) -> None: ...
-
-    def ask(self) -> None:
-        """It may."""
-
-    def settle(self, turn: Ending) -> None:
-        """Nobody counts."""
-
-    def close(self) -> None:
-        """Nothing is held."""
-
-
-_ANYTHING = _Unlimited()

@@ -31,6 +31,7 @@ from gateway.routes.bodies import (
     Frame,
     FrameReply,
     JsonReply,
+    body_at_hand,
     checked_id,
     gathered,
     path_id,
@@ -56,12 +57,10 @@ from gateway.wire.token_texts import MANY_TOKENS, spelling
 
 T = TypeVar("T")
 
+_MANY_SESSIONS = 4096
+"""Whose names are kept as replies have them."""
 
-class Received(NamedTuple):
-    """The body of a call, and the session that it is for; None where it is to be made, or was not looked for yet."""
-
-    body: bytes
-    session: Session | None
+_OF_STREAMS = ((b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"))
 
 
 class Calls:
@@ -111,76 +110,93 @@ class Calls:
         """
         wanted = prompts[0]
         session = session or await self.session(request, wanted)
-        prompts = [self._rules.applied(one, session.record.sampling) for one in prompts]
+        ruled = []
         for one in prompts:
+            one = self._rules.applied(one, session.record.sampling)
             self.runner.check(one)
-        turns = await self._turns(request, session, prompts)
+            ruled.append(one)
+        turns = await self._turns(request, session, ruled)
         writer = make_writer(turns[0].turn_id, wanted.model or self.model.name)
         return Begun(self, request.scope, session, turns, writer, wanted.wanted, streams=wanted.stream)
 
     async def _turns(self, request: Request, session: Session, prompts: Sequence[TurnRequest]) -> list[Turn]:
         """One for every choice of every prompt; if one of them cannot begin, none goes on."""
-        endpoint, retry = _endpoint(request), _retry_hint(request)
-        variants = [_variant(one, i) for one in prompts for i in range(one.num_choices)]
+        endpoint, retry = path_in_session(request.scope), _retry_hint(request)
+        variants = prompts
+        if len(prompts) > 1 or prompts[0].num_choices > 1:
+            variants = [_variant(one, i) for one in prompts for i in range(one.num_choices)]
         turns: list[Turn] = []
         permit = self._quotas.permit(session.record.session_id, len(variants))
+        admit = _freely if permit is None else permit.ask
         try:
             for i, variant in enumerate(variants):
                 call = CallChoice(endpoint, variant.digest, i)
-                turns.append(await self.runner.answer(session, variant, call, retry, admit=permit.ask))
-                permit.settle(turns[-1])
+                turn = await self.runner.answer(session, variant, call, retry, admit=admit)
+                turns.append(turn)
+                if permit is not None:
+                    permit.settle(turn)
         except (asyncio.CancelledError, VerbatimError):
             self.abandon(session, turns)
             raise
         finally:
-            permit.close()
+            if permit is not None:
+                permit.close()
         return turns
 
-    async def receive(self, request: Request, *, max_bytes: int) -> Received:
-        """The body of a call, read only for a caller who may make one; raises as `read_body` and `check_caller`."""
-        session = None if self._needs_no_look(request) else await self._checked_caller(request)
-        exchange = exchange_of(request.scope)
-        waits = exchange is None or exchange.more_body
-        body = await read_body(request, max_bytes=max_bytes)
-        if waits and session is not None:  # much may have happened to it since
-            session = await self.known_session(request)
-        return Received(body, session)
+    async def receive(self, request: Request, *, max_bytes: int) -> tuple[bytes, Session | None]:
+        """The body of a call, read only for a caller who may make one, and the session that it is for: None where that
+        is to be made, or was not looked for yet. Raises as `read_body` and `check_caller`."""
+        session_id = named_session(request)
+        session = self._at_hand(request, session_id)
+        if session is None and not self._needs_no_look(request, session_id):
+            session = await self._checked_caller(request, session_id)
+        body = body_at_hand(request, max_bytes=max_bytes)
+        if body is None:
+            body = await read_body(request, max_bytes=max_bytes)
+            if session is not None:  # much may have happened to it since
+                session = await self._known(request, session_id)
+        return body, session
 
     async def body(self, request: Request, *, max_bytes: int) -> bytes:
         """As `receive`, for calls that find their session by themselves."""
-        return (await self.receive(request, max_bytes=max_bytes)).body
+        body, _ = await self.receive(request, max_bytes=max_bytes)
+        return body
 
     async def check_caller(self, request: Request) -> None:
         """Raise Unauthorized, Forbidden or NotFound unless this caller may use the session that it names, or have a new
         one under that name. A finished session may still be read."""
-        await self._checked_caller(request)
+        await self._checked_caller(request, named_session(request))
 
-    async def _checked_caller(self, request: Request) -> Session | None:
-        session = await self.known_session(request)
+    async def _checked_caller(self, request: Request, session_id: str | None) -> Session | None:
+        session = await self._known(request, session_id)
         if session is None:
-            self._check_new(request, named_session(request))
+            self._check_new(request, session_id)
         return session
 
     async def session(self, request: Request, wanted: TurnRequest) -> Session:
         """Of the path, the header, the key, or made on the spot; the caller may use it."""
-        begins = not _replies(wanted) and self._needs_no_look(request)  # its ledger looks, should it be there after all
-        session = None if begins else await self.known_session(request)
-        return session or await self._make(request, wanted, named_session(request))
+        session_id = named_session(request)
+        # Where nobody needs to look, the session's ledger does, should it be there after all.
+        begins = not _replies(wanted) and self._needs_no_look(request, session_id)
+        session = None if begins else await self._known(request, session_id)
+        return session or await self._make(request, wanted, session_id)
 
-    def _needs_no_look(self, request: Request) -> bool:
+    def _needs_no_look(self, request: Request, session_id: str | None) -> bool:
         """Whether a caller may use the session that it names whether it is there or not, and it is not in memory.
 
         A look into the ledger costs as much as half a turn, and all agents of a new batch begin at once.
         """
-        session_id = named_session(request)
         known = session_id is not None and self._registry.holds(session_id)
         return not known and self._creates_unknown and self._access.opens_all(request)
 
-    async def known_session(self, request: Request) -> Session | None:
-        """The session that a request names, where there is one; the caller may use it."""
-        session_id = named_session(request)
-        record = await self._registry.record(session_id) if session_id else None
-        if record is None or session_id is None:
+    async def _known(self, request: Request, session_id: str | None) -> Session | None:
+        """The session of this name, where there is one; the caller may use it."""
+        if not session_id:
+            return None
+        if (session := self._at_hand(request, session_id)) is not None:
+            return session
+        record = await self._registry.record(session_id)
+        if record is None:
             return None
         self._access.check_agent(request, record)
         session = await self._registry.find(session_id)
@@ -188,12 +204,21 @@ class Calls:
             self._access.check_agent(request, session.record)
         return session
 
+    def _at_hand(self, request: Request, session_id: str | None) -> Session | None:
+        """As `_known`, where nobody has to be asked: nearly always."""
+        session = self._registry.unchanged(session_id) if session_id else None
+        if session is not None:
+            self._access.check_agent(request, session.record)
+            self._registry.touch(session)
+        return session
+
     async def reader(self, request: Request) -> Session:
         """The session of a call that reads what is recorded; raises Unauthorized, Forbidden, NotFound, and as
         `admit_read`."""
-        session = await self.known_session(request)
+        session_id = named_session(request)
+        session = await self._known(request, session_id)
         if session is None:
-            self._access.check_newcomer(request, named_session(request))
+            self._access.check_newcomer(request, session_id)
             raise NotFound("no session has this id or key")
         self.admit_read(session)
         return session
@@ -207,12 +232,12 @@ class Calls:
 
         Raises SessionSealed for a finished session, Unauthorized, Forbidden or NotFound as a turn would.
         """
-        session = await self.known_session(request)
+        session_id = named_session(request)
+        session = await self._known(request, session_id)
         if session is not None:
             session.check_open()
         else:
-            self._check_new(request, named_session(request))
-        session_id = session.record.session_id if session is not None else named_session(request)
+            self._check_new(request, session_id)
         self._quotas.admit_call(session_id or "")
         return session_id or ""
 
@@ -222,10 +247,11 @@ class Calls:
 
     async def prompt_token_ids(self, request: Request, wanted: TurnRequest) -> TokenIds:
         """int32[P]: the prompt that this call's turn would have; no session is made for it, and no engine asked."""
-        session = await self.known_session(request)
+        session_id = named_session(request)
+        session = await self._known(request, session_id)
         if session is None:
-            session = Session(self._new_record(request, wanted, named_session(request)), TurnTree(), None)
-        self._quotas.admit_call(named_session(request) or "")
+            session = Session(self._new_record(request, wanted, session_id), TurnTree(), None)
+        self._quotas.admit_call(session_id or "")
         return await self.runner.prompt_ids(session, self._rules.applied(wanted, session.record.sampling))
 
     def choice(
@@ -302,8 +328,10 @@ def _replies(wanted: TurnRequest) -> tuple[int, ...]:
 
 def named_session(request: Request) -> str | None:
     """The session id that a request names: in its path, in X-Session-ID (percent-encoded), or by its key."""
-    header = request.headers.get("x-session-id")
-    named = path_id(request) or (unquote(header) if header else None) or session_of_key(request)
+    named = path_id(request)
+    if not named:
+        header = request.headers.get("x-session-id")
+        named = (unquote(header) if header else None) or session_of_key(request)
     return None if named is None else checked_id(named)
 
 
@@ -340,21 +368,24 @@ class Begun:
             exchange = exchange_of(self._scope)
             if exchange is not None:
                 exchange.attend()
-            return await (self._streamed() if self._streams else self._whole())
+            if self._streams:
+                return await self._streamed()
+            turns = self._turns
+            finished = [await turns[0].finished()] if len(turns) == 1 else await _all(turn.finished() for turn in turns)
+            return self._whole(finished)
         except (asyncio.CancelledError, VerbatimError):  # one of several turns failed: nobody gets the others' replies
             self._abandon()
             raise
 
-    async def _whole(self) -> Response:
-        turns = self._turns
-        finished = [await turns[0].finished()] if len(turns) == 1 else await _all(turn.finished() for turn in turns)
-        body = self._writer.whole([self._choice(turn) for turn in finished])
+    def _whole(self, finished: Sequence[TurnFinished]) -> Response:
+        body = self._writer.whole(list(map(self._choice, finished)))
 
         def delivered() -> None:
             for turn in finished:
                 self._calls.runner.delivered(self._session, turn)
 
-        return JsonReply(json_text(body), _headers(self._session), delivered, self._abandon)
+        headers = (_session_header(self._session.record.session_id),)
+        return JsonReply(json_text(body), headers, delivered, self._abandon)
 
     async def _streamed(self) -> Response:
         """Errors before the first token are plain HTTP errors; later ones are the dialect's error frame and no end."""
@@ -363,7 +394,7 @@ class Begun:
             first = [await anext(events) for _ in range(2)]
         except StopAsyncIteration as error:
             raise EngineUnavailable("the turn ended before it began") from error
-        headers = _headers(self._session) | {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        headers = (_session_header(self._session.record.session_id), *_OF_STREAMS)
         return FrameReply(self._frames(first, events), headers, self._abandon)
 
     async def _frames(
@@ -474,9 +505,8 @@ def _variant(wanted: TurnRequest, i: int) -> TurnRequest:
     return replace(wanted, sampling={**wanted.sampling, "seed": seed + i})
 
 
-def _endpoint(request: Request) -> str:
-    """The path of a call without its session."""
-    return path_in_session(request.scope)
+def _freely() -> None:
+    """A turn may begin."""
 
 
 def _retry_hint(request: Request) -> RetryHint:
@@ -485,5 +515,7 @@ def _retry_hint(request: Request) -> RetryHint:
     return RetryHint(key or None, says_retry=says_retry) if key or says_retry else NO_HINT
 
 
-def _headers(session: Session) -> dict[str, str]:
-    return {"X-Session-ID": quote(session.record.session_id, safe="")}
+@lru_cache(_MANY_SESSIONS)
+def _session_header(session_id: str) -> tuple[bytes, bytes]:
+    """Of every reply."""
+    return b"x-session-id", quote(session_id, safe="").encode()

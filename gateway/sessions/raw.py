@@ -28,6 +28,9 @@ from gateway.wire.request import RawPrompt
 _CONTEXT_TOKENS = 8
 """Decoded before what a turn adds, for decoders that look back; no character has more tokens."""
 
+FIELDS_WITH_IDS = frozenset(("stop_token_ids", "logit_bias"))
+"""Of sampling; `check_sampling_ids` looks at them."""
+
 _HALF_CHARACTER = "\ufffd"
 
 

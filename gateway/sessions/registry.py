@@ -178,6 +178,10 @@ class SessionRegistry:
         changes = self._siblings.changes(session_id)
         return known if changes is not None and changes == known.seen_changes else None
 
+    def touch(self, session: Session) -> None:
+        """One in memory is used: of those that are idle, the others are forgotten first."""
+        self._sessions.move_to_end(session.record.session_id)
+
     @contextmanager
     def _changing(self, session_id: str) -> Iterator[None]:
         """What this process writes of a session here, the others read again."""

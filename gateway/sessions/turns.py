@@ -64,7 +64,7 @@ from gateway.sessions.deadlines import Deadlines
 from gateway.sessions.idempotency import NO_HINT, CallChoice, RetryHint, can_go_on, is_whole
 from gateway.sessions.media import UNTRAINABLE, check_placeholders, keep_media, load_media, shown_media
 from gateway.sessions.model import ServedModel
-from gateway.sessions.raw import attach_raw, check_ids, check_sampling_ids
+from gateway.sessions.raw import FIELDS_WITH_IDS, attach_raw, check_ids, check_sampling_ids
 from gateway.sessions.recent import RecentBudget
 from gateway.sessions.recorded import WholeReply, joined_rows, recorded_reply, recorded_rows
 from gateway.sessions.registry import Session
@@ -245,7 +245,8 @@ class TurnRunner:
 
     def check(self, request: TurnRequest) -> None:
         """Raise InvalidRequest for ids that the model does not have, before any turn of the same call begins."""
-        check_sampling_ids(request.sampling, vocab_size=self.parts.vocab_size)
+        if not FIELDS_WITH_IDS.isdisjoint(request.sampling):
+            check_sampling_ids(request.sampling, vocab_size=self.parts.vocab_size)
         if request.prompt is not None and request.prompt.token_ids is not None:
             check_ids(request.prompt.token_ids, vocab_size=self.parts.vocab_size)
 

@@ -32,12 +32,12 @@ def test_lines_are_appended_after_a_restart_and_after_a_line_that_was_cut(tmp_pa
     file = tmp_path / "deep" / "audit.jsonl"
     for i in range(2):
         log = AuditLog(file)
-        log.record(scope(b"/x\n{}\xff"), f"req-{i}", note(outcome="a\nb"))
+        log.record(scope(b"/x\n{}\xff"), b"req-%d" % i, note(outcome="a\nb"))
         log.close()
     with file.open("a") as cut:
         cut.write('{"time": "20')
     log = AuditLog(file)
-    log.record(scope(), "req-2", note())
+    log.record(scope(), b"req-2", note())
     log.close()
     assert file.stat().st_mode & 0o777 == 0o600
     *first, cut_line, last = file.read_text().splitlines()
@@ -49,7 +49,7 @@ def test_lines_are_appended_after_a_restart_and_after_a_line_that_was_cut(tmp_pa
 def test_full_files_are_turned_over_and_lose_nothing_that_is_kept(tmp_path: Path) -> None:
     log = AuditLog(tmp_path / "a", max_bytes=1000, num_older=3)
     for i in range(30):
-        log.record(scope(), f"req-{i}", note())
+        log.record(scope(), b"req-%d" % i, note())
     log.close()
     files = sorted(tmp_path.iterdir())
     assert [file.name for file in files] == ["a", "a.1", "a.2", "a.3"]
@@ -63,7 +63,7 @@ def test_a_disk_that_is_full_is_counted_and_stops_nothing() -> None:
     seen: Counter[str] = Counter()
     log = AuditLog(Path("/dev/full"), observe=lambda state: seen.update([state]))
     for _ in range(50):
-        log.record(scope(), "r", note())
+        log.record(scope(), b"r", note())
     log.close()
     assert seen["failed"] >= 50
     assert seen["written"] == 0
@@ -72,8 +72,8 @@ def test_a_disk_that_is_full_is_counted_and_stops_nothing() -> None:
 def test_refused_attempts_cannot_wash_out_what_operators_did(tmp_path: Path) -> None:
     log = AuditLog(tmp_path / "a")
     for _ in range(1000):
-        log.record(scope(), "stranger", note(status=403, has_key=False))
-    log.record(scope(), "operator", note())
+        log.record(scope(), b"stranger", note(status=403, has_key=False))
+    log.record(scope(), b"operator", note())
     log.close()
     found = lines(tmp_path / "a")
     assert 10 <= len(found) <= 20
@@ -83,10 +83,10 @@ def test_refused_attempts_cannot_wash_out_what_operators_did(tmp_path: Path) -> 
 
 def test_only_what_succeeded_and_was_no_reading_has_changed_something(tmp_path: Path) -> None:
     log = AuditLog(tmp_path / "a")
-    log.record(scope(method="GET"), "r", note(session_id="s"))
-    log.record(scope(), "r", note(status=409, session_id="s"))
-    log.record(scope(), "r", note(session_id="s"))
-    log.record(scope(), "r", AuditNote(key_fingerprint="cd", status=200))
+    log.record(scope(method="GET"), b"r", note(session_id="s"))
+    log.record(scope(), b"r", note(status=409, session_id="s"))
+    log.record(scope(), b"r", note(session_id="s"))
+    log.record(scope(), b"r", AuditNote(key_fingerprint="cd", status=200))
     log.close()
     assert [line["changed"] for line in lines(tmp_path / "a")] == [None, None, {"session_id": "s"}]
 

@@ -62,7 +62,7 @@ class Notes:
         return partial(self.heard.append, what)
 
     def reply(self, size: int) -> Response:
-        return JsonReply(JsonText((b"x" * size,)), {}, self.note("delivered"), self.note("lost"))
+        return JsonReply(JsonText((b"x" * size,)), (), self.note("delivered"), self.note("lost"))
 
 
 def connected(port: int) -> socket.socket:
@@ -111,6 +111,21 @@ async def test_a_reply_that_is_read_is_delivered_once(size: int) -> None:
             client.sendall(REQUEST % (b"", 0, b""))
             text = await replies(client, 1, b"x" * size)
             assert b"content-length: %d\r\n" % size in text
+    assert notes.heard == ["delivered"]
+
+
+async def test_a_short_reply_of_several_parts_is_sent_whole() -> None:
+    notes = Notes()
+    text = JsonText((b"[1,", b"2,", b"3]"))
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await JsonReply(text, ((b"x-a", b"b"),), notes.note("delivered"), notes.note("lost"))(scope, receive, send)
+
+    async with serving(app) as port:
+        with connected(port) as client:
+            client.sendall(REQUEST % (b"", 0, b""))
+            reply = await replies(client, 1, b"[1,2,3]")
+    assert b"x-a: b\r\ncontent-length: 7\r\ncontent-type: application/json\r\n\r\n[1,2,3]" in reply
     assert notes.heard == ["delivered"]
 
 
@@ -163,9 +178,9 @@ async def frames_of(*frames: Frame) -> AsyncGenerator[Frame, None]:
     ("make", "num"),
     [
         (lambda notes: notes.reply(2), 1),
-        (lambda notes: FrameReply(frames_of(Frame(b"xx", is_last=True)), {}, notes.note("lost")), 1),
-        (lambda notes: FrameReply(frames_of(Frame(b"x"), Frame(b"xx", is_last=True)), {}, notes.note("lost")), 2),
-        (lambda notes: FrameReply(frames_of(Frame(b"xx")), {}, notes.note("lost")), 2),
+        (lambda notes: FrameReply(frames_of(Frame(b"xx", is_last=True)), (), notes.note("lost")), 1),
+        (lambda notes: FrameReply(frames_of(Frame(b"x"), Frame(b"xx", is_last=True)), (), notes.note("lost")), 2),
+        (lambda notes: FrameReply(frames_of(Frame(b"xx")), (), notes.note("lost")), 2),
     ],
 )
 async def test_head_and_end_of_a_reply_take_no_writes_of_their_own(make: Callable[[Notes], Response], num: int) -> None:
@@ -264,7 +279,7 @@ async def test_frames_end_with_their_reader() -> None:
         exchange = exchange_of(scope)
         assert exchange is not None
         exchange.attend()
-        reply = FrameReply(frames(), {}, notes.note("lost"))  # type: ignore[arg-type]  # an async generator
+        reply = FrameReply(frames(), (), notes.note("lost"))  # type: ignore[arg-type]  # an async generator
         try:
             await reply(scope, receive, send)
         except asyncio.CancelledError:
@@ -299,6 +314,49 @@ async def test_requests_that_are_sent_ahead_are_answered_in_order() -> None:
     assert [text.index(b"[/%d %d]" % (i, i)) for i in range(5)] == sorted(text.index(b"[/%d" % i) for i in range(5))
 
 
+@pytest.mark.parametrize("sizes", [(3,), (3, 4), (70_000, 1, 200_000, 5)])
+async def test_a_body_is_whole_in_however_many_pieces_it_comes(sizes: tuple[int, ...]) -> None:
+    """What came before anybody asked for it, and what comes while somebody waits."""
+    body = b"".join(bytes([ord("a") + i]) * size for i, size in enumerate(sizes))
+    got: list[bytes] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        exchange = exchange_of(scope)
+        assert exchange is not None
+        await asyncio.sleep(0.05)
+        whole = exchange.whole_body()
+        if whole is None:
+            whole, more = b"", True
+            while more:
+                message = await receive()
+                whole, more = whole + message["body"], message["more_body"]
+        got.append(whole)
+        await Response("read")(scope, receive, send)
+
+    async with serving(app) as port:
+        with connected(port) as client:
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            client.sendall(REQUEST % (b"", len(body), b""))
+            at = 0
+            for size in sizes:
+                await asyncio.sleep(0.02)
+                await asyncio.get_running_loop().run_in_executor(None, client.sendall, body[at : at + size])
+                at += size
+            await replies(client, 1, b"read")
+    assert got == [body]
+
+
+@pytest.mark.parametrize("bad", [(b"a b", b"1"), (b"a", b"1\r\nb: 2"), (b"", b"\x00")])
+async def test_a_header_that_would_end_early_is_not_sent(bad: tuple[bytes, bytes]) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2"), bad]})
+
+    async with serving(app) as port:
+        with connected(port) as client:
+            client.sendall(REQUEST % (b"", 0, b""))
+            assert await _closed(client) == b""
+
+
 async def _closed(client: socket.socket) -> bytes:
     return await asyncio.get_running_loop().run_in_executor(None, client.recv, 2**16)
 
@@ -309,8 +367,9 @@ async def _closed(client: socket.socket) -> bytes:
         (b"", b""),
         (b"POST / HTTP/1.1\r\nHost: loc", b"HTTP/1.1 408 "),
         (REQUEST % (b"", 0, b""), b"HTTP/1.1 200 "),
+        (REQUEST % (b"", 0, b"") + b"POST / HTTP/1.1\r\nHost: loc", b"HTTP/1.1 200 "),
     ],
-    ids=["nothing", "half-a-head", "a-request"],
+    ids=["nothing", "half-a-head", "a-request", "a-request-and-half-a-head"],
 )
 async def test_deadlines_end_what_does_not_go_on(sent: bytes, answered: bytes) -> None:
     """A timer that was set for one thing serves the next: none rings too early, and none not at all."""

@@ -40,6 +40,17 @@ async def test_idle_sessions_make_room_for_new_ones_and_used_ones_do_not(ledger:
     assert (await registry.get("s0")).record.session_id == "s0"  # nothing is lost: it is read again
 
 
+async def test_one_that_is_touched_stays_longer_than_those_made_after_it(ledger: SqliteLedger) -> None:
+    registry = SessionRegistry(ledger, capacity=3)
+    for number in range(3):
+        await made(registry, f"s{number}")
+    first = registry.unchanged("s0")
+    assert first is not None
+    registry.touch(first)
+    await made(registry, "s3")
+    assert in_memory(registry) == {"s0", "s2", "s3"}
+
+
 async def test_more_than_there_is_room_for_stay_where_all_are_used(ledger: SqliteLedger) -> None:
     registry = SessionRegistry(ledger, capacity=3)
     sessions = []
