@@ -8,8 +8,10 @@ which sends only what is new, the conversation so far is put before it as it was
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
+
+from msgspec.structs import replace
 
 from gateway.contracts.errors import InvalidRequest
 from gateway.contracts.generation import JsonValue

@@ -12,8 +12,10 @@ import base64
 import binascii
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
+
+from msgspec.structs import replace
 
 from gateway.contracts.errors import InvalidRequest
 from gateway.contracts.generation import JsonValue
