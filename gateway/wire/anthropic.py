@@ -99,7 +99,7 @@ def parse_messages_request(body: bytes) -> MessagesRequest:
 def parse_count_request(body: bytes) -> MessagesRequest:
     """Read a call of `/v1/messages/count_tokens`: the same without a limit of the reply."""
     fields = load_json_object(body)
-    check_nesting(fields)
+    check_nesting(fields, body)
     return MessagesRequest(fields, body, _previous_turn_id(fields))
 
 

@@ -56,7 +56,7 @@ def parse_chat_request(body: bytes, known: KnownTexts | None = None) -> TurnRequ
             known.keep(longer, found[0])
             return longer.request
     fields = load_json_object(body)
-    check_nesting(fields)
+    check_nesting(fields, body)
     request = chat_request(fields, body=body)
     if known is not None and (new := known_text(body, fields, request)) is not None:
         known.keep(new, None)
@@ -352,8 +352,10 @@ def _wanted(fields: Mapping[str, JsonValue]) -> Wanted:
     options = fields.get("stream_options")
     if not isinstance(options, dict | None):
         raise InvalidRequest(f"stream_options: expected an object, got {kind_of(options)}")
-    with inside("stream_options"):
-        usage_chunk = flag(options or {}, "include_usage")
+    usage_chunk = False
+    if options:
+        with inside("stream_options"):
+            usage_chunk = flag(options, "include_usage")
     token_ids = flag(fields, "return_token_ids")
     refuses_logprobs = fields.get("logprobs") is False
     logprobs = flag(fields, "logprobs") or (token_ids and not refuses_logprobs)

@@ -32,6 +32,8 @@ recorded, in which form it comes, which weights sample, where it runs, and code 
 
 def protected_names(fields: Mapping[str, JsonValue]) -> tuple[str, ...]:
     """Which fields of a request, null ones left aside, only the gateway may set."""
+    if PROTECTED.isdisjoint(fields):
+        return ()
     return tuple(sorted(name for name in PROTECTED & fields.keys() if fields[name] is not None))
 
 

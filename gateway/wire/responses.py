@@ -78,7 +78,7 @@ class ResponsesRequest:
 def parse_responses_request(body: bytes) -> ResponsesRequest:
     """Read a request; raises InvalidRequest naming the field that is wrong."""
     fields = load_json_object(body)
-    check_nesting(fields)
+    check_nesting(fields, body)
     _check_served(fields)
     instructions = optional(fields, "instructions", str)
     previous = optional(fields, "previous_response_id", str)

@@ -69,10 +69,10 @@ def sampling_fields(fields: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
     """The sampling fields of a request or of a session's overrides, under their normalised names, nulls left out."""
     sampling: dict[str, JsonValue] = {}
     for name in ("temperature", "top_p", "min_p"):
-        if (value := number(fields, name)) is not None:
+        if name in fields and (value := number(fields, name)) is not None:
             sampling[name] = value
     for name in (*_LENGTHS, "top_k", "sampling_seed", "seed"):
-        if (integer := optional(fields, name, int)) is not None:
+        if name in fields and (integer := optional(fields, name, int)) is not None:
             if integer < 1 and name in _LENGTHS:
                 raise InvalidRequest(f"{name}: expected at least 1, got {integer}")
             sampling[ALIASES.get(name, name)] = integer
@@ -84,9 +84,9 @@ def sampling_fields(fields: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
         sampling["ignore_eos"] = ignores
     if not SAMPLING_EXTRA.isdisjoint(fields):
         _check_extra(fields)
-    for name in sorted(SAMPLING_EXTRA & fields.keys(), key=ALIASES.__contains__, reverse=True):  # aliases give way
-        if fields[name] is not None:
-            sampling[ALIASES.get(name, name)] = fields[name]
+        for name in sorted(SAMPLING_EXTRA & fields.keys(), key=ALIASES.__contains__, reverse=True):  # aliases give way
+            if fields[name] is not None:
+                sampling[ALIASES.get(name, name)] = fields[name]
     return sampling | _constraint(fields.get("response_format"))
 
 
