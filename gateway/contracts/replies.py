@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from gateway.contracts.frozen import frozen_dataclass
+import msgspec
+
 from gateway.contracts.generation import JsonValue
 
 
@@ -16,22 +17,19 @@ class ReplyFlag(StrEnum):
     UNCLOSED_REASONING = "unclosed_reasoning"
 
 
-@frozen_dataclass(frozen=True, slots=True)
-class ReasoningDelta:
+class ReasoningDelta(msgspec.Struct, frozen=True):
     """More reasoning text."""
 
     text: str
 
 
-@frozen_dataclass(frozen=True, slots=True)
-class ContentDelta:
+class ContentDelta(msgspec.Struct, frozen=True):
     """More visible text."""
 
     text: str
 
 
-@frozen_dataclass(frozen=True, slots=True)
-class ToolCallDelta:
+class ToolCallDelta(msgspec.Struct, frozen=True):
     """More of tool call `index`; `call_id` and `name` are set on its first delta only."""
 
     index: int
@@ -43,8 +41,7 @@ class ToolCallDelta:
 ReplyDelta = ReasoningDelta | ContentDelta | ToolCallDelta
 
 
-@frozen_dataclass(frozen=True, slots=True)
-class ToolCall:
+class ToolCall(msgspec.Struct, frozen=True):
     """One parsed call; `arguments` is the JSON text as the model wrote it."""
 
     call_id: str
@@ -52,8 +49,7 @@ class ToolCall:
     arguments: str
 
 
-@frozen_dataclass(frozen=True, slots=True)
-class ParsedReply:
+class ParsedReply(msgspec.Struct, frozen=True):
     """Output tokens as a message. `content` None means no text at all; `num_reasoning_tokens` counts output tokens."""
 
     content: str | None
@@ -77,8 +73,9 @@ class ParsedReply:
         if self.reasoning is not None:
             message["reasoning_content"] = self.reasoning
         if self.tool_calls:
-            message["tool_calls"] = [
-                {"id": call.call_id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-                for call in self.tool_calls
-            ]
+            calls: list[JsonValue] = []
+            for call in self.tool_calls:
+                function = {"name": call.name, "arguments": call.arguments}
+                calls.append({"id": call.call_id, "type": "function", "function": function})
+            message["tool_calls"] = calls
         return message

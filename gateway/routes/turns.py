@@ -10,7 +10,6 @@ import asyncio
 import itertools
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
-from dataclasses import replace
 from functools import lru_cache, partial
 from typing import NamedTuple, TypeVar
 from urllib.parse import quote, unquote
@@ -19,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from fastapi import Request
 from fastapi.responses import Response
+from msgspec.structs import replace
 from starlette.types import Scope
 
 from gateway.contracts.errors import Conflict, EngineUnavailable, NotFound, VerbatimError

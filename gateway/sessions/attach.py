@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
-from gateway.contracts.frozen import frozen_dataclass
+import msgspec
+
 from gateway.contracts.generation import JsonValue
 from gateway.contracts.records import MatchTier, RootContext, SegmentReason
 from gateway.sessions.messages import (
@@ -35,8 +35,7 @@ _MOST_WAYS = 4
 _RANK = {MatchTier.EXACT: 0, MatchTier.SEMANTIC: 1, MatchTier.PROJECTION: 2}
 
 
-@frozen_dataclass(frozen=True, slots=True)
-class Place:
+class Place(msgspec.Struct, frozen=True):
     """Where a request stands.
 
     parent: the turn whose tokens it may extend; None opens a new segment for `reason`. num_matched: how many of the
@@ -50,7 +49,7 @@ class Place:
     reason: SegmentReason | None
 
 
-class _Trail(NamedTuple):
+class _Trail(msgspec.Struct, frozen=True, eq=False):
     """A way along recorded messages that the request's first messages may have come.
 
     tier: the loosest on the way. num_other_ids: messages whose tool calls have other ids than those recorded.
@@ -61,7 +60,7 @@ class _Trail(NamedTuple):
     num_other_ids: int
 
 
-class _Match(NamedTuple):
+class _Match(msgspec.Struct, frozen=True, eq=False):
     """A turn whose whole conversation the request begins with."""
 
     node: Node
@@ -69,7 +68,7 @@ class _Match(NamedTuple):
     num_messages: int
 
 
-class _Step(NamedTuple):
+class _Step(msgspec.Struct, frozen=True, eq=False):
     """What is known behind a request's first messages: the trails that lead there, the calls that hold, and the deepest
     matches so far, under the request's own root and under others."""
 
@@ -80,22 +79,28 @@ class _Step(NamedTuple):
     elsewhere: Sequence[_Match]
 
 
-class KnownWay(NamedTuple):
+class KnownWay(msgspec.Struct, frozen=True, eq=False):
     """The way of an earlier request as far as its deepest match, and all its messages. num_turns: that the tree had
     then."""
 
     messages: Sequence[JsonValue]
+    root: RootContext
     root_digest: bytes
     step: _Step
     num_turns: int
+
+    def has_root(self, root: RootContext) -> bool:
+        """Whether its root is made of the very objects, as that of a request is which only adds messages."""
+        known = self.root
+        return known.tools is root.tools and known.template_arguments is root.template_arguments
 
     def leads(self, tree: TurnTree, messages: Sequence[JsonValue]) -> bool:
         """Whether a request that begins with the same messages, the very objects, would come the same way again."""
         num = self.step.num_messages
         return (
             len(messages) >= num
-            and all(map(operator.is_, self.messages[:num], messages))
             and tree.first_change_since(self.num_turns) > num
+            and all(map(operator.is_, self.messages[:num], messages))
         )
 
 
@@ -118,6 +123,9 @@ class KnownWays:
 
     def keep(self, new: KnownWay, instead_of: KnownWay | None) -> None:
         """Remember a way; the one that it goes on from is not needed any more."""
+        if len(self._known) <= 1 and instead_of in self._known:  # the rule
+            self._known = (new,)
+            return
         others = [way for way in self._known if way is not instead_of]
         self._known = [*others[-_MOST_WAYS + 1 :], new]
 
@@ -126,27 +134,28 @@ class KnownWays:
         self._known = ()
 
 
-_START = _Step(0, (), NO_CALLS, (), ())
-
-
 def attach(tree: TurnTree, messages: Sequence[JsonValue], root: RootContext, ways: KnownWays | None = None) -> Place:
     """Find the deepest turn whose conversation the messages begin with. ways: of the session's earlier requests."""
-    if not len(tree):
+    num_turns = len(tree)
+    if not num_turns:
         return Place(None, None, 0, MatchTier.NONE, SegmentReason.FIRST)
-    wanted_root = tree.digest_of(root)
     way = None if ways is None else ways.find(tree, messages)
+    wanted_root = way.root_digest if way is not None and way.has_root(root) else tree.digest_of(root)
     if way is not None and way.root_digest == wanted_root:
         step = way.step
     else:
-        step = _START._replace(trails=[_Trail(tree.start, MatchTier.EXACT, 0)])
+        step = _Step(0, (_Trail(tree.start, MatchTier.EXACT, 0),), NO_CALLS, (), ())
     deepest = step
-    while step.trails and step.num_messages < len(messages):
-        step = _stepped(step, messages[step.num_messages], wanted_root)
+    for message in messages[step.num_messages :]:
+        if not (trails := _further(step, message)):
+            break
+        step = _stepped(step, message, trails, wanted_root)
         if step.here is not deepest.here:
             deepest = step
     if ways is not None and deepest.num_messages:
-        ways.keep(KnownWay(messages, wanted_root, deepest, len(tree)), way)
-    best, other = _best(tree, step.here), _best(tree, step.elsewhere)
+        ways.keep(KnownWay(messages, root, wanted_root, deepest, num_turns), way)
+    best = _best(tree, step.here) if step.here else None
+    other = _best(tree, step.elsewhere) if step.elsewhere else None
     if best is None:
         return Place(None, other.node if other else None, 0, MatchTier.NONE, _reason(other, root))
     follows = other if other is not None and other.num_messages > best.num_messages else best
@@ -165,11 +174,13 @@ def restore_reasoning(place: Place, messages: Sequence[JsonValue]) -> tuple[Json
     return (*restored, *messages[len(restored) :])
 
 
-def _stepped(step: _Step, message: JsonValue, wanted_root: bytes) -> _Step:
-    """One message further. Matches are turns that have sampled something and end just there.
+def _stepped(step: _Step, message: JsonValue, trails: Sequence[_Trail], wanted_root: bytes) -> _Step:
+    """One message further, on the trails that go on with it.
 
-    Turns of raw prompts have no conversation, whatever a message looks like that stands for one."""
-    trails, num_messages = _further(step, message), step.num_messages + 1
+    Matches are turns that have sampled something and end just there. Turns of raw prompts have no conversation,
+    whatever a message looks like that stands for one.
+    """
+    num_messages = step.num_messages + 1
     here: list[_Match] = []
     elsewhere: list[_Match] = []
     for trail in trails:
@@ -177,7 +188,8 @@ def _stepped(step: _Step, message: JsonValue, wanted_root: bytes) -> _Step:
             if len(node.record.output_token_ids) and node.record.meta.get("certified_by") != RAW:
                 matches = here if node.root_digest == wanted_root else elsewhere
                 matches.append(_Match(node, trail, num_messages))
-    calls = calls_behind(message, step.calls)
+    first = trails[0]  # where all ids are those recorded, so are the calls
+    calls = calls_behind(message, step.calls) if first.num_other_ids else first.at.calls
     return _Step(num_messages, trails, calls, here or step.here, elsewhere or step.elsewhere)
 
 
@@ -185,11 +197,11 @@ def _further(step: _Step, message: JsonValue) -> Sequence[_Trail]:
     """The trails that go on with a message."""
     if len(step.trails) == 1:  # the rule, and then nobody may need the message's key
         trail = step.trails[0]
-        if trail.at.is_last:
+        only = trail.at.next
+        if only is None:
             return ()
-        only = trail.at.only
         # Where all ids are those recorded, an equal message answers the same calls.
-        if only is not None and not trail.num_other_ids and is_surely(message, only.message):
+        if isinstance(only, RecordedMessage) and not trail.num_other_ids and is_surely(message, only.message):
             return (_Trail(only, trail.tier, 0),)
     key = message_key(message, step.calls)
     return [further for trail in step.trails for further in _steps(trail, key)]

@@ -23,15 +23,11 @@ class Deadlines:
     def begin(self) -> Deadline:
         """A deadline for what the running task does from now on: in a `with` block, which raises TimeoutError."""
         loop = asyncio.get_running_loop()
-        deadline = Deadline(self, loop, loop.time() + self._seconds)
+        deadline = Deadline(self._running, loop, loop.time() + self._seconds)
         self._running[deadline] = None
         if self._timer is None:
             self._timer = loop.call_at(deadline.ends_at, self._sweep, loop)
         return deadline
-
-    def forget(self, deadline: Deadline) -> None:
-        """Its block was left."""
-        del self._running[deadline]
 
     def close(self) -> None:
         """No turn begins any more."""
@@ -48,14 +44,15 @@ class Deadlines:
 
 
 class Deadline:
-    """Of one turn. ends_at: by the event loop's clock, unless it is brought forward."""
+    """Of one turn. running: all there are, which it leaves with its block. ends_at: by the event loop's clock, unless
+    it is brought forward."""
 
-    __slots__ = ("_all", "_earlier", "_loop", "_num_cancels", "_task", "ends_at", "expired")
+    __slots__ = ("_earlier", "_loop", "_num_cancels", "_running", "_task", "ends_at", "expired")
 
-    def __init__(self, all_of_them: Deadlines, loop: asyncio.AbstractEventLoop, ends_at: float) -> None:
-        self._all = all_of_them
+    def __init__(self, running: dict[Deadline, None], loop: asyncio.AbstractEventLoop, ends_at: float) -> None:
+        self._running = running
         self._loop = loop
-        self._task: asyncio.Task[object] | None = asyncio.current_task()
+        self._task: asyncio.Task[object] | None = asyncio.current_task(loop)
         self._num_cancels = 0 if self._task is None else self._task.cancelling()
         self._earlier: asyncio.TimerHandle | None = None
         self.ends_at = ends_at
@@ -80,8 +77,9 @@ class Deadline:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         task, self._task = self._task, None
-        self._all.forget(self)
-        self.bring_forward(None)
+        del self._running[self]
+        if self._earlier is not None:
+            self.bring_forward(None)
         is_ours = self.expired and task is not None and task.uncancel() <= self._num_cancels
         if is_ours and kind is asyncio.CancelledError:
             raise TimeoutError from error

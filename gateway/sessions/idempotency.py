@@ -17,7 +17,9 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
+
+import msgspec
 
 from gateway.contracts.errors import Conflict
 from gateway.contracts.generation import FinishReason, JsonValue
@@ -25,7 +27,7 @@ from gateway.contracts.records import TurnRecord
 from gateway.sessions.tree import Node, TurnTree
 
 
-class CallChoice(NamedTuple):
+class CallChoice(msgspec.Struct, frozen=True):
     """One choice of what a request asks for. endpoint: its path without the session. digest: sha256 hex of its body."""
 
     endpoint: str
@@ -83,18 +85,16 @@ class SessionCalls(Generic[T]):
 
     def attend(self, turn: T) -> None:
         """Somebody waits for the reply of a turn that runs."""
-        self._running[turn.turn_id] = turn
-        self._own.append(turn.turn_id)
-        self._wait_for(turn.turn_id)
+        turn_id = turn.turn_id
+        self._running[turn_id] = turn
+        self._own.append(turn_id)
+        if turn_id not in self._waited_for:
+            self._waited_for.append(turn_id)
 
     def leave(self, turn_id: str) -> None:
         """Nobody does any more, or the reply was delivered."""
         if turn_id in self._waited_for:
             self._waited_for.remove(turn_id)
-
-    def _wait_for(self, turn_id: str) -> None:
-        if turn_id not in self._waited_for:
-            self._waited_for.append(turn_id)
 
     @property
     def running(self) -> Collection[T]:
@@ -123,23 +123,26 @@ class SessionCalls(Generic[T]):
         found = self._keyed_turn(call, retry.key) if retry.key is not None else self._left_turn(call)
         if found is None and retry.says_retry and retry.key is None:
             found = self._only_turn(call)
-        if found is not None:
-            self._wait_for(_turn_id(found))
+        if found is not None and (turn_id := _turn_id(found)) not in self._waited_for:
+            self._waited_for.append(turn_id)
         return found
 
     def is_waited_for(self, call: CallChoice) -> bool:
         """Whether somebody waits for a running turn of the same call, as far as is known."""
-        running = self._running.values()
-        return bool(running) and any(turn.call == call and turn.turn_id in self._waited_for for turn in running)
+        if not self._running:
+            return False
+        return any(turn.call == call and turn.turn_id in self._waited_for for turn in self._running.values())
 
     def _left_turn(self, call: CallChoice) -> T | Node | None:
         """Of those whose client has gone the oldest: every retry takes another one."""
-        for turn in self._running.values():
-            if turn.call == call and turn.turn_id not in self._waited_for:
-                return turn
-        for node in self._recorded.get(call, ()):
-            if self._is_open(node) and node.record.turn_id not in self._waited_for:
-                return node
+        if self._running:
+            for turn in self._running.values():
+                if turn.call == call and turn.turn_id not in self._waited_for:
+                    return turn
+        if call in self._recorded:
+            for node in self._recorded[call]:
+                if self._is_open(node) and node.record.turn_id not in self._waited_for:
+                    return node
         return None
 
     def _only_turn(self, call: CallChoice) -> T | Node | None:
@@ -171,11 +174,12 @@ class SessionCalls(Generic[T]):
         for node in self._tree.since(self._num_known):
             self._num_known += 1
             record = node.record
-            call = _call_of(record)
-            if call is None or not len(record.output_token_ids):
+            asked = record.meta.get("call")
+            if asked is None or not len(record.output_token_ids):
                 continue
-            self._recorded[call] = (*self._recorded.get(call, ()), node)
-            if (key := record.meta["call"]["idempotency_key"]) is not None:
+            call = CallChoice(asked["endpoint"], record.request_digest, asked["choice"])
+            self._recorded[call] = (*self._recorded[call], node) if call in self._recorded else (node,)
+            if (key := asked["idempotency_key"]) is not None:
                 self._keyed[key, call.choice] = (*self._keyed.get((key, call.choice), ()), node)
             if record.attachment.continues and record.attachment.parent_id is not None:
                 self._replaced.append(record.attachment.parent_id)
@@ -190,11 +194,6 @@ def can_go_on(record: TurnRecord) -> bool:
     """Whether there is something left to sample of a reply that broke off."""
     sampling, last = record.sampling, int(record.output_token_ids[-1])
     return sampling["max_new_tokens"] > len(record.output_token_ids) and last not in sampling["stop_token_ids"]
-
-
-def _call_of(record: TurnRecord) -> CallChoice | None:
-    call = record.meta.get("call")
-    return None if call is None else CallChoice(call["endpoint"], record.request_digest, call["choice"])
 
 
 def _turn_id(found: OpenTurn | Node) -> str:

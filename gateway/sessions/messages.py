@@ -79,9 +79,15 @@ def compare(recorded: MessageKey, sent: MessageKey) -> MatchTier | None:
 
 def calls_behind(message: Mapping[str, JsonValue], calls: CallPositions) -> CallPositions:
     """The calls that hold after a message, `calls` before it."""
-    if message.get("role") != "assistant" or not (call_ids := _call_ids(message.get("tool_calls"))):
+    if "tool_calls" not in message or message.get("role") != "assistant":
         return calls
-    return {call_id: position for position, call_id in enumerate(call_ids) if call_id} or NO_CALLS
+    if not (call_ids := _call_ids(message["tool_calls"])):
+        return calls
+    positions: dict[str, int] = {}
+    for position, call_id in enumerate(call_ids):
+        if call_id:
+            positions[call_id] = position
+    return positions or NO_CALLS
 
 
 def is_surely(message: Mapping[str, JsonValue], recorded: Mapping[str, JsonValue]) -> bool:
@@ -139,20 +145,21 @@ def message_key(message: Mapping[str, JsonValue], calls: CallPositions) -> Messa
 def _without_null_refusal(message: Mapping[str, JsonValue]) -> Mapping[str, JsonValue]:
     """Our replies have one, and records do not."""
     if "refusal" in message and message["refusal"] is None:
-        return {name: value for name, value in message.items() if name != "refusal"}
+        message = {**message}
+        del message["refusal"]
     return message
 
 
 def _has_texts_only(value: JsonValue) -> bool:
     """Whether all values in it are texts or null."""
-    inner = [value]
-    while inner:
-        value = inner.pop()
-        if isinstance(value, dict):
-            inner += value.values()
-        elif isinstance(value, list):
-            inner += value
-        elif not (value is None or isinstance(value, str)):
+    found = [value]
+    for value in found:  # which grows meanwhile
+        kind = type(value)
+        if kind is dict:
+            found += value.values()
+        elif kind is list:
+            found += value
+        elif kind is not str and value is not None:
             return False
     return True
 
@@ -281,7 +288,11 @@ def _may_answer_one_call(recorded: int | str | None, sent: int | str | None) -> 
 def _call_ids(calls: JsonValue) -> tuple[str, ...]:
     if not isinstance(calls, list):
         return ()
-    return tuple(_identifier(call.get("id")) if isinstance(call, dict) else "" for call in calls)
+    call_ids = []
+    for call in calls:
+        call_id = call.get("id") if isinstance(call, dict) else ""
+        call_ids.append(call_id if type(call_id) is str else _identifier(call_id))
+    return tuple(call_ids)
 
 
 def _identifier(value: JsonValue) -> str:

@@ -85,9 +85,10 @@ def check_ids(token_ids: TokenIds, *, vocab_size: int) -> None:
 
 def check_sampling_ids(sampling: Mapping[str, JsonValue], *, vocab_size: int) -> None:
     """Raise InvalidRequest for ids among the sampling fields that the model does not have: they kill engines too."""
-    named = {"stop_token_ids": sampling.get("stop_token_ids", ()), "logit_bias": sampling.get("logit_bias", ())}
-    for name, ids in named.items():
-        outside = next((token_id for token_id in map(int, ids) if not 0 <= token_id < vocab_size), None)
+    for name in ("stop_token_ids", "logit_bias"):
+        if name not in sampling:
+            continue
+        outside = next((token_id for token_id in map(int, sampling[name]) if not 0 <= token_id < vocab_size), None)
         if outside is not None:
             raise InvalidRequest(f"{name}: token id {outside} is out of vocabulary: ids are in [0, {vocab_size})")
 

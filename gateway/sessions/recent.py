@@ -27,8 +27,11 @@ class Recent:
     @property
     def num_bytes(self) -> int:
         """About what it takes."""
-        pieces = () if self._path is None else self._path[1]
-        return self.texts.num_bytes + sum([piece.nbytes for piece in pieces])
+        num_bytes = self.texts.num_bytes
+        if self._path is not None:
+            for piece in self._path[1]:
+                num_bytes += piece.nbytes
+        return num_bytes
 
     def token_ids(self, node: Node) -> tuple[TokenIds, ...]:
         """Pieces int32[n] of everything recorded on the path to a node (I1), in order; read them only."""

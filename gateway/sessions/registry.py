@@ -88,7 +88,8 @@ class Session:
 
     def hold(self, seconds: float) -> None:
         """Have it not end by itself for so long."""
-        self.held_until = max(self.held_until, time.monotonic() + seconds)
+        if seconds > 0 and (until := time.monotonic() + seconds) > self.held_until:
+            self.held_until = until
 
     async def deliveries_noted(self) -> None:
         """Wait until the ledger knows of every reply whose last byte has left: its agent may ask at once."""
@@ -155,7 +156,10 @@ class SessionRegistry:
 
     async def find(self, session_id: str) -> Session | None:
         """The session, or None if nobody made it."""
-        if session_id in self._sessions and await self._is_current(session_id):
+        if (known := self.unchanged(session_id)) is not None:  # nearly always
+            self._sessions.move_to_end(session_id)
+            return known
+        if session_id in self._sessions and await self._brought_up_to_date(session_id):
             self._sessions.move_to_end(session_id)
             return self._sessions[session_id]
         if session_id not in self._loading:
@@ -296,10 +300,8 @@ class SessionRegistry:
         session = self._sessions.get(session_id)
         return session is not None and session.is_used
 
-    async def _is_current(self, session_id: str) -> bool:
-        """Whether a session in memory is as the ledger has it, brought up to date if need be."""
-        if self.unchanged(session_id) is not None:
-            return True
+    async def _brought_up_to_date(self, session_id: str) -> bool:
+        """Whether a session in memory is as the ledger has it now."""
         session, changes = self._sessions[session_id], self._siblings.changes(session_id)
         if await session.catch_up(self._ledger):
             session.seen_changes = changes

@@ -14,11 +14,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from gateway.contracts.errors import LedgerCorrupt
-from gateway.contracts.frozen import frozen_dataclass
 from gateway.contracts.generation import JsonValue, TokenIds
 from gateway.contracts.records import RootContext, TurnRecord, conversation
 from gateway.sessions.messages import (
@@ -32,68 +31,52 @@ from gateway.sessions.messages import (
 )
 
 
-class RecordedMessage:
+class RecordedMessage(msgspec.Struct, eq=False):
     """A message at its place: after just these other messages, in one or several recorded conversations.
 
-    turns: those whose conversation, reply included, ends with it. message: None at the start of all conversations.
-    calls: those that hold before it. Its key is made when asked for: nobody asks where conversations only grow.
+    message: None at the start of all conversations. calls_before, calls: those that hold before and behind it. turns:
+    those whose conversation, reply included, ends with it. next: what was recorded right after it: nothing, one
+    message alone (the rule), or by core digest one, or a tuple of those that differ in what the core leaves out.
+    Its key is made when asked for: nobody asks where conversations only grow.
     """
 
-    __slots__ = ("_calls", "_following", "_key", "message", "turns")
-
-    def __init__(self, message: JsonValue, calls: CallPositions) -> None:
-        self.message = message
-        self.turns: tuple[Node, ...] = ()
-        self._calls = calls
-        self._key: MessageKey | None = None
-        # One alone (the rule), or by core digest: one, or a tuple of those that differ in what the core leaves out.
-        self._following: RecordedMessage | dict[bytes, RecordedMessage | tuple[RecordedMessage, ...]] | None = None
+    message: JsonValue
+    calls_before: CallPositions
+    calls: CallPositions
+    turns: tuple[Node, ...] = ()
+    next: RecordedMessage | dict[bytes, RecordedMessage | tuple[RecordedMessage, ...]] | None = None
+    _key: MessageKey | None = None
 
     @property
     def key(self) -> MessageKey:
         """What of it counts."""
         if self._key is None:
-            self._key = message_key(self.message, self._calls)
+            self._key = message_key(self.message, self.calls_before)
         return self._key
-
-    @property
-    def is_last(self) -> bool:
-        """Whether nothing was recorded after it."""
-        return self._following is None
-
-    @property
-    def is_new(self) -> bool:
-        """Whether no recorded conversation has it yet."""
-        return self._following is None and not self.turns
-
-    @property
-    def only(self) -> RecordedMessage | None:
-        """The one message that was recorded right after this one, None where there are several or none."""
-        return self._following if isinstance(self._following, RecordedMessage) else None
 
     def following(self, core: bytes) -> Sequence[RecordedMessage]:
         """Messages recorded right after this one that have this core."""
-        known = self._following
+        known = self.next
         if isinstance(known, RecordedMessage):
             return (known,) if known.key.core == core else ()
         found = () if known is None else known.get(core, ())
         return found if isinstance(found, tuple) else (found,)
 
-    def extended(self, message: JsonValue, calls: CallPositions) -> RecordedMessage:
-        """This message followed by another one: what is recorded already, or a new branch. calls: that hold here."""
-        new = RecordedMessage(message, calls)
-        if self._following is None:
-            self._following = new
+    def extended(self, message: JsonValue) -> RecordedMessage:
+        """This message followed by another one: what is recorded already, or a new branch."""
+        if isinstance(self.next, RecordedMessage):
+            if is_surely(message, self.next.message):
+                return self.next
+            self.next = {self.next.key.core: self.next}
+        new = RecordedMessage(message, self.calls, calls_behind(message, self.calls))
+        if self.next is None:
+            self.next = new
             return new
-        if isinstance(self._following, RecordedMessage):
-            if is_surely(message, self._following.message):
-                return self._following
-            self._following = {self._following.key.core: self._following}
         found = self.following(new.key.core)
         for known in found:
             if known.key == new.key:
                 return known
-        self._following[new.key.core] = (*found, new) if found else new
+        self.next[new.key.core] = (*found, new) if found else new
         return new
 
 
@@ -109,14 +92,12 @@ NO_ROWS = MissingRows(0, frozenset())
 _NO_INDICES: frozenset[int] = frozenset()
 
 
-@frozen_dataclass(frozen=True, slots=True, eq=False)
-class Node:
+class Node(msgspec.Struct, frozen=True, eq=False):
     """One recorded turn in the tree.
 
-    asked, last: its latest message and its reply, at their places among the recorded messages. asked_calls, calls: ids
-    of the latest tool calls up to there. num_messages, num_tokens: of the whole path. missing_rows: what the turn
-    behind it has to ask for; engines lose a turn's rows now and then, and give them with the next turn's, as long as
-    its prefix is cached.
+    asked, last: its latest message and its reply, at their places among the recorded messages. num_messages,
+    num_tokens: of the whole path. missing_rows: what the turn behind it has to ask for; engines lose a turn's rows now
+    and then, and give them with the next turn's, as long as its prefix is cached.
     """
 
     record: TurnRecord
@@ -124,9 +105,7 @@ class Node:
     root: RootContext
     root_digest: bytes
     asked: RecordedMessage
-    asked_calls: CallPositions
     last: RecordedMessage
-    calls: CallPositions
     num_messages: int
     num_tokens: int
     missing_rows: MissingRows
@@ -188,7 +167,7 @@ class TurnTree:
         self._num_complete = 0
         self._beyond = _NO_INDICES
         self._changes: list[int] = []
-        self.start = RecordedMessage(None, NO_CALLS)
+        self.start = RecordedMessage(None, NO_CALLS, NO_CALLS)
         for record in records:
             self.add(record)
 
@@ -261,7 +240,8 @@ class TurnTree:
         return self._went_on is not None and node.record.turn_id in self._went_on
 
     def _count(self, index: int) -> None:
-        self._next_index = max(self._next_index, index + 1)
+        if index >= self._next_index:
+            self._next_index = index + 1
         if index != self._num_complete:
             self._beyond |= {index}
             return
@@ -271,43 +251,38 @@ class TurnTree:
             self._num_complete += 1
 
     def _node(self, record: TurnRecord, parent: Node | None) -> Node:
+        num_tokens = len(record.prompt_token_ids) + len(record.output_token_ids)
         if parent is None:
-            asked, asked_calls = self.start, NO_CALLS
-        elif record.attachment.continues:
-            asked, asked_calls = parent.asked, parent.asked_calls
+            asked, num_before, missing_rows = self.start, 0, NO_ROWS
+            root, digest = self._root(record)
         else:
-            asked, asked_calls = parent.last, parent.calls
-        num_before = 0 if parent is None else parent.num_messages - record.attachment.continues
+            continues = record.attachment.continues
+            asked, num_before = parent.asked if continues else parent.last, parent.num_messages - continues
+            root, digest, missing_rows = parent.root, parent.root_digest, parent.missing_rows
+            num_tokens += parent.num_tokens
         known: list[JsonValue] = []
         num_found = 0
         for message in record.added_messages:
-            asked = asked.extended(message, asked_calls)
-            num_found += not asked.is_new
+            asked = asked.extended(message)
+            if asked.next is not None or asked.turns:  # in some recorded conversation
+                num_found += 1
             known.append(asked.message)
-            asked_calls = calls_behind(message, asked_calls)
-        last = asked.extended(record.reply, asked_calls)
+        last = asked.extended(record.reply)
         known.append(last.message)
         self._changes.append(num_before + num_found + 1)
-        root, digest = self._root(record, parent)
-        num_tokens = len(record.prompt_token_ids) + len(record.output_token_ids)
-        num_tokens += 0 if parent is None else parent.num_tokens
         return Node(
             record=_slim(record, known, root, parent),
             parent=parent,
             root=root,
             root_digest=digest,
             asked=asked,
-            asked_calls=asked_calls,
             last=last,
-            calls=calls_behind(record.reply, asked_calls),
             num_messages=len(known) + num_before,
             num_tokens=num_tokens,
-            missing_rows=_missing_rows(record, NO_ROWS if parent is None else parent.missing_rows, num_tokens),
+            missing_rows=_missing_rows(record, missing_rows, num_tokens),
         )
 
-    def _root(self, record: TurnRecord, parent: Node | None) -> tuple[RootContext, bytes]:
-        if parent is not None:
-            return parent.root, parent.root_digest
+    def _root(self, record: TurnRecord) -> tuple[RootContext, bytes]:
         if record.root is None:
             raise LedgerCorrupt(f"session {record.session_id} turn {record.index}: a root without its context")
         digest = self.digest_of(record.root)
@@ -326,7 +301,9 @@ def _missing_rows(record: TurnRecord, before: MissingRows, num_tokens: int) -> M
     holds_some = record.experts_stop > record.experts_start
     versions = frozenset[int]() if holds_some else before.policy_versions
     if record.experts_stop < num_tokens - 1:
-        versions |= {span.policy_version for span in record.version_spans}
+        for span in record.version_spans:
+            if span.policy_version not in versions:
+                versions |= {span.policy_version}
     first = record.experts_stop if holds_some else before.first
     return before if (first, versions) == before else MissingRows(first, versions)
 
@@ -345,14 +322,9 @@ def _slim(record: TurnRecord, messages: Sequence[JsonValue], root: RootContext, 
         ("output_token_ids", record.output_token_ids),
         ("output_logprobs", record.output_logprobs),
     ):
-        if (own := _own(array)) is not array:
-            others[name] = own
+        base = array.base
+        if isinstance(base, np.ndarray) and base.nbytes > array.nbytes:  # a view keeps all of its base alive
+            others[name] = array.copy()
     if not all(map(operator.is_, messages, record.added_messages)):
         others["added_messages"] = tuple(messages[:-1])
     return replace(record, **others) if others else record
-
-
-def _own(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """A view keeps all of its base alive."""
-    base = array.base
-    return array.copy() if isinstance(base, np.ndarray) and base.nbytes > array.nbytes else array

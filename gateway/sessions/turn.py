@@ -9,12 +9,12 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from gateway.contracts.errors import EngineTimeout, EngineUnavailable, VerbatimError
 from gateway.contracts.experts import RoutedExperts
-from gateway.contracts.frozen import frozen_dataclass
 from gateway.contracts.generation import TokenIds, TopLogprob
 from gateway.contracts.records import TurnRecord
 from gateway.contracts.replies import ContentDelta, ReasoningDelta, ReplyDelta
@@ -26,15 +26,13 @@ _MANY_PIECES = 512
 """Objects that wait for a late reader, before they are made one."""
 
 
-@frozen_dataclass(frozen=True, slots=True, eq=False)
-class TurnStarted:
+class TurnStarted(msgspec.Struct, frozen=True, eq=False):
     """The prompt stands. `prompt_token_ids`: all of it, int32[P]."""
 
     prompt_token_ids: TokenIds
 
 
-@frozen_dataclass(frozen=True, slots=True, eq=False)
-class TurnProgress:
+class TurnProgress(msgspec.Struct, frozen=True, eq=False):
     """New tokens, and what of them can be shown already."""
 
     token_ids: TokenIds
@@ -43,8 +41,7 @@ class TurnProgress:
     top_logprobs: Sequence[Sequence[TopLogprob]] = ()
 
 
-@frozen_dataclass(frozen=True, slots=True, eq=False)
-class TurnFinished:
+class TurnFinished(msgspec.Struct, frozen=True, eq=False):
     """The turn is on disk; its reply may be sent. whole: all of it, of which `record` holds the last part only where it
     goes on with another turn's; experts: its routing rows."""
 
@@ -56,8 +53,7 @@ class TurnFinished:
 TurnEvent = TurnStarted | TurnProgress | TurnFinished
 
 
-@frozen_dataclass(frozen=True, slots=True, eq=False)
-class TurnTimes:
+class TurnTimes(msgspec.Struct, frozen=True, eq=False):
     """For metrics: seconds from the start of a turn to its prompt, its first token and its record."""
 
     prompt_seconds: float
@@ -94,9 +90,11 @@ class Turn:
         """Tell the readers, also those to come."""
         if isinstance(event, TurnStarted):
             self._prompt_seconds = time.monotonic() - self._clock
-        elif self._first_token_seconds is None:
-            self._first_token_seconds = time.monotonic() - self._clock
-        self._so_far.add(event)
+            self._so_far.started = event
+        else:
+            if self._first_token_seconds is None:
+                self._first_token_seconds = time.monotonic() - self._clock
+            self._so_far.add(event)
         for reader in self._readers:
             reader.put_nowait(event)
 
@@ -167,7 +165,8 @@ class Turn:
     def limit(self, deadline: Deadline | None) -> None:
         """The deadline that sampling runs under now (None: it is over)."""
         self._deadline = deadline
-        self._apply_cut()
+        if self._cut_at is not None:
+            self._apply_cut()
 
     def run(self, work: asyncio.Task[TurnFinished]) -> None:
         """Follow the task that does the work; `tell_end` is to be called when it is done."""
@@ -191,40 +190,34 @@ class Turn:
             self._deadline.bring_forward(self._cut_at)
 
 
-class _SoFar:
+class _SoFar(msgspec.Struct, eq=False):
     """All that was emitted, as little of it as a late reader needs."""
 
-    __slots__ = ("_deltas", "_logprobs", "_started", "_token_ids", "_top_logprobs")
+    started: TurnStarted | None = None
+    _token_ids: list[TokenIds] = []
+    _logprobs: list[npt.NDArray[np.float32]] = []
+    _top_logprobs: list[Sequence[TopLogprob]] = []
+    _deltas: list[ReplyDelta] = []
 
-    def __init__(self) -> None:
-        self._started: TurnStarted | None = None
-        self._token_ids: list[TokenIds] = []
-        self._logprobs: list[npt.NDArray[np.float32]] = []
-        self._top_logprobs: list[Sequence[TopLogprob]] = []
-        self._deltas: list[ReplyDelta] = []
-
-    def add(self, event: TurnStarted | TurnProgress) -> None:
-        """Keep one event."""
-        if isinstance(event, TurnStarted):
-            self._started = event
-            return
+    def add(self, event: TurnProgress) -> None:
+        """Keep what is new."""
         if len(event.token_ids):
             self._token_ids.append(event.token_ids)
             self._logprobs.append(event.logprobs)
             self._top_logprobs += event.top_logprobs
         self._deltas += event.deltas
-        if max(len(self._token_ids), len(self._deltas)) >= _MANY_PIECES:
+        if len(self._token_ids) >= _MANY_PIECES or len(self._deltas) >= _MANY_PIECES:
             self._join()
 
     def events(self) -> list[TurnEvent]:
         """The start, and one event for all that followed."""
-        if self._started is None:
+        if self.started is None:
             return []
         if not self._token_ids and not self._deltas:
-            return [self._started]
+            return [self.started]
         self._join()
         top_logprobs, deltas = tuple(self._top_logprobs), tuple(self._deltas)
-        return [self._started, TurnProgress(self._token_ids[0], self._logprobs[0], deltas, top_logprobs)]
+        return [self.started, TurnProgress(self._token_ids[0], self._logprobs[0], deltas, top_logprobs)]
 
     def _join(self) -> None:
         self._token_ids = [np.concatenate([np.zeros(0, dtype=np.int32), *self._token_ids])]

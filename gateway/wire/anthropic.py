@@ -8,8 +8,10 @@ which sends only what is new, the conversation so far is put before it as it was
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
+
+from msgspec.structs import replace
 
 from gateway.contracts.errors import InvalidRequest
 from gateway.contracts.generation import JsonValue
@@ -97,7 +99,7 @@ def parse_messages_request(body: bytes) -> MessagesRequest:
 def parse_count_request(body: bytes) -> MessagesRequest:
     """Read a call of `/v1/messages/count_tokens`: the same without a limit of the reply."""
     fields = load_json_object(body)
-    check_nesting(fields)
+    check_nesting(fields, body)
     return MessagesRequest(fields, body, _previous_turn_id(fields))
 
 

@@ -60,7 +60,7 @@ class CompletionsRequest:
 def parse_completions_request(body: bytes) -> CompletionsRequest:
     """Read a request; raises InvalidRequest naming the field that is wrong."""
     fields = load_json_object(body)
-    check_nesting(fields)
+    check_nesting(fields, body)
     for name, why in _REFUSED.items():
         if fields.get(name) not in (None, ""):
             raise InvalidRequest(f"{name}: is not served; {why}")

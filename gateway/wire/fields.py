@@ -16,8 +16,11 @@ _NAMES: Mapping[type, str] = {str: "a string", int: "an integer", bool: "true or
 T = TypeVar("T")
 
 
-def check_nesting(fields: Mapping[str, JsonValue]) -> None:
-    """Raise InvalidRequest for a field nested so deep that what reads it would run out of stack somewhere later."""
+def check_nesting(fields: Mapping[str, JsonValue], body: bytes | None = None) -> None:
+    """Raise InvalidRequest for a field nested so deep that what reads it would run out of stack somewhere later. body:
+    the JSON of the fields; few have brackets enough for that."""
+    if body is not None and is_shallow_text(body):
+        return
     for name, value in fields.items():
         if not _is_shallow(value):
             raise InvalidRequest(f"{name}: is nested too deeply: at most {_MAX_NESTING} levels")
@@ -69,7 +72,7 @@ def objects(fields: Mapping[str, JsonValue], name: str) -> tuple[JsonValue, ...]
 
 def flag(fields: Mapping[str, JsonValue], name: str) -> bool:
     """A boolean, False where absent or null."""
-    return bool(optional(fields, name, bool))
+    return name in fields and bool(optional(fields, name, bool))
 
 
 def number(fields: Mapping[str, JsonValue], name: str) -> float | None:

@@ -69,7 +69,7 @@ class SglangRequest:
 def parse_sglang_request(body: bytes) -> SglangRequest:
     """Read a request; raises InvalidRequest naming the field that is wrong."""
     fields = load_json_object(body)
-    check_nesting(fields)
+    check_nesting(fields, body)
     prompts, is_list = _prompts(fields)
     parameters = _parameters(fields.get("sampling_params"), len(prompts))
     numbers = {_num_choices(each) for each in parameters}

@@ -66,8 +66,7 @@ class Base64:
         return np.dtype(self.array.dtype if self.dtype is None else self.dtype)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class JsonText:
+class JsonText(msgspec.Struct, frozen=True, eq=False):
     """JSON as it leaves: bytes, and arrays that are encoded only then."""
 
     parts: Sequence[bytes | Base64]
@@ -75,7 +74,10 @@ class JsonText:
     @property
     def num_bytes(self) -> int:
         """Length of the whole."""
-        return sum(part.num_characters if isinstance(part, Base64) else len(part) for part in self.parts)
+        num_bytes = 0
+        for part in self.parts:
+            num_bytes += part.num_characters if isinstance(part, Base64) else len(part)
+        return num_bytes
 
     def pieces(self) -> Iterator[bytes]:
         """The text in order."""

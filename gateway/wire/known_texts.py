@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from gateway.contracts.frozen import frozen_dataclass
 from gateway.contracts.generation import JsonValue
 from gateway.wire.request import TurnRequest
 
@@ -27,8 +26,7 @@ _SPACE = b" \t\r\n"
 _values = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
-@frozen_dataclass(frozen=True, slots=True, eq=False)
-class KnownText:
+class KnownText(msgspec.Struct, frozen=True, eq=False):
     """A request as it came. head: its body up to the end of its last message; tail: from the end of its messages on.
     hashed: sha256 of the head."""
 
@@ -39,10 +37,9 @@ class KnownText:
 
     def added_by(self, body: bytes) -> bytes | None:
         """What a longer request has between head and tail, None if it is another request, or no longer than this."""
-        end = len(body) - len(self.tail)
-        if end <= len(self.head) or not body.startswith(self.head) or not body.endswith(self.tail):
+        if not body.startswith(self.head) or not body.endswith(self.tail):
             return None
-        return body[len(self.head) : end]
+        return body[len(self.head) : -len(self.tail)] or None
 
 
 class KnownTexts:
@@ -56,7 +53,10 @@ class KnownTexts:
     @property
     def num_bytes(self) -> int:
         """Of the texts that are kept."""
-        return sum(len(known.head) + len(known.tail) for known in self._known)
+        num_bytes = 0
+        for known in self._known:
+            num_bytes += len(known.head) + len(known.tail)
+        return num_bytes
 
     def find(self, body: bytes) -> tuple[KnownText, bytes] | None:
         """The text that a body adds most to, and what it adds."""
@@ -69,6 +69,9 @@ class KnownTexts:
 
     def keep(self, new: KnownText, instead_of: KnownText | None) -> None:
         """Remember a request; the one that it goes on from is not needed any more, unless the agent forks."""
+        if len(self._known) <= 1 and instead_of in self._known:  # the rule
+            self._known = (new,)
+            return
         others = [known for known in self._known if known is not instead_of]
         self._known = [*others[-_MOST + 1 :], new]
 
@@ -96,11 +99,14 @@ def known_text(body: bytes, fields: Mapping[str, JsonValue], request: TurnReques
 
 def longer_text(known: KnownText, body: bytes, added: bytes, messages: tuple[JsonValue, ...]) -> KnownText:
     """Of a request that adds `messages`, as they are read, to a known one."""
-    stripped = added.rstrip(_SPACE)
+    stripped, earlier = added.rstrip(_SPACE), known.request
+    num_head = len(known.head) + len(stripped)
+    head = body[:num_head]
     hashed = known.hashed.copy()
     hashed.update(stripped)
-    head = body[: len(known.head) + len(stripped)]
     whole = hashed.copy()
-    whole.update(body[len(head) :])
-    request = known.request.longer(messages, digest=whole.hexdigest(), num_bytes=len(body))
+    whole.update(body[num_head:])
+    request = msgspec.structs.replace(
+        earlier, messages=earlier.messages + messages, digest=whole.hexdigest(), num_bytes=len(body)
+    )
     return KnownText(head, known.tail, hashed, request)

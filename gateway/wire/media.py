@@ -50,11 +50,21 @@ class TakenMedia(NamedTuple):
     has_media: bool
 
 
+def have_parts(messages: Sequence[JsonValue]) -> bool:
+    """Whether any message has more than a text: nearly none has."""
+    for message in messages:
+        if isinstance(message.get("content"), list):
+            return True
+        if SENT_BLOCKS in message and isinstance(message[SENT_BLOCKS], list):
+            return True
+    return False
+
+
 def take_media(messages: Sequence[JsonValue], first: int = 0) -> TakenMedia:
     """Put the parts of messages, from index `first` on, that are no text into one spelling; raises InvalidRequest
     naming the part that cannot be read, or that no model is shown (a file)."""
-    if not any(isinstance(message.get(key), list) for message in messages for key in ("content", SENT_BLOCKS)):
-        return TakenMedia(tuple(messages), {}, has_media=False)  # nearly all
+    if not have_parts(messages):
+        return TakenMedia(tuple(messages), {}, has_media=False)
     taker = _Taker()
     taken = tuple(taker.message(message, f"messages[{i}]") for i, message in enumerate(messages, start=first))
     has_media = bool(taker.blobs or blob_names(taken)) or any(True for _ in placed_media(taken))

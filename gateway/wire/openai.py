@@ -20,8 +20,8 @@ from gateway.wire.errors import error_body
 from gateway.wire.fields import check_nesting, flag, inside, is_shallow_text, kind_of, objects, optional, within
 from gateway.wire.json_text import Base64, Spliced, dump_json, load_json_list, load_json_object, number_texts
 from gateway.wire.known_texts import KnownText, KnownTexts, known_text, longer_text
-from gateway.wire.media import take_media
-from gateway.wire.reply import FinishedChoice, ReplyTokens, Usage
+from gateway.wire.media import have_parts, take_media
+from gateway.wire.reply import FinishedChoice, ReplyTokens
 from gateway.wire.request import PROTECTED, TurnRequest, Wanted, protected_names
 from gateway.wire.sampling import SAMPLING_EXTRA, TYPED_SAMPLING, sampling_fields
 from gateway.wire.token_texts import Spelling, spelling_json
@@ -37,6 +37,8 @@ _KNOWN = frozenset(
 
 _READ_HERE = _KNOWN | TYPED_SAMPLING | SAMPLING_EXTRA | PROTECTED
 """All else goes on to the engine."""
+
+_NUMBERS = frozenset((bool, int, float))
 
 MAX_CHOICES = 128
 """Of one prompt, in every dialect."""
@@ -54,7 +56,7 @@ def parse_chat_request(body: bytes, known: KnownTexts | None = None) -> TurnRequ
             known.keep(longer, found[0])
             return longer.request
     fields = load_json_object(body)
-    check_nesting(fields)
+    check_nesting(fields, body)
     request = chat_request(fields, body=body)
     if known is not None and (new := known_text(body, fields, request)) is not None:
         known.keep(new, None)
@@ -67,8 +69,13 @@ def _longer_request(known: KnownText, added: bytes, body: bytes) -> KnownText | 
     if not messages or len(messages) < 2:
         return None
     first = len(known.request.messages)
-    taken = take_media(_checked_messages(messages[1:], first), first)
-    return None if taken.has_media else longer_text(known, body, added, taken.messages)
+    new = _checked_messages(messages[1:], first)
+    if have_parts(new):
+        taken = take_media(new, first)
+        if taken.has_media:
+            return None
+        new = taken.messages
+    return longer_text(known, body, added, new)
 
 
 def chat_request(fields: Mapping[str, JsonValue], *, body: bytes) -> TurnRequest:
@@ -109,12 +116,15 @@ class ChatWriter:
 
     def whole(self, choices: Sequence[FinishedChoice]) -> JsonValue:
         """The whole reply."""
+        written: list[JsonValue] = []
+        for i, choice in enumerate(choices):
+            written.append(self._choice(i, choice))
         body: dict[str, JsonValue] = {
             **choices[0].reply_fields,
             **self._head,
             "object": "chat.completion",
-            "choices": [self._choice(i, choice) for i, choice in enumerate(choices)],
-            "usage": _usage(_joint_usage(choices)),
+            "choices": written,
+            "usage": _usage(choices),
         }
         if self._wanted.token_ids:
             body["prompt_token_ids"] = choices[0].prompt_token_ids
@@ -147,7 +157,7 @@ class ChatWriter:
     def end(self, choices: Sequence[FinishedChoice]) -> Iterator[bytes]:
         """Usage where asked for, and the stream's end."""
         if self._wanted.usage_chunk:
-            usage = _usage(_joint_usage(choices))
+            usage = _usage(choices)
             yield sse.event({**self._head, "object": "chat.completion.chunk", "choices": [], "usage": usage})
         yield sse.DONE
 
@@ -156,13 +166,19 @@ class ChatWriter:
         yield sse.event(error_body(error))
 
     def _choice(self, index: int, choice: FinishedChoice) -> dict[str, JsonValue]:
+        wanted, message = self._wanted, choice.reply.message()
+        message["refusal"] = None
         body: dict[str, JsonValue] = {
             "index": index,
-            "message": choice.reply.message() | {"refusal": None},
+            "message": message,
             "logprobs": None,
             "finish_reason": _finish_reason(choice),
         }
-        return body | _captured(choice.tokens, self._wanted) | _closing_fields(choice, self._wanted)
+        if wanted.token_ids or wanted.logprobs:
+            body |= _captured(choice.tokens, wanted)
+        if wanted.routed_experts or choice.meta_info:
+            body |= _closing_fields(choice, wanted)
+        return body
 
     def _chunk(
         self, index: int, delta: Mapping[str, JsonValue], *, finish_reason: str | None = None
@@ -195,13 +211,19 @@ def _finish_reason(choice: FinishedChoice) -> str:
     return "tool_calls" if choice.reply.tool_calls else "stop"
 
 
-def _usage(usage: Usage) -> dict[str, JsonValue]:
+def _usage(choices: Sequence[FinishedChoice]) -> dict[str, JsonValue]:
+    """Their prompt is one, and counts once."""
+    prompt_tokens, cached_tokens = choices[0].usage.prompt_tokens, choices[0].usage.cached_tokens
+    completion_tokens = reasoning_tokens = 0
+    for choice in choices:
+        completion_tokens += choice.usage.completion_tokens
+        reasoning_tokens += choice.usage.reasoning_tokens
     return {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
-        "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": reasoning_tokens},
     }
 
 
@@ -265,15 +287,6 @@ def _closing_fields(choice: FinishedChoice, wanted: Wanted) -> dict[str, JsonVal
     return fields
 
 
-def _joint_usage(choices: Sequence[FinishedChoice]) -> Usage:
-    return Usage(
-        prompt_tokens=choices[0].usage.prompt_tokens,
-        completion_tokens=sum(choice.usage.completion_tokens for choice in choices),
-        cached_tokens=choices[0].usage.cached_tokens,
-        reasoning_tokens=sum(choice.usage.reasoning_tokens for choice in choices),
-    )
-
-
 def _messages(fields: Mapping[str, JsonValue]) -> tuple[JsonValue, ...]:
     """Messages of any shape that a template might read (I6); what it cannot read, it refuses in its own words."""
     messages = objects(fields, "messages")
@@ -287,10 +300,11 @@ def _checked_messages(messages: Sequence[JsonValue], first: int) -> tuple[JsonVa
     for i, message in enumerate(messages, start=first):
         if not isinstance(message, dict):
             raise InvalidRequest(f"messages[{i}]: expected an object, got {kind_of(message)}")
-        if not isinstance(message.get("role"), str):
-            raise InvalidRequest(f"messages[{i}].role: expected a string, got {kind_of(message.get('role'))}")
-        if isinstance(message.get("content"), int | float):
-            raise InvalidRequest(f"messages[{i}].content: expected text or parts, got {kind_of(message['content'])}")
+        role, content = message.get("role"), message.get("content")
+        if type(role) is not str:
+            raise InvalidRequest(f"messages[{i}].role: expected a string, got {kind_of(role)}")
+        if type(content) in _NUMBERS:
+            raise InvalidRequest(f"messages[{i}].content: expected text or parts, got {kind_of(content)}")
     return tuple(messages)
 
 
@@ -338,8 +352,10 @@ def _wanted(fields: Mapping[str, JsonValue]) -> Wanted:
     options = fields.get("stream_options")
     if not isinstance(options, dict | None):
         raise InvalidRequest(f"stream_options: expected an object, got {kind_of(options)}")
-    with inside("stream_options"):
-        usage_chunk = flag(options or {}, "include_usage")
+    usage_chunk = False
+    if options:
+        with inside("stream_options"):
+            usage_chunk = flag(options, "include_usage")
     token_ids = flag(fields, "return_token_ids")
     refuses_logprobs = fields.get("logprobs") is False
     logprobs = flag(fields, "logprobs") or (token_ids and not refuses_logprobs)

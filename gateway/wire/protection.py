@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
+
+from msgspec.structs import replace
 
 from gateway.contracts.errors import ConfigurationError, InvalidRequest
 from gateway.contracts.generation import JsonValue
@@ -67,6 +69,8 @@ class FieldRules:
         pinned: the session's sampling as the operator wrote it. Raises InvalidRequest naming the field where such
         fields are refused; a value that equals the pinned one is none of them.
         """
+        if not (pinned or self._denied or self._refuses):
+            return request
         pins = sampling_fields(pinned) if pinned else {}
         overruled = [name for name in request.sampling if _is_overruled(name, request.sampling[name], pins)]
         denied = [name for name in _names(request) if _SAME.get(name, name) in self._denied]

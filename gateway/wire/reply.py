@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -20,8 +20,7 @@ from gateway.contracts.versions import VersionSpan
 from gateway.wire.token_texts import Spelling, unknown_spelling
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class ReplyTokens:
+class ReplyTokens(msgspec.Struct, frozen=True, eq=False):
     """Captured arrays of new tokens; `texts[i]` is what token i alone decodes to (needed for log-probs only).
 
     top_logprobs: the likeliest tokens at each position, likeliest first; () where none were asked for. spell: how any
@@ -40,8 +39,7 @@ class ReplyTokens:
         return self.top_logprobs or [()] * len(self.token_ids)
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(msgspec.Struct, frozen=True):
     """Token counts of one reply."""
 
     prompt_tokens: int
@@ -50,8 +48,7 @@ class Usage:
     reasoning_tokens: int
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class FinishedChoice:
+class FinishedChoice(msgspec.Struct, frozen=True, eq=False):
     """One whole reply. `meta_info`, `reply_fields`: what we do not know of the engine's reply, of its meta_info object
     and of the reply itself (I8). version_spans: the policy that sampled each output token (I5)."""
 

@@ -12,8 +12,10 @@ import base64
 import binascii
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
+
+from msgspec.structs import replace
 
 from gateway.contracts.errors import InvalidRequest
 from gateway.contracts.generation import JsonValue
@@ -76,7 +78,7 @@ class ResponsesRequest:
 def parse_responses_request(body: bytes) -> ResponsesRequest:
     """Read a request; raises InvalidRequest naming the field that is wrong."""
     fields = load_json_object(body)
-    check_nesting(fields)
+    check_nesting(fields, body)
     _check_served(fields)
     instructions = optional(fields, "instructions", str)
     previous = optional(fields, "previous_response_id", str)

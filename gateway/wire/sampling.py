@@ -42,6 +42,19 @@ DEFAULT_LENGTH = "default_max_new_tokens"
 UNKNOWN = "unknown"
 """Name of the object of sampling fields that nobody here knows."""
 
+_UNSAID: Mapping[str, JsonValue] = {
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": -1,
+    "min_p": 0.0,
+    "stop": (),
+    "stop_token_ids": (),
+    "seed": None,
+    "ignore_eos": False,
+    UNKNOWN: {},
+}
+"""What sampling fields mean that a request does not have."""
+
 _NUMBERS = ("frequency_penalty", "presence_penalty", "repetition_penalty")
 _INTEGERS = ("min_new_tokens", "min_tokens")
 _MAX_LOGIT_BIAS = 100
@@ -56,10 +69,10 @@ def sampling_fields(fields: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
     """The sampling fields of a request or of a session's overrides, under their normalised names, nulls left out."""
     sampling: dict[str, JsonValue] = {}
     for name in ("temperature", "top_p", "min_p"):
-        if (value := number(fields, name)) is not None:
+        if name in fields and (value := number(fields, name)) is not None:
             sampling[name] = value
     for name in (*_LENGTHS, "top_k", "sampling_seed", "seed"):
-        if (integer := optional(fields, name, int)) is not None:
+        if name in fields and (integer := optional(fields, name, int)) is not None:
             if integer < 1 and name in _LENGTHS:
                 raise InvalidRequest(f"{name}: expected at least 1, got {integer}")
             sampling[ALIASES.get(name, name)] = integer
@@ -71,9 +84,9 @@ def sampling_fields(fields: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
         sampling["ignore_eos"] = ignores
     if not SAMPLING_EXTRA.isdisjoint(fields):
         _check_extra(fields)
-    for name in sorted(SAMPLING_EXTRA & fields.keys(), key=ALIASES.__contains__, reverse=True):  # aliases give way
-        if fields[name] is not None:
-            sampling[ALIASES.get(name, name)] = fields[name]
+        for name in sorted(SAMPLING_EXTRA & fields.keys(), key=ALIASES.__contains__, reverse=True):  # aliases give way
+            if fields[name] is not None:
+                sampling[ALIASES.get(name, name)] = fields[name]
     return sampling | _constraint(fields.get("response_format"))
 
 
@@ -82,20 +95,21 @@ def sampling_params(
 ) -> SamplingParams:
     """Typed sampling of normalised fields, `unknown` ones among them as they came; raises InvalidRequest for an
     impossible value. stops: ids that end a reply besides, unless nothing may."""
-    ignores_stops = sampling.get("ignore_eos", False)
-    stop_token_ids = (*sampling.get("stop_token_ids", ()), *(() if ignores_stops else stops))
-    extra = {name: value for name, value in sampling.items() if name in SAMPLING_EXTRA}
-    extra = {**sampling.get(UNKNOWN, {}), **extra}
+    fields = {**_UNSAID, **sampling}
+    stop_token_ids = (*fields["stop_token_ids"], *(() if fields["ignore_eos"] else stops))
+    extra = {**fields[UNKNOWN]}
+    if not SAMPLING_EXTRA.isdisjoint(sampling):
+        extra |= {name: value for name, value in sampling.items() if name in SAMPLING_EXTRA}
     return SamplingParams(
         max_new_tokens=max_new_tokens,
-        temperature=sampling.get("temperature", 1.0),
-        top_p=sampling.get("top_p", 1.0),
-        top_k=sampling.get("top_k", -1),
-        min_p=sampling.get("min_p", 0.0),
-        stop=tuple(sampling.get("stop", ())),
+        temperature=fields["temperature"],
+        top_p=fields["top_p"],
+        top_k=fields["top_k"],
+        min_p=fields["min_p"],
+        stop=tuple(fields["stop"]),
         stop_token_ids=tuple(dict.fromkeys(stop_token_ids)) if stops else stop_token_ids,
-        seed=sampling.get("seed"),
-        ignore_eos=ignores_stops,
+        seed=fields["seed"],
+        ignore_eos=fields["ignore_eos"],
         extra=extra,
     )
 

@@ -38,7 +38,7 @@ class DetokenizeRequest:
 def parse_tokenize_request(body: bytes) -> TokenizeRequest:
     """Read a request; raises InvalidRequest naming the field that is wrong."""
     fields = load_json_object(body)
-    check_nesting(fields)
+    check_nesting(fields, body)
     token_texts = flag(fields, "return_token_strs")
     if fields.get("messages") is not None:
         if optional(fields, "add_generation_prompt", bool) is False or flag(fields, "continue_final_message"):
@@ -56,7 +56,7 @@ def parse_tokenize_request(body: bytes) -> TokenizeRequest:
 def parse_detokenize_request(body: bytes) -> DetokenizeRequest:
     """Read a request; raises InvalidRequest naming the field that is wrong."""
     fields = load_json_object(body)
-    check_nesting(fields)
+    check_nesting(fields, body)
     tokens = fields.get("tokens")
     if not isinstance(tokens, list) or any(isinstance(item, str) for item in tokens):
         raise InvalidRequest("tokens: expected a list of token ids, or a list of such lists")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from gateway.contracts.errors import ContextOverflow, EngineUnavailable, InvalidRequest, Unauthorized
 from gateway.contracts.experts import RoutedExperts
@@ -167,7 +167,7 @@ def test_a_reply_has_the_fields_that_clients_require() -> None:
 )
 def test_calls_that_were_cut_by_length_are_told_as_cut(reason: FinishReason, calls: int, told: str) -> None:
     reply = ParsedReply(None, None, (ToolCall("c", "f", '{"a"'),) * calls, (), 0)
-    done = dataclasses.replace(choice(), reply=reply, finish=Finish(reason))
+    done = replace(choice(), reply=reply, finish=Finish(reason))
     assert ChatWriter(parse().wanted, "id", "m").whole([done])["choices"][0]["finish_reason"] == told
 
 
