@@ -106,6 +106,7 @@ class ChatTokenizer:
 
     vocab_size counts added tokens. eos_token_ids: of generation_config.json, config.json and the tokenizer, in that
     order. Added tokens are numbered in the order of the ids that the file gives them, in whatever order they stand.
+    bytes_by_id: `token_bytes` of every id, for those who ask for many.
     """
 
     def __init__(
@@ -125,7 +126,7 @@ class ChatTokenizer:
         }
         own_eos = self._tokenizer.token_to_id(eos_token) if eos_token is not None else None
         known = dict.fromkeys([*eos_token_ids, *([own_eos] if own_eos is not None else [])])
-        self._bytes_of_token = _TokenBytes(self._spelled_bytes)
+        self.bytes_by_id: Mapping[int, bytes | None] = _TokenBytes(self._spelled_bytes)
         self.backend = Backend(BackendChoice.TOKENIZERS.value)
         self._spell: Spell | None = None
         self._is_asked = False
@@ -316,11 +317,7 @@ class ChatTokenizer:
 
     def token_bytes(self, token_id: int) -> bytes | None:
         """The bytes that a token stands for inside a text; None where the decoder does not work by bytes."""
-        return self._bytes_of_token[token_id]
-
-    def bytes_of(self, ids: Iterable[int]) -> bytes:
-        """The bytes that `ids` stand for inside a text; only where `works_by_bytes`."""
-        return b"".join(map(self._bytes_of_token.__getitem__, ids))  # type: ignore[arg-type]  # none is None there
+        return self.bytes_by_id[token_id]
 
     @cached_property
     def works_by_bytes(self) -> bool:
