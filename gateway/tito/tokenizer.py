@@ -228,14 +228,14 @@ class ChatTokenizer:
     @property
     def checks_due(self) -> bool:
         """Whether `check_backend` has something to do."""
-        return bool(self._to_check) or self._is_worn or (self._is_asked and self._is_expected)
+        return bool(self._to_check) or self._must_open
 
     def check_backend(self) -> bool:
         """Have `tokenizers` spell again one sample of what the faster library spelled; a difference ends its use.
 
         Whether there was one. Not for the event loop: libraries take a moment to open.
         """
-        if self._is_worn or (self._is_asked and self._is_expected):
+        if self._must_open:
             self._open()
         if not self._to_check:
             return False
@@ -260,9 +260,11 @@ class ChatTokenizer:
         return self._spell is None and self.backend.name != BackendChoice.TOKENIZERS
 
     @property
-    def _is_worn(self) -> bool:
-        """Whether the faster library has spelled so much that its memory of words must go."""
-        return self._spell is not None and self._num_characters > self._max_characters
+    def _must_open(self) -> bool:
+        """Whether the faster library is expected and asked for, or has spelled so much that its memory must go."""
+        if self._spell is None:
+            return self._is_asked and self._is_expected
+        return self._num_characters > self._max_characters
 
     def _reference(self, text: str) -> TokenIds:
         return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32)
@@ -313,7 +315,7 @@ class ChatTokenizer:
 
     def token_id(self, text: str) -> int | None:
         """The id of the one added token spelled `text`, else None."""
-        return self._ids_of_added.get(text)
+        return self.ids_of_added.get(text)
 
     def token_bytes(self, token_id: int) -> bytes | None:
         """The bytes that a token stands for inside a text; None where the decoder does not work by bytes."""
@@ -344,7 +346,8 @@ class ChatTokenizer:
         return _plain_tokenizer(description, json.dumps(description).encode())
 
     @cached_property
-    def _ids_of_added(self) -> dict[str, int]:
+    def ids_of_added(self) -> Mapping[str, int]:
+        """Text of an added token → its id."""
         return {token.text: token.token_id for token in self.added_tokens.values()}
 
     @cached_property

@@ -86,7 +86,7 @@ class CallFamily:
 
 def body_text(body: Sequence[Scanned]) -> str:
     """A call's body as written."""
-    if len(body) == 1 and isinstance(whole := body[0], str):
+    if len(body) == 1 and type(whole := body[0]) is str:
         return whole
     return "".join(piece if isinstance(piece, str) else piece.text for piece in body)
 

@@ -158,19 +158,18 @@ class MarkedParser:
 
     def _read(self, scanned: Iterable[Scanned]) -> None:
         for item in scanned:
-            if isinstance(item, Marker):
+            if type(item) is str:
+                if self._state is _CONTENT and self._beginning is None and not self._section_text:
+                    self._draft.say(item)
+                else:
+                    self._text(item)
+            elif type(item) is Marker:
                 if self._state is _REASONING:
                     self._marker_in_reasoning(item)
                 elif self._state is _CALL:
                     self._marker_in_call(item)
                 else:
                     self._marker_in_content(item)
-            elif self._state is _CALL:
-                self._call_body.append(item)
-            elif self._state is _CONTENT and self._beginning is None and not self._section_text:
-                self._draft.say(item)
-            else:
-                self._text(item)
 
     def _text(self, text: str) -> None:
         if self._state is _CALL:

@@ -16,11 +16,11 @@ def call_of_members(members: Mapping[str, Written]) -> WrittenCall:
     name = members["name"].value
     written = members["arguments" if "arguments" in members else "parameters"]
     arguments, value = written.text, written.value
-    if isinstance(value, str):
+    if type(value) is str:
         arguments = value  # some models write the object as a JSON string
         value = strict_json(arguments)
     if type(name) is not str or not name or type(value) is not dict:
         raise ValueError("a call has a name and an object of arguments")
     name.encode()  # a lone surrogate, which JSON can spell, is no text: UnicodeEncodeError is a ValueError
     call_id = members["id"].value if "id" in members else None
-    return WrittenCall(name, arguments, call_id if isinstance(call_id, str) else None)
+    return WrittenCall(name, arguments, call_id if type(call_id) is str else None)
