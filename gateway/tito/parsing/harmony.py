@@ -101,10 +101,21 @@ class HarmonyParsing:
     def _markup(self) -> Markup:
         return Markup(self.tokenizer, self.markers)
 
+    @cached_property
+    def _edge_ids(self) -> frozenset[int | None]:
+        """None among them for one that is no token."""
+        return frozenset(found.token_id for found in self.markers if found.text in _EDGES)
+
     def _open_message(self, prompt_ids: Sequence[int] | TokenIds) -> list[Scanned]:
         """The prompt's last message from its start marker on; empty where none is open."""
-        scanner = TokenScanner(self._markup, stop_token_ids=(), stop=())
         last = [int(token_id) for token_id in prompt_ids[-_LAST_PROMPT_IDS:]]
+        edge_ids = self._edge_ids
+        if None not in edge_ids:  # each ends whatever stands before it, so the last one is where reading begins
+            at = len(last) - 1
+            while at >= 0 and last[at] not in edge_ids:
+                at -= 1
+            last = last[at:] if at >= 0 else []
+        scanner = TokenScanner(self._markup, stop_token_ids=(), stop=())
         scanned = [item for at in range(len(last)) for item in scanner.take(last, at, at + 1)[0]]
         scanned += scanner.finish(None)
         edges = [i for i, item in enumerate(scanned) if isinstance(item, Marker) and item.text in _EDGES]
