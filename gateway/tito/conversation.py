@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import field
 from enum import StrEnum
 
+from msgspec import Struct
+
 from gateway.contracts.errors import LengthMismatch
 from gateway.contracts.frozen import frozen_dataclass
 from gateway.contracts.generation import Finish, JsonValue, TokenIds
@@ -65,8 +67,7 @@ class ParentTurn:
         return self._ids
 
 
-@frozen_dataclass(frozen=True, slots=True, eq=False)
-class BuiltPrompt:
+class BuiltPrompt(Struct, frozen=True, eq=False):
     """Tokens for one turn. With `segment_reason` None they are added to the parent's ids; else they are a whole prompt.
 
     certified_by: how equality with the template was established ("full_render", "shape", "probe", "close" for a parent

@@ -79,10 +79,9 @@ class Frame:
 
     def fill(self, messages: Sequence[JsonValue]) -> str | None:
         """The suffix for these, the reply and what was appended; None where a text is one that the template names."""
-        parts: list[str] = []
-        for piece in self.pieces:
-            if isinstance(piece, str):
-                parts.append(piece)
+        parts: list[Any] = [*self.pieces]
+        for i, piece in enumerate(self.pieces):
+            if type(piece) is not _Slot:
                 continue
             path, form = piece
             text: JsonValue = messages
@@ -93,7 +92,7 @@ class Frame:
             for part in self.searched:
                 if part in text:
                     return None
-            parts.append(text if form is _Form.AS_IS else form.shown(text))
+            parts[i] = text if form is _Form.AS_IS else form.shown(text)
         return "".join(parts)
 
 

@@ -14,9 +14,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
+from msgspec import Struct
 
 from gateway.contracts.errors import TemplateRaised
 from gateway.contracts.generation import JsonValue, TokenIds
@@ -25,6 +25,7 @@ from gateway.tito.template import ChatTemplate
 from gateway.tito.tokenizer import ChatTokenizer
 
 _NONCHARACTERS = tuple(chr(code) for code in range(0xFDD0, 0xFDF0))
+_TEXTLESS = frozenset((type(None), bool, int, float))
 _CONTROL_SHAPE = re.compile(r"<[|｜].+[|｜]>")
 
 
@@ -55,6 +56,7 @@ class AnyOf:
 
     def __init__(self, texts: Iterable[str]) -> None:
         longest_first = sorted((text for text in texts if text), key=len, reverse=True)
+        self.texts = tuple(longest_first)
         self.pattern = re.compile("|".join(re.escape(text) for text in longest_first) or "(?!)")
         self._beginnings = sorted({text[:2] for text in longest_first})
 
@@ -66,7 +68,7 @@ class AnyOf:
         return False
 
 
-class SaidTexts(NamedTuple):
+class SaidTexts(Struct, frozen=True):
     """All texts of some messages, a line each: of the messages of assistants, and of all others."""
 
     by_models: str
@@ -78,8 +80,11 @@ class SaidTexts(NamedTuple):
         by_models: list[JsonValue] = []
         by_others: list[JsonValue] = [*others]
         for message in messages:
-            (by_models if _is_models(message) else by_others).append(message)
-        return cls("\n".join(_strings(by_models)), "\n".join(_strings(by_others)))
+            if type(message) is dict and message.get("role") == "assistant":
+                by_models.append(message)
+            else:
+                by_others.append(message)
+        return cls("\n".join(_strings_in(by_models)), "\n".join(_strings_in(by_others)))
 
 
 class LookalikeGuard:
@@ -87,6 +92,7 @@ class LookalikeGuard:
 
     Control tokens are the added tokens that are special or look it, `markup` (what replies are parsed by), and those
     that the template writes. Other added tokens (runs of space, HTML in some vocabularies) are language.
+    control: what nobody but models may write; turn: of these, what models may not write either.
     """
 
     def __init__(self, tokenizer: ChatTokenizer, template: ChatTemplate, *, markup: Iterable[str] = ()) -> None:
@@ -97,8 +103,8 @@ class LookalikeGuard:
         turn |= {tokenizer.token_text(token_id) for token_id in tokenizer.eos_token_ids} & added
         shaped = {text for text in added if _CONTROL_SHAPE.fullmatch(text)}
         written = {text for text in added if text in template.source and not text.isspace()}
-        self._control = AnyOf(turn | shaped | written | (set(markup) & added))
-        self._turn = AnyOf(turn)
+        self.control = AnyOf(turn | shaped | written | (set(markup) & added))
+        self.turn = AnyOf(turn)
 
     def guard(self, conversation: Conversation) -> GuardedConversation:
         """The conversation with its lookalikes bracketed, so that the template makes the same text of it.
@@ -127,7 +133,7 @@ class LookalikeGuard:
 
     def has_lookalikes(self, said: SaidTexts) -> bool:
         """Whether anything in these texts looks like a control token."""
-        return self._control.are_in(said.by_others) or self._turn.are_in(said.by_models)
+        return self.control.are_in(said.by_others) or self.turn.are_in(said.by_models)
 
     def encode(self, text: str, brackets: Brackets | None) -> TokenIds:
         """int32[T] ids of rendered text; bracketed tokens are spelled as ordinary text."""
@@ -157,7 +163,7 @@ class LookalikeGuard:
         opening, closing, token = (
             _as_printed(brackets.opening),
             _as_printed(brackets.closing),
-            self._control.pattern.pattern,
+            self.control.pattern.pattern,
         )
         forms = [f"{opening}(?P<inside>{token}){closing}"]
         if brackets.open_edges:
@@ -170,12 +176,12 @@ class LookalikeGuard:
 
         return Conversation(
             messages=tuple(bracket(message, self._pattern_for(message)) for message in conversation.messages),
-            tools=tuple(bracket(tool, self._control) for tool in conversation.tools),
-            template_arguments=bracket(dict(conversation.template_arguments), self._control),
+            tools=tuple(bracket(tool, self.control) for tool in conversation.tools),
+            template_arguments=bracket(dict(conversation.template_arguments), self.control),
         )
 
     def _pattern_for(self, message: JsonValue) -> AnyOf:
-        return self._turn if _is_models(message) else self._control
+        return self.turn if _is_models(message) else self.control
 
 
 def absent_characters(text: str, count: int) -> str | None:
@@ -211,18 +217,24 @@ def _is_models(message: JsonValue) -> bool:
     return isinstance(message, dict) and message.get("role") == "assistant"
 
 
-def _strings(value: JsonValue) -> list[str]:
-    """All strings in a value but the names of keys, in any order."""
+def _strings_in(values: list[JsonValue]) -> list[str]:
+    """All strings in some values but the names of keys, in any order; what is inside the values is added to them."""
     found: list[str] = []
-    inner = [value]
-    while inner:
-        value = inner.pop()
-        if isinstance(value, str):
+    for value in values:  # which grow meanwhile
+        kind = type(value)
+        if kind is str:
             found.append(value)
-        elif isinstance(value, Mapping):
-            inner += value.values()
-        elif isinstance(value, list | tuple):
-            inner += value
+        elif kind is dict:
+            values += value.values()
+        elif kind is list or kind is tuple:
+            values += value
+        elif kind not in _TEXTLESS:
+            if isinstance(value, str):
+                found.append(value)
+            elif isinstance(value, Mapping):
+                values += value.values()
+            elif isinstance(value, list | tuple):
+                values += value
     return found
 
 

@@ -34,7 +34,7 @@ from gateway.tito.junction import (
     text_turn_close,
     unseen_messages,
 )
-from gateway.tito.lookalikes import Brackets, GuardedConversation, LookalikeGuard
+from gateway.tito.lookalikes import GuardedConversation, LookalikeGuard
 from gateway.tito.parsing.choice import choose_parsing
 from gateway.tito.parsing.reply import ReplyParsing
 from gateway.tito.proof import Proven, ToProve, prove
@@ -167,7 +167,7 @@ class PromptBuilder:
     @property
     def upkeep_due(self) -> bool:
         """Whether `upkeep` has something to do, and what it did last has been paid for."""
-        if self._short_path.has_pending:
+        if self._short_path.book.has_pending:
             return True
         return bool(self._audits or self._tokenizer.checks_due) and time.monotonic() >= self._audits_due_at
 
@@ -198,14 +198,14 @@ class PromptBuilder:
         certified = self._short_path.suffix(conversation, parent.num_messages)
         if certified is None or (certified.keeps_reasoning and self._history_policy is HistoryPolicy.TEMPLATE):
             return None
-        stop_id = self._tokenizer.token_id(certified.stop)
+        stop_id = self._tokenizer.ids_of_added.get(certified.stop)
         if stop_id is None or parent.last_token_id != stop_id:
             return None
-        ids = self._suffix_ids(certified.stop, certified.suffix, stop_id, None)
+        ids = _behind_stop(self._tokenizer.encode(certified.stop + certified.suffix), stop_id)
         if ids is None:
             return None
         built = BuiltPrompt(ids, None, SHAPE_KEPT_HISTORY if certified.keeps_reasoning else SHAPE)
-        if self._short_path.use(certified):
+        if self._short_path.book.use(certified.key):
             self._audits.append(_Audit(conversation, parent, certified, built))
         return built
 
@@ -220,7 +220,7 @@ class PromptBuilder:
             same = expected.segment_reason is None and np.array_equal(expected.token_ids, audit.built.token_ids)
         if not same:
             alarms += 1
-            self._short_path.withdraw(audit.certified)
+            self._short_path.book.withdraw(audit.certified.key)
             _log.error(
                 "the certificate of shape %r is wrong for this template and is withdrawn: the suffix depends on the "
                 "conversation; turns of this shape are certified one by one from now on",
@@ -271,7 +271,7 @@ class PromptBuilder:
             return SegmentReason.REWRITE_OTHER
         if history is History.REASONING_DROPPED and self._history_policy is HistoryPolicy.TEMPLATE:
             return SegmentReason.REWRITE_REASONING
-        suffix_ids = self._suffix_ids(junction.stop, junction.suffix, stop_id, guarded.brackets)
+        suffix_ids = _behind_stop(self._guard.encode(junction.stop + junction.suffix, guarded.brackets), stop_id)
         if suffix_ids is None:
             return SegmentReason.UNCERTIFIED
         last_id = parent.last_token_id
@@ -286,13 +286,6 @@ class PromptBuilder:
         return self._appended(
             parent, np.concatenate([self._closing_ids(parent, junction.stop), stop_then_suffix]), full_text, CLOSE
         )
-
-    def _suffix_ids(self, stop: str, suffix: str, stop_id: int, brackets: Brackets | None) -> TokenIds | None:
-        """Ids of the suffix as they are behind the stop token: that token may eat the space that follows it, and
-        some tokenizers put a space before a text's first piece. None where the stop is not one token of its own."""
-        ids = self._guard.encode(stop + suffix, brackets)
-        # A copy: it is kept with the turn, and a view would keep the whole.
-        return ids[1:].copy() if len(ids) and int(ids[0]) == stop_id else None
 
     def _closing_ids(self, parent: ParentTurn, stop: str) -> TokenIds:
         """What ends the text of a turn that was cut, up to its stop token: an open call or reasoning is closed."""
@@ -363,3 +356,10 @@ class PromptBuilder:
         if full_text is not None:
             self._rendered.remember(prompt_ids, full_text)
         return built
+
+
+def _behind_stop(ids: TokenIds, stop_id: int) -> TokenIds | None:
+    """Ids of a suffix as they are behind the stop token: that token may eat the space that follows it, and some
+    tokenizers put a space before a text's first piece. None where the stop is not one token of its own."""
+    # A copy: it is kept with the turn, and a view would keep the whole.
+    return ids[1:].copy() if len(ids) and ids[0] == stop_id else None

@@ -35,6 +35,9 @@ class ContentKind(StrEnum):
     PARTS = "parts"
 
 
+_ABSENT, _EMPTY, _BLANK, _TEXT, _PARTS = ContentKind  # an enum's own names are slow to read
+
+
 class MessageForm(NamedTuple):
     """One message without its texts. answers: position of the sampled call whose result it is, -1 for another one's,
     None if it names none."""
@@ -96,35 +99,49 @@ FILLINGS = (
 )
 
 
+_Fields = tuple[str, ContentKind, bool, int, int | None, bool]
+"""Of a `MessageForm`, in its order."""
+
+Sketch = tuple[bool, bool, str, _Fields, tuple[_Fields, ...]]
+"""Of a `Shape`, in its order: what tells shapes apart, told without making one."""
+
+
 def shape_of(conversation: Conversation, num_messages: int, *, template_source: str) -> Shape | None:
-    """The shape of a turn whose sampled reply is message `num_messages - 1`; None where no certificate can speak.
+    """The shape of a turn, where `sketch_of` has a sketch of it."""
+    sketch = sketch_of(conversation, num_messages, template_source=template_source)
+    return None if sketch is None else sketched_shape(sketch)
+
+
+def sketched_shape(sketch: Sketch) -> Shape:
+    """The shape that was sketched."""
+    starts_with_system, has_tools, before, reply, appended = sketch
+    forms = tuple(MessageForm(*fields) for fields in appended)
+    return Shape(starts_with_system, has_tools, before, MessageForm(*reply), forms)
+
+
+def sketch_of(conversation: Conversation, num_messages: int, *, template_source: str) -> Sketch | None:
+    """A turn whose sampled reply is message `num_messages - 1`; None where no certificate can speak.
 
     That is: roles, contents or keys (which the template names) that this page does not know; too many messages.
     """
     messages = conversation.messages
-    appended = messages[num_messages:]
-    if num_messages < 2 or len(appended) > MAX_APPENDED:
+    if num_messages < 2 or len(messages) - num_messages > MAX_APPENDED:
         return None
     first, before, reply = messages[0], messages[num_messages - 2], messages[num_messages - 1]
-    if not isinstance(first, dict) or not isinstance(before, dict) or before.get("role") not in _BEFORE_ROLES:
+    if type(first) is not dict or type(before) is not dict or (role := before.get("role")) not in _BEFORE_ROLES:
         return None
-    reply_form = _form_of(reply, (), template_source)
-    if reply_form is None or not isinstance(reply, dict):
+    reply_fields = _fields_of(reply, (), template_source)
+    if reply_fields is None:
         return None
-    call_ids = [call.get("id") if isinstance(call, dict) else None for call in reply.get("tool_calls") or ()]
-    forms: list[MessageForm] = []
-    for message in appended:
-        form = _form_of(message, call_ids, template_source)
-        if form is None:
+    calls = reply.get("tool_calls") or ()
+    appended: list[_Fields] = []
+    for message in messages[num_messages:]:
+        fields = _fields_of(message, calls, template_source)
+        if fields is None:
             return None
-        forms.append(form)
-    return Shape(
-        starts_with_system=first.get("role") in ("system", "developer"),
-        has_tools=bool(conversation.tools),
-        before=str(before["role"]),
-        reply=reply_form,
-        appended=tuple(forms),
-    )
+        appended.append(fields)
+    starts_with_system = first.get("role") in ("system", "developer")
+    return starts_with_system, bool(conversation.tools), role, reply_fields, tuple(appended)
 
 
 def conversations(shape: Shape, arguments: Mapping[str, JsonValue]) -> Iterator[tuple[Conversation, int]]:
@@ -260,42 +277,51 @@ class _Writer:
         return self._filling.text.format(self._num_texts)
 
 
-def _form_of(message: JsonValue, call_ids: Sequence[JsonValue], template_source: str) -> MessageForm | None:
-    if not isinstance(message, dict) or message.get("role") not in _ROLES:
+def _fields_of(message: JsonValue, calls: Sequence[JsonValue], template_source: str) -> _Fields | None:
+    """One message, in one pass over its keys. calls: of the sampled reply, whose results may follow."""
+    if type(message) is not dict:
         return None
-    if not message.keys() <= _KNOWN_KEYS and any(str(key) in template_source for key in message.keys() - _KNOWN_KEYS):
-        return None  # the template may read it
-    content, calls = _content_kind(message.get("content")), message.get("tool_calls")
-    if content is None or not (calls is None or (isinstance(calls, list) and all(map(_is_plain_call, calls)))):
-        return None
-    reasons = False
-    for key in REASONING_KEYS:
-        if text := message.get(key):
-            if not isinstance(text, str):
+    role, content, reasoning, num_calls, answers, named = None, _ABSENT, False, 0, None, False
+    for key, value in message.items():
+        if key == "role":
+            role = value
+        elif value is None:
+            if key not in _KNOWN_KEYS and key in template_source:
                 return None
-            reasons = True
-    call_id = message.get("tool_call_id")
-    return MessageForm(
-        message["role"],
-        content,
-        reasons,
-        len(calls) if calls else 0,
-        None if call_id is None else _position(call_ids, call_id),
-        isinstance(message.get("name"), str),
-    )
-
-
-def _position(call_ids: Sequence[JsonValue], call_id: JsonValue) -> int:
-    return call_ids.index(call_id) if call_id in call_ids else _UNKNOWN_CALL
+        elif key == "content":
+            kind = _content_kind(value)
+            if kind is None:
+                return None
+            content = kind
+        elif key == "tool_calls":
+            if type(value) is not list:
+                return None
+            for call in value:
+                if not _is_plain_call(call):
+                    return None
+                num_calls += 1
+        elif key == "tool_call_id":
+            answers = _UNKNOWN_CALL
+            for i, call in enumerate(calls):
+                if call.get("id") == value:
+                    answers = i
+                    break
+        elif key == "name":
+            named = type(value) is str
+        elif key in REASONING_KEYS:
+            if value and type(value) is not str:
+                return None
+            reasoning = reasoning or bool(value)
+        elif key in template_source:  # the template may read it
+            return None
+    return (role, content, reasoning, num_calls, answers, named) if role in _ROLES else None
 
 
 def _content_kind(content: JsonValue) -> ContentKind | None:
-    if content is None:
-        return ContentKind.ABSENT
-    if isinstance(content, str):
+    if type(content) is str:
         if content.isspace():
-            return ContentKind.BLANK
-        return ContentKind.TEXT if content else ContentKind.EMPTY
+            return _BLANK
+        return _TEXT if content else _EMPTY
     is_one_text = (
         isinstance(content, list)
         and len(content) == 1
@@ -304,13 +330,13 @@ def _content_kind(content: JsonValue) -> ContentKind | None:
         and isinstance(content[0].get("text"), str)
         and bool(content[0]["text"].strip())
     )
-    return ContentKind.PARTS if is_one_text else None
+    return _PARTS if is_one_text else None
 
 
 def _is_plain_call(call: JsonValue) -> bool:
     """A call with a name and arguments that are the JSON text of an object."""
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+    function = call.get("function") if type(call) is dict else None
+    if type(function) is not dict or type(function.get("name")) is not str:
         return False
     arguments = function.get("arguments")
-    return isinstance(arguments, str) and arguments.lstrip().startswith("{")
+    return type(arguments) is str and (arguments[:1] == "{" or arguments.lstrip()[:1] == "{")

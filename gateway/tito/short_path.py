@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 
-from gateway.contracts.frozen import frozen_dataclass
+from msgspec import Struct
+
 from gateway.contracts.generation import JsonValue
 from gateway.tito.certificate import (
     CertificateBook,
@@ -26,14 +27,14 @@ from gateway.tito.frames import Frame, learn_frame
 from gateway.tito.junction import TurnTokens, local_suffix
 from gateway.tito.lookalikes import AnyOf, LookalikeGuard, SaidTexts
 from gateway.tito.parsing.reasoning import ReasoningMarkers
-from gateway.tito.shapes import Shape, shape_of
+from gateway.tito.shapes import Shape, Sketch, sketch_of, sketched_shape
 from gateway.tito.template import ChatTemplate
 
 _MAX_ARGUMENTS_LENGTH = 2_000
+_MAX_KEYS = 4_096
 
 
-@frozen_dataclass(frozen=True, slots=True)
-class CertifiedSuffix:
+class CertifiedSuffix(Struct, frozen=True):
     """`suffix`: what stands behind `stop`. keeps_reasoning: the template may drop old reasoning, which is kept."""
 
     key: ShapeKey
@@ -43,7 +44,8 @@ class CertifiedSuffix:
 
 
 class ShortPath:
-    """Certificates of one template and vocabulary, and the suffixes that they vouch for. Safe between threads."""
+    """Certificates of one template and vocabulary (`book`), and the suffixes that they vouch for. Safe between
+    threads."""
 
     def __init__(
         self,
@@ -54,32 +56,28 @@ class ShortPath:
         reasoning: ReasoningMarkers | None,
     ) -> None:
         self._template = template
-        self._guard = guard
-        self._looked_for = AnyOf(template.looked_for)
+        self._untold_of_models = AnyOf((*guard.turn.texts, *template.looked_for))
+        self._untold_of_others = AnyOf((*guard.control.texts, *template.looked_for))
+        self._keys: dict[tuple[Sketch, str], ShapeKey] = {}
         self._tokens = tokens
         self._reasoning = reasoning
-        self._book: CertificateBook[Frame] = CertificateBook()
-
-    @property
-    def has_pending(self) -> bool:
-        """Whether shapes wait to be certified."""
-        return self._book.has_pending
+        self.book: CertificateBook[Frame] = CertificateBook()
 
     def trust(self, certificates: Iterable[tuple[ShapeKey, ShapeCertificate]]) -> None:
         """Rely on certificates that were made elsewhere, of the same template and tokens."""
         for key, certificate in certificates:
-            self._book.put(key, certificate)
+            self.book.put(key, certificate)
 
     def certify_next(self) -> bool:
         """Certify one shape that was asked for (some 10 ms), or frame one that is in use; whether there was one."""
-        pending = self._book.take_pending()
+        pending = self.book.take_pending()
         if pending is not None:
             self._certify(*pending)
             return True
-        unframed = self._book.take_unframed()
+        unframed = self.book.take_unframed()
         if unframed is not None:
             key, arguments, stop = unframed
-            self._book.put_frame(key, learn_frame(self._template, key, arguments, stop))
+            self.book.put_frame(key, learn_frame(self._template, key, arguments, stop))
         return unframed is not None
 
     def certificate(self, shape: Shape, arguments: Mapping[str, JsonValue]) -> ShapeCertificate:
@@ -87,14 +85,19 @@ class ShortPath:
         return certify_shape(self._template, shape, arguments, tokens=self._tokens, reasoning=self._reasoning)
 
     def _certify(self, key: ShapeKey, arguments: Mapping[str, JsonValue]) -> None:
-        self._book.put(key, self.certificate(key.shape, arguments))
+        self.book.put(key, self.certificate(key.shape, arguments))
 
     def suffix(self, conversation: Conversation, num_messages: int) -> CertifiedSuffix | None:
         """What the template adds behind the stop token of reply `num_messages - 1`, if a certificate vouches for it."""
-        key = self._key(conversation, num_messages)
+        sketch = sketch_of(conversation, num_messages, template_source=self._template.source)
+        if sketch is None:
+            return None
+        given = conversation.template_arguments
+        arguments = json.dumps(dict(given), sort_keys=True) if given else "{}"
+        key = self._keys.get((sketch, arguments)) or self._new_key(sketch, arguments)
         if key is None:
             return None
-        found = self._book.find(key, conversation.template_arguments)
+        found = self.book.find(key, conversation.template_arguments)
         if found is None or (stop := found[0].stop) is None:
             return None
         certificate, frame = found
@@ -109,26 +112,15 @@ class ShortPath:
             return None
         return CertifiedSuffix(key, stop, suffix, certificate.verdict is Verdict.REASONING_DROPPED)
 
-    def use(self, certified: CertifiedSuffix) -> bool:
-        """Count a turn that relies on this; whether it should be audited."""
-        return self._book.use(certified.key)
-
-    def withdraw(self, certified: CertifiedSuffix) -> None:
-        """A real turn has shown that the certificate does not hold."""
-        self._book.withdraw(certified.key)
-
-    def _key(self, conversation: Conversation, num_messages: int) -> ShapeKey | None:
-        shape = shape_of(conversation, num_messages, template_source=self._template.source)
-        if shape is None:
+    def _new_key(self, sketch: Sketch, arguments: str) -> ShapeKey | None:
+        """The key that a sketch stands for, kept for the turns after it; None for arguments that are too long."""
+        if len(arguments) > _MAX_ARGUMENTS_LENGTH:
             return None
-        given = conversation.template_arguments
-        arguments = json.dumps(dict(given), sort_keys=True) if given else "{}"
-        return ShapeKey(shape, arguments) if len(arguments) <= _MAX_ARGUMENTS_LENGTH else None
+        key = ShapeKey(sketched_shape(sketch), arguments)
+        if len(self._keys) < _MAX_KEYS:
+            self._keys[sketch, arguments] = key
+        return key
 
     def _is_plain(self, messages: Sequence[JsonValue]) -> bool:
         said = SaidTexts.of(messages)
-        return not (
-            self._guard.has_lookalikes(said)
-            or self._looked_for.are_in(said.by_models)
-            or self._looked_for.are_in(said.by_others)
-        )
+        return not (self._untold_of_others.are_in(said.by_others) or self._untold_of_models.are_in(said.by_models))

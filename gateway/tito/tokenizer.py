@@ -106,6 +106,7 @@ class ChatTokenizer:
 
     vocab_size counts added tokens. eos_token_ids: of generation_config.json, config.json and the tokenizer, in that
     order. Added tokens are numbered in the order of the ids that the file gives them, in whatever order they stand.
+    bytes_by_id: `token_bytes` of every id, for those who ask for many.
     """
 
     def __init__(
@@ -125,7 +126,7 @@ class ChatTokenizer:
         }
         own_eos = self._tokenizer.token_to_id(eos_token) if eos_token is not None else None
         known = dict.fromkeys([*eos_token_ids, *([own_eos] if own_eos is not None else [])])
-        self._bytes_of_token = _TokenBytes(self._spelled_bytes)
+        self.bytes_by_id: Mapping[int, bytes | None] = _TokenBytes(self._spelled_bytes)
         self.backend = Backend(BackendChoice.TOKENIZERS.value)
         self._spell: Spell | None = None
         self._is_asked = False
@@ -227,14 +228,14 @@ class ChatTokenizer:
     @property
     def checks_due(self) -> bool:
         """Whether `check_backend` has something to do."""
-        return bool(self._to_check) or self._is_worn or (self._is_asked and self._is_expected)
+        return bool(self._to_check) or self._must_open
 
     def check_backend(self) -> bool:
         """Have `tokenizers` spell again one sample of what the faster library spelled; a difference ends its use.
 
         Whether there was one. Not for the event loop: libraries take a moment to open.
         """
-        if self._is_worn or (self._is_asked and self._is_expected):
+        if self._must_open:
             self._open()
         if not self._to_check:
             return False
@@ -259,9 +260,11 @@ class ChatTokenizer:
         return self._spell is None and self.backend.name != BackendChoice.TOKENIZERS
 
     @property
-    def _is_worn(self) -> bool:
-        """Whether the faster library has spelled so much that its memory of words must go."""
-        return self._spell is not None and self._num_characters > self._max_characters
+    def _must_open(self) -> bool:
+        """Whether the faster library is expected and asked for, or has spelled so much that its memory must go."""
+        if self._spell is None:
+            return self._is_asked and self._is_expected
+        return self._num_characters > self._max_characters
 
     def _reference(self, text: str) -> TokenIds:
         return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32)
@@ -312,15 +315,11 @@ class ChatTokenizer:
 
     def token_id(self, text: str) -> int | None:
         """The id of the one added token spelled `text`, else None."""
-        return self._ids_of_added.get(text)
+        return self.ids_of_added.get(text)
 
     def token_bytes(self, token_id: int) -> bytes | None:
         """The bytes that a token stands for inside a text; None where the decoder does not work by bytes."""
-        return self._bytes_of_token[token_id]
-
-    def bytes_of(self, ids: Iterable[int]) -> bytes:
-        """The bytes that `ids` stand for inside a text; only where `works_by_bytes`."""
-        return b"".join(map(self._bytes_of_token.__getitem__, ids))  # type: ignore[arg-type]  # none is None there
+        return self.bytes_by_id[token_id]
 
     @cached_property
     def works_by_bytes(self) -> bool:
@@ -347,7 +346,8 @@ class ChatTokenizer:
         return _plain_tokenizer(description, json.dumps(description).encode())
 
     @cached_property
-    def _ids_of_added(self) -> dict[str, int]:
+    def ids_of_added(self) -> Mapping[str, int]:
+        """Text of an added token → its id."""
         return {token.text: token.token_id for token in self.added_tokens.values()}
 
     @cached_property

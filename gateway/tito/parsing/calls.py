@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from gateway.contracts.frozen import frozen_dataclass
+from msgspec import Struct
+
 from gateway.contracts.generation import JsonValue
 from gateway.tito.parsing.markers import Marker, Scanned
 from gateway.tito.tokenizer import ChatTokenizer
@@ -16,8 +17,7 @@ PROBE_NAME = "probe_function"
 """The function of the call that is rendered to see how a template writes calls."""
 
 
-@frozen_dataclass(frozen=True, slots=True)
-class WrittenCall:
+class WrittenCall(Struct, frozen=True):
     """A call as the model wrote it; `arguments` is JSON text of an object, `call_id` None where it wrote none."""
 
     name: str
@@ -86,6 +86,8 @@ class CallFamily:
 
 def body_text(body: Sequence[Scanned]) -> str:
     """A call's body as written."""
+    if len(body) == 1 and type(whole := body[0]) is str:
+        return whole
     return "".join(piece if isinstance(piece, str) else piece.text for piece in body)
 
 

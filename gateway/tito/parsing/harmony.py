@@ -22,7 +22,6 @@ from gateway.contracts.replies import (
     ParsedReply,
     ReplyDelta,
     ReplyFlag,
-    ToolCall,
 )
 from gateway.tito.parsing.call_ids import CallIdStyle
 from gateway.tito.parsing.calls import PROBE_NAME
@@ -102,10 +101,22 @@ class HarmonyParsing:
     def _markup(self) -> Markup:
         return Markup(self.tokenizer, self.markers)
 
+    @cached_property
+    def _edge_ids(self) -> frozenset[int | None]:
+        """None among them for one that is no token."""
+        return frozenset(found.token_id for found in self.markers if found.text in _EDGES)
+
     def _open_message(self, prompt_ids: Sequence[int] | TokenIds) -> list[Scanned]:
         """The prompt's last message from its start marker on; empty where none is open."""
+        last = [int(token_id) for token_id in prompt_ids[-_LAST_PROMPT_IDS:]]
+        edge_ids = self._edge_ids
+        if None not in edge_ids:  # each ends whatever stands before it, so the last one is where reading begins
+            at = len(last) - 1
+            while at >= 0 and last[at] not in edge_ids:
+                at -= 1
+            last = last[at:] if at >= 0 else []
         scanner = TokenScanner(self._markup, stop_token_ids=(), stop=())
-        scanned = [item for token_id in prompt_ids[-_LAST_PROMPT_IDS:] for item in scanner.push(int(token_id))]
+        scanned = [item for at in range(len(last)) for item in scanner.take(last, at, at + 1)[0]]
         scanned += scanner.finish(None)
         edges = [i for i, item in enumerate(scanned) if isinstance(item, Marker) and item.text in _EDGES]
         return scanned[edges[-1] :] if edges else []
@@ -128,7 +139,7 @@ class _State(Enum):
     CALL = "call"
 
 
-_TEXT_STATES = frozenset((_State.REASONING, _State.CONTENT, _State.CALL))
+_BETWEEN, _HEADER, _REASONING, _CONTENT, _IN_CALL = _State  # an enum's own names are slow to read
 
 
 class HarmonyParser:
@@ -137,7 +148,7 @@ class HarmonyParser:
     def __init__(self, scanner: TokenScanner, *, calls_tools: bool) -> None:
         self._scanner = scanner
         self._calls_tools = calls_tools
-        self._state = _State.BETWEEN
+        self._state = _BETWEEN
         self._header = ""  # from the start or channel marker on, markers spelled out
         self._given_header = ""  # what of it stands in the prompt
         self._recipient = ""
@@ -154,35 +165,38 @@ class HarmonyParser:
 
     def feed(self, token_ids: Sequence[int]) -> list[ReplyDelta]:
         """Deltas that the next sampled tokens make certain; may be empty."""
-        at = 0
-        while at < len(token_ids):
+        draft, at, end = self._draft, 0, len(token_ids)
+        while at < end:
             # In a header, and between messages, each token may decide what follows.
-            stop = self._scanner.run_end(token_ids, at) if self._state in _TEXT_STATES else at + 1
-            was_reasoning = self._state is _State.REASONING
-            self._read(self._scanner.push_run(token_ids[at:stop]))
-            if was_reasoning or self._state is _State.REASONING:
-                self._draft.num_reasoning_tokens += stop - at
-            at = stop
-        return self._draft.take_deltas()
+            one_by_one = self._state is _BETWEEN or self._state is _HEADER
+            was_reasoning, start = self._state is _REASONING, at
+            scanned, at = self._scanner.take(token_ids, start, start + 1 if one_by_one else end)
+            if scanned:
+                self._read(scanned)
+            if was_reasoning or self._state is _REASONING:
+                draft.num_reasoning_tokens += at - start
+        deltas = draft.deltas[:]
+        del draft.deltas[:]
+        return deltas
 
     def finish(self, finish: Finish) -> tuple[list[ReplyDelta], ParsedReply]:
         """The last deltas, and the whole reply; the parser takes no more tokens."""
         self._read(self._scanner.finish(finish.matched if isinstance(finish.matched, str) else None))
-        if self._state is _State.REASONING:
+        if self._state is _REASONING:
             self._draft.flag(ReplyFlag.UNCLOSED_REASONING)
-        elif self._state is _State.CALL and finish.reason is FinishReason.STOP:
+        elif self._state is _IN_CALL and finish.reason is FinishReason.STOP:
             self._end_message("")
-        elif self._state is _State.CALL:
+        elif self._state is _IN_CALL:
             self._spill_call(ReplyFlag.UNCLOSED_TOOL_CALL, "")
-        elif self._state is _State.HEADER and not _is_bare_header(self._own_header()):
+        elif self._state is _HEADER and not _is_bare_header(self._own_header()):
             self._spill_header(ReplyFlag.UNCLOSED_TOOL_CALL if _RECIPIENT.search(self._header) else None)
         return self._draft.finish()
 
     @property
     def open_markup(self) -> OpenMarkup:
         """A header that was cut needs its end; whatever else is open, the turn's stop token closes."""
-        in_own_header = self._state is _State.HEADER and bool(self._own_header())
-        return OpenMarkup(in_reasoning=self._state is _State.REASONING, closing_text=_MESSAGE if in_own_header else "")
+        in_own_header = self._state is _HEADER and bool(self._own_header())
+        return OpenMarkup(in_reasoning=self._state is _REASONING, closing_text=_MESSAGE if in_own_header else "")
 
     def _read(self, scanned: Iterable[Scanned]) -> None:
         for item in scanned:
@@ -192,32 +206,32 @@ class HarmonyParser:
                 self._begin_header(item.text)
             elif item.text in (_END, _CALL, _RETURN):
                 self._end_message(item.text)
-            elif item.text == _MESSAGE and self._state is _State.HEADER:
+            elif item.text == _MESSAGE and self._state is _HEADER:
                 self._open_message()
             else:
                 self._text(item.text)
 
     def _text(self, text: str) -> None:
-        if self._state is _State.HEADER:
+        if self._state is _HEADER:
             self._header += text
             if not _HEADER_SO_FAR.fullmatch(self._own_header()) or len(self._header) > _MAX_HEADER_CHARACTERS:
                 self._spill_header(self._broken_header())
-        elif self._state is _State.CALL:
+        elif self._state is _IN_CALL:
             self._call_body.append(text)
-        elif self._state is _State.REASONING:
+        elif self._state is _REASONING:
             self._draft.think(text)
-        elif self._state is _State.CONTENT:
+        elif self._state is _CONTENT:
             self._draft.say(text)
         elif not text.isspace():
             self._open_content()
             self._draft.say(text)
 
     def _begin_header(self, marker_text: str) -> None:
-        if self._state is _State.HEADER and marker_text == _CHANNEL and _CHANNEL not in self._header:
+        if self._state is _HEADER and marker_text == _CHANNEL and _CHANNEL not in self._header:
             self._header += marker_text
             return
         self._end_message("")
-        self._state = _State.HEADER
+        self._state = _HEADER
         self._header, self._given_header = marker_text, ""
 
     def _open_message(self) -> None:
@@ -231,7 +245,7 @@ class HarmonyParser:
             self._recipient = recipient.group(1)
             self._open_call()
         elif channel == [_REASONING_CHANNEL]:
-            self._state = _State.REASONING
+            self._state = _REASONING
             self._draft.reasoning.begin_block()
         elif (channel and channel[0] in _CHANNELS) or not self._own_header():
             self._open_content()
@@ -240,30 +254,29 @@ class HarmonyParser:
 
     def _open_call(self) -> None:
         if self._calls_tools:
-            self._state, self._call_body = _State.CALL, []
+            self._state, self._call_body = _IN_CALL, []
         else:
             self._spill_header(None, _MESSAGE)  # without tools, call markup is text
 
     def _open_content(self) -> None:
-        self._state = _State.CONTENT
+        self._state = _CONTENT
         if not self._draft.content.is_blank:
             self._draft.content.begin_block()
 
     def _end_message(self, closer: str) -> None:
-        if self._state is _State.HEADER and not _is_bare_header(self._own_header()):
+        if self._state is _HEADER and not _is_bare_header(self._own_header()):
             self._spill_header(self._broken_header())
-        elif self._state is _State.CALL:
+        elif self._state is _IN_CALL:
             arguments = object_text("".join(self._call_body))
             if arguments is None:
                 self._spill_call(ReplyFlag.MALFORMED_TOOL_CALL, closer)
             else:
                 self._add_call(arguments)
-        self._state = _State.BETWEEN
+        self._state = _BETWEEN
 
     def _add_call(self, arguments: str) -> None:
         name = self._recipient.removeprefix("functions.") or self._recipient
-        call = ToolCall(CallIdStyle.CALL_HEX.new_id(), name, arguments)
-        self._draft.call(call)
+        self._draft.call(CallIdStyle.CALL_HEX.new_id(), name, arguments)
 
     def _spill_call(self, flag: ReplyFlag, closer: str) -> None:
         """What was to be a call becomes content, as written."""

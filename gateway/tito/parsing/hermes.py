@@ -28,7 +28,7 @@ class HermesCalls:
             call = call_of_members(read_members(body_text(body)))
         except (ValueError, KeyError, RecursionError):
             return None
-        return (WrittenCall(call.name, call.arguments),)
+        return (call if call.call_id is None else WrittenCall(call.name, call.arguments),)
 
 
 def hermes_calls(tokenizer: ChatTokenizer) -> HermesCalls:

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import re
-from typing import NamedTuple
+
+from msgspec import Struct
 
 _SPACES = " \t\r\n"
 _SPACE = re.compile(r"[ \t\r\n]*")
-_COLON = re.compile(r"[ \t\r\n]*:[ \t\r\n]*")
-_NEXT = re.compile(r"[ \t\r\n]*([,}])[ \t\r\n]*")
+_KEY = r'[ \t\r\n]*"([^"\\\x00-\x1f]*+(?:\\.[^"\\\x00-\x1f]*+)*+)"[ \t\r\n]*:[ \t\r\n]*'
+_CLOSING = r"[ \t\r\n]*\}"
+_OPENING = re.compile(rf"[ \t\r\n]*\{{(?:{_KEY}|{_CLOSING})")
+"""Up to where the first value begins, with its key as it is written; or the whole of an object that is empty."""
+
+_NEXT = re.compile(rf"[ \t\r\n]*,{_KEY}|{_CLOSING}")
+"""The same behind a value: up to the next one, or to the object's end."""
 
 
-class Written(NamedTuple):
+class Written(Struct, frozen=True):
     """A value, and its JSON text as it was written."""
 
     text: str
@@ -24,35 +30,31 @@ def read_members(text: str) -> dict[str, Written]:
 
     Raises ValueError for all else (a key that stands twice too), RecursionError for absurd nesting.
     """
-    members, stop = members_at(text, skip_space(text, 0))
-    if skip_space(text, stop) != len(text):
+    members, stop = members_at(text, 0)
+    if text[stop:].strip(_SPACES):
         raise ValueError("text follows the object")
     return members
 
 
 def members_at(text: str, at: int) -> tuple[dict[str, Written], int]:
-    """As `read_members`, of the object that begins at `at`; and where it ends."""
+    """As `read_members`, of the object that begins at `at`, white space before it or not; and where it ends."""
     members: dict[str, Written] = {}
-    at = skip_space(text, expect(text, at, "{"))
-    if text[at : at + 1] == "}":
-        return members, at + 1
-    while True:
-        expect(text, at, '"')
-        key, after_key = _DECODER.raw_decode(text, at)
-        colon = _COLON.match(text, after_key)
-        if colon is None:
-            raise ValueError(f"expected ':' at {after_key}")
-        start = colon.end()
-        value, stop = _DECODER.raw_decode(text, start)
+    found = _OPENING.match(text, at)
+    while found is not None:
+        start, key = found.end(), found[1]
+        if key is None:
+            return members, start
+        if "\\" in key:
+            key = _DECODER.decode(f'"{key}"')
         if key in members:
             raise ValueError(f"key {key!r} stands twice")
-        members[key] = Written(text[start:stop], value)
-        follows = _NEXT.match(text, stop)
-        if follows is None:
-            raise ValueError(f"expected ',' or '}}' at {stop}")
-        if follows[1] == "}":
-            return members, follows.end(1)
-        at = follows.end()
+        try:
+            value, at = _scan(text, start)
+        except StopIteration as error:
+            raise ValueError(f"no value at {error.value}") from None
+        members[key] = Written(text[start:at], value)
+        found = _NEXT.match(text, at)
+    raise ValueError(f"no object, or none that goes on, at {at}")
 
 
 def read_items(text: str) -> list[dict[str, Written]]:
@@ -106,3 +108,4 @@ def _refuse_constant(name: str) -> None:
 
 
 _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+_scan = _DECODER.scan_once  # type: ignore[attr-defined]  # what `raw_decode` calls; raises StopIteration

@@ -17,7 +17,6 @@ from gateway.contracts.replies import (
     ParsedReply,
     ReplyDelta,
     ReplyFlag,
-    ToolCall,
 )
 from gateway.tito.parsing.call_ids import CallIdStyle
 from gateway.tito.parsing.calls import CallFrame, CallSyntax, WrittenCall, body_text
@@ -62,7 +61,8 @@ class MarkedParsing:
     ) -> MarkedParser:
         """A parser for one reply, as `ReplyParsing.start` has it."""
         scanner = TokenScanner(self._markup, stop_token_ids=stop_token_ids, stop=stop)
-        return MarkedParser(self, scanner, tools, reasoning_open=self.opens_reasoning(prompt_ids))
+        reasoning_open = self._opening is not None and self._opening.is_open(prompt_ids)
+        return MarkedParser(self, scanner, tools, reasoning_open=reasoning_open)
 
     @cached_property
     def _markup(self) -> Markup:
@@ -80,6 +80,7 @@ class _State(Enum):
 
 
 _CONTENT, _REASONING, _CALL = _State  # an enum's own names are slow to read
+_NO_CALLS = CallFrame()
 
 
 class MarkedParser:
@@ -107,13 +108,14 @@ class MarkedParser:
     ) -> None:
         self._reasoning_markers = parsing.reasoning
         self._calls = parsing.calls if tools else None  # without tools, call markup is text
-        self._frame = self._calls.frame if self._calls is not None else CallFrame()
+        self._frame = self._calls.frame if self._calls is not None else _NO_CALLS
         self._call_ids = parsing.call_ids
         self._tools = tools
         self._scanner = scanner
         self._state = _REASONING if reasoning_open else _CONTENT
         self._draft = ReplyDraft(holds_space=self._calls is not None)
-        self._label = _Label(parsing.reasoning.label if parsing.reasoning is not None else "")
+        label = parsing.reasoning.label if parsing.reasoning is not None else ""
+        self._label = _Label(label) if label else None
         self._beginning: str | None = "" if self._frame.beginnings else None
         self._in_section = False
         self._section_text: list[str] = []  # the opener of a section in which no call was good yet, and space behind it
@@ -122,24 +124,26 @@ class MarkedParser:
 
     def feed(self, token_ids: Sequence[int]) -> list[ReplyDelta]:
         """Deltas that the next sampled tokens make certain; may be empty."""
-        at = 0
-        while at < len(token_ids):
+        draft, at, end = self._draft, 0, len(token_ids)
+        while at < end:
+            was_reasoning, start = self._state is _REASONING, at
             # Where the beginning is undecided, each token may decide it.
-            stop = self._scanner.run_end(token_ids, at) if self._beginning is None else at + 1
-            was_reasoning = self._state is _REASONING
-            scanned = self._scanner.push_run(token_ids[at:stop]) if stop - at > 1 else self._scanner.push(token_ids[at])
+            scanned, at = self._scanner.take(token_ids, start, end if self._beginning is None else start + 1)
             if scanned:
                 self._read(scanned)
             if was_reasoning or self._state is _REASONING:
-                self._draft.num_reasoning_tokens += stop - at
-            at = stop
-        return self._draft.take_deltas()
+                draft.num_reasoning_tokens += at - start
+        deltas = draft.deltas[:]
+        del draft.deltas[:]
+        return deltas
 
     def finish(self, finish: Finish) -> tuple[list[ReplyDelta], ParsedReply]:
         """The last deltas, and the whole reply; the parser takes no more tokens."""
         stop_string = finish.matched if isinstance(finish.matched, str) else None
-        self._read(self._scanner.finish(stop_string))
-        self._end_what_is_open(finish, stop_string)
+        if scanned := self._scanner.finish(stop_string):
+            self._read(scanned)
+        if self._state is not _CONTENT or self._beginning is not None or self._section_text:
+            self._end_what_is_open(finish, stop_string)
         return self._draft.finish()
 
     @property
@@ -154,20 +158,24 @@ class MarkedParser:
 
     def _read(self, scanned: Iterable[Scanned]) -> None:
         for item in scanned:
-            if isinstance(item, str):
-                self._text(item)
-            elif self._state is _REASONING:
-                self._marker_in_reasoning(item)
-            elif self._state is _CALL:
-                self._marker_in_call(item)
-            else:
-                self._marker_in_content(item)
+            if type(item) is str:
+                if self._state is _CONTENT and self._beginning is None and not self._section_text:
+                    self._draft.say(item)
+                else:
+                    self._text(item)
+            elif type(item) is Marker:
+                if self._state is _REASONING:
+                    self._marker_in_reasoning(item)
+                elif self._state is _CALL:
+                    self._marker_in_call(item)
+                else:
+                    self._marker_in_content(item)
 
     def _text(self, text: str) -> None:
         if self._state is _CALL:
             self._call_body.append(text)
         elif self._state is _REASONING:
-            self._draft.think(self._label.skip(text))
+            self._draft.think(text if self._label is None else self._label.skip(text))
         elif self._beginning is not None:
             self._decide_beginning(self._beginning + text)
         elif self._section_text and text.isspace():
@@ -179,7 +187,7 @@ class MarkedParser:
     def _marker_in_reasoning(self, item: Marker) -> None:
         markers = self._reasoning_markers
         if markers is not None and item == markers.closer:
-            self._draft.think(self._label.end())
+            self._end_label()
             self._state = _CONTENT
             self._draft.content.begin_block()
         elif markers is not None and item == markers.opener and self._draft.reasoning.is_blank:
@@ -189,7 +197,8 @@ class MarkedParser:
 
     def _marker_in_content(self, item: Marker) -> None:
         if item == self._frame.opener:
-            self._end_beginning()
+            if self._beginning is not None:
+                self._end_beginning()
             self._open_call(item.text)
         elif self._frame.section is not None and item == self._frame.section.opener and not self._in_section:
             self._in_section = True
@@ -199,7 +208,8 @@ class MarkedParser:
         elif self._opens_reasoning(item):
             self._state = _REASONING
             self._draft.reasoning.begin_block()
-            self._label.begin()
+            if self._label is not None:
+                self._label.begin()
         else:
             self._end_beginning()
             self._text(item.text)
@@ -230,7 +240,7 @@ class MarkedParser:
         flag = ReplyFlag.MALFORMED_TOOL_CALL if finish.reason is FinishReason.STOP else ReplyFlag.UNCLOSED_TOOL_CALL
         closer = self._frame.closer
         if self._state is _REASONING:
-            self._draft.think(self._label.end())
+            self._end_label()
             self._draft.flag(ReplyFlag.UNCLOSED_REASONING)
         elif self._state is _CALL and (closer is None or stop_string == closer.text):
             self._end_call(closer="", flag=flag)
@@ -258,6 +268,11 @@ class MarkedParser:
         if text:
             self._text(text)
 
+    def _end_label(self) -> None:
+        """No more reasoning: what waited may have been the label's beginning only."""
+        if self._label is not None:
+            self._draft.think(self._label.end())
+
     def _open_call(self, opener: str) -> None:
         self._state = _CALL
         self._call_opener = opener
@@ -275,11 +290,10 @@ class MarkedParser:
         self._draft.content.begin_block()
 
     def _add_call(self, written: WrittenCall) -> None:
-        taken = {call.call_id for call in self._draft.tool_calls} if written.call_id is not None else set()
-        is_own = written.call_id is not None and written.call_id not in taken
-        call_id = written.call_id if is_own and written.call_id is not None else self._call_ids.new_id()
-        call = ToolCall(call_id, written.name, written.arguments)
-        self._draft.call(call)
+        call_id = written.call_id
+        if call_id is None or any(call.call_id == call_id for call in self._draft.tool_calls):
+            call_id = self._call_ids.new_id()
+        self._draft.call(call_id, written.name, written.arguments)
 
     def _spill_call(self, flag: ReplyFlag, *, closer: str) -> None:
         """What was to be a call becomes content, as written."""
@@ -321,7 +335,7 @@ class _Label:
 
     def begin(self) -> None:
         """An opener was read."""
-        self._held = "" if self._label else None
+        self._held = ""
 
     def skip(self, text: str) -> str:
         """`text` without the label; what may yet become it waits."""

@@ -7,9 +7,9 @@ was cut; it holds back bytes that are half a character, and text that may yet be
 
 from __future__ import annotations
 
-import codecs
 import re
-from collections.abc import Iterable, Sequence
+from codecs import utf_8_decode
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from gateway.tito.tokenizer import ChatTokenizer
@@ -46,41 +46,48 @@ class Markup:
         self.by_text = {m.text: m for m in known if m.token_id is None}
         special = {token.token_id for token in tokenizer.added_tokens.values() if token.special}
         self.silent = frozenset((special | set(tokenizer.eos_token_ids)) - self.by_id.keys())
-        self._silent_with: dict[tuple[int, ...], tuple[frozenset[int], frozenset[int]]] = {}
-        self._held_with: dict[tuple[str, ...], HeldTexts] = {}
+        self._stops: dict[tuple[tuple[int, ...], tuple[str, ...]], Stops] = {}
         longest_first = sorted(self.by_text, key=len, reverse=True)
         self.search = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
-    def silent_with(self, stop_token_ids: Iterable[int]) -> tuple[frozenset[int], frozenset[int]]:
-        """The silent tokens of a request with these stop tokens, and those with the markers: all that is no plain text.
-
-        Replies ask for the same ones again and again."""
-        key = tuple(stop_token_ids)
-        known = self._silent_with.get(key)
+    def with_stops(self, stop_token_ids: Iterable[int], stop: Iterable[str]) -> Stops:
+        """What a request's own stops come to; replies ask for the same ones again and again."""
+        key = tuple(stop_token_ids), tuple(stop)
+        known = self._stops.get(key)
         if known is None:
-            silent = self.silent | (set(key) - self.by_id.keys())
-            known = silent, silent | self.by_id.keys()
-            if len(self._silent_with) < _MAX_KNOWN_STOPS:
-                self._silent_with[key] = known
+            known = self._made_with(*key)
+            if len(self._stops) < _MAX_KNOWN_STOPS:
+                self._stops[key] = known
         return known
 
-    def held_with(self, stop: tuple[str, ...]) -> HeldTexts:
-        """What may become a marker, or one of these stop strings."""
-        known = self._held_with.get(stop)
-        if known is None:
-            patterns = (*self.by_text, *stop)
-            beginnings = frozenset(text[:length] for text in patterns for length in range(1, len(text)))
-            known = HeldTexts(beginnings, max((len(text) for text in patterns), default=0))
-            if len(self._held_with) < _MAX_KNOWN_STOPS:
-                self._held_with[stop] = known
-        return known
+    def _made_with(self, stop_token_ids: Sequence[int], stop: Sequence[str]) -> Stops:
+        silent: dict[int, Marker | None] = dict.fromkeys((*self.silent, *stop_token_ids))
+        texts = tuple(text for text in stop if text)
+        patterns = (*self.by_text, *texts)
+        longest = max(map(len, patterns), default=0)
+        return Stops(
+            edges=silent | self.by_id,
+            texts=texts,
+            beginnings=frozenset(text[:length] for text in patterns for length in range(1, len(text))),
+            longest=longest,
+            # Without patterns in the text nothing is ever held, and bytes join as their tokens do.
+            takes_runs=not longest and self.tokenizer.works_by_bytes,
+        )
 
 
-class HeldTexts(NamedTuple):
-    """Texts with which a pattern may begin, and the longest pattern's length, 0 where there is none."""
+class Stops(NamedTuple):
+    """What is no plain text in the replies to a request that has some stop tokens and stop strings.
 
+    edges: the marker of each id that is one, None for silent tokens. texts: the stop strings. beginnings: texts with
+    which a pattern (a stop string, a marker that is found in the text) may begin. longest: the longest pattern's
+    length, 0 where there is none. takes_runs: whether plain tokens may be read several at once.
+    """
+
+    edges: Mapping[int, Marker | None]
+    texts: tuple[str, ...]
     beginnings: frozenset[str]
     longest: int
+    takes_runs: bool
 
 
 class TokenScanner:
@@ -91,61 +98,48 @@ class TokenScanner:
     than the longest of them and the newest token.
     """
 
-    __slots__ = (
-        "_beginnings",
-        "_by_id",
-        "_by_text",
-        "_detokenizer",
-        "_edges",
-        "_held",
-        "_longest",
-        "_search",
-        "_silent",
-        "_stop",
-        "_takes_runs",
-    )
+    __slots__ = ("_bytes_by_id", "_cut_character", "_held", "_markup", "_shown", "_stops", "_window")
 
     def __init__(self, markup: Markup, *, stop_token_ids: Iterable[int], stop: Iterable[str]) -> None:
-        self._detokenizer = _Detokenizer(markup.tokenizer)
-        self._by_id, self._by_text, self._search = markup.by_id, markup.by_text, markup.search
-        self._silent, self._edges = markup.silent_with(stop_token_ids)
-        self._stop = tuple(text for text in stop if text)
-        self._beginnings, self._longest = markup.held_with(self._stop)
-        self._held = ""
-        # Without patterns in the text nothing is ever held, and bytes join as their tokens do.
-        self._takes_runs = not self._longest and markup.tokenizer.works_by_bytes
+        self._markup = markup
+        self._stops = markup.with_stops(stop_token_ids, stop)
+        self._bytes_by_id = markup.tokenizer.bytes_by_id
+        self._cut_character = b""  # what came so far of a character
+        self._held = ""  # what may yet become a pattern
+        self._window: list[int] = []  # the last few tokens, for decoders that do not work by bytes
+        self._shown = ""  # what was given out of the window's text
 
-    def push(self, token_id: int) -> list[Scanned]:
-        """What one more token makes certain."""
-        found = self._by_id.get(token_id)
-        if found is None and token_id not in self._silent:
-            return self._take(self._detokenizer.push(token_id))
-        scanned = self._take(self._detokenizer.flush())
-        if found is not None:
-            # A marker ends whatever was waiting: half characters, half markers, a stop string that did not stop.
-            if self._held:
-                scanned += self._release(len(self._held))
-            scanned.append(found)
-        return scanned
-
-    def run_end(self, token_ids: Sequence[int], start: int) -> int:
-        """Where the run of tokens from `start` on ends that `push_run` may take: one token, or several plain ones."""
-        is_edge = self._edges.__contains__
-        if not self._takes_runs or is_edge(token_ids[start]):
-            return start + 1
-        edge = next(filter(is_edge, token_ids[start + 1 :]), None)
-        return len(token_ids) if edge is None else token_ids.index(edge, start + 1)
-
-    def push_run(self, token_ids: Sequence[int]) -> list[Scanned]:
-        """What the tokens of one run make certain; the same as of `push` for each."""
-        if len(token_ids) == 1:
-            return self.push(token_ids[0])
-        text = self._detokenizer.push_bytes(token_ids)
-        return [text] if text else []
+    def take(self, token_ids: Sequence[int], start: int, stop: int) -> tuple[list[Scanned], int]:
+        """What the tokens from `start` on make certain, and where it read on to: behind one token, or behind several
+        plain ones before `stop` where those, one by one, come to the same."""
+        stops = self._stops
+        edges, token_id, end = stops.edges, token_ids[start], start + 1
+        if token_id in edges:
+            marker = edges[token_id]
+            if self._cut_character or self._window or self._held:
+                return self._end_what_waits(marker), end
+            return [] if marker is None else [marker], end
+        if stops.takes_runs:
+            while end < stop and token_ids[end] not in edges:
+                end += 1
+        if end == start + 1:
+            content = self._bytes_by_id[token_id]
+            if content is None:
+                return self._hold_back(self._push_to_window(token_id)), end
+        else:
+            content = b"".join(map(self._bytes_by_id.__getitem__, token_ids[start:end]))  # type: ignore[arg-type]
+        if self._cut_character:
+            content = self._cut_character + content
+        text, length = utf_8_decode(content, "replace")
+        self._cut_character = content[length:]
+        if stops.longest:
+            return self._hold_back(text), end
+        return [text] if text else [], end
 
     def finish(self, stop_string: str | None) -> list[Scanned]:
         """What was held back, up to the stop string that ended the reply, if one did."""
-        self._held += self._detokenizer.flush()
+        if self._cut_character or self._window:
+            self._held += self._rest()
         if not self._held:
             return []
         cut = self._held.find(stop_string) if stop_string else -1
@@ -153,10 +147,21 @@ class TokenScanner:
             self._held = self._held[:cut]
         return self._release(len(self._held))
 
-    def _take(self, text: str) -> list[Scanned]:
+    def _end_what_waits(self, marker: Marker | None) -> list[Scanned]:
+        """What is certain once this marker, None for a silent token, has come."""
+        scanned = self._hold_back(self._rest()) if self._cut_character or self._window else []
+        if marker is None:
+            return scanned
+        # A marker ends whatever was waiting: half characters, half markers, a stop string that did not stop.
+        if self._held:
+            scanned += self._release(len(self._held))
+        return [*scanned, marker]
+
+    def _hold_back(self, text: str) -> list[Scanned]:
+        """What is certain once `text` has come too."""
         if not text:
             return []
-        if not self._longest:
+        if not self._stops.longest:
             return [text]
         before = len(self._held)
         self._held += text
@@ -166,11 +171,11 @@ class TokenScanner:
         """How much of the held text can neither start a pattern nor be a stop string that the newest text completed."""
         held = self._held
         certain = len(held)
-        for length in range(min(self._longest - 1, len(held)), 0, -1):
-            if held[-length:] in self._beginnings:
+        for length in range(min(self._stops.longest - 1, len(held)), 0, -1):
+            if held[-length:] in self._stops.beginnings:
                 certain -= length
                 break
-        for stop in self._stop:
+        for stop in self._stops.texts:
             at = held.find(stop, max(0, num_old - len(stop) + 1))
             if at >= 0:
                 certain = min(certain, at)
@@ -180,57 +185,36 @@ class TokenScanner:
         """Emit `length` characters of the held text, more where a marker recognised in it reaches further."""
         scanned: list[Scanned] = []
         at = 0
-        while (match := self._search.search(self._held, at)) is not None and match.start() < length:
+        while (match := self._markup.search.search(self._held, at)) is not None and match.start() < length:
             if match.start() > at:
                 scanned.append(self._held[at : match.start()])
-            scanned.append(self._by_text[match.group()])
+            scanned.append(self._markup.by_text[match.group()])
             at = match.end()
         if at < length:
             scanned.append(self._held[at:length])
         self._held = self._held[max(at, length) :]
         return scanned
 
-
-_UTF8 = codecs.getincrementaldecoder("utf-8")
-
-
-class _Detokenizer:
-    """Token ids → text, never half a character."""
-
-    __slots__ = ("_bytes", "_shown", "_tokenizer", "_window")
-
-    def __init__(self, tokenizer: ChatTokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._bytes = _UTF8(errors="replace")
-        self._window: list[int] = []
-        self._shown = ""
-
-    def push(self, token_id: int) -> str:
-        piece = self._tokenizer.token_bytes(token_id)
-        if piece is not None:
-            return self._bytes.decode(piece)
-        return self._push_to_window(token_id)
-
-    def push_bytes(self, token_ids: Sequence[int]) -> str:
-        """Of a tokenizer that works by bytes."""
-        return self._bytes.decode(self._tokenizer.bytes_of(token_ids))
-
-    def flush(self) -> str:
+    def _rest(self) -> str:
         """What is still half a character, as U+FFFD."""
-        rest = self._bytes.decode(b"", final=True) if self._bytes.getstate()[0] else ""
+        rest = ""
+        if self._cut_character:
+            rest, _ = utf_8_decode(self._cut_character, "replace", True)
+            self._cut_character = b""
         if self._window:
-            rest += self._tokenizer.decode(self._window)[len(self._shown) :]
+            rest += self._markup.tokenizer.decode(self._window)[len(self._shown) :]
             self._window, self._shown = [], ""
         return rest
 
     def _push_to_window(self, token_id: int) -> str:
         """For decoders that do not work by bytes: decode the last few tokens again, and show what is new and whole."""
+        decode = self._markup.tokenizer.decode
         self._window.append(token_id)
-        text = self._tokenizer.decode(self._window)
+        text = decode(self._window)
         if text.endswith("�") and len(self._window) < _MAX_UNDECIDED_TOKENS:
             return ""
         new = text[len(self._shown) :]
         # One token of context is enough for the spacing rules of such decoders.
         self._window = self._window[-1:]
-        self._shown = self._tokenizer.decode(self._window)
+        self._shown = decode(self._window)
         return new

@@ -14,12 +14,13 @@ def call_of_members(members: Mapping[str, Written]) -> WrittenCall:
     An `id` is the call's. Raises ValueError, KeyError or RecursionError for what is no call.
     """
     name = members["name"].value
-    arguments, value = members["arguments" if "arguments" in members else "parameters"]
-    if isinstance(value, str):
+    written = members["arguments" if "arguments" in members else "parameters"]
+    arguments, value = written.text, written.value
+    if type(value) is str:
         arguments = value  # some models write the object as a JSON string
         value = strict_json(arguments)
-    if not isinstance(name, str) or not name or not isinstance(value, dict):
+    if type(name) is not str or not name or type(value) is not dict:
         raise ValueError("a call has a name and an object of arguments")
     name.encode()  # a lone surrogate, which JSON can spell, is no text: UnicodeEncodeError is a ValueError
     call_id = members["id"].value if "id" in members else None
-    return WrittenCall(name, arguments, call_id if isinstance(call_id, str) else None)
+    return WrittenCall(name, arguments, call_id if type(call_id) is str else None)
