@@ -29,7 +29,7 @@ import numpy as np
 import orjson
 
 from engines.event_stream import EventReader
-from engines.http1 import Connection, Http1Client, NotHttp
+from engines.http1 import Connection, Http1Client, NotHttp, Pace
 from engines.refusals import refusal, retry_after_seconds
 from gateway.contracts.errors import (
     EngineBusy,
@@ -53,6 +53,8 @@ _REPEATABLE = frozenset(("GET",))
 """May be asked again where an idle connection turns out to be closed. A POST may have been carried out."""
 
 _DONE = b"[DONE]"
+_GOING_ON = b'"finish_reason":null'
+"""What an event says that is not the last one; inside a text its quotes would be escaped."""
 
 
 class Answer(NamedTuple):
@@ -266,6 +268,7 @@ class EventStream:
         "_is_over",
         "_on_headers",
         "_on_silence",
+        "_pace",
         "_path",
         "_reader",
     )
@@ -290,6 +293,7 @@ class EventStream:
         self._connection: Connection | None = None
         self._heard_at = 0.0
         self._is_over = False
+        self._pace: Pace | None = None
 
     async def __aenter__(self) -> Self:
         """Send the request and wait for the answer to begin; raises the error of one that is a refusal."""
@@ -322,6 +326,17 @@ class EventStream:
         """All that is needed was heard: what may follow does not matter."""
         self._is_over = True
 
+    def gather(self, pace: Pace) -> None:
+        """Behind the first events, let `next` wait for several while `pace` is not live; what came and was not given
+        when it is left with an error, `unread` gives."""
+        self._pace = pace
+
+    def unread(self) -> Sequence[bytes]:
+        """The data of events that came since the last `next`."""
+        assert self._connection is not None
+        pieces = self._connection.taken()
+        return [data for data in self._reader.read(b"".join(pieces)) if data != _DONE] if pieces else ()
+
     async def next(self) -> Sequence[bytes]:
         """The data of the events that came, one at least; () behind `[DONE]`.
 
@@ -338,12 +353,12 @@ class EventStream:
                     if not await connection.arrival(self._waits_until(connection)):
                         await self._bear_silence(connection)
                     continue
-                payloads: Sequence[bytes] = ()
-                for piece in pieces:
-                    new = self._reader.read(piece)
-                    payloads = [*payloads, *new] if payloads else new
+                payloads = self._reader.read(pieces[0] if len(pieces) == 1 else b"".join(pieces))
                 if payloads:
                     self._heard_at = connection.heard_at
+                    if self._pace is not None:
+                        connection.gather(self._pace, _GOING_ON)
+                        self._pace = None
                     if payloads[-1] == _DONE or _DONE in payloads:
                         self._is_over = True
                         return payloads[: payloads.index(_DONE)]

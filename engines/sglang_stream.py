@@ -7,6 +7,7 @@ stays text until the answer is over. Ids, log-probs, versions and routing rows a
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from functools import lru_cache
@@ -20,6 +21,7 @@ from engines.likeliest import likeliest
 from engines.refusals import failure, refused
 from engines.routing_rows import Int32Layout, RoutingRows, decode_routing
 from gateway.contracts.errors import (
+    EngineError,
     EngineProtocolError,
     EngineRejected,
     EngineUnavailable,
@@ -89,8 +91,18 @@ async def read_generation(
     stream, reader = await prepare()
     ended = False
     try:
+        stream.gather(reader.pace)
         async with stream:
-            while reader.end is None and (events := await stream.next()):
+            while reader.end is None:
+                try:
+                    events = await stream.next()
+                except (EngineError, asyncio.CancelledError):
+                    reader.read_all(stream.unread())
+                    if (chunk := reader.take()) is not None:
+                        yield chunk  # I3: what came counts, though nobody had asked for it yet
+                    raise
+                if not events:
+                    break
                 error = reader.read_all(events)
                 if (chunk := reader.take()) is not None:
                     yield chunk
@@ -137,6 +149,7 @@ class StreamReader:
         "end",
         "has_media",
         "named",
+        "pace",
         "request_id",
         "rows",
     )
@@ -156,6 +169,7 @@ class StreamReader:
         self._policy_version_of = policy_version_of
         self._failure_of = failure_of
         self.request_id = request.request_id
+        self.pace = request.pace
         self.has_media = bool(request.media)
         self.named = f"engine {engine_id}, request {request.request_id}"
         self.rows = RoutingRows.of(request, routing, Int32Layout)

@@ -116,6 +116,21 @@ class TopLogprob(NamedTuple):
     logprob: float
 
 
+class Pace:
+    """How soon whoever asked wants new tokens: each at once while `is_live`, else several together, to be woken less.
+
+    Changed under way: somebody may begin to listen, or leave.
+    """
+
+    __slots__ = ("is_live",)
+
+    def __init__(self, *, is_live: bool) -> None:
+        self.is_live = is_live
+
+
+AT_ONCE = Pace(is_live=True)
+
+
 @frozen_dataclass(frozen=True, slots=True, eq=False)
 class GenerateRequest:
     """Token ids in. `request_id` has a fixed length (SGLang aborts by prefix).
@@ -126,6 +141,7 @@ class GenerateRequest:
     the likeliest tokens are wanted at every position. `media`: of the whole prompt, in the order of its placeholders.
     `routing_key`: the same for all requests of a session, for a router in front of engines; "" has none.
     `cache_key`: requests share computed prefixes with those of the same key only; "" leaves that to the engine.
+    `pace`: how soon new tokens are wanted; what came counts as received in any case (I3).
     """
 
     request_id: str
@@ -138,6 +154,7 @@ class GenerateRequest:
     media: tuple[Media, ...] = ()
     routing_key: str = ""
     cache_key: str = ""
+    pace: Pace = AT_ONCE
 
 
 @frozen_dataclass(frozen=True, slots=True, eq=False)

@@ -160,6 +160,7 @@ class Continuation:
             asked.media,
             asked.routing_key,
             engine.weight_version,  # I9: no prefix of other weights is read
+            asked.pace,
         )
 
     def add_chunk(self, chunk: GenerateChunk) -> None:

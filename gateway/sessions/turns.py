@@ -572,7 +572,7 @@ async def _sample(
     if (begun := prompt.begun) is not None:
         deltas = parser.feed(begun.token_ids.tolist())
         turn.emit(TurnProgress(begun.token_ids, begun.logprobs, deltas, begun.top_logprobs))
-    progress = Continuation(_generate_request(parts, session, request, prompt, sampling, media))
+    progress = Continuation(_generate_request(parts, session, request, prompt, sampling, media, turn))
 
     def hear(new: GenerateChunk) -> None:
         turn.emit(TurnProgress(new.token_ids, new.logprobs, parser.feed(new.token_ids.tolist()), new.top_logprobs))
@@ -607,6 +607,7 @@ def _generate_request(
     prompt: _Prompt,
     sampling: SamplingParams,
     media: tuple[Media, ...],
+    turn: Turn,
 ) -> GenerateRequest:
     """Rows are wanted from the parent's last token on, which had none until now (I2), and what its path lacks."""
     return GenerateRequest(
@@ -619,6 +620,7 @@ def _generate_request(
         reasons_first="structural_tag" in sampling.extra and parts.model.parsing.opens_reasoning(prompt.token_ids),
         media=media,
         routing_key=quote(session.record.session_id, safe=""),
+        pace=turn.pace,
     )
 
 
