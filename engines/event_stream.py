@@ -68,6 +68,9 @@ class EventReader:
     def read(self, piece: bytes) -> list[bytes]:
         """The data of the events that this piece completes."""
         if len(piece) <= _PIECE_BYTES:
+            is_between = not self._buffered and not self._data and not self._inside_rows
+            if is_between and (events := _whole_events(piece)) is not None:
+                return events
             return self._read(piece)
         starts = range(0, len(piece), _PIECE_BYTES)  # else it might hold a big event whole
         return [data for start in starts for data in self._read(piece[start : start + _PIECE_BYTES])]
@@ -75,8 +78,6 @@ class EventReader:
     def _read(self, piece: bytes) -> list[bytes]:
         if self._inside_rows:
             piece = self._behind_rows(piece)
-        elif not self._buffered and not self._data and (events := _whole_events(piece)) is not None:
-            return events
         return list(self._completed(piece))
 
     def _completed(self, piece: bytes) -> Iterator[bytes]:

@@ -217,6 +217,7 @@ class Connection(asyncio.Protocol):
         "has_received",
         "heard_at",
         "is_reused",
+        "now",
         "status",
         "transport",
     )
@@ -224,6 +225,8 @@ class Connection(asyncio.Protocol):
     def __init__(self, client: Http1Client, loop: asyncio.AbstractEventLoop) -> None:
         self._client = client
         self._loop = loop
+        self.now = loop.time
+        """The loop's time."""
         self._parser: Any = None
         self._timer: asyncio.TimerHandle | None = None
         self._gathering: asyncio.TimerHandle | None = None
@@ -243,10 +246,6 @@ class Connection(asyncio.Protocol):
         self.begin_answer()
 
     # -- what the client and the reader of an answer call
-
-    def now(self) -> float:
-        """The loop's time."""
-        return self._loop.time()
 
     def begin(self) -> None:
         """A request is about to be sent."""
@@ -318,7 +317,10 @@ class Connection(asyncio.Protocol):
         if until <= self._loop.time():
             return False
         self._waiter = self._loop.create_future()
-        self._ring(until)
+        if self._timer is not None and self._rings_at <= until:  # nearly always: it rings in vain, and looks again
+            self._wait_until = until
+        else:
+            self._ring(until)
         try:
             return await self._waiter
         finally:
@@ -412,11 +414,12 @@ class Connection(asyncio.Protocol):
             if self._head_bytes > _MAX_HEAD_BYTES:
                 self._fail(NotHttp(f"headers of more than {_MAX_HEAD_BYTES} bytes"))
             return  # nobody waits for half a head, and who waits is told of a failure
-        if self._may_wait and not self._is_whole() and self._buffered <= _GATHER_BYTES:
+        if self._may_wait and self._buffered <= _GATHER_BYTES:
             if self._gathering is None:
                 self._gathering = self._loop.call_later(_GATHER_SECONDS, self._gathered)
             return
-        self._wake()
+        if (waiter := self._waiter) is not None and not waiter.done():
+            waiter.set_result(True)
         if self._finished:
             if self._is_whole():
                 self._settle()
@@ -481,6 +484,7 @@ class Connection(asyncio.Protocol):
         """The answer is whole, unless it was an informational one."""
         if self.has_head:
             self._complete = True
+            self._may_wait = False
             self._keep = self._parser.should_keep_alive()
         else:
             self.begin_answer()

@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, NamedTuple, TypeAlias
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct
 
 from gateway.contracts.dimensions import UNKNOWN_DIMENSIONS, ModelDimensions
 from gateway.contracts.errors import InvalidRequest, LengthMismatch
@@ -131,8 +133,7 @@ class Pace:
 AT_ONCE = Pace(is_live=True)
 
 
-@frozen_dataclass(frozen=True, slots=True, eq=False)
-class GenerateRequest:
+class GenerateRequest(Struct, frozen=True, eq=False):
     """Token ids in. `request_id` has a fixed length (SGLang aborts by prefix).
 
     `routed_experts_start`: absolute index of the first routing row wanted; None asks for no routing.
@@ -148,7 +149,7 @@ class GenerateRequest:
     token_ids: TokenIds
     sampling: SamplingParams
     routed_experts_start: int | None = None
-    passthrough: Mapping[str, JsonValue] = field(default_factory=dict)
+    passthrough: Mapping[str, JsonValue] = msgspec.field(default_factory=dict)
     reasons_first: bool = False
     num_top_logprobs: int = 0
     media: tuple[Media, ...] = ()
@@ -157,8 +158,7 @@ class GenerateRequest:
     pace: Pace = AT_ONCE
 
 
-@frozen_dataclass(frozen=True, slots=True, eq=False)
-class GenerateChunk:
+class GenerateChunk(Struct, frozen=True, eq=False):
     """New tokens since the last chunk: `token_ids` int32[n], `logprobs` float32[n] (NaN where the engine gave none).
 
     top_logprobs: for each new token the likeliest at its position, likeliest first; () where none were asked for.
@@ -169,8 +169,7 @@ class GenerateChunk:
     top_logprobs: Sequence[Sequence[TopLogprob]] = ()
 
 
-@frozen_dataclass(frozen=True, slots=True, eq=False)
-class GenerateEnd:
+class GenerateEnd(Struct, frozen=True, eq=False):
     """The last item of a generation stream.
 
     version_spans: cover all output tokens of this request. routed_experts: rows [start, P+C-1), or None if not asked
@@ -187,11 +186,13 @@ class GenerateEnd:
     cached_tokens: int
     num_retractions: int
     meta_info: Mapping[str, JsonValue]
-    reply_fields: Mapping[str, JsonValue] = field(default_factory=dict)
+    reply_fields: Mapping[str, JsonValue] = msgspec.field(default_factory=dict)
     versions_certain: bool = True
 
     def __post_init__(self) -> None:
-        check_spans(self.version_spans, self.completion_tokens)
+        spans = self.version_spans
+        if len(spans) != 1 or spans[0].start or spans[0].stop != self.completion_tokens:  # nearly always it is one
+            check_spans(spans, self.completion_tokens)
         rows = self.routed_experts
         expected = self.prompt_tokens + self.completion_tokens - 1
         if rows is not None and rows.stop != expected:

@@ -11,10 +11,10 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct
 
 from gateway.contracts.errors import EngineTimeout, EngineUnavailable, VerbatimError
 from gateway.contracts.experts import RoutedExperts
-from gateway.contracts.frozen import frozen_dataclass
 from gateway.contracts.generation import Pace, TokenIds, TopLogprob
 from gateway.contracts.records import TurnRecord
 from gateway.contracts.replies import ContentDelta, ReasoningDelta, ReplyDelta
@@ -26,15 +26,13 @@ _MANY_PIECES = 512
 """Objects that wait for a late reader, before they are made one."""
 
 
-@frozen_dataclass(frozen=True, slots=True, eq=False)
-class TurnStarted:
+class TurnStarted(Struct, frozen=True, eq=False):
     """The prompt stands. `prompt_token_ids`: all of it, int32[P]."""
 
     prompt_token_ids: TokenIds
 
 
-@frozen_dataclass(frozen=True, slots=True, eq=False)
-class TurnProgress:
+class TurnProgress(Struct, frozen=True, eq=False):
     """New tokens, and what of them can be shown already."""
 
     token_ids: TokenIds
@@ -43,8 +41,7 @@ class TurnProgress:
     top_logprobs: Sequence[Sequence[TopLogprob]] = ()
 
 
-@frozen_dataclass(frozen=True, slots=True, eq=False)
-class TurnFinished:
+class TurnFinished(Struct, frozen=True, eq=False):
     """The turn is on disk; its reply may be sent. whole: all of it, of which `record` holds the last part only where it
     goes on with another turn's; experts: its routing rows."""
 
@@ -56,8 +53,7 @@ class TurnFinished:
 TurnEvent = TurnStarted | TurnProgress | TurnFinished
 
 
-@frozen_dataclass(frozen=True, slots=True, eq=False)
-class TurnTimes:
+class TurnTimes(Struct, frozen=True, eq=False):
     """For metrics: seconds from the start of a turn to its prompt, its first token and its record."""
 
     prompt_seconds: float
