@@ -168,7 +168,8 @@ class EngineHttp:
         reader: of the events, where they are more than JSON. on_headers: told the answer's. on_silence: asked when the
         stream stalls; raises the EngineError that the silence stands for, if any.
         """
-        return EventStream(self, path, body, headers, reader or EventReader(), on_headers, on_silence)
+        reader = reader or EventReader()
+        return EventStream(self, path, body, headers, reader=reader, on_headers=on_headers, on_silence=on_silence)
 
     @asynccontextmanager
     async def forward(self, call: RawCall) -> AsyncIterator[RawReply]:
@@ -269,9 +270,9 @@ class EventStream:
         "_is_over",
         "_on_headers",
         "_on_silence",
-        "_pace",
         "_path",
         "_reader",
+        "pace",
     )
 
     def __init__(
@@ -279,10 +280,11 @@ class EventStream:
         http: EngineHttp,
         path: str,
         body: Mapping[str, Any],
-        headers: Mapping[str, str] | None,
+        headers: Mapping[str, str] | None = None,
+        *,
         reader: PieceReader,
-        on_headers: Callable[[Mapping[str, str]], None] | None,
-        on_silence: Callable[[], Awaitable[None]] | None,
+        on_headers: Callable[[Mapping[str, str]], None] | None = None,
+        on_silence: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self._http = http
         self._path = path
@@ -294,7 +296,9 @@ class EventStream:
         self._connection: Connection | None = None
         self._heard_at = 0.0
         self._is_over = False
-        self._pace: Pace | None = None
+        self.pace: Pace | None = None
+        """While it is not live, `next` waits behind the first events for several. What came and was not given when it
+        is left with an error, `unread` gives."""
 
     async def __aenter__(self) -> Self:
         """Send the request and wait for the answer to begin; raises the error of one that is a refusal."""
@@ -336,11 +340,6 @@ class EventStream:
         """All that is needed was heard: what may follow does not matter."""
         self._is_over = True
 
-    def gather(self, pace: Pace) -> None:
-        """Behind the first events, let `next` wait for several while `pace` is not live; what came and was not given
-        when it is left with an error, `unread` gives."""
-        self._pace = pace
-
     def unread(self) -> Sequence[bytes]:
         """The data of events that came since the last `next`."""
         assert self._connection is not None
@@ -367,12 +366,12 @@ class EventStream:
                 payloads = self._reader.read(pieces[0] if len(pieces) == 1 else b"".join(pieces))
                 if payloads:
                     self._heard_at = connection.heard_at
-                    if self._pace is not None:
-                        connection.gather(self._pace, _GOING_ON)
-                        self._pace = None
                     if payloads[-1] == _DONE or _DONE in payloads:
                         self._is_over = True
                         return payloads[: payloads.index(_DONE)]
+                    if self.pace is not None:
+                        connection.gather(self.pace, _GOING_ON)
+                        self.pace = None
                     return payloads
                 await self._check_comments()
         except (OSError, NotHttp) as error:

@@ -103,13 +103,15 @@ class Http1Client:
         head = self._heads.get((method, path)) or self._head(method, path)
         if headers:
             head += _lines(headers)
+        num_bytes = 0
         if body is not None:
-            head += b"Content-Type: application/json\r\nContent-Length: %d\r\n" % len(body)
+            num_bytes = len(body)
+            head += b"Content-Type: application/json\r\nContent-Length: %d\r\n" % num_bytes
         connection = None if fresh else self._reusable()
         if connection is None:
             connection = await self._connect()
         connection.begin()
-        if body is None or len(body) <= _APART_BYTES:
+        if body is None or num_bytes <= _APART_BYTES:
             connection.transport.write(head + b"\r\n" + (body or b""))
         else:
             connection.transport.write(head + b"\r\n")
@@ -465,7 +467,7 @@ class Connection(asyncio.Protocol):
                 case b"content-length":
                     self._until_end = False
                 case b"transfer-encoding":
-                    self._until_end = not value.lower().rstrip().endswith(b"chunked")
+                    self._until_end = value != b"chunked" and not value.lower().rstrip().endswith(b"chunked")
                 case b"content-encoding":
                     self._decoder = _decoder(value)
         self.has_head = True

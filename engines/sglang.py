@@ -114,7 +114,7 @@ class SglangEngine(HttpEngine):
         reader = StreamReader(request, self._routing, self._policy_version_of, self.engine_id)
         events = EventReader(reader.rows)
         body = generate_body(request)
-        return self._http.stream("/generate", body, reader=events, on_silence=self._check_silence), reader
+        return EventStream(self._http, "/generate", body, reader=events, on_silence=self._check_silence), reader
 
     async def _check_silence(self) -> None:
         """Raise EngineTimeout unless the engine still answers: one that hangs keeps its connections open."""

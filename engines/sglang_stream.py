@@ -94,7 +94,7 @@ async def read_generation(
     stream, reader = await prepare()
     ended = False
     try:
-        stream.gather(reader.pace)
+        stream.pace = reader.pace
         async with stream:
             while reader.end is None:
                 try:
@@ -298,14 +298,15 @@ class StreamReader:
         """One for each new id; None where the engine gave none (I9)."""
         if not fresh:
             return ()
+        number = len(fresh)
         if told is None or told == _NULL:
-            return [None] * len(fresh)
+            return [None] * number
         text = memoryview(told)
         stop, self._logprobs_stop = self._logprobs_stop, len(text) - 1
-        entries = self._entries_behind(stop, text, len(fresh)) if stop else _entries(text)
-        if len(entries) < len(fresh):
-            raise EngineProtocolError(f"{self.named}: {len(entries)} log-probs for {len(fresh)} new tokens (I2)")
-        newest = entries[-len(fresh) :]
+        entries = self._entries_behind(stop, text, number) if stop else _entries(text)
+        if len(entries) < number:
+            raise EngineProtocolError(f"{self.named}: {len(entries)} log-probs for {number} new tokens (I2)")
+        newest = entries[-number:]
         if list(map(_token_id_of, newest)) != fresh:
             raise EngineProtocolError(f"{self.named}: log-probs are of other tokens than output_ids (I2)")
         return list(map(_logprob_of, newest))

@@ -56,8 +56,7 @@ class Finish:
     matched: int | str | None = None
 
 
-@frozen_dataclass(frozen=True, slots=True)
-class SamplingParams:
+class SamplingParams(Struct, frozen=True):
     """How to sample; names and defaults are SGLang's, units are tokens.
 
     `top_k` -1 means no limit. `stop` are strings, `stop_token_ids` ids on top of the engine's own end tokens.
@@ -73,7 +72,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     seed: int | None = None
     ignore_eos: bool = False
-    extra: Mapping[str, JsonValue] = field(default_factory=dict)
+    extra: Mapping[str, JsonValue] = msgspec.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -118,19 +117,13 @@ class TopLogprob(NamedTuple):
     logprob: float
 
 
-class Pace:
+class Pace(Struct, eq=False, kw_only=True):
     """How soon whoever asked wants new tokens: each at once while `is_live`, else several together, to be woken less.
 
     Changed under way: somebody may begin to listen, or leave.
     """
 
-    __slots__ = ("is_live",)
-
-    def __init__(self, *, is_live: bool) -> None:
-        self.is_live = is_live
-
-
-AT_ONCE = Pace(is_live=True)
+    is_live: bool
 
 
 class GenerateRequest(Struct, frozen=True, eq=False):
@@ -142,7 +135,7 @@ class GenerateRequest(Struct, frozen=True, eq=False):
     the likeliest tokens are wanted at every position. `media`: of the whole prompt, in the order of its placeholders.
     `routing_key`: the same for all requests of a session, for a router in front of engines; "" has none.
     `cache_key`: requests share computed prefixes with those of the same key only; "" leaves that to the engine.
-    `pace`: how soon new tokens are wanted; what came counts as received in any case (I3).
+    `pace`: how soon new tokens are wanted, None: at once; what came counts as received in any case (I3).
     """
 
     request_id: str
@@ -155,7 +148,7 @@ class GenerateRequest(Struct, frozen=True, eq=False):
     media: tuple[Media, ...] = ()
     routing_key: str = ""
     cache_key: str = ""
-    pace: Pace = AT_ONCE
+    pace: Pace | None = None
 
 
 class GenerateChunk(Struct, frozen=True, eq=False):

@@ -131,9 +131,10 @@ def same_session(one: SessionRecord, other: SessionRecord) -> bool:
 def turn_row(turn: TurnRecord) -> TurnRow:
     """A turn as stored, without its routing rows."""
     facts = encode_json(_turn_facts(turn))
-    prompt = turn.prompt_token_ids.astype(_TOKEN_IDS, copy=False).tobytes()
-    output = turn.output_token_ids.astype(_TOKEN_IDS, copy=False).tobytes()
-    logprobs = turn.output_logprobs.astype(_LOGPROBS, copy=False).tobytes()
+    ids, output_ids, floats = turn.prompt_token_ids, turn.output_token_ids, turn.output_logprobs
+    prompt = (ids if ids.dtype == _TOKEN_IDS else ids.astype(_TOKEN_IDS)).tobytes()
+    output = (output_ids if output_ids.dtype == _TOKEN_IDS else output_ids.astype(_TOKEN_IDS)).tobytes()
+    logprobs = (floats if floats.dtype == _LOGPROBS else floats.astype(_LOGPROBS)).tobytes()
     # A flag is a byte; numpy's own ways to count them go through Python.
     num_trainable = np.isfinite(turn.output_logprobs).tobytes().count(1) if turn.untrainable_reason is None else 0
     return TurnRow(

@@ -7,11 +7,11 @@ Version spans are shifted, expert rows joined; no token and no row is kept twice
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 from msgspec import Struct
+from msgspec.structs import replace
 
 from gateway.contracts.errors import EngineProtocolError
 from gateway.contracts.experts import RoutedExperts
@@ -224,7 +224,7 @@ class Continuation:
         return Generated(
             token_ids=ids[0] if len(ids) == 1 else np.concatenate([_NO_IDS, *ids]),
             logprobs=logprobs[0] if len(logprobs) == 1 else np.concatenate([_NO_LOGPROBS, *logprobs]),
-            version_spans=join_spans(self._spans),
+            version_spans=self._spans if len(self._spans) == 1 and self.num_tokens else join_spans(self._spans),
             experts=rows,
             experts_complete=complete,
             finish=finish,

@@ -20,7 +20,7 @@ from operator import attrgetter
 from urllib.parse import quote
 
 import numpy as np
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from gateway.contracts.errors import (
     ContextOverflow,
@@ -375,11 +375,12 @@ class TurnRunner:
             session.deliveries.remove(note)
             self._deliveries.discard(note)
             error = None if note.cancelled() else note.exception()
-            if isinstance(error, LedgerError) and again is not None:
+            is_unwritten = error is not None and isinstance(error, LedgerError)
+            if is_unwritten and again is not None:
                 self._follow_note(session, asyncio.create_task(_insistently(again)), None)
                 return
             self.parts.siblings.end_change(session.record.session_id)
-            if isinstance(error, LedgerError):  # else nothing was sampled, or its session is gone
+            if is_unwritten:  # else nothing was sampled, or its session is gone
                 _log.warning("session %s: what became of a reply is not noted: %s", session.record.session_id, error)
 
         note.add_done_callback(end)
@@ -551,7 +552,7 @@ def _with_forced_calls(parts: TurnParts, request: TurnRequest, params: SamplingP
     )
     if tag is None:
         return params
-    return replace(params, extra={**params.extra, "structural_tag": dump_json(tag).decode()})
+    return structs.replace(params, extra={**params.extra, "structural_tag": dump_json(tag).decode()})
 
 
 async def _sample(
@@ -800,7 +801,8 @@ def _meta(
 def _late_rows(parent: Node, generated: Generated) -> list[int] | None:
     """I9: [start, stop) of the rows of earlier turns that came late, where other weights computed them."""
     missing = parent.missing_rows
-    sampling_now = {span.policy_version for span in generated.version_spans[:1]}
+    spans = generated.version_spans
+    sampling_now = {spans[0].policy_version} if spans else set()
     return None if missing.policy_versions <= sampling_now else [missing.first, parent.num_tokens - 1]
 
 

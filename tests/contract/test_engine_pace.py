@@ -13,7 +13,7 @@ import pytest
 from engines.launch import free_port
 from engines.sglang import SglangEngine
 from gateway.contracts.errors import EngineUnavailable
-from gateway.contracts.generation import AT_ONCE, GenerateChunk, GenerateEnd, GenerateRequest, Pace, SamplingParams
+from gateway.contracts.generation import GenerateChunk, GenerateEnd, GenerateRequest, Pace, SamplingParams
 
 PROMPT = np.array([1, 2, 3], dtype=np.int32)
 HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -114,7 +114,7 @@ async def until(holds: Callable[[], bool]) -> None:
 
 
 async def test_who_is_shown_tokens_hears_each_event() -> None:
-    async with engine(AT_ONCE) as (streaming, heard, _):
+    async with engine(Pace(is_live=True)) as (streaming, heard, _):
         for number in range(1, 5):
             await streaming.send(event(number))
             await until(lambda number=number: len(heard) == number)  # type: ignore[misc]
