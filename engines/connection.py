@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from types import TracebackType
@@ -29,7 +30,7 @@ import numpy as np
 import orjson
 
 from engines.event_stream import EventReader
-from engines.http1 import Connection, Http1Client, NotHttp
+from engines.http1 import Connection, Http1Client, NotHttp, Pace
 from engines.refusals import refusal, retry_after_seconds
 from gateway.contracts.errors import (
     EngineBusy,
@@ -53,6 +54,8 @@ _REPEATABLE = frozenset(("GET",))
 """May be asked again where an idle connection turns out to be closed. A POST may have been carried out."""
 
 _DONE = b"[DONE]"
+_GOING_ON = b'"finish_reason":null'
+"""What an event says that is not the last one; inside a text its quotes would be escaped."""
 
 
 class Answer(NamedTuple):
@@ -165,7 +168,8 @@ class EngineHttp:
         reader: of the events, where they are more than JSON. on_headers: told the answer's. on_silence: asked when the
         stream stalls; raises the EngineError that the silence stands for, if any.
         """
-        return EventStream(self, path, body, headers, reader or EventReader(), on_headers, on_silence)
+        reader = reader or EventReader()
+        return EventStream(self, path, body, headers, reader=reader, on_headers=on_headers, on_silence=on_silence)
 
     @asynccontextmanager
     async def forward(self, call: RawCall) -> AsyncIterator[RawReply]:
@@ -268,6 +272,7 @@ class EventStream:
         "_on_silence",
         "_path",
         "_reader",
+        "pace",
     )
 
     def __init__(
@@ -275,10 +280,11 @@ class EventStream:
         http: EngineHttp,
         path: str,
         body: Mapping[str, Any],
-        headers: Mapping[str, str] | None,
+        headers: Mapping[str, str] | None = None,
+        *,
         reader: PieceReader,
-        on_headers: Callable[[Mapping[str, str]], None] | None,
-        on_silence: Callable[[], Awaitable[None]] | None,
+        on_headers: Callable[[Mapping[str, str]], None] | None = None,
+        on_silence: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self._http = http
         self._path = path
@@ -290,19 +296,31 @@ class EventStream:
         self._connection: Connection | None = None
         self._heard_at = 0.0
         self._is_over = False
+        self.pace: Pace | None = None
+        """While it is not live, `next` waits behind the first events for several. What came and was not given when it
+        is left with an error, `unread` gives."""
 
     async def __aenter__(self) -> Self:
         """Send the request and wait for the answer to begin; raises the error of one that is a refusal."""
         assert self._body is not None
+        http = self._http
         body, self._body = serialised(self._body), None
         begun = False
         try:
-            self._connection = await self._http.client().send("POST", self._path, body, self._headers)
+            self._connection = connection = await http.client().send("POST", self._path, body, self._headers)
             del body  # a long prompt; the answer may take minutes
-            await self._begin(self._connection)
+            too_late = connection.heard_at + http.first_byte_timeout_seconds
+            while not connection.has_head:
+                if not await connection.arrival(self._waits_until(connection, too_late)):
+                    await self._bear_beginning(connection, too_late)
+            if connection.status >= 300:
+                raise http.refused(await http.whole(connection), self._path)
+            if self._on_headers is not None:
+                self._on_headers(connection.headers)
+            self._heard_at = connection.heard_at
             begun = True
         except (OSError, NotHttp) as error:
-            raise self._http.translated(error, self._path) from error
+            raise http.translated(error, self._path) from error
         finally:
             if not begun and self._connection is not None:
                 self._connection.close()
@@ -322,6 +340,12 @@ class EventStream:
         """All that is needed was heard: what may follow does not matter."""
         self._is_over = True
 
+    def unread(self) -> Sequence[bytes]:
+        """The data of events that came since the last `next`."""
+        assert self._connection is not None
+        pieces = self._connection.taken()
+        return [data for data in self._reader.read(b"".join(pieces)) if data != _DONE] if pieces else ()
+
     async def next(self) -> Sequence[bytes]:
         """The data of the events that came, one at least; () behind `[DONE]`.
 
@@ -335,18 +359,19 @@ class EventStream:
         try:
             while (pieces := connection.taken()) or pieces is None:
                 if pieces is None:
-                    if not await connection.arrival(self._waits_until(connection)):
+                    too_late = connection.heard_at + self._http.idle_timeout_seconds
+                    if not await connection.arrival(self._waits_until(connection, too_late)):
                         await self._bear_silence(connection)
                     continue
-                payloads: Sequence[bytes] = ()
-                for piece in pieces:
-                    new = self._reader.read(piece)
-                    payloads = [*payloads, *new] if payloads else new
+                payloads = self._reader.read(pieces[0] if len(pieces) == 1 else b"".join(pieces))
                 if payloads:
                     self._heard_at = connection.heard_at
                     if payloads[-1] == _DONE or _DONE in payloads:
                         self._is_over = True
                         return payloads[: payloads.index(_DONE)]
+                    if self.pace is not None:
+                        connection.gather(self.pace, _GOING_ON)
+                        self.pace = None
                     return payloads
                 await self._check_comments()
         except (OSError, NotHttp) as error:
@@ -355,9 +380,10 @@ class EventStream:
             raise self._http.translated(error, self._path) from error
         raise EngineUnavailable(f"{self._http.named(self._path)}: the stream ended early")
 
-    def _waits_until(self, connection: Connection) -> float:
-        """When the silence of a body is too long, or long enough to ask whether the other side lives."""
-        return min(connection.heard_at + self._http.idle_timeout_seconds, self._stalls_at(connection.now()))
+    def _waits_until(self, connection: Connection, too_late: float) -> float:
+        """When a silence is too long, or long enough to ask whether the other side lives."""
+        seconds = self._http.stall_timeout_seconds
+        return too_late if seconds is None or self._on_silence is None else min(too_late, connection.now() + seconds)
 
     async def _bear_silence(self, connection: Connection) -> None:
         """Raise TimeoutError for one that is too long."""
@@ -366,23 +392,13 @@ class EventStream:
             raise TimeoutError
         await self._on_silence()
 
-    async def _begin(self, connection: Connection) -> None:
-        http, path, now = self._http, self._path, connection.now
-        deadline = connection.heard_at + http.first_byte_timeout_seconds
-        while not connection.has_head:
-            if await connection.arrival(min(deadline, self._stalls_at(now()))):
-                continue
-            if now() >= deadline:
-                raise EngineTimeout(
-                    f"{http.named(path)} did not begin to answer in {http.first_byte_timeout_seconds:g} s"
-                )
-            if self._on_silence is not None:
-                await self._on_silence()
-        if connection.status >= 300:
-            raise http.refused(await http.whole(connection), path)
-        if self._on_headers is not None:
-            self._on_headers(connection.headers)
-        self._heard_at = now()
+    async def _bear_beginning(self, connection: Connection, too_late: float) -> None:
+        """Raise EngineTimeout for an answer that does not begin, and what the other side's silence stands for."""
+        if connection.now() >= too_late:
+            seconds = self._http.first_byte_timeout_seconds
+            raise EngineTimeout(f"{self._http.named(self._path)} did not begin to answer in {seconds:g} s")
+        if self._on_silence is not None:
+            await self._on_silence()
 
     async def _check_comments(self) -> None:
         """A router keeps the connection alive with comments, however long its worker is silent."""
@@ -394,12 +410,8 @@ class EventStream:
             raise EngineTimeout(
                 f"{self._http.named(self._path)} sent nothing for {self._http.idle_timeout_seconds:g} s"
             )
-        elif now > self._stalls_at(self._heard_at) and self._on_silence is not None:
+        elif self._on_silence is not None and now > self._heard_at + (self._http.stall_timeout_seconds or math.inf):
             await self._on_silence()
-
-    def _stalls_at(self, since: float) -> float:
-        seconds = self._http.stall_timeout_seconds
-        return float("inf") if seconds is None or self._on_silence is None else since + seconds
 
 
 async def abort_quietly(abort: Callable[[str], Awaitable[None]], request_id: str) -> None:

@@ -68,6 +68,9 @@ class EventReader:
     def read(self, piece: bytes) -> list[bytes]:
         """The data of the events that this piece completes."""
         if len(piece) <= _PIECE_BYTES:
+            is_between = not self._buffered and not self._data and not self._inside_rows
+            if is_between and (events := _whole_events(piece)) is not None:
+                return events
             return self._read(piece)
         starts = range(0, len(piece), _PIECE_BYTES)  # else it might hold a big event whole
         return [data for start in starts for data in self._read(piece[start : start + _PIECE_BYTES])]
@@ -75,8 +78,6 @@ class EventReader:
     def _read(self, piece: bytes) -> list[bytes]:
         if self._inside_rows:
             piece = self._behind_rows(piece)
-        elif not self._buffered and not self._data and (events := _whole_events(piece)) is not None:
-            return events
         return list(self._completed(piece))
 
     def _completed(self, piece: bytes) -> Iterator[bytes]:
@@ -158,19 +159,10 @@ def _whole_events(piece: bytes) -> list[bytes] | None:
     """The data of events of one line each, if a piece is just that, as nearly all are; a tenth of the general way."""
     if not piece.startswith(b"data: ") or not piece.endswith(b"\n\n") or b"\r" in piece:
         return None
-    if piece.find(b"\n") == len(piece) - 2:  # one, as of an engine that sends each by itself
-        data = piece[6:-2].strip()
-        return [data] if data else []
-    events = piece[:-2].split(b"\n\n")
-    if piece.count(b"\n") != 2 * len(events):
+    events = piece[6:-2].split(b"\n\ndata: ")
+    if piece.count(b"\n") != 2 * len(events):  # there is something else
         return None
-    read = []
-    for event in events:
-        if not event.startswith(b"data: "):
-            return None
-        if data := event[6:].strip():
-            read.append(data)
-    return read
+    return list(filter(None, map(bytes.strip, events)))
 
 
 def _unescaped(text: bytes) -> bytes:

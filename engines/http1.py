@@ -37,6 +37,10 @@ _CLOSING_SECONDS = 1.0
 _APART_BYTES = 64 * 1024
 """A larger body is not copied to stand behind its head."""
 
+_GATHER_SECONDS = 0.2
+_GATHER_BYTES = 64 * 1024
+"""How long, and up to how much, pieces that nobody is in a hurry for wait to be read together."""
+
 
 class BrokenOff(ConnectionError):
     """The other side ended the connection before its answer was whole."""
@@ -44,6 +48,12 @@ class BrokenOff(ConnectionError):
 
 class NotHttp(Exception):
     """What came is not HTTP as the protocol has it, or not as it was asked for."""
+
+
+class Pace(Protocol):
+    """Whether whoever reads an answer wants each piece at once (`gateway.contracts.generation.Pace`)."""
+
+    is_live: bool
 
 
 class _Decoder(Protocol):
@@ -93,13 +103,15 @@ class Http1Client:
         head = self._heads.get((method, path)) or self._head(method, path)
         if headers:
             head += _lines(headers)
+        num_bytes = 0
         if body is not None:
-            head += b"Content-Type: application/json\r\nContent-Length: %d\r\n" % len(body)
+            num_bytes = len(body)
+            head += b"Content-Type: application/json\r\nContent-Length: %d\r\n" % num_bytes
         connection = None if fresh else self._reusable()
         if connection is None:
             connection = await self._connect()
         connection.begin()
-        if body is None or len(body) <= _APART_BYTES:
+        if body is None or num_bytes <= _APART_BYTES:
             connection.transport.write(head + b"\r\n" + (body or b""))
         else:
             connection.transport.write(head + b"\r\n")
@@ -188,9 +200,13 @@ class Connection(asyncio.Protocol):
         "_error",
         "_fields",
         "_finished",
+        "_gathering",
+        "_going_on",
         "_head_bytes",
         "_keep",
         "_loop",
+        "_may_wait",
+        "_pace",
         "_parser",
         "_paused",
         "_pieces",
@@ -203,6 +219,7 @@ class Connection(asyncio.Protocol):
         "has_received",
         "heard_at",
         "is_reused",
+        "now",
         "status",
         "transport",
     )
@@ -210,8 +227,13 @@ class Connection(asyncio.Protocol):
     def __init__(self, client: Http1Client, loop: asyncio.AbstractEventLoop) -> None:
         self._client = client
         self._loop = loop
+        self.now = loop.time
+        """The loop's time."""
         self._parser: Any = None
         self._timer: asyncio.TimerHandle | None = None
+        self._gathering: asyncio.TimerHandle | None = None
+        self._going_on = b""
+        self._may_wait = False
         self._rings_at = 0.0
         self._waiter: asyncio.Future[bool] | None = None
         self._wait_until = 0.0
@@ -227,10 +249,6 @@ class Connection(asyncio.Protocol):
 
     # -- what the client and the reader of an answer call
 
-    def now(self) -> float:
-        """The loop's time."""
-        return self._loop.time()
-
     def begin(self) -> None:
         """A request is about to be sent."""
         self.is_reused = self._parser is not None
@@ -243,6 +261,7 @@ class Connection(asyncio.Protocol):
         self._complete = self._finished = False
         self.has_received = False
         self.heard_at = self._loop.time()
+        self._pace: Pace | None = None
         self.begin_answer()
 
     def begin_answer(self) -> None:
@@ -285,6 +304,14 @@ class Connection(asyncio.Protocol):
             self._go_on()
         return pieces
 
+    def gather(self, pace: Pace, going_on: bytes) -> None:
+        """Of this answer, a piece of one event that holds `going_on` need not be read at once while `pace` is not live.
+
+        It waits a moment for others to be read with: who reads is woken once for all of them. Any other piece, much
+        that waits, and the end of the answer wake at once.
+        """
+        self._pace, self._going_on = pace, going_on
+
     async def arrival(self, until: float) -> bool:
         """Wait until something comes, be it the end; False if nothing has by `until`. Raises what ended the request."""
         if self._error is not None:
@@ -292,7 +319,10 @@ class Connection(asyncio.Protocol):
         if until <= self._loop.time():
             return False
         self._waiter = self._loop.create_future()
-        self._ring(until)
+        if self._timer is not None and self._rings_at <= until:  # nearly always: it rings in vain, and looks again
+            self._wait_until = until
+        else:
+            self._ring(until)
         try:
             return await self._waiter
         finally:
@@ -353,7 +383,12 @@ class Connection(asyncio.Protocol):
         elif not waits:
             self.end()  # the rest of an answer did not come
         elif self._waiter is not None:
-            self._waiter.set_result(False)
+            self._waiter.set_result(bool(self._pieces))
+
+    def _gathered(self) -> None:
+        self._gathering = None
+        if self._pieces:
+            self._wake()
 
     # -- what the event loop calls
 
@@ -369,6 +404,7 @@ class Connection(asyncio.Protocol):
             return
         self.has_received = True
         self.heard_at = self._loop.time()
+        self._may_wait = self._pace is not None and not self._pace.is_live
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
@@ -380,7 +416,12 @@ class Connection(asyncio.Protocol):
             if self._head_bytes > _MAX_HEAD_BYTES:
                 self._fail(NotHttp(f"headers of more than {_MAX_HEAD_BYTES} bytes"))
             return  # nobody waits for half a head, and who waits is told of a failure
-        self._wake()
+        if self._may_wait and self._buffered <= _GATHER_BYTES:
+            if self._gathering is None:
+                self._gathering = self._loop.call_later(_GATHER_SECONDS, self._gathered)
+            return
+        if (waiter := self._waiter) is not None and not waiter.done():
+            waiter.set_result(True)
         if self._finished:
             if self._is_whole():
                 self._settle()
@@ -395,6 +436,9 @@ class Connection(asyncio.Protocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        if self._gathering is not None:
+            self._gathering.cancel()
+            self._gathering = None
         if not self._complete and self._error is None:
             if exc is None and self.has_head and self._until_end:
                 self._complete = True
@@ -423,7 +467,7 @@ class Connection(asyncio.Protocol):
                 case b"content-length":
                     self._until_end = False
                 case b"transfer-encoding":
-                    self._until_end = not value.lower().rstrip().endswith(b"chunked")
+                    self._until_end = value != b"chunked" and not value.lower().rstrip().endswith(b"chunked")
                 case b"content-encoding":
                     self._decoder = _decoder(value)
         self.has_head = True
@@ -435,11 +479,14 @@ class Connection(asyncio.Protocol):
         self._buffered += len(body)
         if body and not self._finished:
             self._pieces.append(body)
+        if self._may_wait and (self._going_on not in body or body.count(b"\n") > 2):
+            self._may_wait = False
 
     def on_message_complete(self) -> None:
         """The answer is whole, unless it was an informational one."""
         if self.has_head:
             self._complete = True
+            self._may_wait = False
             self._keep = self._parser.should_keep_alive()
         else:
             self.begin_answer()

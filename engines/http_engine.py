@@ -13,16 +13,10 @@ class HttpEngine:
 
     def __init__(self, http: EngineHttp) -> None:
         self._http = http
-
-    @property
-    def engine_id(self) -> str:
+        self.engine_id = http.engine_id
         """The name given to this engine."""
-        return self._http.engine_id
-
-    @property
-    def url(self) -> str:
+        self.url = http.url
         """Where it listens."""
-        return self._http.url
 
     def forward(self, call: RawCall) -> AbstractAsyncContextManager[RawReply]:
         """Send a call on as it is; raises EngineUnavailable, EngineTimeout, EngineProtocolError."""

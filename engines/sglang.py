@@ -114,7 +114,7 @@ class SglangEngine(HttpEngine):
         reader = StreamReader(request, self._routing, self._policy_version_of, self.engine_id)
         events = EventReader(reader.rows)
         body = generate_body(request)
-        return self._http.stream("/generate", body, reader=events, on_silence=self._check_silence), reader
+        return EventStream(self._http, "/generate", body, reader=events, on_silence=self._check_silence), reader
 
     async def _check_silence(self) -> None:
         """Raise EngineTimeout unless the engine still answers: one that hangs keeps its connections open."""
@@ -237,7 +237,9 @@ class SglangEngine(HttpEngine):
 
 def generate_body(request: GenerateRequest) -> dict[str, JsonValue]:
     """The request in SGLang's words."""
-    passed = {key: value for key, value in request.passthrough.items() if key not in _NOT_FOR_PASSTHROUGH}
+    passed: dict[str, JsonValue] = {}
+    if request.passthrough:
+        passed = {key: value for key, value in request.passthrough.items() if key not in _NOT_FOR_PASSTHROUGH}
     # I7: what is recorded is ours to ask for, whatever the agent's own fields say.
     body = passed | {
         "rid": request.request_id,
@@ -274,7 +276,8 @@ def _prompt_ids(meta: Mapping[str, Any]) -> list[int]:
 
 
 def _sampling(sampling: SamplingParams) -> dict[str, JsonValue]:
-    parameters: dict[str, JsonValue] = dict(sampling.extra) | {
+    parameters: dict[str, JsonValue] = {
+        **sampling.extra,
         "max_new_tokens": sampling.max_new_tokens,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,

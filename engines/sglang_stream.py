@@ -7,9 +7,11 @@ stays text until the answer is over. Ids, log-probs, versions and routing rows a
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from functools import lru_cache
+from operator import attrgetter
 from typing import Annotated, Any, NamedTuple, TypeAlias
 
 import msgspec
@@ -20,6 +22,7 @@ from engines.likeliest import likeliest
 from engines.refusals import failure, refused
 from engines.routing_rows import Int32Layout, RoutingRows, decode_routing
 from gateway.contracts.errors import (
+    EngineError,
     EngineProtocolError,
     EngineRejected,
     EngineUnavailable,
@@ -72,6 +75,8 @@ class _Entry(msgspec.Struct, array_like=True, gc=False):
 
 _NULL = msgspec.Raw(b"null")
 _COMMA = ord(",")
+_token_id_of, _logprob_of = attrgetter("token_id"), attrgetter("logprob")
+_REASONS = {reason.value: reason for reason in FinishReason}
 
 _TokenId: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=np.iinfo(np.int32).max)]
 _fields = msgspec.json.Decoder(Fields).decode
@@ -89,8 +94,18 @@ async def read_generation(
     stream, reader = await prepare()
     ended = False
     try:
+        stream.pace = reader.pace
         async with stream:
-            while reader.end is None and (events := await stream.next()):
+            while reader.end is None:
+                try:
+                    events = await stream.next()
+                except (EngineError, asyncio.CancelledError):
+                    reader.read_all(stream.unread())
+                    if (chunk := reader.take()) is not None:
+                        yield chunk  # I3: what came counts, though nobody had asked for it yet
+                    raise
+                if not events:
+                    break
                 error = reader.read_all(events)
                 if (chunk := reader.take()) is not None:
                     yield chunk
@@ -137,6 +152,7 @@ class StreamReader:
         "end",
         "has_media",
         "named",
+        "pace",
         "request_id",
         "rows",
     )
@@ -156,9 +172,11 @@ class StreamReader:
         self._policy_version_of = policy_version_of
         self._failure_of = failure_of
         self.request_id = request.request_id
+        self.pace = request.pace
         self.has_media = bool(request.media)
         self.named = f"engine {engine_id}, request {request.request_id}"
-        self.rows = RoutingRows.of(request, routing, Int32Layout)
+        wants_rows = request.routed_experts_start is not None
+        self.rows = RoutingRows.of(request, routing, Int32Layout) if wants_rows else None
         self.end: GenerateEnd | None = None
         self._num_output = 0
         self._known_ids = bytearray(b"[")
@@ -173,62 +191,47 @@ class StreamReader:
 
     def read_all(self, events: Sequence[bytes]) -> VerbatimError | None:
         """Read events up to the end; the error of one that cannot be read, those before it stay."""
+        data = b""
         try:
-            for event in events:
-                self.read(event)
+            for data in events:
+                self._read(data)
                 if self.end is not None:
                     break
+        except (LengthMismatch, ExpertsMismatch) as error:
+            return EngineProtocolError(f"{self.named}: {error.message}")
         except VerbatimError as error:
             return error
+        except msgspec.ValidationError as error:
+            return EngineProtocolError(f"{self.named}: unreadable event: {error}")
+        except msgspec.DecodeError:
+            return EngineProtocolError(f"{self.named}: the event is not JSON: {data[:80]!r}")
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            return EngineProtocolError(f"{self.named}: unreadable event ({type(error).__name__}: {error})")
         return None
 
     def take(self) -> GenerateChunk | None:
         """The new tokens of all events since the last call, None if they brought none."""
         if not self._token_ids:
             return None
-        top_logprobs = tuple(self._top_logprobs) if any(self._top_logprobs) else ()
+        top_logprobs = tuple(self._top_logprobs) if self._wanted_top and any(self._top_logprobs) else ()
         chunk = GenerateChunk(np.array(self._token_ids, np.int32), np.array(self._logprobs, np.float32), top_logprobs)
         self._token_ids, self._logprobs, self._top_logprobs = [], [], []
         return chunk
 
-    def read(self, data: bytes) -> None:
-        """Read one event."""
-        try:
-            event = _fields(data)
-            if "error" in event:
-                raise self._failure_of(_value(event["error"]), self.named)
-            meta = _fields(event["meta_info"])
-            self._keep_unknown(event, meta)
-            self._read(event, meta)
-        except (LengthMismatch, ExpertsMismatch) as error:
-            raise EngineProtocolError(f"{self.named}: {error.message}") from error
-        except msgspec.ValidationError as error:
-            raise EngineProtocolError(f"{self.named}: unreadable event: {error}") from error
-        except msgspec.DecodeError as error:
-            raise EngineProtocolError(f"{self.named}: the event is not JSON: {data[:80]!r}") from error
-        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            raise EngineProtocolError(f"{self.named}: unreadable event ({type(error).__name__}: {error})") from error
-
-    def _keep_unknown(self, event: Fields, meta: Fields) -> None:
-        """I8: what we do not know of the latest event, and what only an earlier one says."""
+    def _read(self, data: bytes) -> None:
+        """One event; raises, besides VerbatimError, what reading anything but such an event may raise."""
+        event = _fields(data)
+        if "error" in event:
+            raise self._failure_of(_value(event["error"]), self.named)
+        meta = _fields(event["meta_info"])
         shape = _shape(tuple(event), tuple(meta))
-        if shape is not self._shape:
-            self._shape = shape
-            self._unknown_top = _kept(self._unknown_top, event, shape.unknown_top)
-            self._unknown_meta = _kept(self._unknown_meta, meta, shape.unknown_meta)
-            return
-        for name in shape.unknown_top:
-            self._unknown_top[name] = bytes(event[name])
-        for name in shape.unknown_meta:
-            self._unknown_meta[name] = bytes(meta[name])
-
-    def _read(self, event: Fields, meta: Fields) -> None:
-        routed = meta.get("routed_experts")
-        experts = None if routed is None else _value(routed)
+        if shape.unknown_top or shape.unknown_meta:
+            self._keep_unknown(event, meta, shape)
+        experts = _value(meta["routed_experts"]) if "routed_experts" in meta else None
         if self.rows is not None:
             self.rows.note(experts)
-        finish = _value(meta["finish_reason"])
-        if finish is not None:
+        finish = None if (told := meta["finish_reason"]) == _NULL else _value(told)
+        if finish is not None and finish["type"] == "abort":
             self._refuse_failed(finish)
         fresh = self._new_ids(bytes(event["output_ids"]), _number(meta["completion_tokens"]))
         logprobs = self._new_logprobs(fresh, meta.get("output_token_logprobs"))
@@ -243,9 +246,21 @@ class StreamReader:
         self._logprobs += logprobs
         self._top_logprobs += top_logprobs
 
+    def _keep_unknown(self, event: Fields, meta: Fields, shape: _Shape) -> None:
+        """I8: what we do not know of the latest event, and what only an earlier one says."""
+        if shape is not self._shape:
+            self._shape = shape
+            self._unknown_top = _kept(self._unknown_top, event, shape.unknown_top)
+            self._unknown_meta = _kept(self._unknown_meta, meta, shape.unknown_meta)
+            return
+        for name in shape.unknown_top:
+            self._unknown_top[name] = bytes(event[name])
+        for name in shape.unknown_meta:
+            self._unknown_meta[name] = bytes(meta[name])
+
     def _refuse_failed(self, finish: Mapping[str, Any]) -> None:
         """SGLang reports some refusals as an abort with a status (an ordinary abort has none)."""
-        status = finish.get("status_code") if finish["type"] == "abort" else None
+        status = finish.get("status_code")
         if status is None:
             return
         if int(status) >= 500:
@@ -283,24 +298,26 @@ class StreamReader:
         """One for each new id; None where the engine gave none (I9)."""
         if not fresh:
             return ()
+        number = len(fresh)
         if told is None or told == _NULL:
-            return [None] * len(fresh)
-        entries = self._newest_entries(memoryview(told), len(fresh))
-        if len(entries) < len(fresh):
-            raise EngineProtocolError(f"{self.named}: {len(entries)} log-probs for {len(fresh)} new tokens (I2)")
-        newest = entries[-len(fresh) :]
-        if [entry.token_id for entry in newest] != fresh:
+            return [None] * number
+        text = memoryview(told)
+        stop, self._logprobs_stop = self._logprobs_stop, len(text) - 1
+        entries = self._entries_behind(stop, text, number) if stop else _entries(text)
+        if len(entries) < number:
+            raise EngineProtocolError(f"{self.named}: {len(entries)} log-probs for {number} new tokens (I2)")
+        newest = entries[-number:]
+        if list(map(_token_id_of, newest)) != fresh:
             raise EngineProtocolError(f"{self.named}: log-probs are of other tokens than output_ids (I2)")
-        return [entry.logprob for entry in newest]
+        return list(map(_logprob_of, newest))
 
-    def _newest_entries(self, text: memoryview, number: int) -> list[_Entry]:
+    def _entries_behind(self, stop: int, text: memoryview, number: int) -> list[_Entry]:
         """The last `number` entries of an array, or all of them.
 
-        Where the array of the event before ended, a cumulative one most likely goes on. An end of it that begins behind
-        a comma and holds just as many entries is their end, whatever is before it.
+        stop: where the array of the event before ended. There a cumulative one most likely goes on. An end of it that
+        begins behind a comma and holds just as many entries is their end, whatever is before it.
         """
-        stop, self._logprobs_stop = self._logprobs_stop, len(text) - 1
-        if 0 < stop < len(text) and text[stop] == _COMMA:
+        if stop < len(text) and text[stop] == _COMMA:
             try:
                 entries = _entries(b"[" + text[stop + 1 :])
             except msgspec.DecodeError:
@@ -320,40 +337,44 @@ class StreamReader:
         return likeliest(pairs, fresh, np.array(logprobs, np.float32), most=self._wanted_top, named=self.named)
 
     def _ended(self, fields: Fields, finish: Mapping[str, Any], experts: str | None) -> GenerateEnd:
-        meta = {name: _value(fields[name]) for name in _READ_AT_END if name in fields}
-        prompt_tokens = self._prompt_tokens(meta, finish)
+        meta: dict[str, Any] = {}
+        for name in _READ_AT_END:
+            if name in fields:
+                meta[name] = _value(fields[name])
+        is_read = "prompt_tokens" in meta or finish["type"] != "abort" or self._num_output
+        # Of a request that was aborted while it waited, SGLang says next to nothing: it was never read.
+        prompt_tokens = int(meta["prompt_tokens"]) if is_read else len(self._request.token_ids)
         # SGLang writes media into the prompt itself: its ids are then its own, and the turn is marked so (I9).
         if prompt_tokens != len(self._request.token_ids) and not self._request.media:
             raise EngineProtocolError(
                 f"{self.named}: the engine read {prompt_tokens} prompt tokens of {len(self._request.token_ids)} (I1)"
             )
         return GenerateEnd(
-            finish=Finish(FinishReason(finish["type"]), finish.get("matched")),
+            finish=Finish(_REASONS.get(finish["type"]) or FinishReason(finish["type"]), finish.get("matched")),
             version_spans=self._version_spans(meta, self._num_output),
-            routed_experts=self._routed_experts(experts, prompt_tokens + self._num_output - 1),
+            routed_experts=(
+                None
+                if experts is None and self.rows is None
+                else self._routed_experts(experts, prompt_tokens + self._num_output - 1)
+            ),
             prompt_tokens=prompt_tokens,
             completion_tokens=self._num_output,
             cached_tokens=int(meta.get("cached_tokens") or 0),
             num_retractions=int(meta.get("num_retractions") or 0),
-            meta_info={name: _value(text) for name, text in self._unknown_meta.items()},
-            reply_fields={name: _value(text) for name, text in self._unknown_top.items()},
+            meta_info=_values(self._unknown_meta) if self._unknown_meta else {},
+            reply_fields=_values(self._unknown_top) if self._unknown_top else {},
         )
-
-    def _prompt_tokens(self, meta: Mapping[str, Any], finish: Mapping[str, Any]) -> int:
-        """Of a request that was aborted while it waited, SGLang says next to nothing: it was never read."""
-        if finish["type"] == "abort" and "prompt_tokens" not in meta and not self._num_output:
-            return len(self._request.token_ids)
-        return int(meta["prompt_tokens"])
 
     def _version_spans(self, meta: Mapping[str, Any], num_output: int) -> tuple[VersionSpan, ...]:
         spans = meta.get("weight_versions")
         if spans is None:  # engines before spans: one label for the whole answer
             version = self._policy_version_of(str(meta["weight_version"]))
             return (VersionSpan(0, num_output, version),) if num_output else ()
-        return join_spans(
-            VersionSpan(int(span["start"]), int(span["end"]), self._policy_version_of(str(span["version"])))
-            for span in spans
-        )
+        read = []
+        for span in spans:
+            version = self._policy_version_of(str(span["version"]))
+            read.append(VersionSpan(int(span["start"]), int(span["end"]), version))
+        return join_spans(read)
 
     def _routed_experts(self, encoded: str | None, stop: int) -> RoutedExperts | None:
         if self.rows is not None and self.rows.strayed:
@@ -370,6 +391,10 @@ class StreamReader:
         except ExpertsMismatch as error:  # I9: tokens and log-probs are sound; that its rows are missing is counted
             _log.warning("%s: %s; the turn is recorded without routing rows", self.named, error.message)
             return None
+
+
+def _values(texts: Mapping[str, bytes]) -> dict[str, Any]:
+    return {name: _value(text) for name, text in texts.items()}
 
 
 def _kept(before: dict[str, bytes], fields: Fields, unknown: Sequence[str]) -> dict[str, bytes]:

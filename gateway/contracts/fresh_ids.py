@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import os
 
-_NUM_BYTES = 4096
+_NUM_DIGITS = 8192
+"""Of one call of the system's."""
 
 
 class FreshDigits:
     """Random hexadecimal digits, each given out once; nobody can guess them."""
 
     def __init__(self) -> None:
-        self._digits, self._taken = "", 0
+        self._digits, self._taken = "", _NUM_DIGITS
         os.register_at_fork(after_in_child=self.forget)  # else parent and child would give out the same ones
 
     def take(self, number: int) -> str:
         """The next ones, at most 8192."""
         start, self._taken = self._taken, self._taken + number
-        if self._taken > len(self._digits):
-            self._digits, start, self._taken = os.urandom(_NUM_BYTES).hex(), 0, number
+        if self._taken > _NUM_DIGITS:
+            self._digits, start, self._taken = os.urandom(_NUM_DIGITS // 2).hex(), 0, number
         return self._digits[start : self._taken]
 
     def forget(self) -> None:
         """Give out none of those that are kept."""
-        self._digits, self._taken = "", 0
+        self._digits, self._taken = "", _NUM_DIGITS
 
 
 fresh_hex = FreshDigits().take

@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, NamedTuple, TypeAlias
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct
 
 from gateway.contracts.dimensions import UNKNOWN_DIMENSIONS, ModelDimensions
 from gateway.contracts.errors import InvalidRequest, LengthMismatch
@@ -54,8 +56,7 @@ class Finish:
     matched: int | str | None = None
 
 
-@frozen_dataclass(frozen=True, slots=True)
-class SamplingParams:
+class SamplingParams(Struct, frozen=True):
     """How to sample; names and defaults are SGLang's, units are tokens.
 
     `top_k` -1 means no limit. `stop` are strings, `stop_token_ids` ids on top of the engine's own end tokens.
@@ -71,7 +72,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     seed: int | None = None
     ignore_eos: bool = False
-    extra: Mapping[str, JsonValue] = field(default_factory=dict)
+    extra: Mapping[str, JsonValue] = msgspec.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -116,8 +117,16 @@ class TopLogprob(NamedTuple):
     logprob: float
 
 
-@frozen_dataclass(frozen=True, slots=True, eq=False)
-class GenerateRequest:
+class Pace(Struct, eq=False, kw_only=True):
+    """How soon whoever asked wants new tokens: each at once while `is_live`, else several together, to be woken less.
+
+    Changed under way: somebody may begin to listen, or leave.
+    """
+
+    is_live: bool
+
+
+class GenerateRequest(Struct, frozen=True, eq=False):
     """Token ids in. `request_id` has a fixed length (SGLang aborts by prefix).
 
     `routed_experts_start`: absolute index of the first routing row wanted; None asks for no routing.
@@ -126,22 +135,23 @@ class GenerateRequest:
     the likeliest tokens are wanted at every position. `media`: of the whole prompt, in the order of its placeholders.
     `routing_key`: the same for all requests of a session, for a router in front of engines; "" has none.
     `cache_key`: requests share computed prefixes with those of the same key only; "" leaves that to the engine.
+    `pace`: how soon new tokens are wanted, None: at once; what came counts as received in any case (I3).
     """
 
     request_id: str
     token_ids: TokenIds
     sampling: SamplingParams
     routed_experts_start: int | None = None
-    passthrough: Mapping[str, JsonValue] = field(default_factory=dict)
+    passthrough: Mapping[str, JsonValue] = msgspec.field(default_factory=dict)
     reasons_first: bool = False
     num_top_logprobs: int = 0
     media: tuple[Media, ...] = ()
     routing_key: str = ""
     cache_key: str = ""
+    pace: Pace | None = None
 
 
-@frozen_dataclass(frozen=True, slots=True, eq=False)
-class GenerateChunk:
+class GenerateChunk(Struct, frozen=True, eq=False):
     """New tokens since the last chunk: `token_ids` int32[n], `logprobs` float32[n] (NaN where the engine gave none).
 
     top_logprobs: for each new token the likeliest at its position, likeliest first; () where none were asked for.
@@ -152,8 +162,7 @@ class GenerateChunk:
     top_logprobs: Sequence[Sequence[TopLogprob]] = ()
 
 
-@frozen_dataclass(frozen=True, slots=True, eq=False)
-class GenerateEnd:
+class GenerateEnd(Struct, frozen=True, eq=False):
     """The last item of a generation stream.
 
     version_spans: cover all output tokens of this request. routed_experts: rows [start, P+C-1), or None if not asked
@@ -170,11 +179,13 @@ class GenerateEnd:
     cached_tokens: int
     num_retractions: int
     meta_info: Mapping[str, JsonValue]
-    reply_fields: Mapping[str, JsonValue] = field(default_factory=dict)
+    reply_fields: Mapping[str, JsonValue] = msgspec.field(default_factory=dict)
     versions_certain: bool = True
 
     def __post_init__(self) -> None:
-        check_spans(self.version_spans, self.completion_tokens)
+        spans = self.version_spans
+        if len(spans) != 1 or spans[0].start or spans[0].stop != self.completion_tokens:  # nearly always it is one
+            check_spans(spans, self.completion_tokens)
         rows = self.routed_experts
         expected = self.prompt_tokens + self.completion_tokens - 1
         if rows is not None and rows.stop != expected:

@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cache
 from itertools import chain
 from typing import Any, NamedTuple, TypeVar
+
+from msgspec import Struct
 
 from gateway.contracts.errors import NotFound
 from gateway.contracts.records import SessionRecord
@@ -51,7 +52,7 @@ class ArrayRecord(NamedTuple):
     payload: Buffer
 
 
-class Arrival(NamedTuple):
+class Arrival(Struct, frozen=True, eq=False):
     """A turn on its way into the store; `location` of its routing rows if they are there already."""
 
     parent_id: str | None
@@ -74,8 +75,7 @@ class Arrival(NamedTuple):
         return (None, None, None) if self.record is None else arrays.append(*self.record)
 
 
-@dataclass(slots=True, eq=False)
-class Append:
+class Append(Struct, frozen=True, eq=False):
     """The operation that appends a turn; `alone` carries it out by itself, with all that can be said against it."""
 
     arrival: Arrival
@@ -85,8 +85,7 @@ class Append:
         self.alone(connection, self.arrival)
 
 
-@dataclass(slots=True, eq=False)
-class Note:
+class Note(Struct, frozen=True, eq=False):
     """The operation that notes when a turn's reply left (`delivered_at`), or was lost (`lost_at`)."""
 
     session_id: str

@@ -66,16 +66,6 @@ class Room:
         """As `SpaceReserve.make_room`."""
         return self.reserve is not None and self.reserve.make_room(grows=grows)
 
-    def check_growth(self) -> None:
-        """Raise LedgerFull where the disk is known to be full, so that nobody tries for nothing."""
-        if self.reserve is not None and not self.reserve.takes_growth():
-            raise LedgerFull("the ledger's disk is full; what adds to it is taken again when there is room")
-
-    def note_turn(self, num_bytes: int) -> None:
-        """As `SpaceReserve.note_turn`."""
-        if self.reserve is not None:
-            self.reserve.note_turn(num_bytes)
-
 
 @dataclass(frozen=True, slots=True)
 class Space:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 import zlib
 from collections.abc import Mapping
 from dataclasses import fields
@@ -37,6 +38,7 @@ from gateway.contracts.versions import VersionSpan
 
 _TOKEN_IDS = np.dtype("<i4")
 _LOGPROBS = np.dtype("<f4")
+_LENGTHS = struct.Struct("<3Q").pack
 
 
 class SessionRow(NamedTuple):
@@ -139,10 +141,12 @@ def same_session(one: SessionRecord, other: SessionRecord) -> bool:
 def turn_row(turn: TurnRecord) -> TurnRow:
     """A turn as stored, without its routing rows."""
     facts = encode_json(_turn_facts(turn))
-    prompt = turn.prompt_token_ids.astype(_TOKEN_IDS, copy=False).tobytes()
-    output = turn.output_token_ids.astype(_TOKEN_IDS, copy=False).tobytes()
-    logprobs = turn.output_logprobs.astype(_LOGPROBS, copy=False).tobytes()
-    num_trainable = int(np.count_nonzero(np.isfinite(turn.output_logprobs))) if turn.trainable else 0
+    ids, output_ids, floats = turn.prompt_token_ids, turn.output_token_ids, turn.output_logprobs
+    prompt = (ids if ids.dtype == _TOKEN_IDS else ids.astype(_TOKEN_IDS)).tobytes()
+    output = (output_ids if output_ids.dtype == _TOKEN_IDS else output_ids.astype(_TOKEN_IDS)).tobytes()
+    logprobs = (floats if floats.dtype == _LOGPROBS else floats.astype(_LOGPROBS)).tobytes()
+    # A flag is a byte; numpy's own ways to count them go through Python.
+    num_trainable = np.isfinite(turn.output_logprobs).tobytes().count(1) if turn.untrainable_reason is None else 0
     return TurnRow(
         turn.session_id,
         turn.turn_id,
@@ -230,8 +234,15 @@ def same_finish(one: FinishRecord, other: FinishRecord) -> bool:
 
 def encode_json(value: JsonValue, *, sort_keys: bool = False) -> bytes:
     """JSON bytes that `decode_json` reads back equal; lone surrogates, which UTF-8 has no place for, pass too."""
-    if not sort_keys and (quickly := _encode_quickly(value)) is not None:
-        return quickly
+    if not sort_keys:
+        # orjson refuses long integers and lone surrogates, but writes null for what is not finite. MessagePack, which
+        # costs about as little, shows whether there is such a number.
+        try:
+            encoded = orjson.dumps(value, _plain, _QUICK_OPTIONS)
+            if _NOT_FINITE.search(msgspec.msgpack.encode(value, enc_hook=_plain)) is None:
+                return encoded
+        except (TypeError, OverflowError, ValueError):
+            pass
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), sort_keys=sort_keys, default=_plain)
     return text.encode("utf-8", "surrogatepass")
 
@@ -239,17 +250,6 @@ def encode_json(value: JsonValue, *, sort_keys: bool = False) -> bytes:
 _QUICK_OPTIONS = orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_DATETIME
 _NOT_FINITE = re.compile(rb"\xcb[\x7f\xff][\xf0-\xff]")
 """A NaN or an infinity in MessagePack: a float64 whose exponent is all ones. Other bytes may look like one."""
-
-
-def _encode_quickly(value: JsonValue) -> bytes | None:
-    """None where orjson may not say the same: it refuses long integers and lone surrogates, but writes null for what
-    is not finite. MessagePack, which costs about as little, shows whether there is such a number."""
-    try:
-        encoded = orjson.dumps(value, _plain, _QUICK_OPTIONS)
-        packed = msgspec.msgpack.encode(value, enc_hook=_plain)
-    except (TypeError, OverflowError, ValueError):
-        return None
-    return None if _NOT_FINITE.search(packed) else encoded
 
 
 def decode_json(data: bytes) -> JsonValue:
@@ -265,24 +265,26 @@ def _fields(record: SessionRecord | FinishRecord) -> dict[str, Any]:
 _STORED_APART = {"prompt_token_ids", "output_token_ids", "output_logprobs", "delivered_at"}
 _FACTS = tuple(field.name for field in fields(TurnRecord) if field.name not in _STORED_APART)
 _facts_of = attrgetter(*_FACTS)
+_bounds_of = attrgetter("start", "stop", "policy_version")
 
 
 def _turn_facts(turn: TurnRecord) -> dict[str, JsonValue]:
+    # `_value_`: of an enum's member without the two calls of Python that its `value` makes.
     facts = dict(zip(_FACTS, _facts_of(turn), strict=True))
     attachment, root = turn.attachment, turn.root
     reason = attachment.segment_reason
     facts["attachment"] = {
         "parent_id": attachment.parent_id,
         "follows_id": attachment.follows_id,
-        "tier": attachment.tier.value,
-        "segment_reason": None if reason is None else reason.value,
+        "tier": attachment.tier._value_,
+        "segment_reason": None if reason is None else reason._value_,
         "continues": attachment.continues,
     }
     if root is not None:
         facts["root"] = {"tools": list(root.tools), "template_arguments": dict(root.template_arguments)}
-    facts["version_spans"] = [[span.start, span.stop, span.policy_version] for span in turn.version_spans]
-    facts["finish"] = {"reason": turn.finish.reason.value, "matched": turn.finish.matched}
-    facts["logprob_kind"] = turn.logprob_kind.value
+    facts["version_spans"] = list(map(_bounds_of, turn.version_spans))
+    facts["finish"] = {"reason": turn.finish.reason._value_, "matched": turn.finish.matched}
+    facts["logprob_kind"] = turn.logprob_kind._value_
     return facts
 
 
@@ -302,11 +304,9 @@ def _root(facts: Mapping[str, Any]) -> RootContext:
 
 
 def _turn_checksum(facts: bytes, prompt: bytes, output: bytes, logprobs: bytes) -> int:
-    checksum = zlib.crc32(facts)
-    for blob in (prompt, output, logprobs):
-        # The length too, so that bytes cannot move from one array to its neighbour unseen.
-        checksum = zlib.crc32(blob, zlib.crc32(len(blob).to_bytes(8, "little"), checksum))
-    return checksum
+    # The lengths too, so that bytes cannot move from one array to its neighbour unseen.
+    lengths = _LENGTHS(len(prompt), len(output), len(logprobs))
+    return zlib.crc32(b"".join((facts, lengths[:8], prompt, lengths[8:16], output, lengths[16:], logprobs)))
 
 
 def _check(found: int, recorded: int, name: str) -> None:

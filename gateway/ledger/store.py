@@ -19,6 +19,8 @@ from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
+from msgspec import structs
+
 from gateway.contracts.errors import (
     Conflict,
     InvalidRequest,
@@ -135,7 +137,8 @@ class SqlLedger:
             await self._submit(append, grows=True)
         except LedgerFull:
             await self._patiently(append)
-        self._room.note_turn(arrival.num_bytes)
+        if (reserve := self._room.reserve) is not None:
+            reserve.note_turn(arrival.num_bytes)
 
     def _append_alone(self, connection: Connection, arrival: Arrival) -> None:
         _append(connection, self._backend.arrays, arrival)
@@ -455,8 +458,8 @@ class SqlLedger:
         """grows: it adds data; what does not is tried for longest on a full disk. urgent: somebody waits for it."""
         if self._writer is None:
             raise LedgerError(f"{self._backend.name}: this ledger was opened for reading only")
-        if grows:
-            self._room.check_growth()
+        if grows and (reserve := self._room.reserve) is not None and not reserve.takes_growth():
+            raise LedgerFull("the ledger's disk is full; what adds to it is taken again when there is room")
         return self._writer.submit(operation, grows=grows, urgent=urgent)
 
     async def _patiently(self, operation: Operation[Result]) -> Result:
@@ -519,7 +522,7 @@ class SqlLedger:
             return arrival
         upload = partial(arrays.append, *arrival.record)
         location = await self._with_room(lambda: self._in_thread(upload))
-        return arrival._replace(location=location)
+        return structs.replace(arrival, location=location)
 
     # ---- in the writer's thread ----
 
@@ -726,7 +729,9 @@ def _routing_location(connection: Connection, session_id: str, turn_id: str) -> 
 
 def _arrival(turn: TurnRecord, experts: RoutedExperts | None) -> Arrival:
     """Check and encode a turn; raises ExpertsMismatch."""
-    return Arrival(turn.attachment.parent_id, rows.turn_row(turn), turn.delivered_at, _record(turn, experts))
+    has_rows = experts is not None or turn.experts_start != turn.experts_stop
+    record = _record(turn, experts) if has_rows else None
+    return Arrival(turn.attachment.parent_id, rows.turn_row(turn), turn.delivered_at, record)
 
 
 def _record(turn: TurnRecord, experts: RoutedExperts | None) -> ArrayRecord | None:

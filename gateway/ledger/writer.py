@@ -21,6 +21,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
+from msgspec import Struct
+
 from gateway.contracts.errors import LedgerError, VerbatimError
 from gateway.ledger.backend import Connection
 from gateway.ledger.reserve import NO_ROOM_TO_MAKE, Room, is_disk_full
@@ -45,13 +47,13 @@ class StoreFailures(NamedTuple):
     met_another: Callable[[Exception], bool]
 
 
-class _Waiting(NamedTuple):
+class _Waiting(Struct, frozen=True, eq=False):
     operation: Operation[Any]
     future: asyncio.Future[Any]
     grows: bool
 
 
-class _Settled(NamedTuple):
+class _Settled(Struct, frozen=True, eq=False):
     """A future and what it is told; result is of no meaning where there is an error."""
 
     future: asyncio.Future[Any]
@@ -270,10 +272,10 @@ def _settle(settled: Sequence[_Settled]) -> None:
 
 
 def _tell(settled: Sequence[_Settled]) -> None:
-    for future, result, error in settled:
-        if future.done():  # cancelled
+    for one in settled:
+        if one.future.done():  # cancelled
             continue
-        if error is None:
-            future.set_result(result)
+        if one.error is None:
+            one.future.set_result(one.result)
         else:
-            future.set_exception(error)
+            one.future.set_exception(one.error)

@@ -7,16 +7,15 @@ Version spans are shifted, expert rows joined; no token and no row is kept twice
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct
+from msgspec.structs import replace
 
 from gateway.contracts.errors import EngineProtocolError
 from gateway.contracts.experts import RoutedExperts
 from gateway.contracts.fresh_ids import fresh_hex
-from gateway.contracts.frozen import frozen_dataclass
 from gateway.contracts.generation import (
     EngineIdentity,
     Finish,
@@ -31,8 +30,7 @@ from gateway.contracts.generation import (
 from gateway.contracts.versions import CacheFlag, VersionSpan, join_spans, shifted_spans
 
 
-@frozen_dataclass(frozen=True, slots=True, eq=False)
-class Generated:
+class Generated(Struct, frozen=True, eq=False):
     """All that one turn's generation gave.
 
     token_ids int32[C], logprobs float32[C]; experts: rows [start, P+C-1) or less if the last were never returned, None
@@ -63,8 +61,6 @@ class Generated:
     recomputed_rows: tuple[tuple[int, int], ...] = ()
 
 
-T = TypeVar("T", np.int32, np.float32)
-
 _NO_IDS = np.zeros(0, dtype=np.int32)
 _NO_LOGPROBS = np.zeros(0, dtype=np.float32)
 _NO_FLAGS: frozenset[CacheFlag] = frozenset()
@@ -90,8 +86,6 @@ class Continuation:
         "_meta_info",
         "_num_attempts",
         "_num_retractions",
-        "_num_tokens",
-        "_open",
         "_prompt_tokens",
         "_recomputed_rows",
         "_reply_fields",
@@ -99,6 +93,8 @@ class Continuation:
         "_token_ids",
         "_top_logprobs",
         "_versions_certain",
+        "is_open",
+        "num_tokens",
     )
 
     def __init__(self, request: GenerateRequest) -> None:
@@ -108,9 +104,11 @@ class Continuation:
         self._top_logprobs: list[Sequence[TopLogprob]] = []
         self._spans: tuple[VersionSpan, ...] = ()
         self._experts: tuple[RoutedExperts, ...] = ()
-        self._num_tokens = 0
+        self.num_tokens = 0
+        """Output tokens so far."""
         self._attempt_start = 0
-        self._open = False
+        self.is_open = False
+        """Whether an attempt is under way."""
         self._cached_tokens: int | None = None
         self._prompt_tokens: int | None = None
         self._num_retractions = 0
@@ -125,14 +123,9 @@ class Continuation:
         self._reply_fields: Mapping[str, JsonValue] = {}
 
     @property
-    def num_tokens(self) -> int:
-        """Output tokens so far."""
-        return self._num_tokens
-
-    @property
     def remaining_tokens(self) -> int:
         """How many more may be sampled."""
-        return self._asked.sampling.max_new_tokens - self._num_tokens
+        return self._asked.sampling.max_new_tokens - self.num_tokens
 
     @property
     def last_token(self) -> int | None:
@@ -142,13 +135,13 @@ class Continuation:
     def next_request(self, engine: EngineIdentity) -> GenerateRequest:
         """What to ask now: prompt and tokens so far, for the rest of the budget, with the rows that are missing."""
         self._num_attempts += 1
-        self._attempt_start = self._num_tokens
-        self._open = True
+        self._attempt_start = self.num_tokens
+        self.is_open = True
         if not self._engines or self._engines[-1].engine_id != engine.engine_id:
             self._engines.append(engine)
         asked, self._asked_of = self._asked, engine
         wants_experts = asked.routed_experts_start is not None and engine.captures_experts
-        is_first = not self._num_tokens  # then it is the prompt and the sampling as they are: nothing is copied
+        is_first = not self.num_tokens  # then it is the prompt and the sampling as they are: nothing is copied
         return GenerateRequest(
             fresh_hex(32),  # of fixed length: SGLang aborts by prefix
             asked.token_ids if is_first else np.concatenate([asked.token_ids, *self._token_ids]),
@@ -160,6 +153,7 @@ class Continuation:
             asked.media,
             asked.routing_key,
             engine.weight_version,  # I9: no prefix of other weights is read
+            asked.pace,
         )
 
     def add_chunk(self, chunk: GenerateChunk) -> None:
@@ -179,19 +173,24 @@ class Continuation:
             self._logprobs.append(chunk.logprobs)
             if self._asked.num_top_logprobs:  # I9: what an engine does not give stays missing, at its own place
                 self._top_logprobs += chunk.top_logprobs or [()] * number
-            self._num_tokens += number
+            self.num_tokens += number
 
     def end(self, end: GenerateEnd) -> None:
         """Close the attempt as its engine describes it; raises EngineProtocolError if that does not fit the chunks."""
-        received = self._num_tokens - self._attempt_start
+        received = self.num_tokens - self._attempt_start
         if end.completion_tokens != received:
             raise EngineProtocolError(
                 f"engine {self._engine_id} streamed {received} tokens and counts {end.completion_tokens}"
             )
-        self._note_cache(end)
-        self._add_spans(end.version_spans)
+        spans, known = end.version_spans, self._asked_of
+        if len(spans) != 1 or known is None or spans[0].policy_version != known.policy_version:
+            self._note_cache(end)
+        if self._spans or self._attempt_start:
+            self._add_spans(spans)
+        else:
+            self._spans = spans
         self._versions_certain = self._versions_certain and end.versions_certain
-        self._open = False
+        self.is_open = False
         rows = end.routed_experts
         if rows is not None and self._asked.routed_experts_start is not None:
             if rows.start != self._next_row:
@@ -208,23 +207,24 @@ class Continuation:
 
     def lose(self, policy_version: int, *, certain: bool) -> None:
         """Close an attempt that broke or was cut off: its tokens stay, sampled by `policy_version` as far as known."""
-        if not self._open:
+        if not self.is_open:
             return
-        received = self._num_tokens - self._attempt_start
+        received = self.num_tokens - self._attempt_start
         if received:
             self._add_spans((VersionSpan(0, received, policy_version),))
             self._versions_certain = self._versions_certain and certain
-        self._open = False
+        self.is_open = False
         self._lost_attempts += 1
 
     def generated(self, finish: Finish) -> Generated:
         """What there is, ended by `finish`."""
-        rows = self._joined_experts()
-        complete = rows is not None and rows.stop == len(self._asked.token_ids) + self._num_tokens - 1
+        rows = self._joined_experts() if self._experts else None
+        complete = rows is not None and rows.stop == len(self._asked.token_ids) + self.num_tokens - 1
+        ids, logprobs = self._token_ids, self._logprobs
         return Generated(
-            token_ids=_joined(self._token_ids, _NO_IDS),
-            logprobs=_joined(self._logprobs, _NO_LOGPROBS),
-            version_spans=join_spans(self._spans),
+            token_ids=ids[0] if len(ids) == 1 else np.concatenate([_NO_IDS, *ids]),
+            logprobs=logprobs[0] if len(logprobs) == 1 else np.concatenate([_NO_LOGPROBS, *logprobs]),
+            version_spans=self._spans if len(self._spans) == 1 and self.num_tokens else join_spans(self._spans),
             experts=rows,
             experts_complete=complete,
             finish=finish,
@@ -238,7 +238,7 @@ class Continuation:
             reply_fields=self._reply_fields,
             top_logprobs=tuple(self._top_logprobs),
             prompt_tokens=self._prompt_tokens or 0,
-            cache_flags=tuple(sorted(self._cache_flags)),
+            cache_flags=tuple(sorted(self._cache_flags)) if self._cache_flags else (),
             recomputed_rows=self._recomputed_rows,
         )
 
@@ -284,16 +284,10 @@ class Continuation:
             self._cache_flags |= {CacheFlag.RECOMPUTED}  # the prompt of this attempt is what other weights sampled
         self._spans = (*self._spans, *shifted_spans(spans, self._attempt_start))
 
-    def _joined_experts(self) -> RoutedExperts | None:
-        if not self._experts:
-            return None
+    def _joined_experts(self) -> RoutedExperts:
         if len({rows.ids.shape[1:] for rows in self._experts}) > 1:
             names = ", ".join(engine.engine_id for engine in self._engines)
             raise EngineProtocolError(f"engines {names} return routing rows of different shapes")
         if len(self._experts) == 1:
             return self._experts[0]
         return RoutedExperts(np.concatenate([rows.ids for rows in self._experts]), self._experts[0].start)
-
-
-def _joined(pieces: Sequence[npt.NDArray[T]], none: npt.NDArray[T]) -> npt.NDArray[T]:
-    return pieces[0] if len(pieces) == 1 else np.concatenate([none, *pieces])

@@ -73,30 +73,35 @@ class PauseGate:
     """New engine requests `enter` when it is open; while the gate is closed they wait, those inside may finish."""
 
     def __init__(self) -> None:
+        self.closed = False
+        """Whether new requests wait."""
         self._open = asyncio.Event()
         self._open.set()
         self._idle = asyncio.Event()
-        self._idle.set()
         self._inside = 0
-
-    @property
-    def closed(self) -> bool:
-        """Whether new requests wait."""
-        return not self._open.is_set()
+        self._num_draining = 0
 
     def close(self) -> None:
         """Let new requests wait from now on."""
+        self.closed = True
         self._open.clear()
 
     def open(self) -> None:
         """Let them go on."""
+        self.closed = False
         self._open.set()
 
     async def drained(self, *, timeout_seconds: float) -> None:
         """Wait until nobody is inside; raises EngineTimeout."""
         try:
             async with asyncio.timeout(timeout_seconds):
-                await self._idle.wait()
+                if self._inside:
+                    self._idle.clear()
+                    self._num_draining += 1
+                    try:
+                        await self._idle.wait()
+                    finally:
+                        self._num_draining -= 1
         except TimeoutError as error:
             raise EngineTimeout(f"{self._inside} requests still run after {timeout_seconds:g} s of draining") from error
 
@@ -107,11 +112,9 @@ class PauseGate:
     def enter(self) -> None:
         """Take a place inside; `leave` gives it back."""
         self._inside += 1
-        if self._inside == 1:
-            self._idle.clear()
 
     def leave(self) -> None:
         """One less inside."""
         self._inside -= 1
-        if not self._inside:
+        if self._num_draining and not self._inside:
             self._idle.set()

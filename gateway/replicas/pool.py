@@ -103,7 +103,7 @@ class Replica:
     def leave(self) -> None:
         """One request less under way; draining waits for the last one."""
         self.running -= 1
-        if not self.running:
+        if self.draining and not self.running:
             self.idle.set()
 
     @property
@@ -144,6 +144,10 @@ class ReplicaPool:
         self._changed = asyncio.Event()
         self._gate = PauseGate()
         self._pause: Pause | None = None
+        self.context_length = 0
+        """The shortest context of the engines in tokens, 0 if none says."""
+        self.vocab_size = 0
+        """The smallest vocabulary of the engines, 0 if none says."""
 
     @property
     def replicas(self) -> Sequence[Replica]:
@@ -164,16 +168,6 @@ class ReplicaPool:
     def engine_ids(self) -> Sequence[str]:
         """Of the engines in use and of those expected, without those on their way out."""
         return [*(name for name, replica in self._replicas.items() if not replica.draining), *self._expected]
-
-    @property
-    def context_length(self) -> int:
-        """The shortest context of the engines in tokens, 0 if none says."""
-        return min([r.identity.context_length for r in self._replicas.values() if r.identity.context_length], default=0)
-
-    @property
-    def vocab_size(self) -> int:
-        """The smallest vocabulary of the engines, 0 if none says."""
-        return min([r.identity.vocab_size for r in self._replicas.values() if r.identity.vocab_size], default=0)
 
     def replica(self, engine_id: str) -> Replica:
         """Raises NotFound."""
@@ -202,6 +196,7 @@ class ReplicaPool:
 
     def _take_in(self, replica: Replica) -> None:
         self._replicas[replica.engine.engine_id] = replica
+        self._note_sizes()
         self._note_holds()
         self._changed.set()
 
@@ -243,6 +238,7 @@ class ReplicaPool:
         if drain and replica.running:
             await self._drained(replica)
         self._replicas.pop(engine_id, None)
+        self._note_sizes()
         self._note_holds()
         await replica.engine.aclose()
 
@@ -322,6 +318,7 @@ class ReplicaPool:
         if proven is None:
             replica.verification, replica.verified = verification, identity
         replica.identity = identity
+        self._note_sizes()
         self._readmit(replica)
         self._note_holds()
 
@@ -369,27 +366,29 @@ class ReplicaPool:
             try:
                 stream = replica.engine.generate(progress.next_request(identity))
                 async for item in stream:
-                    if isinstance(item, GenerateEnd):
-                        progress.end(item)
-                        finish = _final(item)
-                    else:
+                    if isinstance(item, GenerateChunk):
                         progress.add_chunk(item)
                         hear(item)
+                        continue
+                    progress.end(item)
+                    if item.finish.reason is not FinishReason.ABORT:  # one that we did not ask for is an interruption
+                        finish = item.finish
             except (EngineUnavailable, EngineTimeout, EngineProtocolError) as failure:
                 error = failure
             finally:
-                # I9: by weights that nobody knows some of its tokens were sampled.
-                certain = not isinstance(error, UnknownWeights)
                 try:
                     if stream is not None:
                         await stream.aclose()
                 finally:
                     # Whatever ended it, its tokens and their versions are in `progress`. I5: without the engine's own
-                    # spans the version is only certain if the engine says the same as before.
-                    progress.lose(
-                        identity.policy_version, certain=certain and _same_weights(identity, replica.identity)
-                    )
-                    self._leave(replica)
+                    # spans the version is only certain if the engine says the same as before. I9: nor where weights
+                    # that nobody knows sampled some of them.
+                    if progress.is_open:
+                        same = _same_weights(identity, replica.identity)
+                        certain = same and not isinstance(error, UnknownWeights)
+                        progress.lose(identity.policy_version, certain=certain)
+                    replica.leave()
+                    self._gate.leave()
             if error is not None:
                 self._interrupted(replica, error)
                 patience = patience or _Patience(self.settings)
@@ -420,9 +419,10 @@ class ReplicaPool:
             await engine.aclose()
         self._replicas.clear()
         self._expected.clear()
+        self._note_sizes()
 
     async def _admitted(self, session_id: str) -> Replica:
-        """The engine for one request of a session, which `_leave` ends; waits while generation is paused."""
+        """The engine for one request of a session, inside the gate; waits while generation is paused."""
         while self._gate.closed:
             await self._gate.opened()
         self._gate.enter()
@@ -433,10 +433,6 @@ class ReplicaPool:
             raise
         replica.running += 1
         return replica
-
-    def _leave(self, replica: Replica) -> None:
-        replica.leave()
-        self._gate.leave()
 
     async def _select(self, session_id: str) -> Replica:
         """The session's own engine unless it is much busier than another; waits for one that takes requests."""
@@ -465,8 +461,12 @@ class ReplicaPool:
     def _able(self) -> Sequence[Replica]:
         """Who takes a request now: those that failed of late only where there is nobody else."""
         now = asyncio.get_running_loop().time()
-        able = [r for r in self._replicas.values() if r.able and r.busy_until <= now]
-        return [r for r in able if r.shunned_until <= now] or able
+        able: list[Replica] = []
+        shunned: list[Replica] = []
+        for r in self._replicas.values():
+            if r.able and r.busy_until <= now:
+                (able if r.shunned_until <= now else shunned).append(r)
+        return able or shunned
 
     def _next_try(self) -> float | None:
         """When the first of those that are busy may be asked again."""
@@ -482,6 +482,12 @@ class ReplicaPool:
                 f"engine {replica.engine.engine_id} still runs {replica.running} requests after "
                 f"{self.settings.drain_seconds:g} s of draining; it gets no new ones"
             ) from error
+
+    def _note_sizes(self) -> None:
+        """What every engine has room for, as they say now: each turn asks."""
+        identities = [replica.identity for replica in self._replicas.values()]
+        self.context_length = min((i.context_length for i in identities if i.context_length), default=0)
+        self.vocab_size = min((i.vocab_size for i in identities if i.vocab_size), default=0)
 
     def _note_holds(self) -> None:
         """Engines that someone else holds get no turns; while all are held, turns wait as in a pause of our own."""
@@ -565,11 +571,6 @@ class _Patience:
 
 def _same_weights(before: EngineIdentity, now: EngineIdentity) -> bool:
     return before.one_version and now.one_version and now.policy_version == before.policy_version
-
-
-def _final(end: GenerateEnd) -> Finish | None:
-    """An abort that we did not ask for is an interruption, not an end."""
-    return None if end.finish.reason is FinishReason.ABORT else end.finish
 
 
 def _weights(identity: EngineIdentity) -> tuple[str, str]:

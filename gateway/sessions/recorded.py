@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct
+from msgspec.structs import replace
 
 from gateway.contracts.experts import RoutedExperts
-from gateway.contracts.frozen import frozen_dataclass
 from gateway.contracts.generation import TokenIds, TopLogprob
 from gateway.contracts.ports import Ledger
 from gateway.contracts.replies import ParsedReply, ReplyFlag, ToolCall
@@ -19,8 +19,7 @@ from gateway.sessions.messages import reasoning_of
 from gateway.sessions.tree import Node
 
 
-@frozen_dataclass(frozen=True, slots=True, eq=False)
-class WholeReply:
+class WholeReply(Struct, frozen=True, eq=False):
     """A reply and its prompt, however many turns it took.
 
     prompt_token_ids int32[P], token_ids int32[C], logprobs float32[C]; version_spans cover [0, C); top_logprobs: a row

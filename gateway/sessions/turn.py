@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from gateway.contracts.errors import EngineTimeout, EngineUnavailable, VerbatimError
 from gateway.contracts.experts import RoutedExperts
-from gateway.contracts.generation import TokenIds, TopLogprob
+from gateway.contracts.generation import Pace, TokenIds, TopLogprob
 from gateway.contracts.records import TurnRecord
 from gateway.contracts.replies import ContentDelta, ReasoningDelta, ReplyDelta
 from gateway.sessions.deadlines import Deadline
@@ -62,17 +62,18 @@ class TurnTimes(msgspec.Struct, frozen=True, eq=False):
 
 
 class Turn:
-    """One turn's events for any number of readers. call, retry: what it answers."""
+    """One turn's events for any number of readers. call, retry: what it answers. pace: how soon they want them."""
 
     __slots__ = (
         "_clock", "_cut_at", "_cut_for_good", "_cut_reason", "_deadline", "_first_token_seconds",
-        "_prompt_seconds", "_readers", "_so_far", "_task", "_waiting", "call", "retry", "started_at", "turn_id",
+        "_prompt_seconds", "_readers", "_so_far", "_task", "_waiting", "call", "pace", "retry", "started_at", "turn_id",
     )  # fmt: skip
 
     def __init__(self, turn_id: str, call: CallChoice, retry: RetryHint = NO_HINT) -> None:
         self.turn_id = turn_id
         self.call = call
         self.retry = retry
+        self.pace = Pace(is_live=False)
         self.started_at = time.time()
         self._clock = time.monotonic()
         self._prompt_seconds = 0.0
@@ -106,6 +107,7 @@ class Turn:
         """Events up to TurnFinished, those of the past joined; raises what ended the turn instead."""
         reader: asyncio.Queue[TurnEvent | None] = asyncio.Queue()
         self._readers.append(reader)
+        self.pace.is_live = True
         try:
             is_over = self._task is not None and self._task.done()
             for event in self._so_far.events():
@@ -114,6 +116,7 @@ class Turn:
                 yield new
         finally:
             self._readers.remove(reader)
+            self.pace.is_live = bool(self._readers)
         if self._task is not None:
             yield await self.finished()
 

@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import attrgetter
 from urllib.parse import quote
 
 import numpy as np
+from msgspec import Struct, structs
 
 from gateway.contracts.errors import (
     ContextOverflow,
@@ -33,7 +36,6 @@ from gateway.contracts.errors import (
 )
 from gateway.contracts.experts import RoutedExperts
 from gateway.contracts.fresh_ids import fresh_hex
-from gateway.contracts.frozen import frozen_dataclass
 from gateway.contracts.generation import (
     Finish,
     FinishReason,
@@ -69,7 +71,7 @@ from gateway.sessions.recent import RecentBudget
 from gateway.sessions.recorded import WholeReply, joined_rows, recorded_reply, recorded_rows
 from gateway.sessions.registry import Session
 from gateway.sessions.siblings import ALONE, Siblings
-from gateway.sessions.tree import NO_ROWS, MissingRows, Node
+from gateway.sessions.tree import NO_ROWS, Node
 from gateway.sessions.turn import Turn, TurnFinished, TurnProgress, TurnStarted, TurnTimes
 from gateway.sessions.upkeep import PromptUpkeep
 from gateway.tito.conversation import BuiltPrompt, Conversation, ParentTurn
@@ -91,8 +93,13 @@ _NOTE_PAUSES_SECONDS = (0.1, 0.5, 2.0, 5.0, 10.0)
 """Between tries to note a delivery, while the ledger cannot be written."""
 
 
+_means_itself = re.compile(r"[A-Za-z0-9_.~-]*").fullmatch
+"""Of a text in which `quote` would change nothing."""
+
 _FEW_TOKENS = 128
 """Which Python has looked at before numpy begins."""
+
+_engine_id = attrgetter("engine_id")
 
 _NO_TOKENS: TokenIds = np.zeros(0, dtype=np.int32)
 _NO_LOGPROBS = np.zeros(0, dtype=np.float32)
@@ -143,34 +150,27 @@ class TurnParts:
         return min(engines, model) if engines and model else engines or model
 
 
-@frozen_dataclass(frozen=True, slots=True, eq=False)
-class _Prompt:
+class _Prompt(Struct, frozen=True, eq=False):
     """A built prompt with its place; `token_ids` is all of it. `messages`: as the template was given them, recorded
     reasoning restored; for a raw prompt one that stands for what it adds. media: of all of it, in order. begun: the
-    reply as far as another turn sampled it before it broke off."""
+    reply as far as another turn sampled it before it broke off. extends: the turn whose recorded ids it begins with."""
 
     place: Place
     root: RootContext
     messages: tuple[JsonValue, ...]
     built: BuiltPrompt
     token_ids: TokenIds
+    extends: Node | None
     media: tuple[PlacedMedia, ...] = ()
     begun: WholeReply | None = None
 
     @property
-    def begun_ids(self) -> TokenIds:
-        """int32[B]: what of the reply is sampled already."""
-        return _NO_TOKENS if self.begun is None else self.begun.token_ids
-
-    @property
     def is_provable(self) -> bool:
         """Whether what the engine read are these ids: not where it had media to read, here or in recorded turns."""
-        parent = self.place.parent if self.built.segment_reason is None else None
-        return not self.media and (parent is None or parent.record.untrainable_reason != UNTRAINABLE)
+        return not self.media and (self.extends is None or self.extends.record.untrainable_reason != UNTRAINABLE)
 
 
-@frozen_dataclass(frozen=True, slots=True, eq=False)
-class _Sampled:
+class _Sampled(Struct, frozen=True, eq=False):
     """`reply`: of all tokens, also of those that an earlier turn sampled."""
 
     generated: Generated
@@ -318,7 +318,7 @@ class TurnRunner:
         Raises SessionSealed for a finished session, LedgerFull while there is no room to record it.
         """
         session.check_open()
-        self.parts.admit(self.num_running)
+        self.parts.admit(len(self._turns))
         turn = Turn(f"turn-{fresh_hex(24)}", call or CallChoice("", request.digest, 0), retry)
         self._follow(session, turn, run_turn(self.parts, session, request, turn, self._deadlines, begun=begun))
         self._upkeep.poke()  # not only at the end of a turn: the first ones may be long
@@ -327,7 +327,7 @@ class TurnRunner:
         return turn
 
     def _follow(self, session: Session, turn: Turn, work: Coroutine[None, None, TurnFinished]) -> Turn:
-        task = asyncio.create_task(work, name=turn.turn_id)
+        task = asyncio.get_running_loop().create_task(work, name=turn.turn_id)
         self._turns[turn] = task
         session.calls.attend(turn)
         turn.run(task)
@@ -359,7 +359,9 @@ class TurnRunner:
         """Have something noted of a reply; the session waits for it where that matters."""
         self.parts.siblings.begin_change(session.record.session_id)
         try:
-            self._follow_note(session, asyncio.ensure_future(write()), write)
+            noted = write()
+            note = noted if isinstance(noted, asyncio.Future) else asyncio.ensure_future(noted)
+            self._follow_note(session, note, write)
         except LedgerError:
             self._follow_note(session, asyncio.create_task(_insistently(write)), None)
 
@@ -374,11 +376,12 @@ class TurnRunner:
             session.deliveries.remove(note)
             self._deliveries.discard(note)
             error = None if note.cancelled() else note.exception()
-            if isinstance(error, LedgerError) and again is not None:
+            is_unwritten = error is not None and isinstance(error, LedgerError)
+            if is_unwritten and again is not None:
                 self._follow_note(session, asyncio.create_task(_insistently(again)), None)
                 return
             self.parts.siblings.end_change(session.record.session_id)
-            if isinstance(error, LedgerError):  # else nothing was sampled, or its session is gone
+            if is_unwritten:  # else nothing was sampled, or its session is gone
                 _log.warning("session %s: what became of a reply is not noted: %s", session.record.session_id, error)
 
         note.add_done_callback(end)
@@ -437,13 +440,12 @@ async def _chat_prompt(parts: TurnParts, session: Session, request: TurnRequest)
         built = prompts.build(conversation, parent, reason=reason)
     else:
         built = await asyncio.to_thread(prompts.build, conversation, parent, reason=reason)
-    if parent is None or built.segment_reason is not None:
-        token_ids = built.token_ids
-    else:
-        token_ids = np.concatenate([*recorded, built.token_ids])
+    extends = place.parent if built.segment_reason is None else None
+    token_ids = built.token_ids if extends is None else np.concatenate([*recorded, built.token_ids])
     _check_vocabulary(parts, built.token_ids)
-    await _check_placeholders(parts, media, token_ids)
-    return _Prompt(place, root, conversation.messages, built, token_ids, media)
+    if media:
+        await _check_placeholders(parts, media, token_ids)
+    return _Prompt(place, root, conversation.messages, built, token_ids, extends, media)
 
 
 async def _raw_prompt(parts: TurnParts, session: Session, request: TurnRequest, raw: RawPrompt) -> _Prompt:
@@ -464,14 +466,15 @@ async def _raw_prompt(parts: TurnParts, session: Session, request: TurnRequest, 
     if raw.media:
         message = {**message, RAW_MEDIA: list(raw.media)}
     media = tuple(placed_media([message]))
-    await _check_placeholders(parts, media, token_ids)
-    return _Prompt(found.place, RootContext((), {}), (message,), built, token_ids, media)
+    if media:
+        await _check_placeholders(parts, media, token_ids)
+    extends = parent if built.segment_reason is None else None
+    return _Prompt(found.place, RootContext((), {}), (message,), built, token_ids, extends, media)
 
 
 async def _check_placeholders(parts: TurnParts, media: Sequence[PlacedMedia], token_ids: TokenIds) -> None:
     """Not on the event loop: the whole prompt is read again."""
-    if media:
-        await asyncio.to_thread(check_placeholders, parts.model.tokenizer, parts.model.template, media, token_ids)
+    await asyncio.to_thread(check_placeholders, parts.model.tokenizer, parts.model.template, media, token_ids)
 
 
 def _begun_prompt(session: Session, node: Node) -> _Prompt:
@@ -483,18 +486,23 @@ def _begun_prompt(session: Session, node: Node) -> _Prompt:
     is_raw = built.certified_by == RAW  # then each turn names all media of its prompt
     asked = node.reply_nodes()[0].record.added_messages if is_raw else node.messages()[:-1]
     media = tuple(placed_media(asked))
-    return _Prompt(place, node.root, (), built, begun.prompt_token_ids, media, begun)
+    return _Prompt(place, node.root, (), built, begun.prompt_token_ids, node, media, begun)
 
 
 def _parent_turn(node: Node, recorded: Sequence[TokenIds], num_messages: int) -> ParentTurn:
     """recorded: all ids of its path. They are put together only where the long way wants to see them."""
+    last = None
+    for ids in reversed(recorded):
+        if len(ids):
+            last = int(ids[-1])
+            break
     return ParentTurn(
         token_ids=partial(np.concatenate, recorded),
         num_output_tokens=node.num_reply_tokens(),
         num_messages=num_messages,
         finish=node.record.finish,
         num_tokens=node.num_tokens,
-        last_token_id=next((int(ids[-1]) for ids in reversed(recorded) if len(ids)), None),
+        last_token_id=last,
     )
 
 
@@ -509,7 +517,7 @@ def _check_vocabulary(parts: TurnParts, token_ids: TokenIds) -> None:
 
 def _sampling(parts: TurnParts, session: Session, request: TurnRequest, prompt: _Prompt) -> SamplingParams:
     """Request, then the session's overrides; the rest of the context where nobody limits the reply."""
-    num_prompt_tokens, num_begun = len(prompt.token_ids), len(prompt.begun_ids)
+    num_prompt_tokens = len(prompt.token_ids)
     fields = (
         {**request.sampling, **sampling_fields(session.record.sampling)}
         if session.record.sampling
@@ -528,15 +536,14 @@ def _sampling(parts: TurnParts, session: Session, request: TurnRequest, prompt: 
             f"{num_prompt_tokens + max(asked, 1)} tokens ({num_prompt_tokens} in the messages, "
             f"{max(asked, 1)} in the completion). Please reduce the length of the messages or completion."
         )
-    asked -= num_begun
+    if prompt.begun is not None:
+        asked -= len(prompt.begun.token_ids)
     params = sampling_params(fields, max_new_tokens=asked, stops=parts.model.tokenizer.eos_token_ids)
-    return _with_forced_calls(parts, request, params)
+    return _with_forced_calls(parts, request, params) if request.required_calls else params
 
 
 def _with_forced_calls(parts: TurnParts, request: TurnRequest, params: SamplingParams) -> SamplingParams:
     """The grammar of a reply that must be calls; a syntax that no grammar can ask for is left to the model."""
-    if not request.required_calls:
-        return params
     tag = forced_calls(
         parts.model.template,
         request.tools,
@@ -546,7 +553,7 @@ def _with_forced_calls(parts: TurnParts, request: TurnRequest, params: SamplingP
     )
     if tag is None:
         return params
-    return replace(params, extra={**params.extra, "structural_tag": dump_json(tag).decode()})
+    return structs.replace(params, extra={**params.extra, "structural_tag": dump_json(tag).decode()})
 
 
 async def _sample(
@@ -573,7 +580,7 @@ async def _sample(
     if (begun := prompt.begun) is not None:
         deltas = parser.feed(begun.token_ids.tolist())
         turn.emit(TurnProgress(begun.token_ids, begun.logprobs, deltas, begun.top_logprobs))
-    progress = Continuation(_generate_request(parts, session, request, prompt, sampling, media))
+    progress = Continuation(_generate_request(parts, session, request, prompt, sampling, media, turn))
 
     def hear(new: GenerateChunk) -> None:
         turn.emit(TurnProgress(new.token_ids, new.logprobs, parser.feed(new.token_ids.tolist()), new.top_logprobs))
@@ -608,27 +615,23 @@ def _generate_request(
     prompt: _Prompt,
     sampling: SamplingParams,
     media: tuple[Media, ...],
+    turn: Turn,
 ) -> GenerateRequest:
     """Rows are wanted from the parent's last token on, which had none until now (I2), and what its path lacks."""
+    session_id, begun = session.record.session_id, prompt.begun
+    missing = NO_ROWS if prompt.extends is None else prompt.extends.missing_rows
     return GenerateRequest(
         request_id="",
-        token_ids=np.concatenate([prompt.token_ids, prompt.begun_ids]) if prompt.begun else prompt.token_ids,
+        token_ids=prompt.token_ids if begun is None else np.concatenate([prompt.token_ids, begun.token_ids]),
         sampling=sampling,
-        routed_experts_start=_missing_rows(prompt).first if prompt.is_provable else None,
+        routed_experts_start=missing.first if prompt.is_provable else None,
         passthrough=request.passthrough,
         num_top_logprobs=request.wanted.num_top_logprobs,
         reasons_first="structural_tag" in sampling.extra and parts.model.parsing.opens_reasoning(prompt.token_ids),
         media=media,
-        routing_key=quote(session.record.session_id, safe=""),
+        routing_key=session_id if _means_itself(session_id) else quote(session_id, safe=""),
+        pace=turn.pace,
     )
-
-
-def _missing_rows(prompt: _Prompt) -> MissingRows:
-    """The routing rows that the recorded path has not."""
-    parent = prompt.place.parent
-    if parent is None or prompt.built.segment_reason is not None:
-        return NO_ROWS
-    return parent.missing_rows
 
 
 def _cut_or_timed_out(parts: TurnParts, turn: Turn) -> VerbatimError:
@@ -644,27 +647,28 @@ def _record(
     sampled: _Sampled,
     turn: Turn,
 ) -> TurnRecord:
-    generated, attachment = sampled.generated, _attachment(prompt)
-    num_matched = prompt.place.num_matched if attachment.parent_id is not None else 0
+    generated, place = sampled.generated, prompt.place
     rows, sampler = generated.experts, generated.engines[-1]
-    routing = sampler.routing or parts.model.routing
+    routing = None if rows is None else sampler.routing or parts.model.routing
+    kind = kind_under(sampler.logprob_kind, sampling)
     return TurnRecord(
         session_id=session.record.session_id,
         turn_id=turn.turn_id,
         index=session.tree.take_index(),
-        attachment=attachment,
-        root=prompt.root if attachment.parent_id is None else None,
-        added_messages=prompt.messages[num_matched:],  # a later replay must be rendered like this one
+        attachment=_attachment(prompt),
+        root=prompt.root if prompt.extends is None else None,
+        # As they are: a later replay must be rendered like this one.
+        added_messages=prompt.messages if prompt.extends is None else prompt.messages[place.num_matched :],
         reply=sampled.reply.message(),
         prompt_token_ids=prompt.built.token_ids,
         output_token_ids=generated.token_ids,
         output_logprobs=generated.logprobs,
         version_spans=generated.version_spans,
         finish=generated.finish,
-        logprob_kind=kind_under(sampler.logprob_kind, sampling),
-        sampling=_sampling_json(sampling, None if prompt.place.parent is None else prompt.place.parent.record.sampling),
+        logprob_kind=kind,
+        sampling=_sampling_json(sampling, None if place.parent is None else place.parent.record.sampling),
         num_layers=0 if rows is None else rows.ids.shape[1],
-        num_experts=0 if rows is None or routing is None else routing.num_experts,
+        num_experts=0 if routing is None else routing.num_experts,
         top_k=0 if rows is None else rows.ids.shape[2],
         experts_start=0 if rows is None else rows.start,
         experts_stop=0 if rows is None else rows.stop,
@@ -674,7 +678,7 @@ def _record(
         cached_tokens=generated.cached_tokens,
         num_retractions=generated.num_retractions,
         meta=_meta(request, prompt, sampling, sampled, turn),
-        untrainable_reason=_untrainable_reason(prompt, sampling, generated),
+        untrainable_reason=_untrainable_reason(prompt, sampling, generated, kind),
         created_at=turn.started_at,
         delivered_at=None,
     )
@@ -735,8 +739,8 @@ async def _finished(parts: TurnParts, prompt: _Prompt, sampled: _Sampled, record
 def _attachment(prompt: _Prompt) -> Attachment:
     place = prompt.place
     follows_id = None if place.follows is None else place.follows.record.turn_id
-    if place.parent is not None and prompt.built.segment_reason is None:
-        parent_id = place.parent.record.turn_id
+    if prompt.extends is not None:
+        parent_id = prompt.extends.record.turn_id
         return Attachment(parent_id, follows_id, place.tier, None, continues=prompt.begun is not None)
     return Attachment(None, follows_id, place.tier, prompt.built.segment_reason or place.reason)
 
@@ -758,26 +762,22 @@ def _sampling_json(sampling: SamplingParams, like: Mapping[str, JsonValue] | Non
     return like if like is not None and like == fields else fields
 
 
-def _enforced(request: TurnRequest, sampling: SamplingParams) -> bool | None:
-    """Whether a grammar made the reply call what the agent wanted called; None where it wanted nothing."""
-    return "structural_tag" in sampling.extra if request.required_calls else None
-
-
 def _meta(
     request: TurnRequest, prompt: _Prompt, sampling: SamplingParams, sampled: _Sampled, turn: Turn
 ) -> dict[str, JsonValue]:
-    generated = sampled.generated
+    generated, reply = sampled.generated, sampled.reply
     meta = {
         "certified_by": prompt.built.certified_by,
         "hidden_messages": list(prompt.built.hidden_messages),
-        "flags": [flag.value for flag in sampled.reply.flags],
-        "num_reasoning_tokens": sampled.reply.num_reasoning_tokens,
-        "engine_ids": [engine.engine_id for engine in generated.engines],
+        "flags": [flag.value for flag in reply.flags] if reply.flags else [],
+        "num_reasoning_tokens": reply.num_reasoning_tokens,
+        "engine_ids": list(map(_engine_id, generated.engines)),
         "num_attempts": generated.num_attempts,
         "lost_attempts": generated.lost_attempts,
         "passthrough": dict(request.passthrough),
         "ignored_fields": list(request.ignored_fields),
-        "tool_choice_enforced": _enforced(request, sampling),
+        # Whether a grammar made the reply call what the agent wanted called; None where it wanted nothing.
+        "tool_choice_enforced": "structural_tag" in sampling.extra if request.required_calls else None,
         "request": dict(request.kept),
         "error": None if sampled.failure is None else sampled.failure.code,
         "engine": dict(generated.meta_info),
@@ -788,34 +788,41 @@ def _meta(
         meta["top_logprobs"] = recorded_top_logprobs(generated.top_logprobs)
     if prompt.media:
         meta["media"] = {"num_media": len(prompt.media), "engine_prompt_tokens": generated.prompt_tokens}
-    if (cache := _cache_facts(prompt, generated)) is not None:
-        meta["cache"] = cache
+    late = None
+    if prompt.extends is not None and prompt.extends.missing_rows.policy_versions:
+        late = _late_rows(prompt.extends, generated)
+    if late is not None or generated.recomputed_rows or generated.cache_flags:
+        rows = [list(bounds) for bounds in generated.recomputed_rows]
+        flags = [flag.value for flag in generated.cache_flags]
+        # What `TurnRecord.cache_flags` and `recomputed_rows` read.
+        meta["cache"] = {"flags": flags, "recomputed_rows": rows if late is None else [*rows, late]}
     return meta
 
 
-def _cache_facts(prompt: _Prompt, generated: Generated) -> dict[str, JsonValue] | None:
-    """What `TurnRecord.cache_flags` and `recomputed_rows` read; None where all is of the weights that sampled."""
-    rows = [list(bounds) for bounds in generated.recomputed_rows]
-    missing, parent = _missing_rows(prompt), prompt.place.parent
-    sampling_now = {span.policy_version for span in generated.version_spans[:1]}
-    if parent is not None and not missing.policy_versions <= sampling_now:
-        # I9: rows of earlier turns that came late, and other weights computed them.
-        rows.append([missing.first, parent.num_tokens - 1])
-    if not (rows or generated.cache_flags):
-        return None
-    return {"flags": [flag.value for flag in generated.cache_flags], "recomputed_rows": rows}
+def _late_rows(parent: Node, generated: Generated) -> list[int] | None:
+    """I9: [start, stop) of the rows of earlier turns that came late, where other weights computed them."""
+    missing = parent.missing_rows
+    spans = generated.version_spans
+    sampling_now = {spans[0].policy_version} if spans else set()
+    return None if missing.policy_versions <= sampling_now else [missing.first, parent.num_tokens - 1]
 
 
-def _untrainable_reason(prompt: _Prompt, sampling: SamplingParams, generated: Generated) -> str | None:
-    """I9: what cannot be proved is kept and answered, not trained (a missing log-prob excludes its token only)."""
+def _untrainable_reason(
+    prompt: _Prompt, sampling: SamplingParams, generated: Generated, kind: LogprobKind
+) -> str | None:
+    """I9: what cannot be proved is kept and answered, not trained (a missing log-prob excludes its token only).
+
+    kind: of the last engine's log-probs.
+    """
     if not prompt.is_provable:
         return UNTRAINABLE
-    if not all(engine.token_exact for engine in generated.engines):
-        return "text_only_engine"
+    engines = generated.engines
+    for engine in engines:
+        if not engine.token_exact:
+            return "text_only_engine"
     if not generated.versions_certain:
         return "policy_version_uncertain"
-    kinds = {kind_under(engine.logprob_kind, sampling) for engine in generated.engines}
-    if len(kinds) > 1:
+    if len(engines) > 1 and any(kind_under(engine.logprob_kind, sampling) is not kind for engine in engines):
         return "logprob_kinds_mixed"
     # A segment says top-k and top-p of its turns, so nobody could tell the set that min-p kept.
-    return "kept_set_of_min_p" if LogprobKind.KEPT_SET in kinds and sampling.min_p > 0 else None
+    return "kept_set_of_min_p" if kind is LogprobKind.KEPT_SET and sampling.min_p > 0 else None

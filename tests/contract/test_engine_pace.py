@@ -1,0 +1,189 @@
+"""How soon new tokens are told: at once to who is shown them, else several together; what came counts either way."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import numpy as np
+import pytest
+
+from engines.launch import free_port
+from engines.sglang import SglangEngine
+from gateway.contracts.errors import EngineUnavailable
+from gateway.contracts.generation import GenerateChunk, GenerateEnd, GenerateRequest, Pace, SamplingParams
+
+PROMPT = np.array([1, 2, 3], dtype=np.int32)
+HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+def event(number: int, *, last: bool = False) -> bytes:
+    """The chunk of an event with all of the tokens 1 to `number`, one of them new."""
+    meta = {
+        "id": "r",
+        "finish_reason": {"type": "length"} if last else None,
+        "prompt_tokens": len(PROMPT),
+        "completion_tokens": number,
+        "weight_version": "3",
+        "output_token_logprobs": [[-0.5, i + 1, None] for i in range(number)],
+    }
+    said = {"text": 'so "finish_reason":null\n\n', "output_ids": [i + 1 for i in range(number)], "meta_info": meta}
+    body = b"data: %s\n\n" % json.dumps(said, separators=(",", ":")).encode()
+    return b"%x\r\n%s\r\n" % (len(body), body)
+
+
+class Streaming:
+    """An engine of one connection at a time, which sends what the test has it send."""
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Event()
+        self.aborted = asyncio.Event()
+        self._writer: asyncio.StreamWriter | None = None
+        self._writers: list[asyncio.StreamWriter] = []
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writers.append(writer)
+        head = await reader.readuntil(b"\r\n\r\n")
+        if b"/abort_request" in head:
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+            self.aborted.set()
+            return
+        writer.write(HEAD)
+        self._writer = writer
+        self.asked.set()
+
+    async def send(self, *pieces: bytes) -> None:
+        assert self._writer is not None
+        for piece in pieces:
+            self._writer.write(piece)
+            await self._writer.drain()
+            await asyncio.sleep(0.005)
+
+    async def aclose(self) -> None:
+        for writer in self._writers:
+            writer.close()
+        await asyncio.sleep(0)
+
+    def break_off(self) -> None:
+        assert self._writer is not None
+        self._writer.transport.abort()
+
+
+@asynccontextmanager
+async def engine(pace: Pace) -> AsyncIterator[tuple[Streaming, list[list[int]], asyncio.Task[GenerateEnd | None]]]:
+    """A stream under way: who sends it, the chunks that came of it, and the task that reads it."""
+    port, streaming = free_port(), Streaming()
+    client = SglangEngine(
+        f"http://127.0.0.1:{port}",
+        engine_id="e0",
+        routing=None,
+        policy_version_of=int,
+        stall_timeout_seconds=0.0,
+    )
+    request = GenerateRequest("r", PROMPT, SamplingParams(max_new_tokens=99), pace=pace)
+    heard: list[list[int]] = []
+
+    async def read() -> GenerateEnd | None:
+        end = None
+        async for item in client.generate(request):
+            if isinstance(item, GenerateChunk):
+                heard.append(item.token_ids.tolist())
+            else:
+                end = item
+        return end
+
+    server = await asyncio.start_server(streaming.serve, "127.0.0.1", port)
+    reading = asyncio.create_task(read())
+    try:
+        await asyncio.wait_for(streaming.asked.wait(), 5)
+        yield streaming, heard, reading
+    finally:
+        reading.cancel()
+        await asyncio.wait([reading])
+        server.close()
+        await streaming.aclose()
+        await client.aclose()
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not holds():  # noqa: ASYNC110 (it is about what the event loop does meanwhile)
+            await asyncio.sleep(0.001)
+
+
+async def test_who_is_shown_tokens_hears_each_event() -> None:
+    async with engine(Pace(is_live=True)) as (streaming, heard, _):
+        for number in range(1, 5):
+            await streaming.send(event(number))
+            await until(lambda number=number: len(heard) == number)  # type: ignore[misc]
+        assert heard == [[1], [2], [3], [4]]
+
+
+async def test_first_event_and_the_end_are_heard_at_once_and_what_is_between_together() -> None:
+    async with engine(Pace(is_live=False)) as (streaming, heard, reading):
+        await streaming.send(event(1))
+        await until(lambda: len(heard) == 1)
+        await streaming.send(*map(event, range(2, 20)), event(20, last=True))
+        end = await asyncio.wait_for(reading, 0.15)  # sooner than what waits would be given, and without [DONE]
+        assert end is not None
+        assert end.completion_tokens == 20
+        assert [token for chunk in heard for token in chunk] == list(range(1, 21))
+        assert len(heard) <= 3
+
+
+async def test_what_waits_is_given_after_a_moment() -> None:
+    """The tokens of a turn that takes minutes are not kept unread: their memory is bounded, and they are parsed."""
+    async with engine(Pace(is_live=False)) as (streaming, heard, _):
+        await streaming.send(event(1), event(2), event(3))
+        await until(lambda: sum(map(len, heard)) == 3)
+        assert heard[0] == [1]
+
+
+async def test_who_comes_later_hears_each_event_from_then_on() -> None:
+    pace = Pace(is_live=False)
+    async with engine(pace) as (streaming, heard, _):
+        await streaming.send(event(1), event(2))
+        pace.is_live = True
+        for number in range(3, 6):
+            await streaming.send(event(number))
+            await until(lambda number=number: heard[-1][-1] == number)  # type: ignore[misc]
+        assert heard[-2:] == [[4], [5]]
+
+
+async def test_much_that_waits_is_read_at_once() -> None:
+    """Flow control as ever: what nobody reads is bounded."""
+    async with engine(Pace(is_live=False)) as (streaming, heard, _):
+        await streaming.send(event(1))
+        await until(lambda: len(heard) == 1)
+        await streaming.send(event(4000))
+        await asyncio.sleep(0.05)
+        assert sum(map(len, heard)) == 4000
+
+
+async def test_what_came_counts_where_the_turn_is_cut() -> None:
+    """I3: it was sampled, and had arrived."""
+    async with engine(Pace(is_live=False)) as (streaming, heard, reading):
+        await streaming.send(event(1))
+        await until(lambda: len(heard) == 1)
+        await streaming.send(*map(event, range(2, 6)))
+        await asyncio.sleep(0.01)
+        assert heard == [[1]]
+        reading.cancel()
+        await asyncio.wait([reading])
+        assert reading.cancelled()
+        assert heard == [[1], [2, 3, 4, 5]]
+        await asyncio.wait_for(streaming.aborted.wait(), 5)
+
+
+async def test_what_came_counts_where_the_engine_breaks_off() -> None:
+    """I3, I5."""
+    async with engine(Pace(is_live=False)) as (streaming, heard, reading):
+        await streaming.send(event(1))
+        await until(lambda: len(heard) == 1)
+        await streaming.send(*map(event, range(2, 6)))
+        streaming.break_off()
+        with pytest.raises(EngineUnavailable):
+            await asyncio.wait_for(reading, 0.15)
+        assert [token for chunk in heard for token in chunk] == [1, 2, 3, 4, 5]
