@@ -33,8 +33,7 @@ _MOST_ROWS = 64
 _INSERTED = (*rows.TurnRow._fields, "experts_file", "experts_offset", "experts_bytes", "delivered_at", "recorded_at")
 
 
-@dataclass(slots=True, eq=False)
-class Creation:
+class Creation(Struct, frozen=True, eq=False):
     """The operation that stores a session; None where it was stored as given, else what `alone` found there."""
 
     row: rows.SessionRow
