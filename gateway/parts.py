@@ -73,7 +73,7 @@ from gateway.settings import (
     UnknownSessions,
     split_engine,
 )
-from gateway.tito.proof import prove_elsewhere
+from gateway.tito.proof import Prover
 from gateway.wire.protection import FieldRules
 
 _log = logging.getLogger(__name__)
@@ -218,7 +218,7 @@ async def open_gateway(
         else:  # all that takes time, or may fail, comes before anything is taken
             policies.update(await _stored_policies(settings))
             await _connect_engines(engines, settings, state)
-            await asyncio.to_thread(model.prompts.prepare, prove_elsewhere)
+            await asyncio.to_thread(model.prompts.prepare, Prover().prove)
             ledger, reserve = open_ledger(settings, await origin.hold())
             stack.push_async_callback(ledger.aclose)
             await origin.opened()

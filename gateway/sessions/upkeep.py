@@ -7,14 +7,15 @@ from collections.abc import Callable
 
 from gateway.memory import give_back_memory
 from gateway.tito.prompt import PromptBuilder
-from gateway.tito.proof import prove_elsewhere
+from gateway.tito.proof import Prover
 
 
 class PromptUpkeep:
-    """Owns the tasks that do it; `aclose` waits for the last ones."""
+    """Owns the tasks that do it; `aclose` ends the proof, and waits for the last ones."""
 
     def __init__(self, prompts: PromptBuilder) -> None:
         self._prompts = prompts
+        self._prover = Prover()
         self._preparing: asyncio.Task[None] | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -28,13 +29,14 @@ class PromptUpkeep:
             self._start(self._prompts.upkeep)
 
     async def aclose(self) -> None:
-        """Wait for what runs; raises what it raised."""
+        """End what can be ended, wait for what runs; raises what it raised."""
+        self._prover.end()
         for task in (self._preparing, self._task):
             if task is not None:
                 await task
 
     def _prepare(self) -> None:
-        self._prompts.prepare(prove_elsewhere)
+        self._prompts.prepare(self._prover.prove)
         give_back_memory()  # of a vocabulary's reading
 
     def _start(self, work: Callable[[], None]) -> None:

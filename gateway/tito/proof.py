@@ -10,6 +10,7 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -62,23 +63,48 @@ def prove(wanted: ToProve) -> Proven:
     return Proven(certificates, ChatTokenizer(wanted.tokenizer_json).find_backend(wanted.backend))
 
 
-def prove_elsewhere(wanted: ToProve) -> Proven:
-    """In another process. One that breaks off proves nothing, and the library's reason says why: shapes are certified
-    when they are met, and `tokenizers` serves."""
-    paths = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", "gateway.tito.proof"],
-            input=pickle.dumps(wanted),
-            stdout=subprocess.PIPE,
-            timeout=_PROOF_SECONDS,
-            check=True,
-            env=os.environ | {"PYTHONPATH": paths},
-        )
-        return Proven(*pickle.loads(done.stdout))  # of our own program
-    except (subprocess.SubprocessError, OSError, pickle.UnpicklingError, EOFError) as error:
-        reasons = {wanted.backend.value: f"its proof broke off: {error}"}
-        return Proven((), FoundBackend(BackendChoice.TOKENIZERS.value, reasons))
+class Prover:
+    """Proves in another process, once; `end` ends it before its time, from any thread."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._is_ended = False
+        self._lock = threading.Lock()
+
+    def prove(self, wanted: ToProve) -> Proven:
+        """What came of it. A process that breaks off proves nothing, and the library's reason says why: shapes are
+        certified when they are met, and `tokenizers` serves."""
+        try:
+            process = self._start()
+            said, _ = process.communicate(pickle.dumps(wanted), timeout=_PROOF_SECONDS)
+            if process.returncode:
+                raise ChildProcessError(f"it ended with {process.returncode}")
+            return Proven(*pickle.loads(said))  # of our own program
+        except (subprocess.SubprocessError, OSError, pickle.UnpicklingError, EOFError) as error:
+            reasons = {wanted.backend.value: f"its proof broke off: {error}"}
+            return Proven((), FoundBackend(BackendChoice.TOKENIZERS.value, reasons))
+        finally:
+            self.end()
+
+    def end(self) -> None:
+        """Nobody needs the proof any more."""
+        with self._lock:
+            self._is_ended = True
+            if self._process is not None:
+                self._process.kill()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        paths = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
+        with self._lock:
+            if self._is_ended:
+                raise ChildProcessError("it is not needed any more")
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "gateway.tito.proof"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=os.environ | {"PYTHONPATH": paths},
+            )
+            return self._process
 
 
 def main() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +14,7 @@ from gateway.contracts.generation import Finish, FinishReason, JsonValue
 from gateway.tito.backends import BackendChoice
 from gateway.tito.conversation import Conversation, ParentTurn
 from gateway.tito.prompt import PromptBuilder
-from gateway.tito.proof import Proven, ToProve, prove, prove_elsewhere
+from gateway.tito.proof import Proven, Prover, ToProve, prove
 from gateway.tito.shapes import standard_shapes
 from gateway.tito.template import ChatTemplate
 from gateway.tito.tokenizer import ChatTokenizer
@@ -27,7 +30,7 @@ def test_another_process_proves_the_same(builder: PromptBuilder) -> None:
     proven: dict[str, Proven] = {}
 
     def both(wanted: ToProve) -> Proven:
-        proven.update(here=prove(wanted), elsewhere=prove_elsewhere(wanted))
+        proven.update(here=prove(wanted), elsewhere=Prover().prove(wanted))
         return proven["elsewhere"]
 
     builder.prepare(both)
@@ -43,7 +46,7 @@ def test_another_process_proves_the_same(builder: PromptBuilder) -> None:
 
 
 def test_what_another_process_proved_is_relied_on(builder: PromptBuilder, tiny_model: Path) -> None:
-    builder.prepare(prove_elsewhere)
+    builder.prepare(Prover().prove)
     assert build_second_turn(builder, tiny_model) == "shape"
 
 
@@ -54,7 +57,7 @@ def test_a_proof_that_breaks_off_leaves_the_long_way_and_says_why(
 
     def broken(wanted: ToProve) -> Proven:
         monkeypatch.setattr("sys.executable", "/bin/false")
-        proven.append(prove_elsewhere(wanted))
+        proven.append(Prover().prove(wanted))
         return proven[0]
 
     builder.prepare(broken)
@@ -64,6 +67,21 @@ def test_a_proof_that_breaks_off_leaves_the_long_way_and_says_why(
     assert build_second_turn(builder, tiny_model) == "probe"
     builder.upkeep()  # the shape was asked for, and is certified here
     assert build_second_turn(builder, tiny_model) == "shape"
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.2])
+def test_a_proof_that_nobody_needs_ends_at_once(builder: PromptBuilder, seconds: float) -> None:
+    """So that no gateway that is told to stop waits for one."""
+    prover = Prover()
+    with ThreadPoolExecutor(1) as pool:
+        if not seconds:
+            prover.end()
+        preparing = pool.submit(builder.prepare, prover.prove)
+        time.sleep(seconds)
+        prover.end()
+        preparing.result(timeout=10.0)
+    process = prover._process
+    assert process is None if not seconds else process is not None and process.returncode == -signal.SIGKILL
 
 
 def build_second_turn(builder: PromptBuilder, model: Path) -> str:
