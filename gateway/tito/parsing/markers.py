@@ -37,15 +37,18 @@ def marker(tokenizer: ChatTokenizer, text: str) -> Marker:
 
 
 class Markup:
-    """What a scanner must know of one model: its markers, and which of its tokens are silent. Shared by its replies."""
+    """What a scanner must know of one model: its markers, and which of its tokens are silent. Shared by its replies.
+
+    edges: the marker of each id that is one, None for silent tokens.
+    """
 
     def __init__(self, tokenizer: ChatTokenizer, markers: Iterable[Marker]) -> None:
         known = list(dict.fromkeys(markers))
         self.tokenizer = tokenizer
-        self.by_id = {m.token_id: m for m in known if m.token_id is not None}
         self.by_text = {m.text: m for m in known if m.token_id is None}
         special = {token.token_id for token in tokenizer.added_tokens.values() if token.special}
-        self.silent = frozenset((special | set(tokenizer.eos_token_ids)) - self.by_id.keys())
+        self.edges: dict[int, Marker | None] = dict.fromkeys((*special, *tokenizer.eos_token_ids))
+        self.edges |= {m.token_id: m for m in known if m.token_id is not None}
         self._stops: dict[tuple[tuple[int, ...], tuple[str, ...]], Stops] = {}
         longest_first = sorted(self.by_text, key=len, reverse=True)
         self.search = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
@@ -61,12 +64,12 @@ class Markup:
         return known
 
     def _made_with(self, stop_token_ids: Sequence[int], stop: Sequence[str]) -> Stops:
-        silent: dict[int, Marker | None] = dict.fromkeys((*self.silent, *stop_token_ids))
+        more_silent = [token_id for token_id in stop_token_ids if token_id not in self.edges]
         texts = tuple(text for text in stop if text)
         patterns = (*self.by_text, *texts)
         longest = max(map(len, patterns), default=0)
         return Stops(
-            edges=silent | self.by_id,
+            edges=self.edges | dict.fromkeys(more_silent) if more_silent else self.edges,
             texts=texts,
             beginnings=frozenset(text[:length] for text in patterns for length in range(1, len(text))),
             longest=longest,
@@ -78,9 +81,9 @@ class Markup:
 class Stops(NamedTuple):
     """What is no plain text in the replies to a request that has some stop tokens and stop strings.
 
-    edges: the marker of each id that is one, None for silent tokens. texts: the stop strings. beginnings: texts with
-    which a pattern (a stop string, a marker that is found in the text) may begin. longest: the longest pattern's
-    length, 0 where there is none. takes_runs: whether plain tokens may be read several at once.
+    edges: as in `Markup`, stop tokens among them. texts: the stop strings. beginnings: texts with which a pattern (a
+    stop string, a marker that is found in the text) may begin. longest: the longest pattern's length, 0 where there is
+    none. takes_runs: whether plain tokens may be read several at once.
     """
 
     edges: Mapping[int, Marker | None]
