@@ -1,5 +1,6 @@
 """Dataclasses that nobody changes once they are made, for those of which every turn makes some.
 
+Above the contracts, which do without other packages, such records are `msgspec.Struct`s, made without a call of Python.
 The type checker sees `dataclass` and holds everybody to `frozen=True`. At run time that alone would set each field by a
 call of its own: a turn fills two hundred, and that took a twentieth of all it took.
 """

@@ -10,10 +10,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, NamedTuple, TypeAlias
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
-from msgspec import Struct
 
 from gateway.contracts.dimensions import UNKNOWN_DIMENSIONS, ModelDimensions
 from gateway.contracts.errors import InvalidRequest, LengthMismatch
@@ -56,7 +54,8 @@ class Finish:
     matched: int | str | None = None
 
 
-class SamplingParams(Struct, frozen=True):
+@frozen_dataclass(frozen=True, slots=True)
+class SamplingParams:
     """How to sample; names and defaults are SGLang's, units are tokens.
 
     `top_k` -1 means no limit. `stop` are strings, `stop_token_ids` ids on top of the engine's own end tokens.
@@ -72,7 +71,7 @@ class SamplingParams(Struct, frozen=True):
     stop_token_ids: tuple[int, ...] = ()
     seed: int | None = None
     ignore_eos: bool = False
-    extra: Mapping[str, JsonValue] = msgspec.field(default_factory=dict)
+    extra: Mapping[str, JsonValue] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -117,7 +116,8 @@ class TopLogprob(NamedTuple):
     logprob: float
 
 
-class Pace(Struct, eq=False, kw_only=True):
+@dataclass(slots=True, eq=False, kw_only=True)
+class Pace:
     """How soon whoever asked wants new tokens: each at once while `is_live`, else several together, to be woken less.
 
     Changed under way: somebody may begin to listen, or leave.
@@ -126,7 +126,8 @@ class Pace(Struct, eq=False, kw_only=True):
     is_live: bool
 
 
-class GenerateRequest(Struct, frozen=True, eq=False):
+@frozen_dataclass(frozen=True, slots=True, eq=False)
+class GenerateRequest:
     """Token ids in. `request_id` has a fixed length (SGLang aborts by prefix).
 
     `routed_experts_start`: absolute index of the first routing row wanted; None asks for no routing.
@@ -142,7 +143,7 @@ class GenerateRequest(Struct, frozen=True, eq=False):
     token_ids: TokenIds
     sampling: SamplingParams
     routed_experts_start: int | None = None
-    passthrough: Mapping[str, JsonValue] = msgspec.field(default_factory=dict)
+    passthrough: Mapping[str, JsonValue] = field(default_factory=dict)
     reasons_first: bool = False
     num_top_logprobs: int = 0
     media: tuple[Media, ...] = ()
@@ -151,7 +152,8 @@ class GenerateRequest(Struct, frozen=True, eq=False):
     pace: Pace | None = None
 
 
-class GenerateChunk(Struct, frozen=True, eq=False):
+@frozen_dataclass(frozen=True, slots=True, eq=False)
+class GenerateChunk:
     """New tokens since the last chunk: `token_ids` int32[n], `logprobs` float32[n] (NaN where the engine gave none).
 
     top_logprobs: for each new token the likeliest at its position, likeliest first; () where none were asked for.
@@ -162,7 +164,8 @@ class GenerateChunk(Struct, frozen=True, eq=False):
     top_logprobs: Sequence[Sequence[TopLogprob]] = ()
 
 
-class GenerateEnd(Struct, frozen=True, eq=False):
+@frozen_dataclass(frozen=True, slots=True, eq=False)
+class GenerateEnd:
     """The last item of a generation stream.
 
     version_spans: cover all output tokens of this request. routed_experts: rows [start, P+C-1), or None if not asked
@@ -179,7 +182,7 @@ class GenerateEnd(Struct, frozen=True, eq=False):
     cached_tokens: int
     num_retractions: int
     meta_info: Mapping[str, JsonValue]
-    reply_fields: Mapping[str, JsonValue] = msgspec.field(default_factory=dict)
+    reply_fields: Mapping[str, JsonValue] = field(default_factory=dict)
     versions_certain: bool = True
 
     def __post_init__(self) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-import msgspec
-
+from gateway.contracts.frozen import frozen_dataclass
 from gateway.contracts.generation import JsonValue
 
 
@@ -17,19 +16,22 @@ class ReplyFlag(StrEnum):
     UNCLOSED_REASONING = "unclosed_reasoning"
 
 
-class ReasoningDelta(msgspec.Struct, frozen=True):
+@frozen_dataclass(frozen=True, slots=True)
+class ReasoningDelta:
     """More reasoning text."""
 
     text: str
 
 
-class ContentDelta(msgspec.Struct, frozen=True):
+@frozen_dataclass(frozen=True, slots=True)
+class ContentDelta:
     """More visible text."""
 
     text: str
 
 
-class ToolCallDelta(msgspec.Struct, frozen=True):
+@frozen_dataclass(frozen=True, slots=True)
+class ToolCallDelta:
     """More of tool call `index`; `call_id` and `name` are set on its first delta only."""
 
     index: int
@@ -41,7 +43,8 @@ class ToolCallDelta(msgspec.Struct, frozen=True):
 ReplyDelta = ReasoningDelta | ContentDelta | ToolCallDelta
 
 
-class ToolCall(msgspec.Struct, frozen=True):
+@frozen_dataclass(frozen=True, slots=True)
+class ToolCall:
     """One parsed call; `arguments` is the JSON text as the model wrote it."""
 
     call_id: str
@@ -49,7 +52,8 @@ class ToolCall(msgspec.Struct, frozen=True):
     arguments: str
 
 
-class ParsedReply(msgspec.Struct, frozen=True):
+@frozen_dataclass(frozen=True, slots=True)
+class ParsedReply:
     """Output tokens as a message. `content` None means no text at all; `num_reasoning_tokens` counts output tokens."""
 
     content: str | None

@@ -7,11 +7,11 @@ Version spans are shifted, expert rows joined; no token and no row is kept twice
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 from msgspec import Struct
-from msgspec.structs import replace
 
 from gateway.contracts.errors import EngineProtocolError
 from gateway.contracts.experts import RoutedExperts

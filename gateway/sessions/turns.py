@@ -20,7 +20,7 @@ from operator import attrgetter
 from urllib.parse import quote
 
 import numpy as np
-from msgspec import Struct, structs
+from msgspec import Struct
 
 from gateway.contracts.errors import (
     ContextOverflow,
@@ -553,7 +553,7 @@ def _with_forced_calls(parts: TurnParts, request: TurnRequest, params: SamplingP
     )
     if tag is None:
         return params
-    return structs.replace(params, extra={**params.extra, "structural_tag": dump_json(tag).decode()})
+    return replace(params, extra={**params.extra, "structural_tag": dump_json(tag).decode()})
 
 
 async def _sample(

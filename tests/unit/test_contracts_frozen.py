@@ -5,11 +5,9 @@ from __future__ import annotations
 import pickle
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
 from gateway.contracts.generation import Finish, FinishReason, GenerateChunk
-from gateway.contracts.records import TurnRecord
 from gateway.contracts.versions import VersionSpan
 
 
@@ -25,14 +23,5 @@ def test_they_take_no_other_fields() -> None:
 
 
 def test_those_without_equality_are_compared_by_identity() -> None:
-    assert TurnRecord.__eq__ is object.__eq__
-    assert TurnRecord.__hash__ is object.__hash__
-
-
-def test_structs_without_equality_are_compared_by_identity_too() -> None:
-    """Arrays have no one answer to whether they are equal."""
-    one, other = (GenerateChunk(np.zeros(2, np.int32), np.zeros(2, np.float32)) for _ in range(2))
-    assert one != other
-    assert len({one, other, one}) == 2
-    with pytest.raises(AttributeError):
-        one.token_ids = other.token_ids  # type: ignore[misc]
+    assert GenerateChunk.__eq__ is object.__eq__
+    assert GenerateChunk.__hash__ is object.__hash__

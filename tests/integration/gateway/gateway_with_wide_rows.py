@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from msgspec import structs
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
@@ -45,7 +44,7 @@ class WideEngine(ScriptedEngine):
                 num_rows = item.prompt_tokens + item.completion_tokens - 1 - start
                 row = np.arange(self._wide.top_k, dtype=self._wide.dtype)
                 rows = np.tile(row, (num_rows, self._wide.num_layers, 1))
-                yield structs.replace(item, routed_experts=RoutedExperts(rows, start))
+                yield replace(item, routed_experts=RoutedExperts(rows, start))
             else:
                 yield item
 
