@@ -17,7 +17,7 @@ import asyncio
 import base64
 import ssl
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, cast
 
 import httptools
@@ -37,8 +37,8 @@ _CLOSING_SECONDS = 1.0
 _APART_BYTES = 64 * 1024
 """A larger body is not copied to stand behind its head."""
 
-_GATHER_SECONDS = 0.2
-_GATHER_BYTES = 64 * 1024
+_GATHER_SECONDS = 5.0
+_GATHER_BYTES = 32 * 1024
 """How long, and up to how much, pieces that nobody is in a hurry for wait to be read together."""
 
 
@@ -54,6 +54,7 @@ class Pace(Protocol):
     """Whether whoever reads an answer wants each piece at once (`gateway.contracts.generation.Pace`)."""
 
     is_live: bool
+    on_live: Callable[[], None] | None
 
 
 class _Decoder(Protocol):
@@ -307,10 +308,11 @@ class Connection(asyncio.Protocol):
     def gather(self, pace: Pace, going_on: bytes) -> None:
         """Of this answer, a piece of one event that holds `going_on` need not be read at once while `pace` is not live.
 
-        It waits a moment for others to be read with: who reads is woken once for all of them. Any other piece, much
-        that waits, and the end of the answer wake at once.
+        It waits some seconds for others to be read with: who reads is woken once for all of them. Any other piece, much
+        that waits, the end of the answer, and who begins to listen wake at once.
         """
         self._pace, self._going_on = pace, going_on
+        pace.on_live = self._gathered
 
     async def arrival(self, until: float) -> bool:
         """Wait until something comes, be it the end; False if nothing has by `until`. Raises what ended the request."""
@@ -333,6 +335,7 @@ class Connection(asyncio.Protocol):
         if self._finished:
             return
         self._finished = True
+        self._forget_pace()
         self._pieces.clear()
         self._buffered = 0
         if self._complete or self._error is not None:
@@ -386,9 +389,17 @@ class Connection(asyncio.Protocol):
             self._waiter.set_result(bool(self._pieces))
 
     def _gathered(self) -> None:
-        self._gathering = None
+        if self._gathering is not None:
+            self._gathering.cancel()
+            self._gathering = None
         if self._pieces:
             self._wake()
+
+    def _forget_pace(self) -> None:
+        """It refers to this object, and outlives the answer."""
+        if self._pace is not None:
+            self._pace.on_live = None
+            self._pace = None
 
     # -- what the event loop calls
 
@@ -439,6 +450,7 @@ class Connection(asyncio.Protocol):
         if self._gathering is not None:
             self._gathering.cancel()
             self._gathering = None
+        self._forget_pace()
         if not self._complete and self._error is None:
             if exc is None and self.has_head and self._until_end:
                 self._complete = True

@@ -5,7 +5,7 @@ Produced by `gateway.sessions`, consumed by every class behind the `Engine` Prot
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, NamedTuple, TypeAlias
@@ -120,10 +120,17 @@ class TopLogprob(NamedTuple):
 class Pace:
     """How soon whoever asked wants new tokens: each at once while `is_live`, else several together, to be woken less.
 
-    Changed under way: somebody may begin to listen, or leave.
+    Changed under way: somebody may begin to listen (`quicken`), or leave. on_live: who gathers tokens is told so then.
     """
 
     is_live: bool
+    on_live: Callable[[], None] | None = None
+
+    def quicken(self) -> None:
+        """From now on, and what was gathered."""
+        self.is_live = True
+        if self.on_live is not None:
+            self.on_live()
 
 
 @frozen_dataclass(frozen=True, slots=True, eq=False)

@@ -107,7 +107,7 @@ class Turn:
         """Events up to TurnFinished, those of the past joined; raises what ended the turn instead."""
         reader: asyncio.Queue[TurnEvent | None] = asyncio.Queue()
         self._readers.append(reader)
-        self.pace.is_live = True
+        self.pace.quicken()
         try:
             is_over = self._task is not None and self._task.done()
             for event in self._so_far.events():

@@ -133,8 +133,9 @@ async def test_first_event_and_the_end_are_heard_at_once_and_what_is_between_tog
         assert len(heard) <= 3
 
 
-async def test_what_waits_is_given_after_a_moment() -> None:
+async def test_what_waits_is_given_after_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tokens of a turn that takes minutes are not kept unread: their memory is bounded, and they are parsed."""
+    monkeypatch.setattr("engines.http1._GATHER_SECONDS", 0.2)
     async with engine(Pace(is_live=False)) as (streaming, heard, _):
         await streaming.send(event(1), event(2), event(3))
         await until(lambda: sum(map(len, heard)) == 3)
@@ -144,8 +145,12 @@ async def test_what_waits_is_given_after_a_moment() -> None:
 async def test_who_comes_later_hears_each_event_from_then_on() -> None:
     pace = Pace(is_live=False)
     async with engine(pace) as (streaming, heard, _):
-        await streaming.send(event(1), event(2))
-        pace.is_live = True
+        await streaming.send(event(1))
+        await until(lambda: len(heard) == 1)
+        await streaming.send(event(2))
+        assert heard == [[1]]
+        pace.quicken()
+        await until(lambda: heard[-1] == [2])
         for number in range(3, 6):
             await streaming.send(event(number))
             await until(lambda number=number: heard[-1][-1] == number)  # type: ignore[misc]
