@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.contracts.errors import ConfigurationError, InvalidRequest, TooManyRequests
-from gateway.routes.quotas import LimitSettings, Quotas, TokenBucket
+from gateway.routes.quotas import LimitSettings, Permit, Quotas, TokenBucket
 
 NAMES = ("a", "b", "c")
 
@@ -41,10 +41,19 @@ class Turn:
             do()
 
 
+def limited(quotas: Quotas, session_id: str, num_turns: int) -> Permit:
+    """Where something is limited."""
+    permit = quotas.permit(session_id, num_turns)
+    assert permit is not None
+    return permit
+
+
 def begin(quotas: Quotas, session_id: str, num_turns: int = 1) -> list[Turn]:
     """A request all of whose choices are new turns."""
     permit = quotas.permit(session_id, num_turns)
     turns = [Turn() for _ in range(num_turns)]
+    if permit is None:  # nothing is limited
+        return turns
     try:
         for turn in turns:
             permit.ask()
@@ -112,7 +121,7 @@ def test_never_more_turns_run_than_may(limits: tuple[int, int], steps: list[tupl
 def test_a_retry_that_joins_takes_nothing_and_gives_back_what_was_kept_for_it() -> None:
     quotas = Quotas(LimitSettings(concurrent_per_session=3))
     begin(quotas, "s")
-    permit = quotas.permit("s", 2)
+    permit = limited(quotas, "s", 2)
     for is_new in (True, False):
         if is_new:
             permit.ask()
@@ -121,13 +130,13 @@ def test_a_retry_that_joins_takes_nothing_and_gives_back_what_was_kept_for_it() 
     begin(quotas, "s")
     with pytest.raises(TooManyRequests, match="concurrent_per_session"):
         begin(quotas, "s")
-    quotas.permit("s", 1).settle(Turn())
+    limited(quotas, "s", 1).settle(Turn())
 
 
 def test_what_was_admitted_and_never_began_is_given_back() -> None:
     clock = Clock()
     quotas = Quotas(LimitSettings(concurrent=2, requests_per_second_per_session=2), clock=clock)
-    permit = quotas.permit("s", 2)
+    permit = limited(quotas, "s", 2)
     permit.ask()
     permit.close()
     assert len(begin(quotas, "s", 2)) == 2

@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -184,15 +184,20 @@ def test_the_judge_finds_what_is_wrong(ten_updates: Run) -> None:
 def _few_sessions(evidence: Evidence) -> Evidence:
     """The first sessions that have what is harmed: a flagged turn, and one that is not."""
     chosen: dict[str, Any] = {}
-    flags: set[tuple[str, ...]] = set()
+    are_flagged: set[bool] = set()
     for session_id, [segment] in evidence.segments.items():
-        if not {("recomputed",), ()} <= flags:
+        if len(are_flagged) < 2:
             chosen[session_id] = [segment]
-            flags |= {tuple(span["cache_flags"]) for span in segment["turns"]}
+            are_flagged |= {"recomputed" in span["cache_flags"] for span in segment["turns"] if _is_harmable(span)}
     sequences = [segment["token_ids"] for [segment] in chosen.values()]
     served = [one for one in evidence.served if any(ids[: len(one.prompt)] == [*one.prompt] for ids in sequences)]
     num_turns = sum(len(segment["turns"]) for [segment] in chosen.values())
     return Evidence(chosen, served, evidence.weights, num_turns)
+
+
+def _is_harmable(span: Mapping[str, Any]) -> bool:
+    """Whether it has the flag that is dropped, or none, so that one can be added."""
+    return "recomputed" in span["cache_flags"] or not span["cache_flags"]
 
 
 def _harmed(segments: dict[str, Any], choose: Any, change: Any) -> dict[str, Any]:
@@ -219,9 +224,10 @@ def _shifted_version(segments: dict[str, Any], served: list[Any]) -> tuple[dict[
 
 def _dropped_flag(segments: dict[str, Any], served: list[Any]) -> tuple[dict[str, Any], list[Any]]:
     def drop(segment: dict[str, Any], i: int) -> None:
-        segment["turns"][i] = {**segment["turns"][i], "cache_flags": []}
+        flags = [flag for flag in segment["turns"][i]["cache_flags"] if flag != "recomputed"]
+        segment["turns"][i] = {**segment["turns"][i], "cache_flags": flags}
 
-    return _harmed(segments, lambda span, versions: span["cache_flags"] == ["recomputed"], drop), served
+    return _harmed(segments, lambda span, versions: "recomputed" in span["cache_flags"], drop), served
 
 
 def _added_flag(segments: dict[str, Any], served: list[Any]) -> tuple[dict[str, Any], list[Any]]:
