@@ -218,7 +218,7 @@ async def open_gateway(
         else:  # all that takes time, or may fail, comes before anything is taken
             policies.update(await _stored_policies(settings))
             await _connect_engines(engines, settings, state)
-            await asyncio.to_thread(model.prompts.prepare, Prover().prove)
+            await asyncio.to_thread(model.prompts.prepare, Prover(niceness=0).prove)
             ledger, reserve = open_ledger(settings, await origin.hold())
             stack.push_async_callback(ledger.aclose)
             await origin.opened()

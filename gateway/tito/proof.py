@@ -1,7 +1,7 @@
 """What prompts rely on and has to be proven first, in a process of its own: thirty megabytes and two seconds of work
 that the gateway would otherwise keep, and share its interpreter with while its first turns run.
 
-    python -m gateway.tito.proof  < what to prove  > what came of it   (pickled: both ends are this program)
+    python -m gateway.tito.proof NICENESS  < what to prove  > what came of it   (pickled: both ends are this program)
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from gateway.tito.tokenizer import ChatTokenizer, FoundBackend
 
 _PROOF_SECONDS = 300.0
 _NICENESS = 10
+"""While turns run; who waits for the proof takes none."""
 
 
 class ToProve(NamedTuple):
@@ -64,9 +65,10 @@ def prove(wanted: ToProve) -> Proven:
 
 
 class Prover:
-    """Proves in another process, once; `end` ends it before its time, from any thread."""
+    """Proves in another process, once; `end` ends it before its time, from any thread. niceness: of that process."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, niceness: int = _NICENESS) -> None:
+        self._niceness = niceness
         self._process: subprocess.Popen[bytes] | None = None
         self._is_ended = False
         self._lock = threading.Lock()
@@ -99,7 +101,7 @@ class Prover:
             if self._is_ended:
                 raise ChildProcessError("it is not needed any more")
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "gateway.tito.proof"],
+                [sys.executable, "-m", "gateway.tito.proof", str(self._niceness)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 env=os.environ | {"PYTHONPATH": paths},
@@ -109,7 +111,7 @@ class Prover:
 
 def main() -> None:
     """The other process."""
-    os.nice(_NICENESS)
+    os.nice(int(sys.argv[1]))
     sys.stdout.buffer.write(pickle.dumps(tuple(prove(pickle.load(sys.stdin.buffer)))))
 
 
