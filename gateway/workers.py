@@ -8,7 +8,6 @@ before it has any thread; the child leaves that loop alone and makes its own.
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import gc
 import logging
 import os
@@ -23,6 +22,7 @@ from typing import Any, NamedTuple, NoReturn
 import uvloop
 
 from gateway.background import background
+from gateway.child_process import end_with_parent
 from gateway.contracts.errors import ConfigurationError, VerbatimError
 from gateway.contracts.generation import JsonValue
 from gateway.engine_kinds import EngineMaker
@@ -44,7 +44,6 @@ from gateway.settings import GatewaySettings, of_one_worker
 _log = logging.getLogger(__name__)
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_PR_SET_PDEATHSIG = 1
 _STANDARD_DESCRIPTORS = 3
 
 
@@ -185,9 +184,7 @@ def _become_worker(connection: socket.socket, supervisor: int) -> None:
             with suppress(OSError):
                 os.close(descriptor)
     # As one process: what kills the supervisor kills the gateway, and nothing keeps the port and the folder.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != supervisor:
-        _end(1)
+    end_with_parent(supervisor)
 
 
 def _end(exit_code: int) -> NoReturn:

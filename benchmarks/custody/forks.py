@@ -9,7 +9,6 @@ with its siblings. When standard input ends, the program does, and its children 
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
@@ -20,28 +19,28 @@ from typing import NoReturn
 
 import gateway.cli
 import gateway.main
-
-_PR_SET_PDEATHSIG = 1
+from gateway.child_process import end_with_parent
 
 
 def serve_forks() -> None:
     """Fork for each line until there are no more."""
+    parent = os.getpid()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel buries them
     for line in sys.stdin:
         order = json.loads(line)
         child = os.fork()
         if child == 0:
-            _become(order["words"], order["log"])
+            _become(order["words"], order["log"], parent)
         sys.stdout.write(f"{child}\n")
         sys.stdout.flush()
 
 
-def _become(words: Sequence[str], log: str) -> NoReturn:
+def _become(words: Sequence[str], log: str, parent: int) -> NoReturn:
     """Run a command and end with its exit code, whatever happens."""
     exit_code = 1
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        end_with_parent(parent)
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         nothing = os.open(os.devnull, os.O_RDWR)
         for number, target in ((nothing, 0), (nothing, 1), (descriptor, 2)):

@@ -1,7 +1,6 @@
 """What prompts rely on and has to be proven first, in a process of its own: thirty megabytes and two seconds of work
-that the gateway would otherwise keep, and share its interpreter with while its first turns run.
-
-    python -m gateway.tito.proof NICENESS  < what to prove  > what came of it   (pickled: both ends are this program)
+that the gateway would otherwise keep, and share its interpreter with while its first turns run. What is to be proven
+and what came of it are pickled: both ends are this program.
 """
 
 from __future__ import annotations
@@ -24,6 +23,14 @@ from gateway.tito.template import ChatTemplate
 from gateway.tito.tokenizer import ChatTokenizer, FoundBackend
 
 _PROOF_SECONDS = 300.0
+_ENTRY = """\
+from gateway.child_process import end_with_parent
+end_with_parent({parent})
+from gateway.tito.proof import main
+main({niceness})
+"""
+"""Before all that takes time the process is bound to its parent's life: killed, that would leave it behind, with its
+standard error."""
 _NICENESS = 10
 """While turns run; who waits for the proof takes none."""
 
@@ -101,7 +108,7 @@ class Prover:
             if self._is_ended:
                 raise ChildProcessError("it is not needed any more")
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "gateway.tito.proof", str(self._niceness)],
+                [sys.executable, "-c", _ENTRY.format(parent=os.getpid(), niceness=self._niceness)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 env=os.environ | {"PYTHONPATH": paths},
@@ -109,11 +116,7 @@ class Prover:
             return self._process
 
 
-def main() -> None:
+def main(niceness: int) -> None:
     """The other process."""
-    os.nice(int(sys.argv[1]))
+    os.nice(niceness)
     sys.stdout.buffer.write(pickle.dumps(tuple(prove(pickle.load(sys.stdin.buffer)))))
-
-
-if __name__ == "__main__":
-    main()

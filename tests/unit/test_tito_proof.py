@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from gateway.contracts.generation import Finish, FinishReason, JsonValue
@@ -30,7 +33,7 @@ def test_another_process_proves_the_same(builder: PromptBuilder) -> None:
     proven: dict[str, Proven] = {}
 
     def both(wanted: ToProve) -> Proven:
-        proven.update(here=prove(wanted), elsewhere=Prover().prove(wanted))
+        proven.update(here=prove(wanted), elsewhere=Prover(niceness=0).prove(wanted))
         return proven["elsewhere"]
 
     builder.prepare(both)
@@ -46,7 +49,7 @@ def test_another_process_proves_the_same(builder: PromptBuilder) -> None:
 
 
 def test_what_another_process_proved_is_relied_on(builder: PromptBuilder, tiny_model: Path) -> None:
-    builder.prepare(Prover().prove)
+    builder.prepare(Prover(niceness=0).prove)
     assert build_second_turn(builder, tiny_model) == "shape"
 
 
@@ -57,7 +60,7 @@ def test_a_proof_that_breaks_off_leaves_the_long_way_and_says_why(
 
     def broken(wanted: ToProve) -> Proven:
         monkeypatch.setattr("sys.executable", "/bin/false")
-        proven.append(Prover().prove(wanted))
+        proven.append(Prover(niceness=0).prove(wanted))
         return proven[0]
 
     builder.prepare(broken)
@@ -72,7 +75,7 @@ def test_a_proof_that_breaks_off_leaves_the_long_way_and_says_why(
 @pytest.mark.parametrize("seconds", [0.0, 0.2])
 def test_a_proof_that_nobody_needs_ends_at_once(builder: PromptBuilder, seconds: float) -> None:
     """So that no gateway that is told to stop waits for one."""
-    prover = Prover()
+    prover = Prover(niceness=0)
     with ThreadPoolExecutor(1) as pool:
         if not seconds:
             prover.end()
@@ -82,6 +85,20 @@ def test_a_proof_that_nobody_needs_ends_at_once(builder: PromptBuilder, seconds:
         preparing.result(timeout=10.0)
     process = prover._process
     assert process is None if not seconds else process is not None and process.returncode == -signal.SIGKILL
+
+
+def test_a_proof_ends_with_a_gateway_that_is_killed() -> None:
+    """Also while it stands still, so that nothing but the gateway's end can have ended it; it would keep its output."""
+    program = "from gateway.tito.proof import Prover; print(Prover(niceness=0)._start().pid, flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as starter:
+        assert starter.stdout is not None
+        proof = psutil.Process(int(starter.stdout.readline()))
+        while sum(proof.cpu_times()[:2]) < 0.2:
+            time.sleep(0.01)
+        proof.suspend()
+        starter.kill()
+        _, left = psutil.wait_procs([proof], timeout=20)
+    assert not left
 
 
 def build_second_turn(builder: PromptBuilder, model: Path) -> str:

@@ -422,15 +422,17 @@ def test_replacer_that_dies_or_hangs_leaves_the_gateway_serving(operator: Operat
 
 def test_new_process_that_is_killed_under_load_gives_the_place_back(operator: Operator) -> None:
     """While the old process still ends a reply it stands in for a successor that dies."""
-    old = operator.start()
-    with ask(old, "s", [VERY_SLOW], stream=True):
+    old = operator.start("--set", "replaced_drain_seconds=8")
+    with ask(old, "s", [FOR_AGES], stream=True) as reply:
         new = operator.replace()
         new.process.kill()
         new.process.wait()
         assert_serves(old)
-    assert_serves(old)
-    operator.replace()
-    assert old.process.wait(30) == 0
+        assert not has_ended(reply)
+        operator.replace()
+        assert old.process.wait(30) == 0
+    assert isinstance(reply.error, openai.APIError)
+    assert "replaced" in str(reply.error)
 
 
 class Replacer:
