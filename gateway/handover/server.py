@@ -26,6 +26,9 @@ _log = logging.getLogger(__name__)
 LAST_SECONDS = 5
 """For replies that were cut to say so."""
 
+_MOST_AT_ONCE = 64
+"""Connections, before anything else has its turn."""
+
 _STEP_BACK_SECONDS = 0.002
 """For which a worker that has more connections than another leaves a new one to that."""
 _NO_DESCRIPTOR_SECONDS = 1.0
@@ -55,8 +58,9 @@ class GatewayServer(uvicorn.Server):
         self.accepts = asyncio.Event()
         self._listener = listener
         self._share = share
-        self._door: _SharedDoor | None = None
+        self._door: _Door | None = None
         self._give: Callable[[int], None] | None = None
+        self._is_closing = False
 
     @property
     def is_busy(self) -> bool:
@@ -65,9 +69,8 @@ class GatewayServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start, then tell."""
-        await super().startup([] if self._share is not None else [self._listener.dup()])
-        if self._share is not None:
-            self._open_door(self._share)
+        await super().startup([])
+        self._open_door()
         if self.started:
             self.accepts.set()
 
@@ -79,6 +82,7 @@ class GatewayServer(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Refuse connections, let replies end; what runs longer is cut, and what then is not told so is cancelled."""
+        self._is_closing = True
         self._close_door()
         self._listener.close()
         self._stop.begin()
@@ -89,9 +93,6 @@ class GatewayServer(uvicorn.Server):
     def stop_accepting(self) -> None:
         """What comes from now on waits in the listener's queue for whoever serves it."""
         self._close_door()
-        for server in self.servers:
-            server.close()
-        self.servers = []
 
     def leave(self, give: Callable[[int], None]) -> None:
         """Give every connection away, as a descriptor, as soon as it has no request."""
@@ -106,30 +107,15 @@ class GatewayServer(uvicorn.Server):
         for connection in self.server_state.connections:
             assert isinstance(connection, BoundedConnection)
             connection.stay()
-        if self._share is not None:
-            self._open_door(self._share)
-        elif not self.servers:
-            loop = asyncio.get_running_loop()
-            listener = self._listener.dup()
-            self.servers = [await loop.create_server(self._connection, sock=listener, backlog=self.config.backlog)]
+        self._open_door()
 
     async def adopt(self, descriptor: int) -> None:
-        """Serve a connection that another process accepted; its client may have closed it meanwhile."""
-        connection = socket.socket(fileno=descriptor)
-        if self.should_exit:  # idle ones are closed then, and nobody would close this one
-            connection.close()
-            return
-        try:
-            _, protocol = await asyncio.get_running_loop().connect_accepted_socket(self._connection, connection)
-        except OSError:
-            connection.close()
-            return
-        if self._give is not None:
-            protocol.leave(self._give)
+        """Serve a connection that another process accepted."""
+        await self._take(socket.socket(fileno=descriptor))
 
-    def _open_door(self, share: Share) -> None:
+    def _open_door(self) -> None:
         if self._door is None:
-            self._door = _SharedDoor(self._listener, share, self._take, lambda: len(self.server_state.connections))
+            self._door = _Door(self._listener, self._share, self._take, lambda: len(self.server_state.connections))
 
     def _close_door(self) -> None:
         if self._door is not None:
@@ -137,7 +123,17 @@ class GatewayServer(uvicorn.Server):
             self._door = None
 
     async def _take(self, connection: socket.socket) -> None:
-        await asyncio.get_running_loop().connect_accepted_socket(self._connection, connection)
+        """Serve it; its client may have closed it meanwhile."""
+        connection.setblocking(False)
+        try:
+            _, protocol = await asyncio.get_running_loop().connect_accepted_socket(self._connection, connection)
+        except OSError:
+            connection.close()
+            return
+        if self._is_closing:  # idle ones have been closed, and nobody would close this one
+            protocol.shutdown()
+        elif self._give is not None:
+            protocol.leave(self._give)
 
     def _connection(self) -> BoundedConnection:
         connection = self.config.http_protocol_class(  # type: ignore[call-arg]  # as uvicorn itself calls it
@@ -160,13 +156,17 @@ class GatewayServer(uvicorn.Server):
                 loop.remove_signal_handler(number)
 
 
-class _SharedDoor:
-    """Accepts from a listening socket from which other workers accept too, no more than its share (see `shares`)."""
+class _Door:
+    """Accepts from a listening socket; where other workers do too, no more than its share (see `shares`).
+
+    The loop's own server accepts one connection in each turn of the loop. A turn of a busy loop takes five milliseconds
+    and more, so of 256 agents that came at once the last one waited for more than a second.
+    """
 
     def __init__(
         self,
         listener: socket.socket,
-        share: Share,
+        share: Share | None,
         take: Callable[[socket.socket], Coroutine[Any, Any, None]],
         count: Callable[[], int],
     ) -> None:
@@ -184,11 +184,13 @@ class _SharedDoor:
 
     def tell(self) -> None:
         """The others learn how many connections are here."""
-        self._share.set(self._count() + len(self._taking))
+        if self._share is not None:
+            self._share.set(self._count() + len(self._taking))
 
     def close(self) -> None:
         """Nothing more is accepted; what waits is for the others."""
-        self._share.leave()
+        if self._share is not None:
+            self._share.leave()
         if self._rest is not None:
             self._rest.cancel()
         self._loop.remove_reader(self._listener.fileno())
@@ -202,8 +204,11 @@ class _SharedDoor:
         self._loop.remove_reader(self._listener.fileno())
         self._rest = self._loop.call_later(seconds, then)
 
+    def _is_enough(self) -> bool:
+        return self._share is not None and self._share.is_exceeded
+
     def _knocked(self) -> None:
-        if self._share.is_exceeded:
+        if self._is_enough():
             self._rest_for(_STEP_BACK_SECONDS, self._accept_what_is_left)
         else:
             self._accept()
@@ -213,22 +218,18 @@ class _SharedDoor:
         self._accept()
 
     def _accept(self) -> None:
-        try:
-            connection, _ = self._listener.accept()
-        except (BlockingIOError, ConnectionAbortedError):  # another worker was faster; the client has gone
-            return
-        except OSError as error:
-            _log.error("no connection can be accepted: %s", error.strerror or error)
-            self._rest_for(_NO_DESCRIPTOR_SECONDS, self._watch)
-            return
-        task = self._loop.create_task(self._taken(connection))
-        self._taking.add(task)
-        task.add_done_callback(self._taking.discard)
-        self.tell()
-
-    async def _taken(self, connection: socket.socket) -> None:
-        connection.setblocking(False)
-        try:
-            await self._take(connection)
-        except OSError:  # closed by its client meanwhile
-            connection.close()
+        for _ in range(_MOST_AT_ONCE):
+            try:
+                connection, _ = self._listener.accept()
+            except (BlockingIOError, ConnectionAbortedError):  # another worker was faster; the client has gone
+                return
+            except OSError as error:
+                _log.error("no connection can be accepted: %s", error.strerror or error)
+                self._rest_for(_NO_DESCRIPTOR_SECONDS, self._watch)
+                return
+            task = self._loop.create_task(self._take(connection))
+            self._taking.add(task)
+            task.add_done_callback(self._taking.discard)
+            self.tell()
+            if self._is_enough():
+                return
