@@ -39,8 +39,11 @@ async def read_body(request: Request, *, max_bytes: int) -> bytes:
     is compressed, RequestTimeout for one that takes too long, TooManyRequests where bodies hold all there is for them.
     """
     body = body_at_hand(request, max_bytes=max_bytes)
-    if body is not None:
-        return body
+    return await awaited_body(request, max_bytes=max_bytes) if body is None else body
+
+
+async def awaited_body(request: Request, *, max_bytes: int) -> bytes:
+    """As `read_body`, for one that is not at hand."""
     account = _announced(request, max_bytes)
     limit_seconds = read_timeout_seconds(request.scope)
     try:

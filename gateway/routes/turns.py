@@ -31,11 +31,11 @@ from gateway.routes.bodies import (
     Frame,
     FrameReply,
     JsonReply,
+    awaited_body,
     body_at_hand,
     checked_id,
     gathered,
     path_id,
-    read_body,
     slices,
 )
 from gateway.routes.exchange import exchange_of, is_there
@@ -152,7 +152,7 @@ class Calls:
             session = await self._checked_caller(request, session_id)
         body = body_at_hand(request, max_bytes=max_bytes)
         if body is None:
-            body = await read_body(request, max_bytes=max_bytes)
+            body = await awaited_body(request, max_bytes=max_bytes)
             if session is not None:  # much may have happened to it since
                 session = await self._known(request, session_id)
         return body, session

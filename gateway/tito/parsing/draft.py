@@ -17,7 +17,7 @@ from gateway.tito.parsing.joined_text import JoinedText
 class ReplyDraft:
     """What parsers write to. holds_space: space at the end of the text may belong to markup that follows.
 
-    say, think: more visible text, more reasoning. deltas: what nobody has taken yet; who does empties the list.
+    say, think: more visible text, more reasoning. deltas: what nobody has taken yet.
     Promise: the deltas that were taken, joined, are the reply at the end.
     """
 
@@ -31,6 +31,12 @@ class ReplyDraft:
         self.tool_calls: list[ToolCall] = []
         self.num_reasoning_tokens = 0
         self._flags: list[ReplyFlag] = []
+
+    def take_deltas(self) -> list[ReplyDelta]:
+        """What nobody has taken yet; the texts go on writing to the same list."""
+        taken = self.deltas[:]
+        self.deltas.clear()
+        return taken
 
     def call(self, call_id: str, name: str, arguments: str) -> None:
         """A whole tool call."""

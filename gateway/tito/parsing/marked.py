@@ -133,9 +133,7 @@ class MarkedParser:
                 self._read(scanned)
             if was_reasoning or self._state is _REASONING:
                 draft.num_reasoning_tokens += at - start
-        deltas = draft.deltas[:]
-        del draft.deltas[:]
-        return deltas
+        return draft.take_deltas()
 
     def finish(self, finish: Finish) -> tuple[list[ReplyDelta], ParsedReply]:
         """The last deltas, and the whole reply; the parser takes no more tokens."""
