@@ -29,6 +29,7 @@ RULES: list[dict[str, Any]] = [
     {"after": "<|im_start|>tool", "reply": "<think>\nso\n</think>\nThe answer is 24."},
     {"after": "count slowly", "reply": "one two three four five six", "delay_seconds": 0.03},
     {"after": "count very slowly", "reply": "one two three four five six", "delay_seconds": 0.3},
+    {"after": "count for long", "reply": "one two three four five six " * 3, "delay_seconds": 0.3},
     {"after": "count for ages", "reply": "one two three four five six " * 9, "delay_seconds": 0.3},
     {"after": "quick", "reply": "the quick answer", "chunk_size": 100},
 ]

@@ -30,6 +30,7 @@ from gateway.contracts.errors import VerbatimError
 from tests.integration.gateway.conftest import RULES, RunningGateway, close, spawn, wait_ready
 
 SLOW = {"role": "user", "content": "count slowly"}
+FOR_LONG = {"role": "user", "content": "count for long"}  # longer than a gateway takes to start on a busy machine
 FOR_AGES = {"role": "user", "content": "count for ages"}
 VERY_SLOW = {"role": "user", "content": "count very slowly"}
 QUICK = {"role": "user", "content": "quick"}
@@ -264,13 +265,13 @@ def assert_answered(connection: socket.socket) -> None:
 def test_stream_that_runs_ends_whole_and_the_session_goes_on_in_one_segment(operator: Operator) -> None:
     """I3: the old process ends its replies; the next turn finds the record at the new one."""
     old = operator.start()
-    with ask(old, "s", [VERY_SLOW], stream=True) as reply:
+    with ask(old, "s", [FOR_LONG], stream=True) as reply:
         new = operator.replace()
         assert old.process.poll() is None
     assert reply.chunks[-1].choices[0].finish_reason == "stop"
     assert old.process.wait(30) == 0
     text = "".join(chunk.choices[0].delta.content or "" for chunk in reply.chunks)
-    following = [VERY_SLOW, {"role": "assistant", "content": text}, QUICK]
+    following = [FOR_LONG, {"role": "assistant", "content": text}, QUICK]
     new.client("s").chat.completions.create(model="m", messages=following)
     check_session(new, "s", [text, "the quick answer"])
 
@@ -309,7 +310,7 @@ def test_pause_and_engines_of_operators_carry_over(operator: Operator, rules_fil
 
 def test_pause_waits_for_replies_that_the_old_process_still_ends(operator: Operator) -> None:
     old = operator.start()
-    with ask(old, "s", [VERY_SLOW], stream=True) as reply:
+    with ask(old, "s", [FOR_LONG], stream=True) as reply:
         new = operator.replace()
         assert not has_ended(reply)
         new.post("/admin/generation/pause", {"mode": "drain"})
@@ -340,7 +341,7 @@ def test_reply_beyond_the_limit_is_cut_and_its_retry_goes_on_from_there(operator
 
 def test_sigterm_of_the_new_process_drains_the_old_one_too(operator: Operator) -> None:
     old = operator.start()
-    with ask(old, "s", [VERY_SLOW], stream=True) as reply:
+    with ask(old, "s", [FOR_LONG], stream=True) as reply:
         new = operator.replace()
         assert new.stop() == 0
         assert old.process.wait(30) == 0
