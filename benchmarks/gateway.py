@@ -21,6 +21,7 @@ from typing import Any
 
 from benchmarks.load import charts
 from benchmarks.load.contenders import Launch, Running, bare, litellm, require_workers_flag, running, smg, verbatim
+from benchmarks.load.cores import yield_together
 from benchmarks.load.figures import Measured, Target, over_rounds, plain, spread
 from benchmarks.load.history import AtLength, WholeConversation, at_length, line, whole_conversation
 from benchmarks.load.script import Model, Workload
@@ -35,6 +36,7 @@ PACKAGES = ("verbatim-rl", "uvicorn", "uvloop", "tokenizers", "smg")
 _LENGTHS = (1_000, 10_000, 30_000, 100_000)
 _HISTORY_TURNS, _TURNS_BEHIND = 40, 10
 _CONVERSATION_TURNS, _CONVERSATION_TOKENS = 100, 80_000
+_LOOP_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,10 +249,13 @@ def _wholes(mine: Sequence[WholeConversation]) -> dict[str, Any]:
 
 
 def _workers(place: Place) -> bool:
-    """One worker on one core, then as many as there are cores: CPU of a turn stays, turns a second grow."""
+    """One worker on one core, then as many as there are cores: CPU of a turn stays, turns a second grow, as far as the
+    machine's own cores let them."""
     require_workers_flag()
     cores = sorted(os.sched_getaffinity(0))
     a = place.arguments
+    cores_yield = spread(yield_together(cores, seconds=_LOOP_SECONDS) for _ in range(a.rounds))
+    _tell(f"{len(cores)} cores do {cores_yield.median:.2f} times the loops of one\n")
     with ExitStack() as stack:
         stage = stack.enter_context(place.stage())
         contenders = []
@@ -269,7 +274,7 @@ def _workers(place: Place) -> bool:
             stage, contenders, sessions, rounds=a.rounds, seconds=a.seconds, seed=a.seed, rate=a.rate, tell=_tell
         )
     figures = _by_sessions(runs, contenders, sessions)
-    place.keep("workers", {"cores": len(cores), "figures": figures})
+    place.keep("workers", {"cores": len(cores), "cores_yield": plain(asdict(cores_yield)), "figures": figures})
     return not any(each.errors for each in runs)
 
 
