@@ -11,10 +11,9 @@ import asyncio
 import logging
 import signal
 import socket
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import uvicorn
 
@@ -59,13 +58,14 @@ class GatewayServer(uvicorn.Server):
         self._listener = listener
         self._share = share
         self._door: _Door | None = None
+        self._taking: set[asyncio.Task[None]] = set()
         self._give: Callable[[int], None] | None = None
         self._is_closing = False
 
     @property
     def is_busy(self) -> bool:
-        """Whether a connection is open or a request under way."""
-        return bool(self.server_state.connections or self.server_state.tasks)
+        """Whether a connection is open, or being set up, or a request under way."""
+        return bool(self.server_state.connections or self._taking or self.server_state.tasks)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start, then tell."""
@@ -115,12 +115,20 @@ class GatewayServer(uvicorn.Server):
 
     def _open_door(self) -> None:
         if self._door is None:
-            self._door = _Door(self._listener, self._share, self._take, lambda: len(self.server_state.connections))
+            self._door = _Door(self._listener, self._share, self._accepted, self._num_connections)
 
     def _close_door(self) -> None:
         if self._door is not None:
             self._door.close()
             self._door = None
+
+    def _num_connections(self) -> int:
+        return len(self.server_state.connections) + len(self._taking)
+
+    def _accepted(self, connection: socket.socket) -> None:
+        task = asyncio.get_running_loop().create_task(self._take(connection))
+        self._taking.add(task)
+        task.add_done_callback(self._taking.discard)
 
     async def _take(self, connection: socket.socket) -> None:
         """Serve it; its client may have closed it meanwhile."""
@@ -167,7 +175,7 @@ class _Door:
         self,
         listener: socket.socket,
         share: Share | None,
-        take: Callable[[socket.socket], Coroutine[Any, Any, None]],
+        take: Callable[[socket.socket], None],
         count: Callable[[], int],
     ) -> None:
         self._listener = listener.dup()
@@ -178,14 +186,13 @@ class _Door:
         self._count = count
         self._loop = asyncio.get_running_loop()
         self._rest: asyncio.TimerHandle | None = None
-        self._taking: set[asyncio.Task[None]] = set()
         self.tell()
         self._watch()
 
     def tell(self) -> None:
         """The others learn how many connections are here."""
         if self._share is not None:
-            self._share.set(self._count() + len(self._taking))
+            self._share.set(self._count())
 
     def close(self) -> None:
         """Nothing more is accepted; what waits is for the others."""
@@ -227,9 +234,7 @@ class _Door:
                 _log.error("no connection can be accepted: %s", error.strerror or error)
                 self._rest_for(_NO_DESCRIPTOR_SECONDS, self._watch)
                 return
-            task = self._loop.create_task(self._take(connection))
-            self._taking.add(task)
-            task.add_done_callback(self._taking.discard)
+            self._take(connection)
             self.tell()
             if self._is_enough():
                 return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, asynccontextmanager
@@ -109,6 +110,26 @@ async def test_a_connection_that_is_set_up_while_the_server_stops_is_closed(serv
         await asyncio.wait_for(stopping, 10)
         theirs.settimeout(10)
         assert theirs.recv(1) == b""
+
+
+async def test_a_connection_that_was_just_accepted_counts(
+    server: GatewayServer, listener: socket.socket, clients: ExitStack
+) -> None:
+    """Or who gives its place away would end without it."""
+    connect(listener, clients)
+    for _ in range(1000):
+        if server.is_busy:
+            break
+        await asyncio.sleep(0)
+    assert not server.server_state.connections
+    server.stop_accepting()
+    assert server.is_busy
+    given: list[int] = []
+    server.leave(given.append)
+    await turn_loop()
+    assert not server.is_busy
+    assert len(given) == 1
+    os.close(given[0])
 
 
 async def test_a_server_that_steps_aside_takes_up_what_came_meanwhile(
