@@ -16,12 +16,13 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.load import charts
 from benchmarks.load.contenders import Launch, Running, bare, litellm, require_workers_flag, running, smg, verbatim
-from benchmarks.load.cores import yield_together
+from benchmarks.load.cores import empty_loops, yield_together
 from benchmarks.load.figures import Measured, Target, over_rounds, plain, spread
 from benchmarks.load.history import AtLength, WholeConversation, at_length, line, whole_conversation
 from benchmarks.load.script import Model, Workload
@@ -254,7 +255,8 @@ def _workers(place: Place) -> bool:
     require_workers_flag()
     cores = sorted(os.sched_getaffinity(0))
     a = place.arguments
-    cores_yield = spread(yield_together(cores, seconds=_LOOP_SECONDS) for _ in range(a.rounds))
+    count = partial(empty_loops, seconds=_LOOP_SECONDS)
+    cores_yield = spread(yield_together(cores, count) for _ in range(a.rounds))
     _tell(f"{len(cores)} cores do {cores_yield.median:.2f} times the loops of one\n")
     with ExitStack() as stack:
         stage = stack.enter_context(place.stage())

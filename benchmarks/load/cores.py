@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 _LOOP = """\
 import os, sys, time
@@ -24,14 +24,13 @@ print(num_loops)
 """
 
 
-def yield_together(cores: Sequence[int], *, seconds: float) -> float:
-    """Loops of the interpreter on all cores at once, in those of one core while the others have nothing to do."""
-    alone = [_loops([core], seconds) for core in cores]
-    return _loops(cores, seconds) * len(cores) / sum(alone)
+def yield_together(cores: Sequence[int], count: Callable[[Sequence[int]], int]) -> float:
+    """What `count` says of all cores at once, in what it says of one while the others have nothing to do."""
+    return count(cores) * len(cores) / sum(count([core]) for core in cores)
 
 
-def _loops(cores: Sequence[int], seconds: float) -> int:
-    """How many are done in all, by a process on each core; they begin together."""
+def empty_loops(cores: Sequence[int], *, seconds: float) -> int:
+    """How many the interpreter does in all, in a process on each core; they begin together."""
     programs = [
         subprocess.Popen(
             [sys.executable, "-c", _LOOP, str(core), str(seconds)],
