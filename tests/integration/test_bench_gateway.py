@@ -48,7 +48,7 @@ def test_every_measured_turn_was_sampled_and_recorded(stage: Stage, served: Runn
     sampled, recorded = stage.engine.statistics()["requests"], recorded_turns(served)
     run = stage.measure(served, 4, seconds=0.5, number=1)
     assert run.errors == 0
-    assert run.turns > 4
+    assert run.turns >= 4, "a turn of each session, at least"
     assert stage.engine.statistics()["requests"] - sampled == run.turns
     assert recorded_turns(served) - recorded == run.turns
     assert run.cpu_us > 50
@@ -129,7 +129,8 @@ def test_results_name_workload_machine_and_targets(
     told = json.loads(output.read_text())["turns"]["default"]
     assert told["command"].startswith("verbatim bench gateway turns --sessions 1,2")
     assert set(told["figures"]) == {"engine", "verbatim"}
-    assert told["figures"]["verbatim"]["1"]["turns_per_second"]["median"] > 0
+    assert told["figures"]["verbatim"]["1"]["p50_ms"]["median"] > 0
+    assert "turns_per_second" in told["figures"]["verbatim"]["2"]
     assert told["measured_on"]["machine"]["cores"] >= 1
     assert {"added p50 in ms, 1 session", "errors"} == {target["name"] for target in told["targets"]}
     assert code == (0 if all(target["met"] for target in told["targets"]) else 1)
