@@ -244,7 +244,7 @@ def generate_body(request: GenerateRequest) -> dict[str, JsonValue]:
     body = passed | {
         "rid": request.request_id,
         "input_ids": request.token_ids,
-        "sampling_params": _sampling(request.sampling),
+        "sampling_params": _sampling(request.sampling, request.stream_interval),
         "stream": True,
         "return_logprob": True,
         "logprob_start_len": -1,
@@ -275,8 +275,9 @@ def _prompt_ids(meta: Mapping[str, Any]) -> list[int]:
     return [triple[1] for triple in meta["input_token_logprobs"]]
 
 
-def _sampling(sampling: SamplingParams) -> dict[str, JsonValue]:
-    parameters: dict[str, JsonValue] = {
+def _sampling(sampling: SamplingParams, stream_interval: int | None) -> dict[str, JsonValue]:
+    parameters: dict[str, JsonValue] = {} if stream_interval is None else {"stream_interval": stream_interval}
+    parameters |= {
         **sampling.extra,
         "max_new_tokens": sampling.max_new_tokens,
         "temperature": sampling.temperature,

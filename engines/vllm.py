@@ -399,6 +399,8 @@ def _body(request: GenerateRequest, server: VllmServer, *, seeded: bool) -> tupl
         sampling["logprobs"] = min(request.num_top_logprobs + 1, server.max_logprobs)
     if request.routed_experts_start is not None:
         sampling["routed_experts_prompt_start"] = request.routed_experts_start
+    if request.stream_interval is not None:
+        sampling = {"stream_interval": request.stream_interval} | sampling
     sampling = {key: passed.pop(key) for key in _SAMPLING_OF_VLLM & passed.keys()} | sampling
     return _GENERATE, passed | ours | {"token_ids": request.token_ids, "sampling_params": sampling}
 

@@ -34,7 +34,7 @@
 /* ---- settings ---- */
 
 static int port;
-static long tokens_per_event = 1000000;
+static long tokens_per_event = 1;        /* where a request names no stream_interval */
 static bool incremental, spread;
 static double delay_from, delay_to;      /* seconds of a reply, drawn evenly */
 static double seconds_per_max_token;     /* a reply lasts its limit of tokens times this, so who asks decides */
@@ -140,7 +140,7 @@ typedef struct {
     Message in;
     Piece *first, *last;
     const Reply *reply;
-    long turn, limit, sent_events, num_events, prompt_tokens, experts_start;
+    long turn, limit, interval, sent_events, num_events, prompt_tokens, experts_start;
     long number; /* of a chat, for the ids of its calls */
     double began, duration;
     char rid[160];
@@ -324,8 +324,9 @@ static Timer take_timer(void) {
 
 /* ---- replies ---- */
 
+/* As SGLang: the first token at once, then as many as the interval says. */
 static long tokens_after(const Conn *c, long events) {
-    long n = events * tokens_per_event;
+    long n = events ? 1 + (events - 1) * c->interval : 0;
     return events >= c->num_events || n > c->limit ? c->limit : n;
 }
 
@@ -434,6 +435,12 @@ static void chat_event(Conn *c, Buffer *out, bool last) {
     append_text(out, last ? "\n\n\r\ne\r\ndata: [DONE]\n\n\r\n0\r\n\r\n" : "\n\n\r\n");
 }
 
+/* How much of its time a reply has taken when so many events are due. */
+static double share_after(const Conn *c, long events) {
+    if (c->chat) return (double)events / (double)c->num_events;
+    return (double)tokens_after(c, events) / (double)c->limit;
+}
+
 /* Say all that is due by now, and set the timer for what is not. */
 static void say(Conn *c, double now) {
     Buffer out = {0};
@@ -441,7 +448,7 @@ static void say(Conn *c, double now) {
         append_text(&out, "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n");
     for (;;) {
         long next = c->sent_events + 1;
-        double due = c->began + c->duration * (spread ? (double)next / (double)c->num_events : 1.0);
+        double due = c->began + c->duration * (spread ? share_after(c, next) : 1.0);
         if (c->duration > 0 && due > now) {
             add_timer((Timer){due, c->fd, c->age});
             break;
@@ -514,7 +521,7 @@ static void begin_reply(Conn *c, long turn, long limit) {
     double drawn = delay_from + (delay_to - delay_from) * (double)random() / (double)RAND_MAX;
     c->duration = seconds_per_max_token > 0 && limit > 0 ? seconds_per_max_token * (double)limit : drawn;
     c->limit = limit > 0 && limit < c->reply->num_ids ? limit : c->reply->num_ids;
-    c->num_events = c->stream ? (c->limit + tokens_per_event - 1) / tokens_per_event : 1;
+    c->num_events = c->stream ? 1 + (c->limit - 1 + c->interval - 1) / c->interval : 1;
     if (c->chat && c->stream) c->num_events = c->reply->num_deltas + 1;
     c->sent_events = 0;
     c->began = now_seconds();
@@ -539,15 +546,20 @@ static void generate(Conn *c) {
     long limit = 0;
     c->chat = c->stream = c->wants_experts = false;
     c->experts_start = 0;
+    c->interval = tokens_per_event;
     snprintf(c->rid, sizeof c->rid, "r%ld", seen.requests);
     while (next_item(slice_of(&c->in.body), &p, &key, &value)) {
         if (is(key, "input_ids")) ids = value;
         else if (is(key, "rid")) set_rid(c, inside_quotes(value));
         else if (is(key, "stream")) c->stream = is_true(value);
-        else if (is(key, "sampling_params")) limit = number_of(member(value, "max_new_tokens"), 0);
+        else if (is(key, "sampling_params")) {
+            limit = number_of(member(value, "max_new_tokens"), 0);
+            c->interval = number_of(member(value, "stream_interval"), tokens_per_event);
+        }
         else if (is(key, "return_routed_experts")) c->wants_experts = is_true(value) && layers > 0;
         else if (is(key, "routed_experts_start_len")) c->experts_start = number_of(value, 0);
     }
+    if (c->interval < 1) c->interval = tokens_per_event;
     if (ids.len < 3 || !isdigit((unsigned char)ids.data[1])) {
         seen.bad++;
         answer_text(c, 400, "{\"error\":{\"message\":\"this engine takes input_ids, one prompt a request\"}}");
@@ -566,6 +578,7 @@ static void chat(Conn *c) {
     long limit = 0;
     c->chat = true;
     c->stream = c->wants_experts = false;
+    c->interval = 1;
     while (next_item(slice_of(&c->in.body), &p, &key, &value)) {
         if (is(key, "messages")) messages = value;
         else if (is(key, "stream")) c->stream = is_true(value);

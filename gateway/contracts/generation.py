@@ -116,6 +116,11 @@ class TopLogprob(NamedTuple):
     logprob: float
 
 
+_GATHERED_TOKENS = 64
+"""An engine that dies takes with it what it had not told; an SGLang that streams all tokens again with every event takes
+time that grows with the square of their number."""
+
+
 @dataclass(slots=True, eq=False, kw_only=True)
 class Pace:
     """How soon whoever asked wants new tokens: each at once while `is_live`, else several together, to be woken less.
@@ -157,6 +162,14 @@ class GenerateRequest:
     routing_key: str = ""
     cache_key: str = ""
     pace: Pace | None = None
+
+    @property
+    def stream_interval(self) -> int | None:
+        """How many tokens an engine is to gather before it tells of them; None leaves that to the engine.
+
+        What ends a reply is told at once, with all that is left.
+        """
+        return None if self.pace is None or self.pace.is_live else _GATHERED_TOKENS
 
 
 @frozen_dataclass(frozen=True, slots=True, eq=False)
