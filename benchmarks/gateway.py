@@ -121,7 +121,11 @@ def _configure_workload(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--history-tokens", type=int, default=0, help="in the first messages (0)")
     parser.add_argument(
-        "--tokens-per-event", type=int, default=1, metavar="N", help="of the engine's stream, where a request does not say (1)"
+        "--tokens-per-event",
+        type=int,
+        default=1,
+        metavar="N",
+        help="of the engine's stream, where a request does not say (1)",
     )
     parser.add_argument("--no-tools", action="store_true", help="text only, no calls")
     parser.add_argument("--stream", action="store_true", help="agents ask for streamed replies")

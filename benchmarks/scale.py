@@ -42,7 +42,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--ramp-seconds", type=float, default=usual.ramp_seconds, help="until all have begun (20)")
     parser.add_argument("--reply-tokens", type=int, default=64, help="of a turn (64)")
-    parser.add_argument("--tokens-per-event", type=int, default=1, help="of the engine's stream, where a request does not say (1)")
+    parser.add_argument(
+        "--tokens-per-event", type=int, default=1, help="of the engine's stream, where a request does not say (1)"
+    )
     parser.add_argument("--message-bytes", type=int, default=2000, help="of a tool's result (2000)")
     parser.add_argument("--processes", type=int, default=2, help="of each contender (2)")
     parser.add_argument("--peers", default="", metavar="NAMES", help="measured after it: smg (none)")

@@ -46,6 +46,7 @@ _SAMPLING = {
     "presence_penalty": "presence_penalty",
     "repetition_penalty": "repetition_penalty",
     "logit_bias": "logit_bias",
+    "stream_interval": "stream_interval",
 }
 """vLLM's names → SGLang's."""
 

@@ -117,8 +117,8 @@ class TopLogprob(NamedTuple):
 
 
 _GATHERED_TOKENS = 64
-"""An engine that dies takes with it what it had not told; an SGLang that streams all tokens again with every event takes
-time that grows with the square of their number."""
+"""An engine that dies takes with it what it had not told; one that says all tokens again with every event, as SGLang
+does unless told otherwise, takes time for it that grows with the square of their number."""
 
 
 @dataclass(slots=True, eq=False, kw_only=True)

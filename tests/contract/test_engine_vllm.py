@@ -37,6 +37,7 @@ from gateway.contracts.generation import (
     GenerateEnd,
     GenerateRequest,
     LogprobKind,
+    Pace,
     SamplingParams,
 )
 from gateway.contracts.versions import VersionSpan
@@ -476,6 +477,24 @@ async def test_sampling_is_told_in_vllms_words(shape: str) -> None:
     assert {name: told.get(name) for name in wanted} == wanted
     assert not {"min_new_tokens", "json_schema", "custom_params", "max_new_tokens"} & set(told)
     assert shape != "completions" or body["repetition_penalty"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("pace", "extra", "told"),
+    [
+        (Pace(is_live=False), {}, 64),
+        (Pace(is_live=False), {"stream_interval": 5}, 5),
+        (Pace(is_live=True), {}, None),
+        (None, {}, None),
+    ],
+)
+async def test_what_nobody_streams_is_asked_for_in_few_events(
+    pace: Pace | None, extra: dict[str, Any], told: int | None
+) -> None:
+    """The ids route takes it among the sampling parameters (0.30); an agent's own word holds (I8)."""
+    upstream = Upstream("0.30", whole("0.30"))
+    await ask(upstream, SamplingParams(max_new_tokens=2, extra=extra), pace=pace)
+    assert upstream.bodies[0]["sampling_params"].get("stream_interval") == told
 
 
 async def test_what_vllm_would_ignore_is_refused() -> None:

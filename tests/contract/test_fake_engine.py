@@ -8,9 +8,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import openai
@@ -27,6 +28,7 @@ from gateway.contracts.generation import (
     GenerateChunk,
     GenerateEnd,
     GenerateRequest,
+    Pace,
     SamplingParams,
 )
 from gateway.contracts.versions import VersionSpan
@@ -42,8 +44,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 
 @contextmanager
-def engine_of(model: Model, *flags: str) -> Iterator[FakeEngine]:
-    script = write_script(model.folder.parent / f"script-{next(_numbers)}", model, WORKLOAD)
+def engine_of(model: Model, *flags: str, workload: Workload = WORKLOAD) -> Iterator[FakeEngine]:
+    script = write_script(model.folder.parent / f"script-{next(_numbers)}", model, workload)
     with running_engine(script, *told_flags(model), *flags) as engine:
         yield engine
 
@@ -65,13 +67,21 @@ def prompt_of(model: Model, turn: int) -> list[int]:
 
 
 async def ask(
-    client: SglangEngine, prompt: list[int], *, limit: int = 4096, routed_from: int | None = None, name: str = ""
+    client: SglangEngine,
+    prompt: list[int],
+    *,
+    limit: int = 4096,
+    routed_from: int | None = None,
+    name: str = "",
+    pace: Pace | None = None,
+    extra: Mapping[str, Any] | None = None,
 ) -> tuple[list[GenerateChunk], GenerateEnd]:
     request = GenerateRequest(
         name or f"r-{next(_numbers)}",
         np.array(prompt, dtype=np.int32),
-        SamplingParams(max_new_tokens=limit),
+        SamplingParams(max_new_tokens=limit, extra=extra or {}),
         routed_from,
+        pace=pace,
     )
     chunks, ends = [], []
     async for item in client.generate(request):
@@ -125,6 +135,31 @@ async def test_each_turn_gets_the_scripts_reply_with_its_logprobs(
                 assert (end.finish.reason, end.finish.matched) == (FinishReason.STOP, reply.token_ids[-1])
             last, _ = await ask(client, prompt_of(model, 9))
             assert ids_of(last) == replies(model, WORKLOAD)[-1].token_ids
+
+
+@pytest.mark.parametrize(
+    ("pace", "extra", "interval"),
+    [
+        (Pace(is_live=False), {}, 64),
+        (Pace(is_live=True), {}, 1),
+        (None, {}, 1),
+        (Pace(is_live=False), {"stream_interval": 7}, 7),
+    ],
+    ids=["nobody", "somebody", "unknown", "agent"],
+)
+async def test_what_nobody_streams_is_asked_for_in_few_events(
+    model: Model, pace: Pace | None, extra: dict[str, Any], interval: int
+) -> None:
+    """The first token at once, then as many as the request says; an agent's own word holds (I8)."""
+    workload = Workload(turns=1, reply_tokens=200)
+    with engine_of(model, workload=workload) as engine:
+        async with client_of(engine) as client:
+            chunks, _ = await ask(client, prompt_of(model, 1), pace=pace, extra=extra)
+            events = engine.statistics()["events"]
+    (reply,) = replies(model, workload)
+    assert ids_of(chunks) == reply.token_ids
+    assert len(reply.token_ids) > 130
+    assert events == 1 - (-(len(reply.token_ids) - 1) // interval)
 
 
 async def test_a_reply_is_cut_at_the_limit_of_its_request(model: Model) -> None:
