@@ -10,10 +10,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tests.object_server import ObjectServer, running_object_server
 from tests.postgres_server import PostgresServer, running_postgres
+
+# What an example may take says nothing of the code on a machine that others use, too.
+hypothesis.settings.register_profile("verbatim", deadline=None)
+hypothesis.settings.load_profile("verbatim")
 
 CORPUS = [
     'What is 48/2? Use the calculator. {"name": "calculator", "arguments": {"expression": "48/2"}} The answer is 24.',

@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -188,16 +188,11 @@ def _few_sessions(evidence: Evidence) -> Evidence:
     for session_id, [segment] in evidence.segments.items():
         if len(are_flagged) < 2:
             chosen[session_id] = [segment]
-            are_flagged |= {"recomputed" in span["cache_flags"] for span in segment["turns"] if _is_harmable(span)}
+            are_flagged |= {"recomputed" in span["cache_flags"] for span in segment["turns"]}
     sequences = [segment["token_ids"] for [segment] in chosen.values()]
     served = [one for one in evidence.served if any(ids[: len(one.prompt)] == [*one.prompt] for ids in sequences)]
     num_turns = sum(len(segment["turns"]) for [segment] in chosen.values())
     return Evidence(chosen, served, evidence.weights, num_turns)
-
-
-def _is_harmable(span: Mapping[str, Any]) -> bool:
-    """Whether it has the flag that is dropped, or none, so that one can be added."""
-    return "recomputed" in span["cache_flags"] or not span["cache_flags"]
 
 
 def _harmed(segments: dict[str, Any], choose: Any, change: Any) -> dict[str, Any]:
@@ -232,9 +227,10 @@ def _dropped_flag(segments: dict[str, Any], served: list[Any]) -> tuple[dict[str
 
 def _added_flag(segments: dict[str, Any], served: list[Any]) -> tuple[dict[str, Any], list[Any]]:
     def add(segment: dict[str, Any], i: int) -> None:
-        segment["turns"][i] = {**segment["turns"][i], "cache_flags": ["recomputed"]}
+        span = segment["turns"][i]
+        segment["turns"][i] = {**span, "cache_flags": [*span["cache_flags"], "recomputed"]}
 
-    return _harmed(segments, lambda span, versions: not span["cache_flags"], add), served
+    return _harmed(segments, lambda span, versions: "recomputed" not in span["cache_flags"], add), served
 
 
 def _dropped_request(segments: dict[str, Any], served: list[Any]) -> tuple[dict[str, Any], list[Any]]:
