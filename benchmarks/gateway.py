@@ -54,14 +54,13 @@ class Place:
         a = self.arguments
         return Workload(a.turns, a.reply_tokens, a.message_bytes, a.history_tokens, not a.no_tools)
 
-    def stage(self, workload: Workload | None = None) -> Any:
-        """The engine and agents that the flags ask for."""
+    def stage(self, workload: Workload | None = None, *, cores: str = "") -> Any:
+        """The engine and agents that the flags ask for; on these cores, else where the flags say."""
         a = self.arguments
         flags = ["--tokens-per-event", str(a.tokens_per_event), "--delay-ms", a.delay_ms]
         flags += ["--spread"] if a.spread else []
-        return staged(
-            self.folder / "stage", self.model, workload or self.workload, *flags, stream=a.stream, cores=a.pin_tools
-        )
+        folder, cores = self.folder / f"stage{cores}", cores or a.pin_tools
+        return staged(folder, self.model, workload or self.workload, *flags, stream=a.stream, cores=cores)
 
     def keep(self, part: str, figures: Mapping[str, Any]) -> None:
         """Into the results file, under the part and the name that was given."""
@@ -153,9 +152,8 @@ def _turns(place: Place) -> bool:
     a = place.arguments
     sessions = [int(each) for each in a.sessions.split(",")]
     with place.stage() as stage, _contenders(place, stage) as contenders:
-        runs = run_rounds(
-            stage, contenders, sessions, rounds=a.rounds, seconds=a.seconds, seed=a.seed, rate=a.rate, tell=_tell
-        )
+        placed = [(stage, contender) for contender in contenders]
+        runs = run_rounds(placed, sessions, rounds=a.rounds, seconds=a.seconds, seed=a.seed, rate=a.rate, tell=_tell)
     figures = _by_sessions(runs, contenders, sessions)
     found = targets(runs, _ours(contenders))
     place.keep(
@@ -254,8 +252,8 @@ def _wholes(mine: Sequence[WholeConversation]) -> dict[str, Any]:
 
 
 def _workers(place: Place) -> bool:
-    """One worker on one core, then as many as there are cores: CPU of a turn stays, turns a second grow, as far as the
-    machine's own cores let them."""
+    """Everything on one core, with one worker, then on as many as there are, each with a worker more: CPU of a turn
+    stays, turns a second grow, as far as the machine's own cores let them."""
     require_workers_flag()
     cores = sorted(os.sched_getaffinity(0))
     a = place.arguments
@@ -263,23 +261,17 @@ def _workers(place: Place) -> bool:
     cores_yield = spread(yield_together(cores, count) for _ in range(a.rounds))
     _tell(f"{len(cores)} cores do {cores_yield.median:.2f} times the loops of one\n")
     with ExitStack() as stack:
-        stage = stack.enter_context(place.stage())
-        contenders = []
+        placed = []
         for workers in range(1, len(cores) + 1):
-            launch = verbatim(
-                stage.engine,
-                place.model.folder,
-                place.folder / f"data-{workers}",
-                workers=workers,
-                cores=",".join(map(str, cores[:workers])),
-                flags=a.serve_flag,
-            )
-            contenders.append(stack.enter_context(running(launch, place.folder / f"workers-{workers}.log")))
+            # Engine and agents too: where only the workers gained cores, only the first would have one for itself.
+            mine = ",".join(map(str, cores[:workers]))
+            stage = stack.enter_context(place.stage(cores=mine))
+            data = place.folder / f"data-{workers}"
+            launch = verbatim(stage.engine, place.model.folder, data, workers=workers, cores=mine, flags=a.serve_flag)
+            placed.append((stage, stack.enter_context(running(launch, place.folder / f"workers-{workers}.log"))))
         sessions = [int(each) for each in a.sessions.split(",")]
-        runs = run_rounds(
-            stage, contenders, sessions, rounds=a.rounds, seconds=a.seconds, seed=a.seed, rate=a.rate, tell=_tell
-        )
-    figures = _by_sessions(runs, contenders, sessions)
+        runs = run_rounds(placed, sessions, rounds=a.rounds, seconds=a.seconds, seed=a.seed, rate=a.rate, tell=_tell)
+    figures = _by_sessions(runs, [contender for _, contender in placed], sessions)
     place.keep("workers", {"cores": len(cores), "cores_yield": plain(asdict(cores_yield)), "figures": figures})
     return not any(each.errors for each in runs)
 

@@ -14,8 +14,7 @@ TARGET_SESSIONS = (32, 256)
 
 
 def run_rounds(
-    stage: Stage,
-    contenders: Sequence[Running],
+    placed: Sequence[tuple[Stage, Running]],
     sessions: Sequence[int],
     *,
     rounds: int,
@@ -24,18 +23,18 @@ def run_rounds(
     rate: float | None = None,
     tell: Callable[[str], None],
 ) -> list[Measured]:
-    """`rounds` times every contender at every number of sessions, `seconds` each.
+    """`rounds` times every contender on its stage at every number of sessions, `seconds` each.
 
     rate: conversations that begin each second, in as many sessions at most; None: each session goes on as it can.
     """
     order = random.Random(seed)
-    for contender in contenders:
+    for stage, contender in placed:
         stage.warm(contender)
     runs = []
     for number in range(1, rounds + 1):
-        pairs = [(contender, at_once) for contender in contenders for at_once in sessions]
-        order.shuffle(pairs)
-        for contender, at_once in pairs:
+        measurements = [(*one, at_once) for one in placed for at_once in sessions]
+        order.shuffle(measurements)
+        for stage, contender, at_once in measurements:
             run = stage.measure(contender, at_once, seconds=seconds, number=number, rate=rate)
             runs.append(run)
             tell(line(run))

@@ -50,6 +50,14 @@ class Connection(Protocol):
         """Between `begin` and `commit`, unless the store itself has rolled back."""
         ...
 
+    def wait_for_turn(self) -> None:
+        """Wait until no other transaction writes, where a store lets one do so at a time; `begin` does so, too.
+
+        Who waits here first may learn meanwhile what else there is to write. What it took, the end of the next
+        transaction gives back.
+        """
+        ...
+
     def begin(self) -> None:
         """Start a transaction that will write."""
         ...

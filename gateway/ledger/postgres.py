@@ -186,6 +186,9 @@ class PostgresConnection:
         status = self._connection.info.transaction_status
         return status in (pq.TransactionStatus.INTRANS, pq.TransactionStatus.INERROR)
 
+    def wait_for_turn(self) -> None:
+        """Nothing to wait for: transactions write beside each other."""
+
     def begin(self) -> None:
         """Start a transaction; each of its statements sees what has been committed by then."""
         self.execute("BEGIN ISOLATION LEVEL READ COMMITTED")

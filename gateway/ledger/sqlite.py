@@ -232,9 +232,12 @@ class SqliteConnection:
     def in_transaction(self) -> bool:
         return self._raw.in_transaction
 
-    def begin(self) -> None:
+    def wait_for_turn(self) -> None:
         if self._turn is not None:
             self._turn.take()
+
+    def begin(self) -> None:
+        self.wait_for_turn()
         try:
             self._raw.execute("BEGIN IMMEDIATE")
         except sqlite3.Error:

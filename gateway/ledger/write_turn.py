@@ -17,14 +17,19 @@ class WriteTurn:
     def __init__(self, path: Path) -> None:
         """Makes the file if need be; raises OSError."""
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._is_mine = False
 
     def take(self) -> None:
-        """Wait until nobody else writes; raises OSError."""
-        fcntl.flock(self._file, fcntl.LOCK_EX)
+        """Wait until nobody else writes, unless it is this one's turn already; raises OSError."""
+        if not self._is_mine:
+            fcntl.flock(self._file, fcntl.LOCK_EX)
+            self._is_mine = True
 
     def give(self) -> None:
         """Let the next one write; repeating it is fine."""
-        fcntl.flock(self._file, fcntl.LOCK_UN)
+        if self._is_mine:
+            self._is_mine = False
+            fcntl.flock(self._file, fcntl.LOCK_UN)
 
     def close(self) -> None:
         """It stands in the queue no more."""

@@ -7,8 +7,9 @@ A future resolves after the commit that holds its operation (I4). An operation t
 fails takes its whole batch with it, and nothing of that batch is stored.
 
 What a batch costs besides its rows is an fsync, and handing the interpreter's lock to and fro. So there is little of
-both: what one turn of the event loop brings goes to the thread at once, what comes while it commits is the next batch,
-statements are few (`gateway.ledger.batch`), and one wake-up of the loop resolves all futures of a batch.
+both: what one turn of the event loop brings goes to the thread at once, what comes while it or another process commits
+is the next batch, statements are few (`gateway.ledger.batch`), and one wake-up of the loop resolves all futures of a
+batch.
 """
 
 from __future__ import annotations
@@ -152,6 +153,8 @@ class GroupCommitWriter:
         batch = self._queue.get()
         if batch is None:
             return None
+        with suppress(*self._fatal):  # the transaction tries again
+            self._connection.wait_for_turn()  # first: what comes while another process commits goes with this batch
         while len(batch) < _MAX_BATCH:
             try:
                 more = self._queue.get_nowait()

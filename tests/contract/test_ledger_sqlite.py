@@ -35,6 +35,7 @@ from gateway.ledger.backend import Connection, Location
 from gateway.ledger.rows import TurnRow, read_turn, turn_row
 from gateway.ledger.segments_file import SegmentFileWriter, read_record
 from gateway.ledger.sqlite import SqliteConnection, SqliteLedger, translate
+from gateway.ledger.write_turn import WriteTurn
 from gateway.ledger.writer import GroupCommitWriter, StoreFailures
 
 NUM_ROWS = 50
@@ -678,6 +679,38 @@ async def test_a_batch_that_met_another_process_is_run_again_each_operation_alon
     assert runs.count(2) > 2
     stored = await group.submit(lambda c: c.execute("SELECT n FROM numbers").fetchall())
     assert stored == [(0,), (1,)]
+
+
+async def test_what_comes_while_another_process_commits_is_one_batch(tmp_path: Path) -> None:
+    """Each worker's fsync holds up all others, so there are as few as can be."""
+    file, turn = tmp_path / "store.sqlite", tmp_path / "ledger.turn"
+    raw = sqlite3.connect(file, isolation_level=None, check_same_thread=False)
+    raw.execute("CREATE TABLE numbers (n INTEGER PRIMARY KEY)")
+    commits: list[int] = []
+    group = GroupCommitWriter(
+        SqliteConnection(raw, WriteTurn(turn)),
+        failures=StoreFailures((sqlite3.Error, OSError), translate, lambda error: False),
+        flush=lambda: commits.append(1),
+        after_commit=lambda connection: None,
+    )
+    other = WriteTurn(turn)
+    other.take()
+
+    def insert(n: int) -> Callable[[Connection], None]:
+        return lambda connection: connection.executemany("INSERT INTO numbers VALUES (?)", [(n,)])
+
+    waiting = [group.submit(insert(0))]
+    await asyncio.sleep(0.3)  # the writer has it, and waits
+    waiting += [group.submit(insert(n)) for n in (1, 2)]
+    await asyncio.sleep(0.1)
+    assert not any(future.done() for future in waiting)
+    other.give()
+    async with asyncio.timeout(20):
+        await asyncio.gather(*waiting)
+    assert len(commits) == 1
+    other.take()  # it was given back
+    other.close()
+    group.close()
 
 
 async def test_an_operation_that_raises_fails_alone_and_leaves_nothing(
