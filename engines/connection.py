@@ -297,8 +297,8 @@ class EventStream:
         self._heard_at = 0.0
         self._is_over = False
         self.pace: Pace | None = None
-        """While it is not live, `next` waits behind the first events for several. What came and was not given when it
-        is left with an error, `unread` gives."""
+        """While it is not live, `next` waits for several events. What came and was not given when the stream is left,
+        or not even entered, with an error, `unread` gives."""
 
     async def __aenter__(self) -> Self:
         """Send the request and wait for the answer to begin; raises the error of one that is a refusal."""
@@ -309,6 +309,8 @@ class EventStream:
         try:
             self._connection = connection = await http.client().send("POST", self._path, body, self._headers)
             del body  # a long prompt; the answer may take minutes
+            if self.pace is not None and self._on_headers is None:
+                self._gather(connection, self.pace)
             too_late = connection.heard_at + http.first_byte_timeout_seconds
             while not connection.has_head:
                 if not await connection.arrival(self._waits_until(connection, too_late)):
@@ -336,13 +338,18 @@ class EventStream:
         else:
             self._connection.close()
 
+    def _gather(self, connection: Connection, pace: Pace) -> None:
+        connection.gather(pace, _GOING_ON)
+        self.pace = None
+
     def finish(self) -> None:
         """All that is needed was heard: what may follow does not matter."""
         self._is_over = True
 
     def unread(self) -> Sequence[bytes]:
         """The data of events that came since the last `next`."""
-        assert self._connection is not None
+        if self._connection is None:
+            return ()
         pieces = self._connection.taken()
         return [data for data in self._reader.read(b"".join(pieces)) if data != _DONE] if pieces else ()
 
@@ -370,8 +377,7 @@ class EventStream:
                         self._is_over = True
                         return payloads[: payloads.index(_DONE)]
                     if self.pace is not None:
-                        connection.gather(self.pace, _GOING_ON)
-                        self.pace = None
+                        self._gather(connection, self.pace)
                     return payloads
                 await self._check_comments()
         except (OSError, NotHttp) as error:

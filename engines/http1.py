@@ -55,6 +55,7 @@ class Pace(Protocol):
 
     is_live: bool
     on_live: Callable[[], None] | None
+    first_at: float | None
 
 
 class _Decoder(Protocol):
@@ -306,10 +307,11 @@ class Connection(asyncio.Protocol):
         return pieces
 
     def gather(self, pace: Pace, going_on: bytes) -> None:
-        """Of this answer, a piece of one event that holds `going_on` need not be read at once while `pace` is not live.
+        """Of this answer, a piece of one event that holds `going_on` need not be read at once while `pace` is not live,
+        nor its head, if it is no refusal.
 
         It waits some seconds for others to be read with: who reads is woken once for all of them. Any other piece, much
-        that waits, the end of the answer, and who begins to listen wake at once.
+        that waits, the end of the answer, and who begins to listen wake at once. When the first piece came is noted.
         """
         self._pace, self._going_on = pace, going_on
         pace.on_live = self._gathered
@@ -428,6 +430,8 @@ class Connection(asyncio.Protocol):
                 self._fail(NotHttp(f"headers of more than {_MAX_HEAD_BYTES} bytes"))
             return  # nobody waits for half a head, and who waits is told of a failure
         if self._may_wait and self._buffered <= _GATHER_BYTES:
+            if self._pieces and self._pace is not None and self._pace.first_at is None:
+                self._pace.first_at = self.heard_at
             if self._gathering is None:
                 self._gathering = self._loop.call_later(_GATHER_SECONDS, self._gathered)
             return
@@ -474,6 +478,7 @@ class Connection(asyncio.Protocol):
         if self.status < 200:
             return
         self._until_end = self.status not in (204, 304)
+        self._may_wait = self._may_wait and self.status == 200
         for name, value in self._fields:
             match name.lower():
                 case b"content-length":

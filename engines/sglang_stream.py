@@ -93,26 +93,28 @@ async def read_generation(
     """The items of one `/generate` stream; whatever ends it before its end, the request is aborted."""
     stream, reader = await prepare()
     ended = False
+    unreadable: VerbatimError | None = None
     try:
         stream.pace = reader.pace
-        async with stream:
-            while reader.end is None:
-                try:
+        try:
+            async with stream:
+                while reader.end is None:
                     events = await stream.next()
-                except (EngineError, asyncio.CancelledError):
-                    reader.read_all(stream.unread())
+                    if not events:
+                        break
+                    unreadable = reader.read_all(events)
                     if (chunk := reader.take()) is not None:
-                        yield chunk  # I3: what came counts, though nobody had asked for it yet
-                    raise
-                if not events:
-                    break
-                error = reader.read_all(events)
-                if (chunk := reader.take()) is not None:
-                    yield chunk
-                if error is not None:
-                    raise error
-            if reader.end is not None:
-                stream.finish()
+                        yield chunk
+                    if unreadable is not None:
+                        raise unreadable
+                if reader.end is not None:
+                    stream.finish()
+        except (EngineError, asyncio.CancelledError):
+            if unreadable is None:
+                reader.read_all(stream.unread())
+            if (chunk := reader.take()) is not None:
+                yield chunk  # I3: what came counts, though nobody had asked for it yet
+            raise
         if reader.end is None:
             raise EngineUnavailable(f"{reader.named}: the stream ended before the request did")
         ended = True

@@ -126,10 +126,12 @@ class Pace:
     """How soon whoever asked wants new tokens: each at once while `is_live`, else several together, to be woken less.
 
     Changed under way: somebody may begin to listen (`quicken`), or leave. on_live: who gathers tokens is told so then.
+    first_at: when the first ones came that were kept back, in the time of the event loop (`time.monotonic`).
     """
 
     is_live: bool
     on_live: Callable[[], None] | None = None
+    first_at: float | None = None
 
     def quicken(self) -> None:
         """From now on, and what was gathered."""

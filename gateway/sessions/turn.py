@@ -94,7 +94,8 @@ class Turn:
             self._so_far.started = event
         else:
             if self._first_token_seconds is None:
-                self._first_token_seconds = time.monotonic() - self._clock
+                kept_since = self.pace.first_at
+                self._first_token_seconds = max(0.0, (kept_since or time.monotonic()) - self._clock)
             self._so_far.add(event)
         for reader in self._readers:
             reader.put_nowait(event)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -12,7 +13,7 @@ import pytest
 
 from engines.launch import free_port
 from engines.sglang import SglangEngine
-from gateway.contracts.errors import EngineUnavailable
+from gateway.contracts.errors import EngineRejected, EngineUnavailable
 from gateway.contracts.generation import GenerateChunk, GenerateEnd, GenerateRequest, Pace, SamplingParams
 
 PROMPT = np.array([1, 2, 3], dtype=np.int32)
@@ -37,8 +38,9 @@ def event(number: int, *, last: bool = False) -> bytes:
 class Streaming:
     """An engine of one connection at a time, which sends what the test has it send."""
 
-    def __init__(self) -> None:
+    def __init__(self, head: bytes = HEAD) -> None:
         self.asked = asyncio.Event()
+        self._head = head
         self.aborted = asyncio.Event()
         self._writer: asyncio.StreamWriter | None = None
         self._writers: list[asyncio.StreamWriter] = []
@@ -50,7 +52,7 @@ class Streaming:
             writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
             self.aborted.set()
             return
-        writer.write(HEAD)
+        writer.write(self._head)
         self._writer = writer
         self.asked.set()
 
@@ -72,9 +74,11 @@ class Streaming:
 
 
 @asynccontextmanager
-async def engine(pace: Pace) -> AsyncIterator[tuple[Streaming, list[list[int]], asyncio.Task[GenerateEnd | None]]]:
+async def engine(
+    pace: Pace, *, head: bytes = HEAD
+) -> AsyncIterator[tuple[Streaming, list[list[int]], asyncio.Task[GenerateEnd | None]]]:
     """A stream under way: who sends it, the chunks that came of it, and the task that reads it."""
-    port, streaming = free_port(), Streaming()
+    port, streaming = free_port(), Streaming(head)
     client = SglangEngine(
         f"http://127.0.0.1:{port}",
         engine_id="e0",
@@ -121,16 +125,35 @@ async def test_who_is_shown_tokens_hears_each_event() -> None:
         assert heard == [[1], [2], [3], [4]]
 
 
-async def test_first_event_and_the_end_are_heard_at_once_and_what_is_between_together() -> None:
-    async with engine(Pace(is_live=False)) as (streaming, heard, reading):
+async def test_what_comes_before_the_end_is_heard_with_it() -> None:
+    """When the first token came is noted; who waits for the end hears it at once."""
+    pace = Pace(is_live=False)
+    async with engine(pace) as (streaming, heard, reading):
+        began = time.monotonic()
         await streaming.send(event(1))
-        await until(lambda: len(heard) == 1)
-        await streaming.send(*map(event, range(2, 20)), event(20, last=True))
+        await until(lambda: pace.first_at is not None)
+        first_at = pace.first_at
+        await streaming.send(*map(event, range(2, 20)))
+        await asyncio.sleep(0.02)
+        assert heard == []
+        await streaming.send(event(20, last=True))
         end = await asyncio.wait_for(reading, 0.15)  # sooner than what waits would be given, and without [DONE]
         assert end is not None
         assert end.completion_tokens == 20
         assert [token for chunk in heard for token in chunk] == list(range(1, 21))
-        assert len(heard) <= 3
+        assert len(heard) <= 2
+        assert pace.first_at == first_at
+        assert first_at is not None
+        assert began - 0.01 < first_at <= time.monotonic()
+
+
+async def test_a_refusal_is_heard_at_once() -> None:
+    refusal = HEAD.replace(b"200 OK", b"400 Bad Request")
+    async with engine(Pace(is_live=False), head=refusal) as (streaming, heard, reading):
+        await streaming.send(b"2\r\nno\r\n0\r\n\r\n")
+        with pytest.raises(EngineRejected, match="no"):
+            await asyncio.wait_for(reading, 2)
+        assert heard == []
 
 
 async def test_what_waits_is_given_after_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,55 +162,52 @@ async def test_what_waits_is_given_after_a_moment(monkeypatch: pytest.MonkeyPatc
     async with engine(Pace(is_live=False)) as (streaming, heard, _):
         await streaming.send(event(1), event(2), event(3))
         await until(lambda: sum(map(len, heard)) == 3)
-        assert heard[0] == [1]
 
 
 async def test_who_comes_later_hears_each_event_from_then_on() -> None:
     pace = Pace(is_live=False)
     async with engine(pace) as (streaming, heard, _):
-        await streaming.send(event(1))
-        await until(lambda: len(heard) == 1)
-        await streaming.send(event(2))
-        assert heard == [[1]]
+        await streaming.send(event(1), event(2))
+        await until(lambda: pace.first_at is not None)
+        assert heard == []
         pace.quicken()
-        await until(lambda: heard[-1] == [2])
+        await until(lambda: heard == [[1, 2]])
         for number in range(3, 6):
             await streaming.send(event(number))
             await until(lambda number=number: heard[-1][-1] == number)  # type: ignore[misc]
-        assert heard[-2:] == [[4], [5]]
+        assert heard == [[1, 2], [3], [4], [5]]
 
 
 async def test_much_that_waits_is_read_at_once() -> None:
     """Flow control as ever: what nobody reads is bounded."""
     async with engine(Pace(is_live=False)) as (streaming, heard, _):
         await streaming.send(event(1))
-        await until(lambda: len(heard) == 1)
+        await asyncio.sleep(0.02)
+        assert heard == []
         await streaming.send(event(4000))
-        await asyncio.sleep(0.05)
-        assert sum(map(len, heard)) == 4000
+        await until(lambda: sum(map(len, heard)) == 4000)
 
 
 async def test_what_came_counts_where_the_turn_is_cut() -> None:
-    """I3: it was sampled, and had arrived."""
-    async with engine(Pace(is_live=False)) as (streaming, heard, reading):
-        await streaming.send(event(1))
-        await until(lambda: len(heard) == 1)
-        await streaming.send(*map(event, range(2, 6)))
+    """I3: it was sampled, and had arrived; whether its head was looked at yet or not."""
+    pace = Pace(is_live=False)
+    async with engine(pace) as (streaming, heard, reading):
+        await streaming.send(*map(event, range(1, 6)))
+        await until(lambda: pace.first_at is not None)
         await asyncio.sleep(0.01)
-        assert heard == [[1]]
+        assert heard == []
         reading.cancel()
         await asyncio.wait([reading])
         assert reading.cancelled()
-        assert heard == [[1], [2, 3, 4, 5]]
+        assert heard == [[1, 2, 3, 4, 5]]
         await asyncio.wait_for(streaming.aborted.wait(), 5)
 
 
 async def test_what_came_counts_where_the_engine_breaks_off() -> None:
     """I3, I5."""
     async with engine(Pace(is_live=False)) as (streaming, heard, reading):
-        await streaming.send(event(1))
-        await until(lambda: len(heard) == 1)
-        await streaming.send(*map(event, range(2, 6)))
+        await streaming.send(*map(event, range(1, 6)))
+        await asyncio.sleep(0.02)
         streaming.break_off()
         with pytest.raises(EngineUnavailable):
             await asyncio.wait_for(reading, 0.15)
