@@ -71,6 +71,7 @@ async def _agent(
             messages.append({"role": "user", "content": f"{randomness.choice(_QUESTIONS)} {randomness.random()}"})
             most = randomness.randint(*load.tokens)
             body = {"messages": messages, "max_tokens": most, "ignore_eos": True, "temperature": 1.0}
+            body["stream_interval"] = 1  # the door is to see how far each reply is
             try:
                 reply = await _reply(http, f"{url}/sessions/{session_id}/v1/chat/completions", body, randomness)
             except (aiohttp.ClientError, TimeoutError, ValueError, KeyError) as error:

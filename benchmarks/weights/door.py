@@ -19,7 +19,7 @@ from engines.launch import free_port
 
 _NOT_PASSED = frozenset(("host", "content-length", "transfer-encoding", "connection"))
 _DATA = b"data: "
-_MOST_TOKENS = 40
+_FEWEST_TOKENS, _MOST_TOKENS = 4, 40
 _RECENT = 500
 
 
@@ -72,9 +72,9 @@ class Door:
 
     @property
     def num_sampling(self) -> int:
-        """Requests under way that have told their first token, and not many: the next are told 64 together."""
+        """Requests under way that have some tokens already, and not many."""
         recent = self.served[-_RECENT:]
-        return sum(not one.ended and 0 < len(one.token_ids) <= _MOST_TOKENS for one in recent)
+        return sum(not one.ended and _FEWEST_TOKENS <= len(one.token_ids) <= _MOST_TOKENS for one in recent)
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[Door]:

@@ -152,6 +152,7 @@ async def test_tokens_of_half_loaded_weights_are_never_trained(
     """I9: a trainer died while it loaded, and somebody resumed the engine; the next publication makes it whole."""
     async with fresh_stage(tmp_path, engine_url, weights) as stage:
         body = {"messages": [{"role": "user", "content": "Go on."}], "max_tokens": 200, "ignore_eos": True}
+        body["stream_interval"] = 1  # the door is to see how far it is
         url = f"{stage.url}/sessions/half-loaded/v1/chat/completions"
         asked = asyncio.create_task(stage.http.post(url, json=body))
         await until(lambda: stage.door.num_sampling > 0, seconds=20)
