@@ -199,6 +199,7 @@ def test_any_interleaving_of_forwards_and_backwards_gives_what_each_gives_alone(
 ) -> None:
     """No cursor, no registry: results depend on the rows handed in, not on what ran before or between."""
     model, replay = _SHARED
+    model.zero_grad(set_to_none=True)  # Hypothesis may break an example off where `random` draws, behind a backward
     losses, oracle = [], []
     for kind, seed in work:
         losses.append(_forward(model, replay, kind, seed))
