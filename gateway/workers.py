@@ -78,6 +78,7 @@ def supervise(
             pid = os.fork()
             if pid == 0:
                 _become_worker(theirs, supervisor)
+                keep_to_core(number, settings.workers)
                 place = _Place(Channel(theirs), shares.enter(number), marks.of(number))
                 _end(_run_worker(settings, operator_digests, kinds, place))
             theirs.close()
@@ -185,6 +186,17 @@ def _become_worker(connection: socket.socket, supervisor: int) -> None:
                 os.close(descriptor)
     # As one process: what kills the supervisor kills the gateway, and nothing keeps the port and the folder.
     end_with_parent(supervisor)
+
+
+def keep_to_core(number: int, num_workers: int) -> None:
+    """Where there are as many workers as this process may use cores, each keeps to one of its own.
+
+    Its threads then do not hand the interpreter's lock from core to core, which costs more than a second core gives
+    them. Fewer workers leave the choice to the system, for there is room beside them; more would not come out even.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    if num_workers == len(cores):
+        os.sched_setaffinity(0, {cores[number]})
 
 
 def _end(exit_code: int) -> NoReturn:

@@ -123,8 +123,9 @@ def compared(runs: Sequence[Measured], figure: str, ours: str, other: str, sessi
 
 
 def ratios(runs: Sequence[Measured], figure: str, ours: str, other: str, sessions: int) -> Spread | None:
-    """Ours over the other's, round by round; None where they never met."""
-    pairs = compared(runs, figure, ours, other, sessions)
+    """Ours over the other's, round by round; None where they never met. A round in which the other ended nothing in the
+    measured time has no ratio."""
+    pairs = [(mine, its) for mine, its in compared(runs, figure, ours, other, sessions) if its]
     return spread(mine / its for mine, its in pairs) if pairs else None
 
 

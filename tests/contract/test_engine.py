@@ -38,7 +38,7 @@ from tests.smg_router import RouterProcess, running_router
 
 SHAPE = RoutingShape(num_layers=4, num_experts=8, top_k=2)
 PROMPT = np.arange(10, 30, dtype=np.int32)
-DEADLINE_SECONDS = 60.0
+DEADLINE_SECONDS = 150.0
 
 _request_numbers = itertools.count()
 

@@ -28,7 +28,7 @@ from gateway.contracts.generation import (
 from gateway.contracts.ports import PauseMode
 from gateway.tito.tokenizer import ChatTokenizer
 
-DEADLINE_SECONDS = 60.0
+DEADLINE_SECONDS = 150.0
 MARKUP = ("<think>", "</think>", "<tool_call>", "</tool_call>")
 
 

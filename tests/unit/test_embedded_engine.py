@@ -24,7 +24,7 @@ from gateway.contracts.ports import PauseMode
 
 torch.set_num_threads(1)
 
-DEADLINE_SECONDS = 60.0
+DEADLINE_SECONDS = 150.0
 GREEDY = SamplingSettings(max_new_tokens=12, temperature=0.0, ignore_eos=True)
 
 

@@ -92,6 +92,8 @@ def test_ratios_compare_what_ran_in_the_same_round() -> None:
     assert ratios(runs, "turns_per_second", "verbatim", "litellm", 32) is None
     assert over_rounds(runs, "smg", 32)["turns_per_second"] == Spread(500.0, 9.0, 1000.0)
     assert over_rounds(runs, "smg", 8) == {}
+    slow = replace(RUN, contender="litellm", turns_per_second=0.0)  # it ended nothing in the measured time
+    assert ratios([*runs, slow], "turns_per_second", "verbatim", "litellm", 32) is None
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import subprocess
 import sys
@@ -30,6 +31,20 @@ def test_gateway_starts_without_what_only_some_gateways_need() -> None:
     code = f"import sys, gateway.main; print([name for name in {ABSENT_AT_THE_START!r} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("fewer", [0, 1])
+def test_as_many_workers_as_cores_keep_to_one_each(fewer: int) -> None:
+    """Fewer are left to the system."""
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    num_workers = len(cores) - fewer
+    said = []
+    for number in range(num_workers):
+        program = f"import os; os.sched_setaffinity(0, {cores}); from gateway.workers import keep_to_core"
+        program += f"; keep_to_core({number}, {num_workers}); print(*sorted(os.sched_getaffinity(0)))"
+        told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
+        said.append([int(core) for core in told.stdout.split()])
+    assert said == ([cores] * num_workers if fewer else [[core] for core in cores])
 
 
 def test_a_worker_steps_back_only_for_those_that_accept() -> None:
