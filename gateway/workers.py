@@ -191,8 +191,9 @@ def _become_worker(connection: socket.socket, supervisor: int) -> None:
 def keep_to_core(number: int, num_workers: int) -> None:
     """Where there are as many workers as this process may use cores, each keeps to one of its own.
 
-    Its threads then do not hand the interpreter's lock from core to core, which costs more than a second core gives
-    them. Fewer workers leave the choice to the system, for there is room beside them; more would not come out even.
+    Its threads then do not hand the interpreter's lock from core to core, and engine and agents beside it find their
+    caches where they left them. Fewer workers leave the choice to the system, for there is room beside them; more would
+    not come out even.
     """
     cores = sorted(os.sched_getaffinity(0))
     if num_workers == len(cores):
