@@ -62,6 +62,18 @@ class Place:
         folder, cores = self.folder / f"stage{cores}", cores or a.pin_tools
         return staged(folder, self.model, workload or self.workload, *flags, stream=a.stream, cores=cores)
 
+    @property
+    def sessions(self) -> list[int]:
+        """The numbers of sessions at once to measure with."""
+        return [int(each) for each in self.arguments.sessions.split(",")]
+
+    def rounds(self, placed: Sequence[tuple[Stage, Running]]) -> list[Measured]:
+        """All rounds of contenders on their stages that the flags ask for."""
+        a = self.arguments
+        return run_rounds(
+            placed, self.sessions, rounds=a.rounds, seconds=a.seconds, seed=a.seed, rate=a.rate, tell=_tell
+        )
+
     def keep(self, part: str, figures: Mapping[str, Any]) -> None:
         """Into the results file, under the part and the name that was given."""
         merge(
@@ -150,17 +162,15 @@ def run(arguments: argparse.Namespace) -> int:
 def _turns(place: Place) -> bool:
     """Throughput, latency and CPU over concurrency."""
     a = place.arguments
-    sessions = [int(each) for each in a.sessions.split(",")]
     with place.stage() as stage, _contenders(place, stage) as contenders:
-        placed = [(stage, contender) for contender in contenders]
-        runs = run_rounds(placed, sessions, rounds=a.rounds, seconds=a.seconds, seed=a.seed, rate=a.rate, tell=_tell)
-    figures = _by_sessions(runs, contenders, sessions)
+        runs = place.rounds([(stage, contender) for contender in contenders])
+    figures = _by_sessions(runs, contenders, place.sessions)
     found = targets(runs, _ours(contenders))
     place.keep(
         "turns",
         {
             "workload": asdict(place.workload) | {"tokens_per_event": a.tokens_per_event, "stream": a.stream},
-            "sessions": sessions,
+            "sessions": place.sessions,
             "rounds": a.rounds,
             "conversations_per_second": a.rate,
             "seconds": a.seconds,
@@ -269,9 +279,8 @@ def _workers(place: Place) -> bool:
             data = place.folder / f"data-{workers}"
             launch = verbatim(stage.engine, place.model.folder, data, workers=workers, cores=mine, flags=a.serve_flag)
             placed.append((stage, stack.enter_context(running(launch, place.folder / f"workers-{workers}.log"))))
-        sessions = [int(each) for each in a.sessions.split(",")]
-        runs = run_rounds(placed, sessions, rounds=a.rounds, seconds=a.seconds, seed=a.seed, rate=a.rate, tell=_tell)
-    figures = _by_sessions(runs, [contender for _, contender in placed], sessions)
+        runs = place.rounds(placed)
+    figures = _by_sessions(runs, [contender for _, contender in placed], place.sessions)
     place.keep("workers", {"cores": len(cores), "cores_yield": plain(asdict(cores_yield)), "figures": figures})
     return not any(each.errors for each in runs)
 

@@ -123,7 +123,7 @@ def choice(text: str, finish: str | None = None) -> dict[str, Any]:
     return {"choices": [{"index": 0, "text": text, "finish_reason": finish}]}
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     words=st.lists(
         st.one_of(st.sampled_from([*MARKUP, " ", "\n", "48/2", "ä", "the"]), st.text(max_size=4)), max_size=10

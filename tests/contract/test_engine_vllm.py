@@ -566,7 +566,7 @@ async def test_another_server_at_the_same_address_is_asked_anew() -> None:
         assert not (await engine.identity()).captures_experts
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(
     token_ids=st.lists(st.integers(0, 2**31 - 1), max_size=12),
     cuts=st.lists(st.integers(0, 12), max_size=6),

@@ -74,7 +74,7 @@ sessions = st.builds(
 steps = st.lists(st.lists(turns, max_size=8) | st.lists(notes, max_size=8) | st.lists(sessions, max_size=8), max_size=5)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(steps)
 def test_a_batch_ends_as_its_operations_would_one_by_one(batches: Sequence[Sequence[object]]) -> None:
     """I3, I4: conflicts, taken indexes, sealed sessions and unknown parents are found in company too."""

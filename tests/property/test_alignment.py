@@ -159,7 +159,7 @@ def batch_of(run: Run, policy: BatchSettings) -> StepBatch:
 
 
 @given(run=runs(), policy=policies, capacity=st.integers(1, 60))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_whatever_is_known_of_a_token_stands_beside_it_in_every_micro_batch(
     run: Run, policy: BatchSettings, capacity: int
 ) -> None:

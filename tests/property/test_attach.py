@@ -268,7 +268,7 @@ def respelled(message: dict[str, Any]) -> dict[str, Any]:
     return sent | {"tool_calls": calls}
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.data(), st.integers(1, 12))
 def test_deepest_turn_whose_conversation_the_request_begins_with_is_found(data: st.DataObject, num_steps: int) -> None:
     """I6: always a place. I3: no recorded turn is skipped. I1: none is claimed that says something else."""

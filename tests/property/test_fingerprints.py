@@ -96,7 +96,7 @@ SPELLINGS: list[Callable[[Description], None]] = [
 ]
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     seed=st.randoms(use_true_random=False),
     chosen=st.sets(st.sampled_from(range(len(SPELLINGS)))),

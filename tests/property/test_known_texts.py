@@ -58,7 +58,7 @@ def check(body: bytes, known: KnownTexts) -> None:
         assert same(quick, whole)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data())
 def test_whatever_an_agent_adds_is_read_as_in_a_whole_request(data: st.DataObject) -> None:
     """I6, I8: any order of fields, spacing and content; histories that grow, are cut, edited and taken up again."""
@@ -82,7 +82,7 @@ def test_whatever_an_agent_adds_is_read_as_in_a_whole_request(data: st.DataObjec
         check(text.encode("utf-8", "surrogatepass"), known)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data())
 def test_whatever_stands_between_known_head_and_tail_is_read_as_in_a_whole_request(data: st.DataObject) -> None:
     """I6, I8: also what is no JSON, ends the list early, or opens another one."""

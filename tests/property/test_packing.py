@@ -59,7 +59,7 @@ segments = st.lists(st.tuples(turn_lengths, st.booleans()), min_size=1, max_size
 
 
 @given(segments=segments, capacity=st.integers(1, 80))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_packing_keeps_every_array_in_step_and_every_trained_token_once(
     segments: list[tuple[list[tuple[int, int]], bool]], capacity: int
 ) -> None:
@@ -104,7 +104,7 @@ def test_packing_keeps_every_array_in_step_and_every_trained_token_once(
 
 
 @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=30), capacity=st.integers(1, 60))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_packing_is_deterministic_and_wastes_less_than_half(lengths: list[int], capacity: int) -> None:
     samples = [sample_of(tagged_segment(tag, [(1, n)], routed=False)) for tag, n in enumerate(lengths)]
     weights = [SampleWeights(advantage=0.0, weight=1.0)] * len(samples)
@@ -120,7 +120,7 @@ def test_packing_is_deterministic_and_wastes_less_than_half(lengths: list[int], 
     cut=st.floats(0, 1),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_head_of_joined_rows_is_their_beginning_with_its_validity(
     lengths: list[int], cut: float, seed: int
 ) -> None:

@@ -63,7 +63,7 @@ def begin(quotas: Quotas, session_id: str, num_turns: int = 1) -> list[Turn]:
     return turns
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     rate=st.floats(0.1, 50),
     steps=st.lists(st.tuples(st.floats(0, 3), st.integers(1, 5)), max_size=60),
@@ -83,7 +83,7 @@ def test_a_bucket_gives_no_more_than_its_rate_and_a_seconds_worth(rate: float, s
         assert taken <= rate * now + max(1.0, rate) + largest + 1e-6
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     limits=st.tuples(st.integers(0, 4), st.integers(0, 6)),
     steps=st.lists(st.tuples(st.sampled_from(NAMES), st.integers(0, 4), st.floats(0, 2)), max_size=80),
@@ -142,7 +142,7 @@ def test_what_was_admitted_and_never_began_is_given_back() -> None:
     assert len(begin(quotas, "s", 2)) == 2
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     num_polite=st.integers(1, 6),
     limit=st.integers(1, 4),
@@ -207,7 +207,7 @@ def ask_often(quotas: Quotas, num: int) -> None:
         quotas.admit_call("s")
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(rate=st.floats(0.2, 20), num=st.integers(1, 30))
 def test_retry_after_is_true_for_rates(rate: float, num: int) -> None:
     """Not a second too early, and at most one too late."""

@@ -187,7 +187,7 @@ async def play(model: ServedModel, data: st.DataObject, folder: Path) -> None:
         await ledger.aclose()
 
 
-@settings(max_examples=25, deadline=None, phases=(Phase.explicit, Phase.generate))
+@settings(max_examples=25, phases=(Phase.explicit, Phase.generate))
 @given(data=st.data())
 def test_raw_prompts_among_chats_extend_the_deepest_recorded_tokens(model: ServedModel, data: st.DataObject) -> None:
     """I1, I3: a raw prompt extends exactly the turn whose tokens it begins with; no chat finds a raw turn."""

@@ -172,7 +172,7 @@ async def play(model: ServedModel, data: st.DataObject, folder: Path) -> None:
         await ledger.aclose()
 
 
-@settings(max_examples=60, deadline=None, phases=(Phase.explicit, Phase.generate))
+@settings(max_examples=60, phases=(Phase.explicit, Phase.generate))
 @given(data=st.data())
 def test_every_retry_is_answered_by_what_its_call_left_behind(model: ServedModel, data: st.DataObject) -> None:
     """I3 over joins, given replies, continued partials, siblings and restarts."""

@@ -125,7 +125,7 @@ def path_of(drawn: Drawn, segment: Segment) -> list[TurnRecord]:
 
 
 @given(trees())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_every_trainable_token_is_trained_in_exactly_one_segment(drawn: Drawn) -> None:
     """I3: whatever the agent did to its history."""
     segments = build_segments(drawn.turns, drawn.experts)
@@ -153,7 +153,7 @@ PICKS = [*BUILT_IN, OperatorPick("mine:every_other", every_other)]
 
 
 @given(trees(), st.sampled_from(PICKS))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_every_picked_token_is_trained_once_and_every_other_has_a_reason(drawn: Drawn, pick: Pick) -> None:
     """I3: sampled tokens = trained tokens + tokens left out by reason, whatever is picked."""
     picked = pick_turns(drawn.turns, pick)
@@ -181,7 +181,7 @@ def test_every_picked_token_is_trained_once_and_every_other_has_a_reason(drawn: 
 
 
 @given(trees())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_picks_keep_what_was_seen_and_the_path_to_the_last_delivery(drawn: Drawn) -> None:
     """I3, told again from the definitions: seen is delivered or gone on from, the final path is a chain of links."""
     links = {turn.turn_id: {turn.attachment.parent_id, turn.attachment.follows_id} for turn in drawn.turns}
@@ -201,7 +201,7 @@ def test_picks_keep_what_was_seen_and_the_path_to_the_last_delivery(drawn: Drawn
 
 
 @given(trees())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_a_segment_is_the_concatenation_of_its_path(drawn: Drawn) -> None:
     """I1, I2, I5: ids, log-probs and versions are those recorded, in place; nothing else is filled in."""
     for segment in build_segments(drawn.turns, drawn.experts):
@@ -224,7 +224,7 @@ def test_a_segment_is_the_concatenation_of_its_path(drawn: Drawn) -> None:
 
 
 @given(trees())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_routing_rows_stand_at_their_tokens_and_gaps_are_marked(drawn: Drawn) -> None:
     """I2, I9: the first sound row of a position along the path is the one; where there is none, nothing is invented."""
     seen = [rows.ids for rows in drawn.experts.values() if rows is not None and len(rows.ids)]

@@ -69,7 +69,7 @@ def test_every_turn_continues_recorded_ids_or_opens_a_segment_with_a_reason(
     parsing = choose_parsing(template, tokenizer)
     builders = {policy: PromptBuilder(tokenizer, template, history_policy=policy) for policy in HistoryPolicy}
 
-    @settings(max_examples=25, deadline=None, derandomize=True)
+    @settings(max_examples=25, derandomize=True)
     @given(
         turns=st.lists(st.tuples(replies, appended), min_size=1, max_size=4),
         policy=st.sampled_from(HistoryPolicy),

@@ -122,7 +122,7 @@ def test_deltas_join_to_the_reply_and_no_split_changes_it(calls: str, kind: str,
     pieces = st.sampled_from([*markers, *markers, *broken, *COMMON, *PIECES[calls], *PIECES[calls]])
     prompts = [tokenizer.encode(text) for text in ("Go.\n", *opened_prompts(parsing))]
 
-    @settings(max_examples=30, deadline=None, derandomize=True)
+    @settings(max_examples=30, derandomize=True)
     @given(
         pieces=st.lists(pieces, max_size=12),
         noise=st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=6),
@@ -155,7 +155,7 @@ def test_no_word_of_a_reply_is_lost_or_doubled(calls: str, tiny_model: Path) -> 
     good = [re.sub(r"é🙂?|🙂", "WORD", piece) for piece in PIECES[calls]]
     pieces = st.sampled_from([*markers, *markers, *good, "WORD ", " WORD", "WORD.", "\n", "{}"])
 
-    @settings(max_examples=100, deadline=None, derandomize=True)
+    @settings(max_examples=100, derandomize=True)
     @given(pieces=st.lists(pieces, max_size=14), finish=FINISHES)
     def check(pieces: list[str], finish: Finish) -> None:
         text = "".join(pieces)
@@ -190,7 +190,7 @@ def test_text_without_markup_is_the_decoded_text(kind: str, tiny_model: Path) ->
         if not isinstance(parsing := choose_parsing(SILENT_TEMPLATE, tokenizer, calls=calls), HarmonyParsing)
     ]
 
-    @settings(max_examples=25, deadline=None, derandomize=True)
+    @settings(max_examples=25, derandomize=True)
     @given(ids=sampled)
     def check(ids: list[int]) -> None:
         # Behind other text, because some decoders take the space off the very first token.

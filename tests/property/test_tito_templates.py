@@ -106,7 +106,7 @@ def test_rendering_equals_transformers(name: str, reference: PreTrainedTokenizer
     """The same text, or both refuse (I1: the engine's own template is the truth)."""
     template = ChatTemplate({"default": TEMPLATES[name]}, special_tokens=SPECIAL_TOKENS)
 
-    @settings(max_examples=40, deadline=None, derandomize=True)
+    @settings(max_examples=40, derandomize=True)
     @given(messages=messages, tools=tools, arguments=arguments, generation_prompt=st.booleans())
     def check(messages: JsonValue, tools: JsonValue, arguments: JsonValue, generation_prompt: bool) -> None:
         conversation = Conversation(tuple(messages), tuple(tools), arguments)

@@ -243,7 +243,7 @@ EVENTS = st.sampled_from(["nothing", "restart", "release"])
 @given(lives=st.lists(st.tuples(st.integers(1, 40), EVENTS), max_size=5))
 @example(lives=[(steps, "nothing") for steps in range(1, 30)])
 @example(lives=[(steps, "release") for steps in range(1, 30)])
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.too_slow])
 def test_every_token_is_trained_exactly_once_wherever_trainer_and_gateway_end(
     tiny_model: Path, lives: list[tuple[int, str]]
 ) -> None:

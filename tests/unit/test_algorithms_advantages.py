@@ -88,7 +88,7 @@ def test_reward_that_is_not_finite_is_refused_by_rollout_and_group(estimate: Est
 
 
 @ALL
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_advantages_follow_their_rollouts_whatever_order_and_numbering(
     estimate: Estimator, data: st.DataObject

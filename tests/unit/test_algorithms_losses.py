@@ -106,7 +106,7 @@ def test_dual_clip_bounds_the_loss_of_bad_actions_only(
     assert terms.shares[Share.CLIPPED_DUAL].tolist() == [dual]
 
 
-@hypothesis_settings(max_examples=200, deadline=None)
+@hypothesis_settings(max_examples=200)
 @given(
     logratio=st.floats(-4, 4),
     advantage=st.floats(-3, 3),
@@ -146,7 +146,7 @@ def _gspo_by_hand(logprobs: Tensor, old: Tensor, advantages: list[float], sample
     return total
 
 
-@hypothesis_settings(max_examples=60, deadline=None)
+@hypothesis_settings(max_examples=60)
 @given(data=st.data())
 def test_gspo_equals_the_papers_sequence_form_in_value_and_gradient_with_samples_interleaved(
     data: st.DataObject,

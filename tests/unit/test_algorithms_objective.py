@@ -251,7 +251,7 @@ def _loss_and_gradient(
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("correction", CORRECTIONS)
 @pytest.mark.parametrize("policy", POLICIES)
-@hypothesis_settings(max_examples=6, deadline=None)
+@hypothesis_settings(max_examples=6)
 @given(data=st.data())
 def test_no_cut_into_micro_batches_changes_loss_or_gradient(
     policy: str, correction: str, aggregation: str, data: st.DataObject

@@ -125,7 +125,7 @@ def reference_kept_set(probs: list[float], top_p: float, top_k: int, label: int)
     top_k=st.integers(0, 14),
     data=st.data(),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_the_kept_set_is_top_k_then_top_p_and_the_sampled_token(
     counts: list[int], top_p: float, top_k: int, data: st.DataObject
 ) -> None:

@@ -79,7 +79,7 @@ def assert_same(found: FinishedRollout, expected: FinishedRollout) -> None:
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.sampled_from([None, np.uint8, np.uint16])), max_size=4))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_rollout_is_read_back_equal(shapes: list[tuple[int, type[np.uint8] | type[np.uint16] | None]]) -> None:
     """I1, I9: NaN stays NaN, missing routing stays missing, one-token segments have no rows."""
     rollout = a_rollout(*(a_segment(n, routing=kind, seed=i) for i, (n, kind) in enumerate(shapes)))

@@ -116,7 +116,7 @@ def test_forbidden_tokens_are_not_sampled() -> None:
     assert not {0, 1} & set(tokens)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     logits=st.lists(st.floats(-60, 60), min_size=2, max_size=40),
     temperature=st.sampled_from([0.0, 0.05, 1.0, 3.0]),

@@ -111,7 +111,7 @@ def test_the_forwarder_does_not_reach_past_what_the_gateway_serves_itself(call: 
 disguises = st.sampled_from(["%2e%2e/", "./", "../", "//", "\\", "%2f", "%5C", ";x=1/", "%25", "%00", " ", "\u2215"])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     call=st.sampled_from(calls(CONTROL_OR_UNRECORDED)),
     disguise=disguises,

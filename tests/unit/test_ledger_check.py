@@ -248,7 +248,7 @@ def content(data: Path) -> dict[str, list[tuple[object, ...]]]:
         connection.close()
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=120, suppress_health_check=list(HealthCheck))
 @given(which=st.integers(0, 10_000), place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 def test_every_flipped_bit_is_found_or_changes_nothing(whole: Path, tmp_path: Path, which: int, place: float,
                                                        bit: int) -> None:  # fmt: skip

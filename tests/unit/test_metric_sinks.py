@@ -187,7 +187,7 @@ def test_steps_before_a_sigkill_are_there_and_the_run_goes_on(place: Place, tmp_
     assert steps_of(place.read(tmp_path)) == [1, 2, 3]
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(lives=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2)), min_size=1, max_size=5))
 def test_tensorboard_has_each_step_once_whatever_the_lives_of_a_run(
     tmp_path_factory: pytest.TempPathFactory, lives: list[tuple[int, int]]

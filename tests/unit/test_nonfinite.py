@@ -56,7 +56,7 @@ scored_batches = st.builds(
 )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(minibatches=st.lists(st.lists(scored_batches, min_size=1, max_size=3), min_size=1, max_size=3))
 def test_a_kept_step_reads_back_to_the_bit(
     tmp_path_factory: pytest.TempPathFactory, minibatches: list[list[ScoredBatch]]

@@ -192,7 +192,7 @@ def test_recomputation_that_forgot_its_routing_raises_instead_of_using_the_live_
         total.backward()
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(st.lists(st.tuples(st.sampled_from(["replay", "live", "record"]), st.integers(0, 4)), max_size=6), st.randoms())
 def test_any_interleaving_of_forwards_and_backwards_gives_what_each_gives_alone(
     work: list[tuple[str, int]], random: Any
@@ -407,7 +407,7 @@ def test_a_router_that_uses_other_ids_than_it_was_given_is_not_verified() -> Non
     assert check.report() == RoutingReport(total=36, replayed=36, verified=35)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     per_rank=st.integers(1, 48),
     num_ranks=st.sampled_from([1, 2, 4, 8]),

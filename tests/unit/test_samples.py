@@ -142,7 +142,7 @@ def text_of(samples: Sequence[RolloutSample]) -> str:
     return "".join(piece.text for piece in samples[0].pieces)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(text=st.text(st.characters(codec="utf-8"), min_size=1, max_size=40))
 def test_characters_of_several_tokens_are_whole_in_the_text(
     tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, text: str

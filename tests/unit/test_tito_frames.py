@@ -82,7 +82,7 @@ def test_a_frame_says_what_the_template_says(family: str, shape: Shape) -> None:
         ["user", "tool", "a\n b \n", '{"x": "é\\n"}', "<b>", "0", " \u00a0x "]
     )
 
-    @settings(max_examples=40, deadline=None, derandomize=True)
+    @settings(max_examples=40, derandomize=True)
     @given(
         texts=st.lists(texts, min_size=2, max_size=2),
         names=st.lists(st.text("abc_", min_size=1), min_size=2, max_size=2),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gateway.contracts.errors import ConfigurationError, SchemaMismatch
@@ -181,7 +181,6 @@ def test_a_folder_without_a_run_and_a_run_of_another_version_are_named(tmp_path:
 numbers = st.none() | st.floats(allow_nan=True, allow_infinity=True, width=32)
 
 
-@settings(deadline=None)
 @given(
     data=st.integers(1, 1000).flatmap(lambda n: st.tuples(st.just(n), st.lists(numbers, min_size=1, max_size=6))),
     stacked=st.booleans(),

@@ -264,7 +264,7 @@ def test_the_example_of_every_dialect_is_read(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "path"), PLACES, ids=lambda item: ".".join(map(str, item)) if item else "-")
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.too_slow])
 @given(value=wrong)
 def test_a_wrong_value_at_any_place_is_taken_or_named(name: str, path: Path, value: Any) -> None:
     """I6: no reader fails on what an agent sends; what it refuses, it names."""
@@ -275,7 +275,7 @@ def test_a_wrong_value_at_any_place_is_taken_or_named(name: str, path: Path, val
 
 
 @pytest.mark.parametrize("name", READERS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(fields=st.dictionaries(st.sampled_from([*CHAT, *MESSAGES, *RESPONSES, *GENERATE, "prompt", "text"]), wrong))
 def test_any_object_is_taken_or_refused_with_a_name(name: str, fields: dict[str, Any]) -> None:
     error = refused(READERS[name][0], json.dumps(fields).encode())

@@ -23,7 +23,7 @@ def plain(array: np.ndarray[Any, Any], dtype: str) -> str:
     return base64.b64encode(array.astype(dtype).tobytes()).decode()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.sampled_from(SIZES),
     st.sampled_from(["<u1", "<u2", "<i4"]),

@@ -145,7 +145,7 @@ def test_blocks_that_stay_beside_a_message_lose_their_bytes_as_well() -> None:
 
 
 @given(content=st.binary(min_size=1, max_size=200), subtype=st.sampled_from(["png", "jpeg", "webp"]))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_bytes_come_back_from_any_data_url_and_a_replay_is_the_same_message(content: bytes, subtype: str) -> None:
     """I3: the exact tier; nothing of the bytes stands in the message."""
     part = {"type": "image_url", "image_url": {"url": data_url(content, f"image/{subtype}")}}
@@ -178,7 +178,7 @@ JUNK = st.recursive(
 
 
 @given(content=JUNK, beside=JUNK)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_parts_of_any_shape_are_read_or_refused(content: Any, beside: Any) -> None:
     """I6: and what is read holds references and URLs only."""
     try:

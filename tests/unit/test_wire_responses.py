@@ -391,7 +391,7 @@ FIELDS = st.dictionaries(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(ITEMS, FIELDS)
 def test_any_body_is_read_or_refused(items: list[Any], fields: dict[str, Any]) -> None:
     """Wrong types at any depth are the client's error, told as such, and never ours."""

@@ -131,7 +131,6 @@ def check_unknown_fields(
 
     @settings(
         max_examples=max_examples,
-        deadline=None,
         derandomize=True,
         database=None,
         suppress_health_check=list(HealthCheck),

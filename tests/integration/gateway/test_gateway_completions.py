@@ -323,7 +323,7 @@ ANYTHING = st.recursive(
 def test_no_value_of_a_field_is_an_error_of_ours(path: str, gateway: RunningGateway) -> None:
     with httpx.Client(timeout=60) as client:
 
-        @settings(max_examples=60, deadline=None)
+        @settings(max_examples=60)
         @given(changed=st.dictionaries(st.sampled_from(FIELDS), ANYTHING, max_size=3))
         def check(changed: dict[str, Any]) -> None:
             body = json.dumps({**CALLS[path], **changed}, allow_nan=True)

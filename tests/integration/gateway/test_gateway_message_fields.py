@@ -137,7 +137,7 @@ def test_unknown_keys_stay_in_the_record_and_reach_the_template_across_turns_and
 
 
 def check_any_value(gateway: RunningGateway, echo: tuple[EchoServer, str], model: Path) -> None:
-    @settings(max_examples=25, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=25, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
     @given(value=values)
     def check(value: Any) -> None:
         message = {**QUESTION, "x_any": value}

@@ -66,7 +66,6 @@ def judge(document: Any, gateway: RunningGateway, tag: str, mode: GenerationMode
 
             @settings(
                 max_examples=num_examples,
-                deadline=None,
                 derandomize=True,
                 database=None,
                 phases=[Phase.generate],
@@ -233,7 +232,7 @@ def test_every_route_is_described(document: Any, guarded: RunningGateway) -> Non
             assert has_body == ("requestBody" in operation), (method, path)
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(junk=st.binary(max_size=30))
 def test_any_bytes_as_a_body_are_a_4xx(guarded: RunningGateway, junk: bytes) -> None:
     with httpx.Client(base_url=guarded.url, headers=OPERATOR, verify=False) as client:
