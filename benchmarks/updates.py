@@ -23,7 +23,7 @@ import aiohttp
 
 from benchmarks.chaos import environment, write_results
 from benchmarks.custody.processes import Member
-from benchmarks.weights.agents import Load, Seen, Update, Updated, agents_under_way, make_updates
+from benchmarks.weights.agents import Load, Seen, Update, Updated, agents_under_way, make_updates, until
 from benchmarks.weights.door import Door
 from benchmarks.weights.judge import Evidence, Verdict, judge
 from benchmarks.weights.telling import TellingWeights, make_telling
@@ -179,8 +179,15 @@ async def run_updates(folder: Path, engine_url: str, weights: TellingWeights, se
                 every_seconds=settings.every_seconds,
                 is_busy=lambda: stage.door.num_sampling >= busy,
             )
+            await _undisturbed_reply(seen, settings.load.agents)
         evidence = await stage.evidence(seen)
     return Run(seen, made, evidence, judge(evidence))
+
+
+async def _undisturbed_reply(seen: Seen, num_agents: int) -> None:
+    """Wait for one that was asked for after the last update: records of turns that nothing met are judged as well."""
+    before = seen.num_replies  # each agent may have one under way by now
+    await until(lambda: seen.num_replies > before + num_agents or bool(seen.errors), seconds=_UPDATE_SECONDS)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
