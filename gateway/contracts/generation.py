@@ -127,9 +127,11 @@ class Pace:
 
     Changed under way: somebody may begin to listen (`quicken`), or leave. on_live: who gathers tokens is told so then.
     first_at: when the first ones came that were kept back, in the time of the event loop (`time.monotonic`).
+    live_interval: how many tokens an engine may tell together while somebody listens; None leaves that to the engine.
     """
 
     is_live: bool
+    live_interval: int | None = None
     on_live: Callable[[], None] | None = None
     first_at: float | None = None
 
@@ -169,9 +171,11 @@ class GenerateRequest:
     def stream_interval(self) -> int | None:
         """How many tokens an engine is to gather before it tells of them; None leaves that to the engine.
 
-        What ends a reply is told at once, with all that is left.
+        The first token is told at once, and so is what ends a reply, with all that is left.
         """
-        return None if self.pace is None or self.pace.is_live else _GATHERED_TOKENS
+        if self.pace is None:
+            return None
+        return self.pace.live_interval if self.pace.is_live else _GATHERED_TOKENS
 
 
 @frozen_dataclass(frozen=True, slots=True, eq=False)

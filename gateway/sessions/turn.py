@@ -62,18 +62,23 @@ class TurnTimes(msgspec.Struct, frozen=True, eq=False):
 
 
 class Turn:
-    """One turn's events for any number of readers. call, retry: what it answers. pace: how soon they want them."""
+    """One turn's events for any number of readers. call, retry: what it answers. pace: how soon they want them.
+
+    live_interval: how many tokens an engine may tell together to who reads along.
+    """
 
     __slots__ = (
         "_clock", "_cut_at", "_cut_for_good", "_cut_reason", "_deadline", "_first_token_seconds",
         "_prompt_seconds", "_readers", "_so_far", "_task", "_waiting", "call", "pace", "retry", "started_at", "turn_id",
     )  # fmt: skip
 
-    def __init__(self, turn_id: str, call: CallChoice, retry: RetryHint = NO_HINT) -> None:
+    def __init__(
+        self, turn_id: str, call: CallChoice, retry: RetryHint = NO_HINT, *, live_interval: int | None = None
+    ) -> None:
         self.turn_id = turn_id
         self.call = call
         self.retry = retry
-        self.pace = Pace(is_live=False)
+        self.pace = Pace(is_live=False, live_interval=live_interval)
         self.started_at = time.time()
         self._clock = time.monotonic()
         self._prompt_seconds = 0.0

@@ -23,6 +23,7 @@ import numpy as np
 from msgspec import Struct
 
 from gateway.contracts.errors import (
+    ConfigurationError,
     ContextOverflow,
     EngineError,
     EngineTimeout,
@@ -111,7 +112,8 @@ class TurnSettings:
 
     disconnect_grace_seconds: how long a turn goes on whose client has gone. timeout_seconds: of sampling, waiting for
     engines included. inline_prompt_bytes: larger requests are rendered in a thread, off the event loop. media_urls:
-    whether engines may be sent the http(s) URLs of images that agents name, which they then fetch.
+    whether engines may be sent the http(s) URLs of images that agents name, which they then fetch. stream_interval:
+    tokens that an engine tells together, behind the first, while an agent streams their reply (0: as the engine likes).
     """
 
     default_max_new_tokens: int = 4096
@@ -120,6 +122,11 @@ class TurnSettings:
     inline_prompt_bytes: int = 65_536
     recent_bytes: int = 64 * 2**20
     media_urls: bool = True
+    stream_interval: int = 8
+
+    def __post_init__(self) -> None:
+        if self.stream_interval < 0:
+            raise ConfigurationError("turns.stream_interval must not be negative")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -319,7 +326,8 @@ class TurnRunner:
         """
         session.check_open()
         self.parts.admit(len(self._turns))
-        turn = Turn(f"turn-{fresh_hex(24)}", call or CallChoice("", request.digest, 0), retry)
+        call = call or CallChoice("", request.digest, 0)
+        turn = Turn(f"turn-{fresh_hex(24)}", call, retry, live_interval=self.parts.settings.stream_interval or None)
         self._follow(session, turn, run_turn(self.parts, session, request, turn, self._deadlines, begun=begun))
         self._upkeep.poke()  # not only at the end of a turn: the first ones may be long
         if begun is not None:  # if nothing came of it, the next retry goes on from there again

@@ -485,10 +485,11 @@ async def test_sampling_is_told_in_vllms_words(shape: str) -> None:
         (Pace(is_live=False), {}, 64),
         (Pace(is_live=False), {"stream_interval": 5}, 5),
         (Pace(is_live=True), {}, None),
+        (Pace(is_live=True, live_interval=8), {}, 8),
         (None, {}, None),
     ],
 )
-async def test_what_nobody_streams_is_asked_for_in_few_events(
+async def test_replies_are_asked_for_in_as_few_events_as_who_waits_allows(
     pace: Pace | None, extra: dict[str, Any], told: int | None
 ) -> None:
     """The ids route takes it among the sampling parameters (0.30); an agent's own word holds (I8)."""

@@ -142,12 +142,14 @@ async def test_each_turn_gets_the_scripts_reply_with_its_logprobs(
     [
         (Pace(is_live=False), {}, 64),
         (Pace(is_live=True), {}, 1),
+        (Pace(is_live=True, live_interval=8), {}, 8),
+        (Pace(is_live=True, live_interval=8), {"stream_interval": 1}, 1),
         (None, {}, 1),
         (Pace(is_live=False), {"stream_interval": 7}, 7),
     ],
-    ids=["nobody", "somebody", "unknown", "agent"],
+    ids=["nobody", "somebody", "somebody-at-ease", "agent-in-a-hurry", "unknown", "agent"],
 )
-async def test_what_nobody_streams_is_asked_for_in_few_events(
+async def test_replies_are_asked_for_in_as_few_events_as_who_waits_allows(
     model: Model, pace: Pace | None, extra: dict[str, Any], interval: int
 ) -> None:
     """The first token at once, then as many as the request says; an agent's own word holds (I8)."""

@@ -68,6 +68,31 @@ def test_an_agents_fields_cannot_forge_what_is_asked_of_the_engine(echo: tuple[E
     assert not {"lora_path", "weight_version"} & request.keys()
 
 
+@pytest.mark.parametrize(
+    ("fields", "interval"),
+    [({}, 64), ({"stream": True}, 8), ({"stream": True, "stream_interval": 1}, 1), ({"stream_interval": 3}, 3)],
+    ids=["whole", "streamed", "streamed-by-token", "own"],
+)
+def test_engines_tell_several_tokens_together(
+    fields: dict[str, Any], interval: int, echo: tuple[EchoServer, str], url: str
+) -> None:
+    """As many as suits how the agent wants its reply; its own word holds (I8)."""
+    httpx.post(url, json={"messages": [QUESTION], **fields}, timeout=30).raise_for_status()
+    assert echo[0].requests[-1]["sampling_params"]["stream_interval"] == interval
+
+
+@pytest.mark.parametrize(("setting", "interval"), [("0", None), ("2", 2)])
+def test_an_operator_says_how_many_tokens_streaming_agents_get_together(
+    setting: str, interval: int | None, echo: tuple[EchoServer, str], start_gateway: Callable[..., Any], tmp_path: Path
+) -> None:
+    """0 leaves it to the engine."""
+    flags = ("--set", f"turns.stream_interval={setting}")
+    gateway = start_gateway(tmp_path, *flags, engine=f"sglang={echo[1]}")
+    url = f"{gateway.url}/sessions/streamed/v1/chat/completions"
+    httpx.post(url, json={"messages": [QUESTION], "stream": True}, timeout=30).raise_for_status()
+    assert echo[0].requests[-1]["sampling_params"].get("stream_interval") == interval
+
+
 def test_reply_fields_of_the_gateway_are_its_own(url: str) -> None:
     """An engine's field of the same name does not replace what the client needs to read."""
     reply = httpx.post(url, json={"messages": [QUESTION], "usage": "mine", "object": "mine"}, timeout=30).json()
