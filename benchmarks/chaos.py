@@ -159,11 +159,14 @@ async def run_chaos(
 async def _play(
     agents: Agents, harmer: Harmer, settings: ChaosSettings, planned: Iterable[Planned], tell: Callable[[str], None]
 ) -> None:
-    """Agents and harm at once; when the last deed is done and repaired, the agents end what they have begun."""
+    """Agents, and harm once they are under way; when the last deed is repaired, they end what they have begun."""
     enough = asyncio.Event()
     rng = random.Random(settings.seed)
 
     async def harm() -> None:
+        account = agents.account
+        while len(account.replies) < settings.agents and not account.failures:  # noqa: ASYNC110 (of other tasks)
+            await asyncio.sleep(0.05)
         async with asyncio.TaskGroup() as both:
             both.create_task(harmer.follow(planned, tell=tell))
             both.create_task(asyncio.sleep(settings.seconds))
