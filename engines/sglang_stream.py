@@ -12,7 +12,7 @@ import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from functools import lru_cache
 from operator import attrgetter
-from typing import Annotated, Any, NamedTuple, TypeAlias
+from typing import Annotated, Any, NamedTuple, TypeAlias, TypeVar
 
 import msgspec
 import numpy as np
@@ -62,6 +62,7 @@ _KNOWN_META = frozenset(
     )
 )
 
+Item = TypeVar("Item")
 Fields: TypeAlias = dict[str, msgspec.Raw]
 """An object whose values are not parsed yet."""
 
@@ -148,6 +149,7 @@ class StreamReader:
         "_shape",
         "_token_ids",
         "_top_logprobs",
+        "_top_logprobs_stop",
         "_unknown_meta",
         "_unknown_top",
         "_wanted_top",
@@ -184,6 +186,7 @@ class StreamReader:
         self._known_ids = bytearray(b"[")
         """The output ids so far as the engine spells them, without the closing bracket."""
         self._logprobs_stop = 0
+        self._top_logprobs_stop = 0
         self._token_ids: list[int] = []
         self._logprobs: list[float | None] = []
         self._top_logprobs: list[Sequence[TopLogprob]] = []
@@ -305,7 +308,7 @@ class StreamReader:
             return [None] * number
         text = memoryview(told)
         stop, self._logprobs_stop = self._logprobs_stop, len(text) - 1
-        entries = self._entries_behind(stop, text, number) if stop else _entries(text)
+        entries = _newest(_entries, text, stop, number)
         if len(entries) < number:
             raise EngineProtocolError(f"{self.named}: {len(entries)} log-probs for {number} new tokens (I2)")
         newest = entries[-number:]
@@ -313,28 +316,15 @@ class StreamReader:
             raise EngineProtocolError(f"{self.named}: log-probs are of other tokens than output_ids (I2)")
         return list(map(_logprob_of, newest))
 
-    def _entries_behind(self, stop: int, text: memoryview, number: int) -> list[_Entry]:
-        """The last `number` entries of an array, or all of them.
-
-        stop: where the array of the event before ended. There a cumulative one most likely goes on. An end of it that
-        begins behind a comma and holds just as many entries is their end, whatever is before it.
-        """
-        if stop < len(text) and text[stop] == _COMMA:
-            try:
-                entries = _entries(b"[" + text[stop + 1 :])
-            except msgspec.DecodeError:
-                entries = []
-            if len(entries) == number:
-                return entries
-        return _entries(text)
-
     def _new_top_logprobs(
         self, fresh: list[int], logprobs: Sequence[float | None], told: msgspec.Raw | None
     ) -> tuple[tuple[TopLogprob, ...], ...]:
         """A row for each new token; () where the engine gave none (I9)."""
         if told is None or told == _NULL:
             return ()
-        rows = _rows(told)[-len(fresh) :]
+        text = memoryview(told)
+        stop, self._top_logprobs_stop = self._top_logprobs_stop, len(text) - 1
+        rows = _newest(_rows, text, stop, len(fresh))[-len(fresh) :]
         pairs = [None if row is None else [(entry.token_id, entry.logprob) for entry in row] for row in rows]
         return likeliest(pairs, fresh, np.array(logprobs, np.float32), most=self._wanted_top, named=self.named)
 
@@ -393,6 +383,22 @@ class StreamReader:
         except ExpertsMismatch as error:  # I9: tokens and log-probs are sound; that its rows are missing is counted
             _log.warning("%s: %s; the turn is recorded without routing rows", self.named, error.message)
             return None
+
+
+def _newest(parse: Callable[[bytes | memoryview], list[Item]], text: memoryview, stop: int, number: int) -> list[Item]:
+    """The last `number` items of an array, or all of them.
+
+    stop: where the array of the event before ended, 0 before the first. There a cumulative one most likely goes on. An
+    end of it that begins behind a comma and holds just as many items is their end, whatever is before it.
+    """
+    if stop < len(text) and text[stop] == _COMMA:
+        try:
+            items = parse(b"[" + text[stop + 1 :])
+        except msgspec.DecodeError:
+            items = []
+        if len(items) == number:
+            return items
+    return parse(text)
 
 
 def _values(texts: Mapping[str, bytes]) -> dict[str, Any]:
