@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from operator import attrgetter
-from typing import Annotated, Any, NamedTuple, TypeAlias, TypeVar
+from typing import Annotated, Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 import msgspec
 import numpy as np
@@ -83,8 +84,8 @@ _TokenId: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=np.iinfo(np.int32).ma
 _fields = msgspec.json.Decoder(Fields).decode
 _ids = msgspec.json.Decoder(list[_TokenId]).decode
 _number = msgspec.json.Decoder(int).decode
-_entries = msgspec.json.Decoder(list[_Entry]).decode
-_rows = msgspec.json.Decoder(list[list[_Entry] | None]).decode
+_parsed_entries = msgspec.json.Decoder(list[_Entry]).decode
+_parsed_rows = msgspec.json.Decoder(list[list[_Entry] | None]).decode
 _value = msgspec.json.Decoder().decode
 
 
@@ -130,6 +131,68 @@ async def read_generation(
             await abort_quietly(abort, reader.request_id)
 
 
+class _Growing(Generic[Item]):
+    """An array of `meta_info` that a cumulative stream says from its start with every event; its new end is parsed.
+
+    cut ─▶ the event is parsed ─▶ count ─▶ keep ─▶ newest
+
+    Passing over what is known would be most of the work at a long reply, so it is cut out before anything is parsed.
+    """
+
+    __slots__ = ("_found", "_key", "_name", "_parse", "_stop", "_whole")
+
+    def __init__(self, name: str, parse: Callable[[bytes | memoryview], list[Item]]) -> None:
+        self._name = name
+        self._key = b'"%b":[' % name.encode()
+        self._parse = parse
+        self._stop = 0
+        """Where the array of the event before ended, from its bracket on; there a cumulative one goes on."""
+        self._found: list[Item] = []
+        self._whole = True
+        """Whether nothing was cut out of this event."""
+
+    def cut(self, data: bytes) -> bytes:
+        """An event without the array's part that was there before; as it is, where that cannot be told.
+
+        What is cut out holds no quotation mark, so no other field begins in it; where the rest is JSON, and the array
+        holds just the new items, it was cut out of the array.
+        """
+        self._whole = True
+        first = data.find(self._key) + len(self._key)
+        comma = first + self._stop - 1
+        if not self._stop or first < len(self._key) or data[comma : comma + 1] != b",":
+            return data
+        if data.find(b'"', first, comma) >= 0 or data.find(self._key, comma) >= 0:
+            return data
+        return data[:first] + data[comma + 1 :]
+
+    def count(self, meta: Fields) -> int:
+        """How many items an event that was cut has left; raises DecodeError, KeyError."""
+        self._found = self._parse(meta[self._name])
+        return len(self._found)
+
+    def keep(self, meta: Fields) -> None:
+        """They are the new ones: the array was cut where it should be."""
+        self._stop += len(memoryview(meta[self._name])) - 1
+        self._whole = False
+
+    def newest(self, told: msgspec.Raw, number: int) -> list[Item]:
+        """The last `number` items, or all of them."""
+        if not self._whole:
+            return self._found
+        text = memoryview(told)
+        stop, self._stop = self._stop, len(text) - 1
+        # An end that begins behind a comma and holds just as many items is their end, whatever is before it.
+        if stop < len(text) and text[stop] == _COMMA:
+            try:
+                items = self._parse(b"[" + text[stop + 1 :])
+            except msgspec.DecodeError:
+                items = []
+            if len(items) == number:
+                return items
+        return self._parse(text)
+
+
 class StreamReader:
     """One `/generate` stream as it is read; `end` is set by the event that finished the request.
 
@@ -138,10 +201,11 @@ class StreamReader:
     """
 
     __slots__ = (
+        "_entries",
         "_failure_of",
+        "_growing",
         "_known_ids",
         "_logprobs",
-        "_logprobs_stop",
         "_num_output",
         "_policy_version_of",
         "_request",
@@ -149,7 +213,7 @@ class StreamReader:
         "_shape",
         "_token_ids",
         "_top_logprobs",
-        "_top_logprobs_stop",
+        "_top_rows",
         "_unknown_meta",
         "_unknown_top",
         "_wanted_top",
@@ -185,8 +249,9 @@ class StreamReader:
         self._num_output = 0
         self._known_ids = bytearray(b"[")
         """The output ids so far as the engine spells them, without the closing bracket."""
-        self._logprobs_stop = 0
-        self._top_logprobs_stop = 0
+        self._entries = _Growing("output_token_logprobs", _parsed_entries)
+        self._top_rows = _Growing("output_top_logprobs", _parsed_rows)
+        self._growing = (self._entries, self._top_rows) if self._wanted_top else (self._entries,)
         self._token_ids: list[int] = []
         self._logprobs: list[float | None] = []
         self._top_logprobs: list[Sequence[TopLogprob]] = []
@@ -225,10 +290,7 @@ class StreamReader:
 
     def _read(self, data: bytes) -> None:
         """One event; raises, besides VerbatimError, what reading anything but such an event may raise."""
-        event = _fields(data)
-        if "error" in event:
-            raise self._failure_of(_value(event["error"]), self.named)
-        meta = _fields(event["meta_info"])
+        event, meta = self._parsed(data)
         shape = _shape(tuple(event), tuple(meta))
         if shape.unknown_top or shape.unknown_meta:
             self._keep_unknown(event, meta, shape)
@@ -250,6 +312,26 @@ class StreamReader:
         self._token_ids += fresh
         self._logprobs += logprobs
         self._top_logprobs += top_logprobs
+
+    def _parsed(self, data: bytes) -> tuple[Fields, Fields]:
+        """An event and its `meta_info`, whose arrays hold what is new at least."""
+        growing = self._growing
+        short = data
+        for array in growing:
+            short = array.cut(short)
+        if short is not data:
+            with suppress(msgspec.DecodeError, KeyError):
+                event = _fields(short)
+                meta = _fields(event["meta_info"])
+                number = _number(meta["completion_tokens"]) - self._num_output
+                if "error" not in event and all(array.count(meta) == number for array in growing):
+                    for array in growing:
+                        array.keep(meta)
+                    return event, meta
+        event = _fields(data)
+        if "error" in event:
+            raise self._failure_of(_value(event["error"]), self.named)
+        return event, _fields(event["meta_info"])
 
     def _keep_unknown(self, event: Fields, meta: Fields, shape: _Shape) -> None:
         """I8: what we do not know of the latest event, and what only an earlier one says."""
@@ -306,9 +388,7 @@ class StreamReader:
         number = len(fresh)
         if told is None or told == _NULL:
             return [None] * number
-        text = memoryview(told)
-        stop, self._logprobs_stop = self._logprobs_stop, len(text) - 1
-        entries = _newest(_entries, text, stop, number)
+        entries = self._entries.newest(told, number)
         if len(entries) < number:
             raise EngineProtocolError(f"{self.named}: {len(entries)} log-probs for {number} new tokens (I2)")
         newest = entries[-number:]
@@ -322,9 +402,7 @@ class StreamReader:
         """A row for each new token; () where the engine gave none (I9)."""
         if told is None or told == _NULL:
             return ()
-        text = memoryview(told)
-        stop, self._top_logprobs_stop = self._top_logprobs_stop, len(text) - 1
-        rows = _newest(_rows, text, stop, len(fresh))[-len(fresh) :]
+        rows = self._top_rows.newest(told, len(fresh))[-len(fresh) :]
         pairs = [None if row is None else [(entry.token_id, entry.logprob) for entry in row] for row in rows]
         return likeliest(pairs, fresh, np.array(logprobs, np.float32), most=self._wanted_top, named=self.named)
 
@@ -383,22 +461,6 @@ class StreamReader:
         except ExpertsMismatch as error:  # I9: tokens and log-probs are sound; that its rows are missing is counted
             _log.warning("%s: %s; the turn is recorded without routing rows", self.named, error.message)
             return None
-
-
-def _newest(parse: Callable[[bytes | memoryview], list[Item]], text: memoryview, stop: int, number: int) -> list[Item]:
-    """The last `number` items of an array, or all of them.
-
-    stop: where the array of the event before ended, 0 before the first. There a cumulative one most likely goes on. An
-    end of it that begins behind a comma and holds just as many items is their end, whatever is before it.
-    """
-    if stop < len(text) and text[stop] == _COMMA:
-        try:
-            items = parse(b"[" + text[stop + 1 :])
-        except msgspec.DecodeError:
-            items = []
-        if len(items) == number:
-            return items
-    return parse(text)
 
 
 def _values(texts: Mapping[str, bytes]) -> dict[str, Any]:

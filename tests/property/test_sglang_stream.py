@@ -54,9 +54,15 @@ def drawn_stream(
         }
         if tops:
             meta["output_top_logprobs"] = [None if entry[0] is None else [entry] for entry in entries[first:stop]]
+        unknown |= {"rows": entries[:stop]} if data.draw(st.booleans()) else {}
         meta_info = {k: v for k, v in meta_info.items() if k not in unknown} | unknown
+        # What looks like the arrays and is not, before them or behind.
+        mirror = {"mirror": {"output_token_logprobs": entries[:stop]}} if data.draw(st.booleans()) else {}
+        is_before = data.draw(st.booleans())
+        unknown_top = mirror | unknown_top if is_before else unknown_top | mirror
         reply_fields = {k: v for k, v in reply_fields.items() if k not in unknown_top} | unknown_top
         events.append({"text": "x" * data.draw(st.sampled_from([0, 5000])), "output_ids": token_ids[first:stop]})
+        events[-1] |= mirror if is_before else {}
         events[-1] |= {"meta_info": meta | unknown, **unknown_top}
     return events, meta_info, reply_fields
 
@@ -124,3 +130,19 @@ def test_a_token_that_changes_afterwards_is_refused(data: st.DataObject, token_i
     chunk = reader.take()
     assert chunk is not None
     assert chunk.token_ids.tolist() == token_ids
+
+
+@given(width=st.integers(0, 60))
+def test_a_field_behind_a_shorter_array_is_not_cut_into(width: int) -> None:
+    """I8: of a stream that says new tokens only, wherever the array of the event before had ended."""
+    first, second = [[-1.0, n, None] for n in range(10, 15)], [[-1.0, 15, None]]
+    rows = [[-1.0, 0, None], [-1.0, int("1" + "0" * width), None], *second]
+    reader = reader_of()
+    for entries, total in ((first, 5), (second, 6)):
+        meta = {"finish_reason": {"type": "length"} if total == 6 else None, "prompt_tokens": len(PROMPT)}
+        meta |= {"completion_tokens": total, "weight_version": "3", "output_token_logprobs": entries}
+        meta |= {"rows": rows} if total == 6 else {}
+        event = {"output_ids": [entry[1] for entry in entries], "meta_info": meta}
+        assert reader.read_all([spelled(event, spaced=False)]) is None
+    assert reader.end is not None
+    assert reader.end.meta_info["rows"] == rows

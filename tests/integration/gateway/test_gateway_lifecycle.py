@@ -186,7 +186,7 @@ def test_paused_generation_holds_and_goes_on_as_one_reply(start_gateway: StartGa
     replies: list[Any] = []
 
     def ask() -> None:
-        replies.append(gateway.client("s").chat.completions.create(model="m", messages=[SLOW]))
+        replies.append(gateway.client("s").chat.completions.create(model="m", messages=[VERY_SLOW]))
 
     for mode in ("abort", "keep"):
         thread = threading.Thread(target=ask)
@@ -197,7 +197,7 @@ def test_paused_generation_holds_and_goes_on_as_one_reply(start_gateway: StartGa
         gateway.post("/admin/policy", {"policy_version": 3, "weight_version": "step-3"})
         assert gateway.get("/health")["turns_running"] == 1
         gateway.post("/admin/generation/resume")
-        thread.join(20)
+        thread.join(60)
     assert [reply.choices[0].finish_reason for reply in replies] == ["stop", "stop"]
     turns = gateway.turns("s")
     assert turns[0]["meta"]["num_attempts"] == 2
