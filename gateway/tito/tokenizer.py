@@ -306,7 +306,8 @@ class ChatTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, special tokens kept; bytes that are no character come out as U+FFFD."""
-        return str(self._tokenizer.decode([int(token_id) for token_id in ids], skip_special_tokens=False))
+        plain = ids.tolist() if isinstance(ids, np.ndarray) else [int(token_id) for token_id in ids]
+        return str(self._tokenizer.decode(plain, skip_special_tokens=False))
 
     def token_text(self, token_id: int) -> str:
         """How the vocabulary spells one token (an added token: its text); "" for an id that it does not have."""

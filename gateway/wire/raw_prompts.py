@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import suppress
+
 import numpy as np
 
 from gateway.contracts.errors import InvalidRequest
@@ -12,21 +15,29 @@ from gateway.wire.request import RawPrompt
 MAX_PROMPTS = 1024
 """In one request."""
 
-_INT32 = np.iinfo(np.int32)
+_MAX_ID = np.iinfo(np.int32).max
 
 
 def token_ids(value: JsonValue, name: str) -> TokenIds:
     """int32[P]; raises InvalidRequest naming the element that is no token id."""
     if not isinstance(value, list):
         raise InvalidRequest(f"{name}: expected a list of token ids, got {kind_of(value)}")
-    for i, token_id in enumerate(value):
-        if type(token_id) is not int:
-            raise InvalidRequest(f"{name}[{i}]: expected a token id, got {kind_of(token_id)}")
-        if not 0 <= token_id <= _INT32.max:
-            raise InvalidRequest(f"{name}[{i}]: {token_id} is out of vocabulary")
     if not value:
         raise InvalidRequest(f"{name}: is empty; a prompt needs at least one token")
-    return np.array(value, dtype=np.int32)
+    if set(map(type, value)) == {int}:  # nearly always, and of an agent that keeps its ids there are many
+        with suppress(OverflowError):
+            ids = np.array(value, dtype=np.int32)
+            if ids.min() >= 0:
+                return ids
+    raise InvalidRequest(f"{name}{_first_wrong(value)}")
+
+
+def _first_wrong(value: Sequence[JsonValue]) -> str:
+    """Which element is no token id, and why not."""
+    i, one = next((i, one) for i, one in enumerate(value) if type(one) is not int or not 0 <= one <= _MAX_ID)
+    if type(one) is not int:
+        return f"[{i}]: expected a token id, got {kind_of(one)}"
+    return f"[{i}]: {one} is out of vocabulary"
 
 
 def raw_prompts(value: JsonValue, name: str, *, adds_special_tokens: bool) -> tuple[RawPrompt, ...]:
