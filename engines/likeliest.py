@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from operator import attrgetter
 from typing import TypeAlias
 
 import numpy as np
@@ -22,6 +23,8 @@ Row: TypeAlias = Iterable[tuple[int, float | None]] | None
 
 _TOLERANCE = 1e-3
 _MAX_ID = np.iinfo(np.int32).max
+_INTEGERS = frozenset((int,))
+_logprob_of = attrgetter("logprob")
 
 
 def likeliest(
@@ -34,26 +37,31 @@ def likeliest(
     """
     if len(rows) != len(sampled):
         raise EngineProtocolError(f"{named}: likeliest tokens of {len(rows)} positions for {len(sampled)} tokens (I2)")
-    ordered = [_ordered(row, named) for row in rows]
+    known = [_known(row, named) for row in rows]
+    # As float32, like the sampled tokens' own: the same token must not have two log-probs that differ in a digit.
+    values = iter(np.array([logprob for row in known for _, logprob in row], dtype=np.float32).tolist())
+    ordered = [
+        sorted([TopLogprob(token_id, next(values)) for token_id, _ in row], key=_logprob_of, reverse=True)
+        for row in known
+    ]
     for row, token_id, logprob in zip(ordered, sampled, logprobs.tolist(), strict=True):
         _check_same_position(row, token_id, logprob, named)
-    return tuple(row[:most] for row in ordered)
+    return tuple(tuple(row[:most]) for row in ordered)
 
 
-def _ordered(row: Row, named: str) -> tuple[TopLogprob, ...]:
+def _known(row: Row, named: str) -> list[tuple[int, float]]:
     known = [(token_id, logprob) for token_id, logprob in row or () if logprob is not None and math.isfinite(logprob)]
-    ids = [token_id for token_id, _ in known]
-    if len(set(ids)) != len(ids) or any(type(token_id) is not int or not 0 <= token_id <= _MAX_ID for token_id in ids):
-        raise EngineProtocolError(f"{named}: likeliest tokens with ids {ids}")
-    # As float32, like the sampled tokens' own: the same token must not have two log-probs that differ in a digit.
-    values = np.array([logprob for _, logprob in known], dtype=np.float32).tolist()
-    return tuple(sorted(map(TopLogprob, ids, values), key=lambda entry: -entry.logprob))
+    ids = {token_id for token_id, _ in known}
+    are_ids = len(ids) == len(known) and set(map(type, ids)) <= _INTEGERS
+    if not are_ids or (ids and not 0 <= min(ids) <= max(ids) <= _MAX_ID):
+        raise EngineProtocolError(f"{named}: likeliest tokens with ids {[token_id for token_id, _ in known]}")
+    return known
 
 
 def _check_same_position(row: Sequence[TopLogprob], token_id: int, logprob: float, named: str) -> None:
     if not row or not math.isfinite(logprob):
         return
-    told = next((entry.logprob for entry in row if entry.token_id == token_id), None)
+    told = dict(row).get(token_id)
     fits = logprob <= row[-1].logprob + _TOLERANCE if told is None else abs(told - logprob) <= _TOLERANCE
     if not fits:
         raise EngineProtocolError(

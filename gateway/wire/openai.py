@@ -268,8 +268,8 @@ def _tops(tokens: ReplyTokens, row: Sequence[TopLogprob]) -> bytes:
     if not row:
         return b""
     spelled = [tokens.spell(top.token_id) for top in row]
-    pairs = zip(spelled, row, strict=True)
-    return b",".join([b"{%b}" % _entry(one.text, one, dump_json(top.logprob)) for one, top in pairs])
+    numbers = dump_json([top.logprob for top in row])[1:-1].split(b",")
+    return b",".join([b"{%b}" % _entry(one.text, one, number) for one, number in zip(spelled, numbers, strict=True)])
 
 
 def _entry(text: str, spelled: Spelling, logprob: bytes) -> bytes:
