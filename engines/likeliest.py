@@ -23,7 +23,6 @@ Row: TypeAlias = Iterable[tuple[int, float | None]] | None
 
 _TOLERANCE = 1e-3
 _MAX_ID = np.iinfo(np.int32).max
-_INTEGERS = frozenset((int,))
 _logprob_of = attrgetter("logprob")
 
 
@@ -52,7 +51,7 @@ def likeliest(
 def _known(row: Row, named: str) -> list[tuple[int, float]]:
     known = [(token_id, logprob) for token_id, logprob in row or () if logprob is not None and math.isfinite(logprob)]
     ids = {token_id for token_id, _ in known}
-    are_ids = len(ids) == len(known) and set(map(type, ids)) <= _INTEGERS
+    are_ids = len(ids) == len(known) and set(map(type, ids)) <= {int}
     if not are_ids or (ids and not 0 <= min(ids) <= max(ids) <= _MAX_ID):
         raise EngineProtocolError(f"{named}: likeliest tokens with ids {[token_id for token_id, _ in known]}")
     return known

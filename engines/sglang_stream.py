@@ -76,7 +76,6 @@ class _Entry(msgspec.Struct, array_like=True, gc=False):
 
 
 _NULL = msgspec.Raw(b"null")
-_COMMA = ord(",")
 _token_id_of, _logprob_of = attrgetter("token_id"), attrgetter("logprob")
 _REASONS = {reason.value: reason for reason in FinishReason}
 
@@ -141,7 +140,7 @@ class _Growing(Generic[Item]):
 
     __slots__ = ("_found", "_key", "_name", "_parse", "_stop", "_whole")
 
-    def __init__(self, name: str, parse: Callable[[bytes | memoryview], list[Item]]) -> None:
+    def __init__(self, name: str, parse: Callable[[bytes], list[Item]]) -> None:
         self._name = name
         self._key = b'"%b":[' % name.encode()
         self._parse = parse
@@ -176,21 +175,12 @@ class _Growing(Generic[Item]):
         self._stop += len(memoryview(meta[self._name])) - 1
         self._whole = False
 
-    def newest(self, told: msgspec.Raw, number: int) -> list[Item]:
-        """The last `number` items, or all of them."""
+    def newest(self, told: msgspec.Raw) -> list[Item]:
+        """The new items of the event, perhaps behind those of earlier ones."""
         if not self._whole:
             return self._found
-        text = memoryview(told)
-        stop, self._stop = self._stop, len(text) - 1
-        # An end that begins behind a comma and holds just as many items is their end, whatever is before it.
-        if stop < len(text) and text[stop] == _COMMA:
-            try:
-                items = self._parse(b"[" + text[stop + 1 :])
-            except msgspec.DecodeError:
-                items = []
-            if len(items) == number:
-                return items
-        return self._parse(text)
+        self._stop = len(memoryview(told)) - 1
+        return self._parse(told)
 
 
 class StreamReader:
@@ -388,7 +378,7 @@ class StreamReader:
         number = len(fresh)
         if told is None or told == _NULL:
             return [None] * number
-        entries = self._entries.newest(told, number)
+        entries = self._entries.newest(told)
         if len(entries) < number:
             raise EngineProtocolError(f"{self.named}: {len(entries)} log-probs for {number} new tokens (I2)")
         newest = entries[-number:]
@@ -402,7 +392,7 @@ class StreamReader:
         """A row for each new token; () where the engine gave none (I9)."""
         if told is None or told == _NULL:
             return ()
-        rows = self._top_rows.newest(told, len(fresh))[-len(fresh) :]
+        rows = self._top_rows.newest(told)[-len(fresh) :]
         pairs = [None if row is None else [(entry.token_id, entry.logprob) for entry in row] for row in rows]
         return likeliest(pairs, fresh, np.array(logprobs, np.float32), most=self._wanted_top, named=self.named)
 
