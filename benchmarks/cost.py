@@ -2,7 +2,8 @@
 
 Measured in one process, in processor time, the two interleaved, medians over rounds: templates with a short path, one
 whose suffixes depend on the conversation (probe), and vocabularies that faster tokenizer libraries can and cannot read.
-And one more short turn behind histories of a thousand to a hundred thousand tokens.
+And one more short turn behind histories of a thousand to a hundred thousand tokens; and first prompts of many
+conversations that begin alike.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from gateway.tito.model_files import read_eos_entries
 from gateway.tito.parsing.choice import choose_parsing
 from gateway.tito.parsing.reply import ReplyParsing
 from gateway.tito.prompt import PromptBuilder
+from gateway.tito.shapes import example_tools
 from gateway.tito.template import ChatTemplate
 from gateway.tito.tokenizer import ChatTokenizer
 
@@ -63,7 +65,7 @@ class Cost:
     renders and encoding included. parse_seconds: of reading the replies. upkeep_seconds: audits and what shapes in use
     asked for, which run in a thread and take at most a hundredth of a core beyond the start. full_encode_seconds:
     `tokenizers` alone, on the final text. certified_by: turns by path. turn_microseconds: tokens of history → one more
-    short turn, built and its reply read.
+    short turn, built and its reply read. first_microseconds: path → a first prompt, of num_first_tokens.
     """
 
     model: str
@@ -77,6 +79,8 @@ class Cost:
     full_encode_seconds: float
     certified_by: dict[str, int]
     turn_microseconds: dict[int, float]
+    first_microseconds: dict[str, float]
+    num_first_tokens: int
 
     @property
     def encode_ratio(self) -> float:
@@ -216,6 +220,7 @@ def _measure(family: Family, vocabulary: str, num_turns: int, num_tokens: int, r
 
         measured = [_play(tokenizer, template, plain, new_agent(), num_turns, num_tokens) for _ in range(rounds)]
         turns = {history: _turn_behind(plain, new_agent(), history) for history in HISTORIES}
+        first, num_first_tokens = _first_prompts(plain, builder)
     return Cost(
         model=f"{family.name}-{vocabulary}",
         backend=tokenizer.backend.name,
@@ -228,6 +233,8 @@ def _measure(family: Family, vocabulary: str, num_turns: int, num_tokens: int, r
         full_encode_seconds=statistics.median(r.full_encode_seconds for r in measured),
         certified_by=dict(measured[0].certified_by),
         turn_microseconds=turns,
+        first_microseconds=first,
+        num_first_tokens=num_first_tokens,
     )
 
 
@@ -271,6 +278,23 @@ def _turn_behind(plain: Tokenizer, agent: _Agent, num_tokens: int) -> float:
         agent.parse(prompt, output, Finish(FinishReason.STOP, output[-1]))
         taken.append(agent.build_seconds + agent.parse_seconds - before)
     return round(statistics.median(taken) * 1e6, 1)
+
+
+def _first_prompts(plain: Tokenizer, builder: PromptBuilder) -> tuple[dict[str, float], int]:
+    """Microseconds of a first prompt by path, medians, behind one long system message and ten tools; tokens of each."""
+    system: Message = {"role": "system", "content": _text_of(plain, 1_500)}
+    taken: dict[str, list[float]] = {}
+    num_tokens = 0
+    for number in range(2 * _REPEATS):
+        question: Message = {"role": "user", "content": f"{number}. {QUESTIONS[1]}"}
+        conversation = Conversation((system, question), example_tools(10))
+        began = time.thread_time()
+        built = builder.build(conversation, None)
+        taken.setdefault(built.certified_by, []).append(time.thread_time() - began)
+        num_tokens = len(built.token_ids)
+        if builder.upkeep_due:
+            builder.upkeep()
+    return {path: round(statistics.median(times) * 1e6, 1) for path, times in taken.items()}, num_tokens
 
 
 def _called(call: Call, call_id: str) -> Message:

@@ -152,6 +152,11 @@ def stand_in_tools(conversation: Conversation) -> tuple[JsonValue, ...]:
     return example_tools(1) if conversation.tools else ()
 
 
+def is_audited(num_uses: int) -> bool:
+    """Whether what relied on evidence for the `num_uses`-th time is built the long way too."""
+    return num_uses <= _AUDITED_FIRST or num_uses % _AUDITED_EVERY == 0
+
+
 class ShapeKey(NamedTuple):
     """A shape under given template arguments, which are named by their JSON text."""
 
@@ -193,7 +198,7 @@ class CertificateBook(Generic[F]):
             if entry is None:  # gone in the meantime
                 return True
             entry.num_uses += 1
-            return entry.num_uses <= _AUDITED_FIRST or entry.num_uses % _AUDITED_EVERY == 0
+            return is_audited(entry.num_uses)
 
     def withdraw(self, key: ShapeKey) -> None:
         """Never rely on this certificate again."""

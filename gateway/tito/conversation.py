@@ -70,8 +70,9 @@ class ParentTurn:
 class BuiltPrompt(Struct, frozen=True, eq=False):
     """Tokens for one turn. With `segment_reason` None they are added to the parent's ids; else they are a whole prompt.
 
-    certified_by: how equality with the template was established ("full_render", "shape", "probe", "close" for a parent
-    that was cut), with "_kept_history" where the template would have dropped old reasoning and the policy kept it.
+    certified_by: how equality with the template was established ("full_render", "opening", "shape", "probe", "close"
+    for a parent that was cut), with "_kept_history" where the template would have dropped old reasoning and the policy
+    kept it.
     hidden_messages: indices of messages that the template does not show (the model never sees them), as far as a whole
     prompt was made.
     """

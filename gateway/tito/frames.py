@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, NamedTuple
@@ -47,6 +47,8 @@ _TRIED = (
     "error: failed {n}",
 )
 """Texts that a frame must hold for; `{n}` is another number in each message."""
+
+NUM_TRIED = len(_TRIED)
 
 
 class _Form(Enum):
@@ -103,32 +105,47 @@ def learn_frame(template: ChatTemplate, key: ShapeKey, arguments: Mapping[str, J
         return None
     conversation, num_messages = next(conversations(shape, arguments))
     reply = conversation.messages[num_messages - 1]
-    leaves = tuple(_leaves((reply, *conversation.messages[num_messages:])))
+    messages = (reply, *conversation.messages[num_messages:])
+    leaves = tuple(_leaves(messages))
 
     def suffix_of(messages: Sequence[JsonValue]) -> str | None:
         made = Conversation((*conversation.messages[: num_messages - 1], *messages), conversation.tools, arguments)
         tools = stand_in_tools(conversation)
         return local_suffix(template, made, num_messages=num_messages, stop=stop, tools=tools)
 
-    def messages_with(texts: Sequence[str]) -> list[JsonValue]:
-        changed: list[JsonValue] = [reply, *conversation.messages[num_messages:]]
+    return fitted_frame(template, messages, leaves, suffix_of)
+
+
+def fitted_frame(
+    template: ChatTemplate,
+    messages: Sequence[JsonValue],
+    leaves: Sequence[tuple[_Path, str]],
+    shown: Callable[[Sequence[JsonValue]], str | None],
+) -> Frame | None:
+    """The frame of what a template shows of some messages, learned from one set of texts and tried on many others.
+
+    None where there is none. leaves: where texts stand in `messages`, and which. shown: None where nothing is shown.
+    """
+
+    def messages_with(texts: Sequence[str]) -> Sequence[JsonValue]:
+        changed: Sequence[JsonValue] = list(messages)
         for (path, _), text in zip(leaves, texts, strict=True):
             changed = _with(changed, path, text)
         return changed
 
     texts = [_text_for(path, _LEARNED_FROM, n) for n, (path, _) in enumerate(leaves)]
-    suffix = suffix_of(messages_with(_with_same_ids(leaves, texts)))
-    if suffix is None:
+    learned = shown(messages_with(_with_same_ids(leaves, texts)))
+    if learned is None:
         return None
-    pieces = _pieces(suffix, {path: text for (path, _), text in zip(leaves, texts, strict=True)})
+    pieces = _pieces(learned, {path: text for (path, _), text in zip(leaves, texts, strict=True)})
     # What stands in the fixed part may be a date.
     if template.tells_time and any(isinstance(piece, str) and re.search(r"\d", piece) for piece in pieces):
         return None
     frame = Frame(pieces, frozenset(), ())
-    for i in range(len(_TRIED)):
-        tried = [_text_for(path, _TRIED[(i + n) % len(_TRIED)], 10 * n + i) for n, (path, _) in enumerate(leaves)]
-        messages = messages_with(_with_same_ids(leaves, tried))
-        if frame.fill(messages) != suffix_of(messages):
+    for i in range(NUM_TRIED):
+        tried = [_text_for(path, _TRIED[(i + n) % NUM_TRIED], 10 * n + i) for n, (path, _) in enumerate(leaves)]
+        made = messages_with(_with_same_ids(leaves, tried))
+        if frame.fill(made) != shown(made):
             return None
     return Frame(pieces, template.strings, template.searched)
 

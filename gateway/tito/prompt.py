@@ -2,7 +2,8 @@
 
 I1: recorded ids are never made again from text. Turns of a shape whose suffix is certified not to depend on the
 conversation take the short path, O(new messages); all others the long one: the junction probe (`junction`), certified
-against a full render of the agent's own conversation. Whatever cannot be certified is a full render and a new segment
+against a full render of the agent's own conversation. First turns that begin as many others did are filled in and
+spelled behind what they share (`openings`). Whatever cannot be certified is a full render and a new segment
 with its reason (I6), never an error of ours. Only what is added is encoded.
 """
 
@@ -14,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 
@@ -35,17 +36,19 @@ from gateway.tito.junction import (
     unseen_messages,
 )
 from gateway.tito.lookalikes import GuardedConversation, LookalikeGuard
+from gateway.tito.openings import Openings
 from gateway.tito.parsing.choice import choose_parsing
 from gateway.tito.parsing.reply import ReplyParsing
 from gateway.tito.proof import Proven, ToProve, prove
 from gateway.tito.shapes import Shape
-from gateway.tito.short_path import CertifiedSuffix, ShortPath
+from gateway.tito.short_path import ShortPath
 from gateway.tito.template import ChatTemplate
 from gateway.tito.tokenizer import ChatTokenizer
 
 _log = logging.getLogger(__name__)
 
 FULL_RENDER = "full_render"
+OPENING = "opening"
 SHAPE = "shape"
 SHAPE_KEPT_HISTORY = "shape_kept_history"
 PROBE = "probe"
@@ -66,17 +69,19 @@ _AUDIT_SECONDS = 0.05
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Audit:
-    """A turn that took the short path, to be built the long way too."""
+    """A turn that took a short way, to be built the long way too. claim: what is wrong if that differs; withdraw: never
+    to rely on it again."""
 
     conversation: Conversation
-    parent: ParentTurn
-    certified: CertifiedSuffix
+    parent: ParentTurn | None
     built: BuiltPrompt
+    claim: str
+    withdraw: Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True)
 class AuditCounts:
-    """Turns of the short path that were built the long way too, and those among them that came out different."""
+    """Turns of the short ways that were built the long way too, and those among them that came out different."""
 
     num_audits: int = 0
     num_alarms: int = 0
@@ -115,6 +120,7 @@ class PromptBuilder:
             tokens=self.turn_tokens,
             reasoning=self._parsing.reasoning,
         )
+        self._openings = Openings(template, tokenizer, self._guard, untold=self._short_path.untold_of_others)
         self._audits: deque[_Audit] = deque(maxlen=_MAX_AUDITS)
         self._audit_counts = AuditCounts()
         self._audits_due_at = 0.0
@@ -126,18 +132,18 @@ class PromptBuilder:
         """Tokens for the turn that answers `conversation`.
 
         Without a parent they are the whole prompt, and `reason` is passed on. With one they continue it where that is
-        certified. `certified_by` is "full_render", "shape" or "probe" (append-only, by a certificate of the turn's
-        shape or in the conversation at hand), the same with "_kept_history" (the template may drop old reasoning here;
-        policy `keep`), "probe_unrendered" (the template refuses the whole, but not what follows here) or "close" (the
-        parent was cut; masked tokens end its turn).
+        certified. `certified_by` is "full_render" or "opening" for whole prompts; else "shape" or "probe" (append-only,
+        by a certificate of the turn's shape or in the conversation at hand), the same with "_kept_history" (the
+        template may drop old reasoning here; policy `keep`), "probe_unrendered" (the template refuses the whole, but
+        not what follows here) or "close" (the parent was cut; masked tokens end its turn).
         Raises TemplateRaised if the template refuses the conversation, LengthMismatch for a parent that does not fit.
         """
-        if parent is not None:
+        if parent is None:
+            short = self._by_opening(conversation, reason)
+        else:
             check_parent(parent, conversation)
-            continued = self._by_shape(conversation, parent)
-            if continued is not None:
-                return continued
-        return self._by_rendering(conversation, parent, reason)
+            short = self._by_shape(conversation, parent)
+        return self._by_rendering(conversation, parent, reason) if short is None else short
 
     def prepare(self, prove: Callable[[ToProve], Proven] = prove) -> None:
         """Certify the shapes of ordinary agents, prove a faster tokenizer library; a second or two, for a thread."""
@@ -167,14 +173,15 @@ class PromptBuilder:
     @property
     def upkeep_due(self) -> bool:
         """Whether `upkeep` has something to do, and what it did last has been paid for."""
-        if self._short_path.book.has_pending:
+        if self._short_path.book.has_pending or self._openings.has_pending:
             return True
         return bool(self._audits or self._tokenizer.checks_due) and time.monotonic() >= self._audits_due_at
 
     def upkeep(self) -> None:
-        """Certify shapes that turns asked for, and audit turns that took the short path; not for the event loop."""
+        """Certify shapes and learn openings that turns asked for, audit turns that took a short way; not for the event
+        loop."""
         with self._upkeep_lock:
-            while self._short_path.certify_next():
+            while self._short_path.certify_next() or self._openings.learn_next():
                 pass
             began = time.thread_time()
             while time.thread_time() - began < _AUDIT_SECONDS and self._audit_next():
@@ -190,7 +197,7 @@ class PromptBuilder:
 
     @property
     def audits(self) -> AuditCounts:
-        """How many short paths were audited, and how many of them were wrong."""
+        """How many turns of a short way were audited, and how many of them were wrong."""
         return self._audit_counts
 
     def _by_shape(self, conversation: Conversation, parent: ParentTurn) -> BuiltPrompt | None:
@@ -205,26 +212,43 @@ class PromptBuilder:
         if ids is None:
             return None
         built = BuiltPrompt(ids, None, SHAPE_KEPT_HISTORY if certified.keeps_reasoning else SHAPE)
-        if self._short_path.book.use(certified.key):
-            self._audits.append(_Audit(conversation, parent, certified, built))
+        key, book = certified.key, self._short_path.book
+        if book.use(key):
+            claim = f"the certificate of shape {str(key.shape)!r}"
+            self._audits.append(_Audit(conversation, parent, built, claim, partial(book.withdraw, key)))
+        return built
+
+    def _by_opening(self, conversation: Conversation, reason: SegmentReason) -> BuiltPrompt | None:
+        """A whole prompt that begins as many did; None where no opening speaks for it."""
+        opened = self._openings.find(conversation)
+        if opened is None:
+            return None
+        ids = np.concatenate([opened.head_ids, self._tokenizer.encode(opened.rest)])
+        built = self._remembered(ids, opened.text, BuiltPrompt(ids, reason, OPENING))
+        if self._openings.use(opened.key):
+            claim = f"the opening of {len(opened.head_ids)} tokens"
+            withdraw = partial(self._openings.withdraw, opened.key)
+            self._audits.append(_Audit(conversation, None, built, claim, withdraw))
         return built
 
     def _audit(self, audit: _Audit) -> None:
-        alarms = self._audit_counts.num_alarms
+        alarms, built = self._audit_counts.num_alarms, audit.built
         try:
-            expected = self._by_rendering(audit.conversation, audit.parent, SegmentReason.UNCERTIFIED)
+            reason = built.segment_reason or SegmentReason.UNCERTIFIED
+            expected = self._by_rendering(audit.conversation, audit.parent, reason)
         except TemplateRaised:
-            # The certified suffix serves where the template would refuse what lies further back.
-            same = True
+            # A certified suffix serves where the template would refuse what lies further back.
+            same = audit.parent is not None
         else:
-            same = expected.segment_reason is None and np.array_equal(expected.token_ids, audit.built.token_ids)
+            same = (expected.segment_reason, expected.hidden_messages) == (built.segment_reason, built.hidden_messages)
+            same = same and np.array_equal(expected.token_ids, built.token_ids)
         if not same:
             alarms += 1
-            self._short_path.book.withdraw(audit.certified.key)
+            audit.withdraw()
             _log.error(
-                "the certificate of shape %r is wrong for this template and is withdrawn: the suffix depends on the "
-                "conversation; turns of this shape are certified one by one from now on",
-                str(audit.certified.key.shape),
+                "%s is wrong for this template and is withdrawn: the template makes something else of a conversation; "
+                "others like it are built one by one from now on",
+                audit.claim,
             )
         self._audit_counts = AuditCounts(self._audit_counts.num_audits + 1, alarms)
 

@@ -44,8 +44,10 @@ class CertifiedSuffix(Struct, frozen=True):
 
 
 class ShortPath:
-    """Certificates of one template and vocabulary (`book`), and the suffixes that they vouch for. Safe between
-    threads."""
+    """Certificates of one template and vocabulary (`book`), and the suffixes that they vouch for. Safe between threads.
+
+    untold_of_others: texts of which no certificate speaks, where others than models write them.
+    """
 
     def __init__(
         self,
@@ -57,7 +59,7 @@ class ShortPath:
     ) -> None:
         self._template = template
         self._untold_of_models = AnyOf((*guard.turn.texts, *template.looked_for))
-        self._untold_of_others = AnyOf((*guard.control.texts, *template.looked_for))
+        self.untold_of_others = AnyOf((*guard.control.texts, *template.looked_for))
         self._keys: dict[tuple[Sketch, str], ShapeKey] = {}
         self._tokens = tokens
         self._reasoning = reasoning
@@ -123,4 +125,4 @@ class ShortPath:
 
     def _is_plain(self, messages: Sequence[JsonValue]) -> bool:
         said = SaidTexts.of(messages)
-        return not (self._untold_of_others.are_in(said.by_others) or self._untold_of_models.are_in(said.by_models))
+        return not (self.untold_of_others.are_in(said.by_others) or self._untold_of_models.are_in(said.by_models))

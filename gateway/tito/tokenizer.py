@@ -165,15 +165,15 @@ class ChatTokenizer:
         spell = self._spell
         if spell is None:
             self._is_asked = True
-            return self._reference(text)
+            return self.encode_surely(text)
         if not text.isascii() and self._odd.search(text) is not None:
-            return self._reference(text)
+            return self.encode_surely(text)
         try:
             ids = spell(text)
         except BaseException as error:
             if not is_of_library(error):
                 raise
-            ids = self._reference(text)  # which refuses what is no text in its own words
+            ids = self.encode_surely(text)  # which refuses what is no text in its own words
             self._distrust(f"it refused {text[:60]!r}: {error}")
             return ids
         self._num_spelled += 1
@@ -213,13 +213,13 @@ class ChatTokenizer:
             except BackendUnfit as error:
                 reasons[candidate.value] = str(error)
                 continue
-            odd = odd_characters(spell, self._reference, find_bridge(words))
+            odd = odd_characters(spell, self.encode_surely, find_bridge(words))
             if len(odd) > _MAX_ODD_CHARACTERS:
                 reasons[candidate.value] = f"{len(odd)} characters are something else to it"
                 continue
             pattern = re.compile(f"[{re.escape(odd)}]" if odd else "(?!)")
             texts = (text for text in spelling_texts(words, added) if pattern.search(text) is None)
-            difference = first_difference(spell, self._reference, texts)
+            difference = first_difference(spell, self.encode_surely, texts)
             if difference is None:
                 return FoundBackend(candidate.value, reasons, odd)
             reasons[candidate.value] = difference
@@ -240,7 +240,7 @@ class ChatTokenizer:
         if not self._to_check:
             return False
         text, ids = self._to_check.popleft()
-        if not np.array_equal(self._reference(text), ids):
+        if not np.array_equal(self.encode_surely(text), ids):
             self._distrust(f"it spelled {text[:60]!r} otherwise")
         self.backend = replace(self.backend, num_checked=self.backend.num_checked + 1)
         return True
@@ -266,7 +266,8 @@ class ChatTokenizer:
             return self._is_asked and self._is_expected
         return self._num_characters > self._max_characters
 
-    def _reference(self, text: str) -> TokenIds:
+    def encode_surely(self, text: str) -> TokenIds:
+        """As `encode`, by `tokenizers` itself, whatever library serves: slow, for what is kept."""
         return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32)
 
     def _distrust(self, why: str) -> None:
