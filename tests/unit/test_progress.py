@@ -20,24 +20,42 @@ from trainer.progress import PlainProgress, TerminalProgress, evaluation_line, s
 from trainer.settings import ReplayMode
 
 
+class Told:
+    """What was printed so far."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self._capsys = capsys
+        self._text = ""
+
+    @property
+    def lines(self) -> list[str]:
+        self._text += self._capsys.readouterr().err
+        return self._text.splitlines()
+
+    def wait_for(self, beginning: str, *, times: int, seconds: float = 60.0) -> None:
+        deadline = time.monotonic() + seconds
+        while sum(line.startswith(beginning) for line in self.lines) < times:
+            assert time.monotonic() < deadline, f"{beginning!r} was not told {times} times"
+            time.sleep(0.01)
+
+
 def test_a_long_phase_is_told_again_and_again_with_how_far_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    told = Told(capsys)
     with PlainProgress(5, reminder_seconds=0.05) as progress:
         clock = PhaseClock(progress.phase)
         with clock.phase(Phase.ROLLOUT):
             progress.rollouts(3, 96)
-            time.sleep(0.2)
+            told.wait_for("  rollouts, 3 of 96, for ", times=2)
         with clock.phase(Phase.UPDATE):
             progress.microbatches(2, 7)
-            time.sleep(0.2)
+            told.wait_for("  training, micro-batch 2 of 7, for ", times=2)
         progress.step(METRICS)
         time.sleep(0.1)
         progress.rollouts(7, 9)
-        time.sleep(0.2)
+        told.wait_for("  held-out rollouts, 7 of 9, for ", times=2)
         progress.evaluation(EVALUATION)
         time.sleep(0.1)
-    lines = capsys.readouterr().err.splitlines()
-    assert sum(line.startswith("  rollouts, 3 of 96, for ") for line in lines) >= 2
-    assert sum(line.startswith("  training, micro-batch 2 of 7, for ") for line in lines) >= 2
+    lines = told.lines
     after = lines[lines.index(step_line(METRICS, 5)) + 1 :]
     assert all(line.startswith("  held-out rollouts, 7 of 9, for ") for line in after[:-1])
     assert len(after) >= 3
