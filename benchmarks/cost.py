@@ -283,11 +283,12 @@ def _turn_behind(plain: Tokenizer, agent: _Agent, num_tokens: int) -> float:
 def _first_prompts(plain: Tokenizer, builder: PromptBuilder) -> tuple[dict[str, float], int]:
     """Microseconds of a first prompt by path, medians, behind one long system message and ten tools; tokens of each."""
     system: Message = {"role": "system", "content": _text_of(plain, 1_500)}
+    tools = example_tools(10)
     taken: dict[str, list[float]] = {}
     num_tokens = 0
     for number in range(2 * _REPEATS):
         question: Message = {"role": "user", "content": f"{number}. {QUESTIONS[1]}"}
-        conversation = Conversation((system, question), example_tools(10))
+        conversation = Conversation((system, question), tools)
         began = time.thread_time()
         built = builder.build(conversation, None)
         taken.setdefault(built.certified_by, []).append(time.thread_time() - began)

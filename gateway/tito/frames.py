@@ -23,7 +23,8 @@ from gateway.tito.junction import local_suffix
 from gateway.tito.shapes import ContentKind, MessageForm, conversations
 from gateway.tito.template import ChatTemplate
 
-_Path = tuple[str | int, ...]
+TextPath = tuple[str | int, ...]
+"""Where a text is found in a value: ("content", 0, "text")."""
 
 _LEARNED_FROM = ' \n  Frame{n}q says "a\\b"\n<i>{n}</i>  \n\n'
 _TRIED = (
@@ -67,7 +68,7 @@ class _Form(Enum):
 class _Slot(NamedTuple):
     """Where the text that stands here is found in the reply and the messages behind it: (1, "content")."""
 
-    path: _Path
+    path: TextPath
     form: _Form
 
 
@@ -119,7 +120,7 @@ def learn_frame(template: ChatTemplate, key: ShapeKey, arguments: Mapping[str, J
 def fitted_frame(
     template: ChatTemplate,
     messages: Sequence[JsonValue],
-    leaves: Sequence[tuple[_Path, str]],
+    leaves: Sequence[tuple[TextPath, str]],
     shown: Callable[[Sequence[JsonValue]], str | None],
 ) -> Frame | None:
     """The frame of what a template shows of some messages, learned from one set of texts and tried on many others.
@@ -130,7 +131,7 @@ def fitted_frame(
     def messages_with(texts: Sequence[str]) -> Sequence[JsonValue]:
         changed: Sequence[JsonValue] = list(messages)
         for (path, _), text in zip(leaves, texts, strict=True):
-            changed = _with(changed, path, text)
+            changed = with_text(changed, path, text)
         return changed
 
     texts = [_text_for(path, _LEARNED_FROM, n) for n, (path, _) in enumerate(leaves)]
@@ -155,7 +156,7 @@ def _is_plain(form: MessageForm) -> bool:
     return form.content is not ContentKind.BLANK and not form.reasoning and not form.num_calls
 
 
-def _leaves(messages: Sequence[JsonValue]) -> Iterator[tuple[_Path, str]]:
+def _leaves(messages: Sequence[JsonValue]) -> Iterator[tuple[TextPath, str]]:
     """Paths and values of what a suffix may show: names and ids of the reply's calls, and what was appended."""
     for i, call in enumerate(messages[0].get("tool_calls") or ()):
         yield (0, "tool_calls", i, "id"), call["id"]
@@ -171,7 +172,7 @@ def _leaves(messages: Sequence[JsonValue]) -> Iterator[tuple[_Path, str]]:
                 yield (i, key), message[key]
 
 
-def _text_for(path: _Path, pattern: str, number: int) -> str:
+def _text_for(path: TextPath, pattern: str, number: int) -> str:
     """Ids as every template takes them; names of various lengths."""
     if path[-1] in ("id", "tool_call_id"):
         return f"q{number:08}"
@@ -180,7 +181,7 @@ def _text_for(path: _Path, pattern: str, number: int) -> str:
     return pattern.format(n=number)
 
 
-def _with_same_ids(leaves: Sequence[tuple[_Path, str]], texts: Sequence[str]) -> list[str]:
+def _with_same_ids(leaves: Sequence[tuple[TextPath, str]], texts: Sequence[str]) -> list[str]:
     """Results name the calls that they named: one id stays one id."""
     by_id: dict[str, str] = {}
     same: list[str] = []
@@ -189,17 +190,17 @@ def _with_same_ids(leaves: Sequence[tuple[_Path, str]], texts: Sequence[str]) ->
     return same
 
 
-def _with(value: Any, path: _Path, text: str) -> Any:
+def with_text(value: Any, path: TextPath, text: str) -> Any:
     """`value` with another text at `path`."""
     if not path:
         return text
     step, rest = path[0], path[1:]
     if isinstance(value, list):
-        return [_with(entry, rest, text) if i == step else entry for i, entry in enumerate(value)]
-    return {**value, step: _with(value[step], rest, text)}
+        return [with_text(entry, rest, text) if i == step else entry for i, entry in enumerate(value)]
+    return {**value, step: with_text(value[step], rest, text)}
 
 
-def _pieces(suffix: str, texts: Mapping[_Path, str]) -> tuple[str | _Slot, ...]:
+def _pieces(suffix: str, texts: Mapping[TextPath, str]) -> tuple[str | _Slot, ...]:
     """Fixed texts and slots; the form that explains most of the suffix is taken."""
     slots: dict[str, _Slot] = {}
     for path, text in texts.items():

@@ -29,7 +29,7 @@ from gateway.contracts.errors import TemplateRaised
 from gateway.contracts.generation import JsonValue, TokenIds
 from gateway.tito.certificate import is_audited
 from gateway.tito.conversation import Conversation
-from gateway.tito.frames import NUM_TRIED, Frame, fitted_frame
+from gateway.tito.frames import NUM_TRIED, Frame, TextPath, fitted_frame, with_text
 from gateway.tito.junction import unseen_messages
 from gateway.tito.lookalikes import AnyOf, LookalikeGuard
 from gateway.tito.template import ChatTemplate
@@ -45,16 +45,18 @@ _MAX_COUNTED = 1_024
 _MAX_PENDING = 4
 _SENTINEL = "Opening sentinel 7f3a"
 
-_Path = tuple[str | int, ...]
-
 
 class OpenedPrompt(Struct, frozen=True, eq=False):
-    """A whole prompt: the ids of its head, int32[H], and the text that follows it, which is to be spelled."""
+    """A whole prompt: the ids of its head, int32[H], and the text that follows it, which is to be spelled.
+
+    key: of its opening (`Openings.withdraw`). is_audited: whether it should be.
+    """
 
     key: bytes
     head: str
     head_ids: TokenIds
     rest: str
+    is_audited: bool
 
     @property
     def text(self) -> str:
@@ -112,16 +114,11 @@ class Openings:
         if opening.frame is None or self._untold.are_in(text):
             return None
         rest = opening.frame.fill(conversation.messages[-1:])
-        return None if rest is None else OpenedPrompt(key, opening.head, opening.head_ids, rest)
-
-    def use(self, key: bytes) -> bool:
-        """Count a prompt that relied on an opening; whether it should be audited."""
+        if rest is None:
+            return None
         with self._lock:
-            opening = self._known.get(key)
-            if opening is None:  # gone in the meantime
-                return True
             opening.num_uses += 1
-            return is_audited(opening.num_uses)
+            return OpenedPrompt(key, opening.head, opening.head_ids, rest, is_audited(opening.num_uses))
 
     def withdraw(self, key: bytes) -> None:
         """Never rely on this opening again."""
@@ -173,14 +170,14 @@ class Openings:
             # Unequal too where the render does not begin with the head, so that nothing was removed.
             return rest if np.array_equal(ids, self._tokenizer.encode(text)) else None
 
-        frame = fitted_frame(self._template, [last], [((0, *_path_of_text(last)), "")], rest_of)
+        frame = fitted_frame(self._template, [last], [((0, *_place_of_text(last)), "")], rest_of)
         return _Opening(head, head_ids, frame, num_key_bytes + len(head) + head_ids.nbytes)
 
     def _head(self, conversation: Conversation) -> str | None:
         """What stands before the control token that the last message's text comes behind; None where its ids, or what
         the model is not shown, might depend on that text."""
         last = conversation.messages[-1]
-        probe = _ending_with(conversation, _with_text(last, _SENTINEL))
+        probe = _ending_with(conversation, with_text(last, _place_of_text(last), _SENTINEL))
         if self._template.tells_time or self._guard.guard(probe).brackets is not None:
             return None
         try:
@@ -202,10 +199,11 @@ def _parted(conversation: Conversation) -> tuple[bytes, str] | None:
     last = messages[-1]
     if type(last) is not dict or last.get("role") != "user":
         return None
-    text = _text_of(last)
-    if not text or text.isspace():
+    place = _place_of_text(last)
+    text = last.get("content") if place == ("content",) else last["content"][0].get("text")
+    if type(text) is not str or not text or text.isspace():
         return None
-    like = (messages[:-1], _with_text(last, ""), conversation.tools, dict(conversation.template_arguments))
+    like = (messages[:-1], with_text(last, place, ""), conversation.tools, dict(conversation.template_arguments))
     try:
         key = orjson.dumps(like)
     except orjson.JSONEncodeError:  # halves of surrogate pairs, integers beyond 64 bits
@@ -213,21 +211,12 @@ def _parted(conversation: Conversation) -> tuple[bytes, str] | None:
     return (key, text) if len(key) <= _MAX_KEY_BYTES else None
 
 
-def _text_of(message: dict[str, JsonValue]) -> str | None:
-    """The text of a message that is one text, or one text part."""
+def _place_of_text(message: dict[str, JsonValue]) -> TextPath:
+    """Where a message has its text, if it is one: in its one text part, else in its content."""
     content = message.get("content")
     if type(content) is list and len(content) == 1 and type(content[0]) is dict and content[0].get("type") == "text":
-        content = content[0].get("text")
-    return content if type(content) is str else None
-
-
-def _path_of_text(message: dict[str, JsonValue]) -> _Path:
-    return ("content",) if type(message["content"]) is str else ("content", 0, "text")
-
-
-def _with_text(message: dict[str, JsonValue], text: str) -> dict[str, JsonValue]:
-    content = message["content"]
-    return {**message, "content": text if type(content) is str else [{**content[0], "text": text}]}
+        return ("content", 0, "text")
+    return ("content",)
 
 
 def _ending_with(conversation: Conversation, last: JsonValue) -> Conversation:

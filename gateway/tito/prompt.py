@@ -225,7 +225,7 @@ class PromptBuilder:
             return None
         ids = np.concatenate([opened.head_ids, self._tokenizer.encode(opened.rest)])
         built = self._remembered(ids, opened.text, BuiltPrompt(ids, reason, OPENING))
-        if self._openings.use(opened.key):
+        if opened.is_audited:
             claim = f"the opening of {len(opened.head_ids)} tokens"
             withdraw = partial(self._openings.withdraw, opened.key)
             self._audits.append(_Audit(conversation, None, built, claim, withdraw))

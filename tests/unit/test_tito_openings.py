@@ -48,11 +48,10 @@ def asking(content: JsonValue, *before: JsonValue, **more: JsonValue) -> Convers
     return Conversation((*(before or (SYSTEM,)), {"role": "user", "content": content, **more}), TOOLS)
 
 
-def meet(prompts: PromptBuilder, *like: Conversation) -> None:
-    """Have openings learned, by as many prompts as that takes."""
-    for conversation in like:
-        for _ in range(NUM_USES_BEFORE):
-            assert prompts.build(conversation, None).certified_by == "full_render"
+def meet(prompts: PromptBuilder, conversation: Conversation) -> None:
+    """Have its opening learned, by as many prompts as that takes."""
+    for _ in range(NUM_USES_BEFORE):
+        assert prompts.build(conversation, None).certified_by == "full_render"
     prompts.upkeep()
 
 
@@ -240,10 +239,10 @@ def test_the_openings_that_are_kept_are_bounded(tokenizer: ChatTokenizer, monkey
     """The one that served longest ago goes first; it is learned again if it is met as often again."""
     monkeypatch.setattr(openings, "_MAX_KEPT_BYTES", 25_000)  # of two
     prompts = chatml(tokenizer)
-    systems = [{"role": "system", "content": f"System {i} of four. " * 100} for i in range(4)]
+    systems = [{"role": "system", "content": f"System {i} of three. " * 100} for i in range(3)]
     for system in systems[:2]:
         meet(prompts, asking("What is 48/2?", system))
     assert prompts.build(asking("And 3 * 4?", systems[0]), None).certified_by == "opening"
     meet(prompts, asking("What is 48/2?", systems[2]))
-    found = [prompts.build(asking("And 3 * 4?", system), None).certified_by for system in systems[:3]]
+    found = [prompts.build(asking("And 3 * 4?", system), None).certified_by for system in systems]
     assert found == ["opening", "full_render", "opening"]
