@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -35,9 +36,6 @@ each time on what the store holds then, and only what the last run did is stored
 
 _MAX_BATCH = 512
 _MAX_TRIES_ALONE = 5
-_PATIENCE_SECONDS = 0.01
-"""For which what nobody is in a hurry for waits to be committed with something else."""
-
 
 class StoreFailures(NamedTuple):
     """How a store fails: what it raises besides VerbatimError, how that reads as ours, and whether it only met another
@@ -85,6 +83,7 @@ class GroupCommitWriter:
         after_commit: Callable[[Connection], None],
         room: Room = NO_ROOM_TO_MAKE,
         together: Callable[[Connection, Sequence[Operation[Any]]], set[int]] = leave_all,
+        patience_seconds: float = 0.01,
     ) -> None:
         self._connection = connection
         self._failures = failures
@@ -93,8 +92,11 @@ class GroupCommitWriter:
         self._after_commit = after_commit
         self._room = room
         self._together = together
+        self._patience_seconds = patience_seconds
         self._gathered: list[_Waiting] = []
+        self._gathered_since = 0.0
         self._leaves_soon = False
+        self._is_timed = False
         self._queue: queue.SimpleQueue[list[_Waiting] | None] = queue.SimpleQueue()
         self._submit_lock = threading.Lock()
         self._closed = False
@@ -115,13 +117,27 @@ class GroupCommitWriter:
         with self._submit_lock:  # nothing may be queued behind the end mark, its future would never resolve
             if self._closed:
                 raise LedgerError("the ledger is closed")
+            if not self._gathered:
+                self._gathered_since = time.monotonic()
             self._gathered.append(_Waiting(operation, future, grows))
             if urgent and not self._leaves_soon:
                 self._leaves_soon = True
                 loop.call_soon(self._hand_over)
-            elif len(self._gathered) == 1:
-                loop.call_later(_PATIENCE_SECONDS, self._hand_over)
+            elif not urgent and not self._is_timed:
+                self._is_timed = True
+                loop.call_later(self._patience_seconds, self._end_patience, loop)
         return future
+
+    def _end_patience(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Hand over what has waited long enough. What left with something urgent is not followed by a batch of what
+        came since: that would be a commit of its own beside every other turn's."""
+        with self._submit_lock:
+            rest = self._gathered_since + self._patience_seconds - time.monotonic()
+            self._is_timed = bool(self._gathered) and rest > 0
+            if self._is_timed:
+                loop.call_later(rest, self._end_patience, loop)
+                return
+        self._hand_over()
 
     def _hand_over(self) -> None:
         """Give the thread what has gathered."""

@@ -713,6 +713,39 @@ async def test_what_comes_while_another_process_commits_is_one_batch(tmp_path: P
     group.close()
 
 
+async def test_what_can_wait_is_committed_with_something_urgent_or_waits_all_of_its_time(tmp_path: Path) -> None:
+    """A commit of its own for each delivery, which the next turn then waits for, would be two for every turn."""
+    patience_seconds = 0.1
+    raw = sqlite3.connect(tmp_path / "store.sqlite", isolation_level=None, check_same_thread=False)
+    batches: list[list[tuple[bool, float]]] = [[]]  # of each operation: is it urgent, how long had it waited
+    group = GroupCommitWriter(
+        SqliteConnection(raw),
+        failures=StoreFailures((sqlite3.Error, OSError), translate, lambda error: False),
+        flush=lambda: batches.append([]),
+        after_commit=lambda connection: None,
+        patience_seconds=patience_seconds,
+    )
+
+    def submit(*, urgent: bool) -> asyncio.Future[None]:
+        began = time.monotonic()
+        return group.submit(lambda _: batches[-1].append((urgent, time.monotonic() - began)), urgent=urgent)
+
+    notes = []
+    for _ in range(20):
+        notes.append(submit(urgent=False))
+        await asyncio.sleep(0.03)
+        await submit(urgent=True)
+    last = submit(urgent=False)
+    async with asyncio.timeout(20):
+        await asyncio.gather(*notes, last)
+    group.close()
+    assert [urgent for batch in batches for urgent, _ in batch].count(False) == len(notes) + 1
+    assert any({True, False} == {urgent for urgent, _ in batch} for batch in batches)
+    alone = [batch for batch in batches if batch and not any(urgent for urgent, _ in batch)]
+    assert alone, "the last one had nothing to go with"
+    assert all(batch[0][1] >= patience_seconds for batch in alone)
+
+
 async def test_an_operation_that_raises_fails_alone_and_leaves_nothing(
     writer: tuple[GroupCommitWriter, list[OSError]],
 ) -> None:
