@@ -1,6 +1,6 @@
 # Two commands are all a newcomer needs: `make demo` and `make test`. Each installs what it needs once.
-# Distributions build Python with profiles (PGO), pyenv by default does not: there a turn takes a tenth more CPU, a start half as
-# long again. So theirs comes first, where it can make environments; `make PYTHON=python3` takes the one on the PATH.
+# Distributions build Python with profiles (PGO), pyenv by default does not: there a start takes half as long again
+# (benchmarks/README.md). So theirs comes first, where it can make environments; `make PYTHON=python3` takes the one on the PATH.
 ifndef PYTHON
 PYTHON := $(shell for python in /usr/bin/python3.1[123]; do \
     if "$$python" -c "import ensurepip" 2>/dev/null; then echo "$$python"; exit; fi; done; echo python3)

@@ -36,6 +36,9 @@ each time on what the store holds then, and only what the last run did is stored
 
 _MAX_BATCH = 512
 _MAX_TRIES_ALONE = 5
+_TICK_SECONDS = 0.001
+"""Of an event loop's timers: uvloop rounds to it, and a shorter time would be none."""
+
 
 class StoreFailures(NamedTuple):
     """How a store fails: what it raises besides VerbatimError, how that reads as ours, and whether it only met another
@@ -96,7 +99,7 @@ class GroupCommitWriter:
         self._gathered: list[_Waiting] = []
         self._gathered_since = 0.0
         self._leaves_soon = False
-        self._is_timed = False
+        self._timed_by: asyncio.AbstractEventLoop | None = None
         self._queue: queue.SimpleQueue[list[_Waiting] | None] = queue.SimpleQueue()
         self._submit_lock = threading.Lock()
         self._closed = False
@@ -123,20 +126,23 @@ class GroupCommitWriter:
             if urgent and not self._leaves_soon:
                 self._leaves_soon = True
                 loop.call_soon(self._hand_over)
-            elif not urgent and not self._is_timed:
-                self._is_timed = True
+            elif not urgent and (self._timed_by is None or self._timed_by.is_closed()):
+                self._timed_by = loop
                 loop.call_later(self._patience_seconds, self._end_patience, loop)
         return future
 
     def _end_patience(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Hand over what has waited long enough. What left with something urgent is not followed by a batch of what
-        came since: that would be a commit of its own beside every other turn's."""
+        """Hand over what has waited long enough.
+
+        What came since an urgent batch left waits on: a turn and the note of its delivery would else be two commits,
+        and the next turn of a lone agent would wait for the second one.
+        """
         with self._submit_lock:
             rest = self._gathered_since + self._patience_seconds - time.monotonic()
-            self._is_timed = bool(self._gathered) and rest > 0
-            if self._is_timed:
-                loop.call_later(rest, self._end_patience, loop)
+            if self._gathered and rest > 0:
+                loop.call_later(max(rest, _TICK_SECONDS), self._end_patience, loop)
                 return
+            self._timed_by = None
         self._hand_over()
 
     def _hand_over(self) -> None:
