@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any, NamedTuple
 
 import pytest
@@ -10,6 +9,7 @@ import pytest
 from tests.clients.fleet import Door, Task
 from tests.clients.proof import StoredTurn, Witnesses, prove
 from tests.clients.script import ANSWER, SEARCH
+from tests.waiting import until
 
 
 class Refusal(NamedTuple):
@@ -167,10 +167,7 @@ def test_clients_time_limit_is_its_own_error_and_what_was_sampled_is_kept(
 
 def recorded_turn(witnesses: Witnesses, session_id: str) -> StoredTurn:
     """The one turn of a session, once it is recorded."""
-    deadline = time.monotonic() + 20
-    while not (turns := witnesses.stored_turns(session_id)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    [turn] = turns
+    [turn] = until(lambda: witnesses.stored_turns(session_id))
     return turn
 
 

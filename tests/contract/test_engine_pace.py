@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import numpy as np
@@ -15,6 +15,7 @@ from engines.launch import free_port
 from engines.sglang import SglangEngine
 from gateway.contracts.errors import EngineRejected, EngineUnavailable
 from gateway.contracts.generation import GenerateChunk, GenerateEnd, GenerateRequest, Pace, SamplingParams
+from tests.waiting import until_async
 
 PROMPT = np.array([1, 2, 3], dtype=np.int32)
 HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -111,17 +112,11 @@ async def engine(
         await client.aclose()
 
 
-async def until(holds: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
-        while not holds():  # noqa: ASYNC110 (it is about what the event loop does meanwhile)
-            await asyncio.sleep(0.001)
-
-
 async def test_who_is_shown_tokens_hears_each_event() -> None:
     async with engine(Pace(is_live=True)) as (streaming, heard, _):
         for number in range(1, 5):
             await streaming.send(event(number))
-            await until(lambda number=number: len(heard) == number)  # type: ignore[misc]
+            await until_async(lambda number=number: len(heard) == number)  # type: ignore[misc]
         assert heard == [[1], [2], [3], [4]]
 
 
@@ -131,7 +126,7 @@ async def test_what_comes_before_the_end_is_heard_with_it() -> None:
     async with engine(pace) as (streaming, heard, reading):
         began = time.monotonic()
         await streaming.send(event(1))
-        await until(lambda: pace.first_at is not None)
+        await until_async(lambda: pace.first_at is not None)
         first_at = pace.first_at
         await streaming.send(*map(event, range(2, 20)))
         await asyncio.sleep(0.02)
@@ -161,20 +156,20 @@ async def test_what_waits_is_given_after_a_moment(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("engines.http1._GATHER_SECONDS", 0.2)
     async with engine(Pace(is_live=False)) as (streaming, heard, _):
         await streaming.send(event(1), event(2), event(3))
-        await until(lambda: sum(map(len, heard)) == 3)
+        await until_async(lambda: sum(map(len, heard)) == 3)
 
 
 async def test_who_comes_later_hears_each_event_from_then_on() -> None:
     pace = Pace(is_live=False)
     async with engine(pace) as (streaming, heard, _):
         await streaming.send(event(1), event(2))
-        await until(lambda: pace.first_at is not None)
+        await until_async(lambda: pace.first_at is not None)
         assert heard == []
         pace.quicken()
-        await until(lambda: heard == [[1, 2]])
+        await until_async(lambda: heard == [[1, 2]])
         for number in range(3, 6):
             await streaming.send(event(number))
-            await until(lambda number=number: heard[-1][-1] == number)  # type: ignore[misc]
+            await until_async(lambda number=number: heard[-1][-1] == number)  # type: ignore[misc]
         assert heard == [[1, 2], [3], [4], [5]]
 
 
@@ -185,7 +180,7 @@ async def test_much_that_waits_is_read_at_once() -> None:
         await asyncio.sleep(0.02)
         assert heard == []
         await streaming.send(event(4000))
-        await until(lambda: sum(map(len, heard)) == 4000)
+        await until_async(lambda: sum(map(len, heard)) == 4000)
 
 
 async def test_what_came_counts_where_the_turn_is_cut() -> None:
@@ -193,7 +188,7 @@ async def test_what_came_counts_where_the_turn_is_cut() -> None:
     pace = Pace(is_live=False)
     async with engine(pace) as (streaming, heard, reading):
         await streaming.send(*map(event, range(1, 6)))
-        await until(lambda: pace.first_at is not None)
+        await until_async(lambda: pace.first_at is not None)
         await asyncio.sleep(0.01)
         assert heard == []
         reading.cancel()

@@ -30,6 +30,7 @@ from gateway.contracts.errors import (
 from gateway.contracts.generation import GenerateChunk, GenerateEnd, GenerateRequest, JsonValue, SamplingParams
 from gateway.contracts.ports import PauseMode
 from tests.smg_router import VERBATIM_MODE, RouterProcess, running_router
+from tests.waiting import until_async
 
 PROMPT = np.array([1, 2, 3], dtype=np.int32)
 REPLY = list(range(50, 58))
@@ -124,13 +125,6 @@ async def ask_until_a_worker_lives(engine: SmgRouter, session: str) -> list[int]
         except WorkerUnavailable:
             continue
     raise AssertionError("the session never came to the living worker")
-
-
-async def until_left(servers: Sequence[EchoServer]) -> None:
-    """Until a server has seen its client go away."""
-    async with asyncio.timeout(5):
-        while not any(server.left for server in servers):  # noqa: ASYNC110 (it is the server's own list)
-            await asyncio.sleep(0.02)
 
 
 async def test_a_router_that_would_change_requests_is_refused_and_told_how_to_start() -> None:
@@ -277,7 +271,7 @@ async def test_an_abort_reaches_the_worker_that_has_the_request() -> None:
         stream = engine.generate(request_of("s"))
         await anext(stream)
         await stream.aclose()
-        await until_left(servers)
+        await until_async(lambda: any(server.left for server in servers))
     for server in servers:
         expected = ["r" * 32] if server.requests else []
         assert server.aborted == server.left == expected

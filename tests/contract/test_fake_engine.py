@@ -32,6 +32,7 @@ from gateway.contracts.generation import (
     SamplingParams,
 )
 from gateway.contracts.versions import VersionSpan
+from tests.waiting import until_async
 
 WORKLOAD = Workload(turns=3)
 VERSIONS = {"default": 0, "first": 1, "second": 2}
@@ -91,8 +92,7 @@ async def ask(
 
 
 async def in_flight(engine: FakeEngine, number: int) -> None:
-    while engine.statistics()["in_flight"] != number:  # noqa: ASYNC110 (a process)
-        await asyncio.sleep(0.01)
+    await until_async(lambda: engine.statistics()["in_flight"] == number)
 
 
 def ids_of(chunks: list[GenerateChunk]) -> list[int]:

@@ -9,7 +9,6 @@ import os
 import re
 import sys
 import threading
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -40,6 +39,7 @@ from gateway.ledger.register import ObjectRegister
 from tests.contract.test_ledger_sqlite import NUM_ROWS, a_blob, a_session, a_turn, rows
 from tests.postgres_server import PostgresServer, running_postgres
 from tests.small_disk import fill, small_disk
+from tests.waiting import until_async
 
 MIB = 2**20
 Reopen = Callable[[], PostgresLedger]
@@ -88,13 +88,6 @@ def administer(dsn: str, *statements: str) -> list[Any]:
         for statement in statements:
             cursor = connection.execute(statement.encode())
         return cursor.fetchall() if cursor.description else []
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        await asyncio.sleep(0.01)
 
 
 async def check_whole(ledger: PostgresLedger, session_id: str, expected_ids: set[str]) -> None:
@@ -241,9 +234,9 @@ async def test_a_batch_that_waits_for_another_that_waits_for_it_is_stored_all_th
         rival.execute(lock, ["session b"])
         holder.execute(lock, ["session first"])
         appended = asyncio.gather(*(ledger.append_turn(a_bare_turn(name), None) for name in ("first", "a", "b")))
-        await until(partial(is_waited_for, "first"))  # so that the others are one batch behind it
+        await until_async(partial(is_waited_for, "first"))  # so that the others are one batch behind it
         holder.commit()
-        await until(partial(is_waited_for, "b"))
+        await until_async(partial(is_waited_for, "b"))
         await asyncio.to_thread(rival.execute, lock, ["session a"])
     await appended
     for name in ("a", "b"):
@@ -305,10 +298,10 @@ async def append_while(
         await ledger.create_session(a_session(appender.session_id))
     stop = asyncio.Event()
     running = asyncio.gather(*(appender.run(stop) for appender in appenders))
-    await until(lambda: all(appender.acknowledged for appender in appenders))
+    await until_async(lambda: all(appender.acknowledged for appender in appenders))
     await asyncio.to_thread(break_something)
     before = [len(appender.acknowledged) for appender in appenders]
-    await until(lambda: all(len(a.acknowledged) >= n + 2 for a, n in zip(appenders, before, strict=True)))
+    await until_async(lambda: all(len(a.acknowledged) >= n + 2 for a, n in zip(appenders, before, strict=True)))
     stop.set()
     await running
     return appenders
@@ -500,7 +493,7 @@ async def test_sweeps_go_on_by_themselves_after_one_that_failed(
     register = ObjectRegister(connect, open_objects(objects), backend.failures)
     register.start_sweeping(every_seconds=0.02)
     try:
-        await until(lambda: not stored(objects))
+        await until_async(lambda: not stored(objects))
     finally:
         register.close()
     assert not failures
@@ -536,7 +529,7 @@ async def test_a_writer_that_stalls_for_longer_than_the_grace_is_refused_and_may
     with psycopg.connect(postgres_dsn) as rival:
         await asyncio.to_thread(rival.execute, "SELECT pg_advisory_xact_lock(hashtextextended('session s', 0))")
         appended = asyncio.create_task(ledger.append_turn(a_turn(0), rows(0)))
-        await until(lambda: backend.register.sweep(grace_seconds=0.0).num_objects == 1)
+        await until_async(lambda: backend.register.sweep(grace_seconds=0.0).num_objects == 1)
     with pytest.raises(LedgerError, match="try again"):
         await appended
     assert await ledger.turns("s") == []

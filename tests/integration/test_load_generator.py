@@ -6,7 +6,6 @@ import json
 import random
 import socket
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -18,6 +17,7 @@ import pytest
 
 from benchmarks.load.programs import FakeEngine, Generator, play, running_engine
 from benchmarks.load.script import Model, Workload, replies, write_conversation, write_script
+from tests.waiting import until
 
 TURNS = 4
 WORKLOAD = Workload(turns=TURNS, message_bytes=200)
@@ -126,9 +126,7 @@ def test_turns_of_an_engine_that_dies_are_broken(model: Model) -> None:
         flags = (*PATH, "--tools", "--sessions", "3", "--conversations", "3")
         generator = Generator(conversation_of(model), engine.port, *flags)
         with closing(generator):
-            deadline = time.monotonic() + 20
-            while engine.statistics()["in_flight"] < 3 and time.monotonic() < deadline:
-                time.sleep(0.01)
+            until(lambda: engine.statistics()["in_flight"] >= 3)
             engine.process.kill()
             played = generator.result(timeout_seconds=20)
     assert played.account["errors"] == 3

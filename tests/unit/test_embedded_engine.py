@@ -21,6 +21,7 @@ from engines.embedded.scheduler import Generation
 from gateway.contracts.errors import TransportError
 from gateway.contracts.generation import LogprobKind
 from gateway.contracts.ports import PauseMode
+from tests.waiting import until
 
 torch.set_num_threads(1)
 
@@ -255,12 +256,7 @@ def test_a_stop_string_ends_a_sequence(harness: Harness) -> None:
 
 
 def wait_for_tokens(generation: Generation, count: int) -> None:
-    waited = threading.Event()
-    for _ in range(4000):
-        if generation.num_output >= count:
-            return
-        waited.wait(0.005)
-    raise AssertionError(f"{generation.num_output} tokens, expected {count}")
+    until(lambda: generation.num_output >= count)
 
 
 LONG = SamplingSettings(max_new_tokens=300, temperature=1.0, seed=3, ignore_eos=True)

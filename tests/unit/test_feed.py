@@ -45,6 +45,7 @@ from gateway.routes.leasing import LeaseQueue
 from gateway.routes.limits import BodyBudget, RequestEdge
 from gateway.sessions.picks import DeliveredTurns, PickChoice
 from gateway.sessions.segments import load_rollout
+from tests.waiting import until_async
 
 KEY = "operator-key"
 AWKWARD_IDS = ["a/b/c", "späß 🙂", "a b?c#d&e=f%2F+g", "..", "x/../y", "rollouts/ack", "/leading//double/"]
@@ -85,8 +86,7 @@ async def served(tmp_path: Path) -> AsyncIterator[Served]:
     config = uvicorn.Config(edge, host="127.0.0.1", port=port, log_level="error", lifespan="off")
     server = uvicorn.Server(config)
     serving = asyncio.create_task(server.serve())
-    while not server.started:  # noqa: ASYNC110  # uvicorn offers no event to wait for
-        await asyncio.sleep(0.01)
+    await until_async(lambda: server.started)
     url = f"http://127.0.0.1:{port}"
     async with GatewayClient(url, api_key=KEY, timeout_seconds=20.0) as client:
         yield Served(url, ledger, client)

@@ -21,6 +21,7 @@ from gateway.routes.bodies import Frame, FrameReply, JsonReply, gathered
 from gateway.routes.connections import BoundedConnection
 from gateway.routes.exchange import Exchange, exchange_of
 from gateway.wire.json_text import JsonText
+from tests.waiting import until_async
 
 REQUEST = b"POST /%b HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%b"
 
@@ -41,8 +42,7 @@ async def serving(app: ASGIApp, *, read_timeout_seconds: float = 20.0) -> AsyncI
     )
     server = uvicorn.Server(config)
     task = asyncio.create_task(server.serve())
-    while not server.started:  # noqa: ASYNC110  # uvicorn offers no event to wait for
-        await asyncio.sleep(0.01)
+    await until_async(lambda: server.started)
     try:
         yield port
     finally:

@@ -15,6 +15,7 @@ import pytest
 
 from gateway.contracts.codec import decode_rollout
 from tests.integration.gateway.conftest import TOOLS, RunningGateway
+from tests.waiting import until
 
 QUESTION = {"role": "user", "content": "What is 48/2?"}
 CAPTURE = {"return_token_ids": True, "return_routed_experts": True}
@@ -286,9 +287,7 @@ def test_client_that_goes_away_leaves_an_undelivered_turn(gateway: RunningGatewa
     body = {"messages": [{"role": "user", "content": "count slowly"}], "stream": True}
     with httpx.stream("POST", url, json=body, timeout=30) as reply:
         next(reply.iter_lines())
-    deadline = time.monotonic() + 10
-    while not (turns := gateway.turns(session_id)) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    turns = until(lambda: gateway.turns(session_id))
     assert len(turns) == 1
     assert turns[0]["delivered_at"] is None
     assert len(turns[0]["output_token_ids"]) > 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from gateway.sessions.expiry import SessionExpiry
 from gateway.sessions.registry import SessionRegistry, new_session
 from gateway.sessions.turns import TurnSettings
 from tests.integration.gateway.conftest import RunningGateway, StartGateway
+from tests.waiting import until
 
 QUICK = {"messages": [{"role": "user", "content": "quick"}]}
 GRACE_SECONDS = 4.0
@@ -54,13 +54,6 @@ def make(gateway: RunningGateway, session_id: str, **facts: Any) -> str:
 
 def finish_of(gateway: RunningGateway, session_id: str) -> Any:
     return gateway.get(f"/sessions/{session_id}")["finish"]
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, "did not happen within 20 s"
-        time.sleep(0.02)
 
 
 def test_an_idle_session_past_its_ttl_ends_as_abandoned_and_enters_the_feed(eager: RunningGateway) -> None:

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -19,6 +18,7 @@ import pytest
 from engines.launch import free_port
 from tests.integration.gateway.conftest import PROGRAM, RunningGateway, close, wait_ready
 from tests.small_disk import SmallDisk, fill, small_disk
+from tests.waiting import until
 
 MIB = 2**20
 SLOW = {"role": "user", "content": "count very slowly"}
@@ -63,13 +63,6 @@ def flags(*, reserve_bytes: int = 4 * MIB, wait_seconds: float = 20.0) -> list[s
 def ask(gateway: RunningGateway, session_id: str, message: dict[str, Any], **fields: Any) -> httpx.Response:
     body = {"messages": [message], **fields}
     return httpx.post(f"{gateway.url}/sessions/{session_id}/v1/chat/completions", json=body, timeout=60)
-
-
-def until(condition: Callable[[], bool], *, seconds: float = 15.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to pass"
-        time.sleep(0.05)
 
 
 def storage(gateway: RunningGateway) -> str:

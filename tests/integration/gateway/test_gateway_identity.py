@@ -29,6 +29,7 @@ from gateway.sessions.model import ServedModel
 from gateway.tito.conversation import HistoryPolicy
 from tests.integration.gateway.conftest import RunningGateway, close, wait_ready
 from tests.integration.gateway.test_gateway_embedded_engine import started, verbatim
+from tests.waiting import until
 from trainer.main import check_experts
 from trainer.settings import ReplayMode
 
@@ -271,7 +272,7 @@ def test_an_engine_without_fingerprint_is_taken_when_it_spells_the_probe_texts_a
         time.sleep(0.5)
         assert server.num_probes == 1
         server.info["weight_version"] = "policy-000001"
-        wait_until(lambda: server.num_probes == 2)
+        until(lambda: server.num_probes == 2)
 
 
 def test_an_engine_that_spells_one_text_otherwise_is_refused_with_text_and_both_spellings(
@@ -358,15 +359,15 @@ def test_an_engine_that_becomes_another_is_ejected_and_comes_back_when_it_is_rig
 
         assert engine()["healthy"]
         server.spells, server.startup_time = Tokenizer.from_str(json.dumps(description)), 2.0
-        wait_until(lambda: not engine()["healthy"])
+        until(lambda: not engine()["healthy"])
         assert "has another tokenizer: it spells" in engine()["last_error"]
         server.spells, server.startup_time = right, 3.0
-        wait_until(lambda: bool(engine()["healthy"]))
+        until(lambda: bool(engine()["healthy"]))
         server.info["tokenizer_sha256"] = "f" * 64
-        wait_until(lambda: not engine()["healthy"])
+        until(lambda: not engine()["healthy"])
         assert "another tokenizer (ffffffffffff) than" in engine()["last_error"]
         del server.info["tokenizer_sha256"]
-        wait_until(lambda: bool(engine()["healthy"]))
+        until(lambda: bool(engine()["healthy"]))
 
 
 async def test_a_trainer_that_replays_does_not_start_before_engines_without_experts(
@@ -393,7 +394,7 @@ async def test_while_generation_is_paused_an_engine_is_not_asked_to_spell(
         assert gateway.get("/admin/engines")["engines"][0]["policy_version"] == 1
         assert server.num_probes == 1
         gateway.post("/admin/generation/resume")
-        wait_until(lambda: server.num_probes == 2)
+        until(lambda: server.num_probes == 2)
 
 
 def test_doctor_shows_an_engine_beside_the_folder_without_a_gateway(
@@ -422,10 +423,3 @@ def finished(command: str, *flags: str, code: int) -> str:
         close(process)
     assert process.returncode == code, said + errors
     return said
-
-
-def wait_until(holds: Callable[[], bool], *, timeout_seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + timeout_seconds
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import pytest
 
 from engines.launch import free_port
 from tests.integration.gateway.conftest import RunningGateway, StartGateway, close, wait_ready
+from tests.waiting import until
 
 MIB = 2**20
 QUESTION = {"role": "user", "content": "quick"}
@@ -59,13 +60,6 @@ def send_on(connection: socket.socket, piece: bytes, *, times: int) -> None:
     for _ in range(times):
         connection.sendall(piece)
         time.sleep(0.001)
-
-
-def until(holds: Callable[[], bool], *, seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def body_of(num_bytes: int) -> bytes:

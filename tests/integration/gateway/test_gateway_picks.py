@@ -20,6 +20,7 @@ from gateway.client import GatewayClient
 from gateway.contracts.codec import decode_rollout
 from gateway.contracts.errors import InvalidRequest
 from gateway.contracts.rollouts import FinishedRollout
+from tests.waiting import until
 
 OWN_PICK = "def longest(turns):\n    return [max(turns, key=lambda turn: len(turn.output_token_ids)).turn_id]\n"
 
@@ -118,9 +119,8 @@ def test_every_choice_of_one_reply_was_delivered(gateway: Gateway, session_id: s
 
 
 def wait_for_turns(gateway: Gateway, session_id: str, count: int) -> list[dict[str, Any]]:
-    deadline = time.monotonic() + 20
-    while len(turns := gateway.turns(session_id)) < count and time.monotonic() < deadline:
-        time.sleep(0.05)
+    until(lambda: len(gateway.turns(session_id)) >= count)
+    turns = gateway.turns(session_id)
     assert len(turns) == count
     return turns
 

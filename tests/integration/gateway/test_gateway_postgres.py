@@ -25,6 +25,7 @@ from gateway.ledger_check import verify_shared_ledger
 from tests.integration.gateway.conftest import TOOLS, RunningGateway, StartGateway
 from tests.object_server import ObjectServer
 from tests.postgres_server import PostgresServer
+from tests.waiting import until
 
 QUESTIONS = ("What is 48/2?", "quick", "count to six", "And what is 48/2?", "quick", "thanks")
 NUM_AGENTS = 8
@@ -80,13 +81,6 @@ def fleet(start_shared: Callable[[], RunningGateway]) -> Fleet:
 def embedded(start_gateway: StartGateway, script: str, tmp_path_factory: pytest.TempPathFactory) -> RunningGateway:
     """One gateway with a ledger of its own, to compare with."""
     return start_gateway(tmp_path_factory.mktemp("alone"), engine=script)
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.01)
 
 
 def post(gateway: RunningGateway, session_id: str, messages: Sequence[Message]) -> httpx.Response:

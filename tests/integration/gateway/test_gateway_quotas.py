@@ -14,6 +14,7 @@ import openai
 import pytest
 
 from tests.integration.gateway.conftest import RunningGateway, StartGateway
+from tests.waiting import until
 
 QUICK = {"messages": [{"role": "user", "content": "quick"}]}
 SLOW = {"messages": [{"role": "user", "content": "count very slowly"}]}
@@ -32,10 +33,7 @@ def chat(gateway: RunningGateway, session: str, body: dict[str, Any], *, timeout
 
 
 def running(gateway: RunningGateway, num: int) -> None:
-    deadline = time.monotonic() + 20
-    while gateway.get("/health")["turns_running"] != num:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    until(lambda: gateway.get("/health")["turns_running"] == num)
 
 
 def test_reading_what_is_recorded_counts_towards_the_rate(start_gateway: StartGateway, tmp_path: Path) -> None:
@@ -154,8 +152,5 @@ def test_an_audit_that_cannot_be_written_stops_nothing(start_gateway: StartGatew
     gateway = start_gateway(tmp_path, "--set", "audit=/dev/full")
     gateway.post("/sessions", {"session_id": "s"})
     assert chat(gateway, "s", QUICK).status_code == 200
-    deadline = time.monotonic() + 10
-    while 'verbatim_audit_lines_total{state="failed"}' not in httpx.get(f"{gateway.url}/metrics").text:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    until(lambda: 'verbatim_audit_lines_total{state="failed"}' in httpx.get(f"{gateway.url}/metrics").text)
     assert gateway.stop() == 0

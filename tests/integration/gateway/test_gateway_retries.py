@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import httpx
 import pytest
 
 from tests.integration.gateway.conftest import RunningGateway, StartGateway
+from tests.waiting import until
 
 SLOW = {"messages": [{"role": "user", "content": "count slowly"}], "return_token_ids": True}
 VERY_SLOW = {"messages": [{"role": "user", "content": "count very slowly"}], "return_token_ids": True}
@@ -73,13 +73,6 @@ def streamed(url: str, body: dict[str, Any], **headers: str) -> tuple[str, list[
             text += choice["delta"].get("content") or ""
             token_ids += choice.get("token_ids", [])
     return text, token_ids
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.02)
 
 
 def idle(gateway: RunningGateway) -> Callable[[], bool]:

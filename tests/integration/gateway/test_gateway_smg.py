@@ -29,6 +29,7 @@ from tests.integration.gateway.field_fuzz import (
     serving_echo,
 )
 from tests.smg_router import RouterProcess, running_router
+from tests.waiting import until
 
 PROGRAM = Path(__file__).parent / "echo_worker.py"
 REPLY = "It is 24, and I have counted it twice to be sure of it."
@@ -147,10 +148,7 @@ class Chat:
             self.error = error
 
     def wait_begun(self) -> None:
-        deadline = time.monotonic() + 20
-        while not self.text:
-            assert time.monotonic() < deadline, self
-            time.sleep(0.02)
+        until(lambda: self.text)
 
 
 def test_a_session_stays_at_one_worker(fleet: Fleet, session_id: str) -> None:
@@ -215,10 +213,7 @@ def test_an_agent_that_goes_away_frees_the_worker(
             url = f"{gateway.url}/sessions/{session_id}/v1/chat/completions"
             with httpx.stream("POST", url, json={"messages": [QUESTION], "stream": True}, timeout=30) as reply:
                 next(reply.iter_lines())
-            deadline = time.monotonic() + 20
-            while not worker.seen["left"]:
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
+            until(lambda: worker.seen["left"])
             seen = worker.seen
             assert seen["aborted"] == seen["left"] == [seen["requests"][0]["rid"]]
             close(gateway.process)

@@ -8,7 +8,7 @@ import signal
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -20,6 +20,7 @@ import pytest
 
 from engines.launch import free_port
 from tests.integration.gateway.conftest import RunningGateway, StartGateway, close, spawn, wait_ready
+from tests.waiting import until
 
 QUICK = {"role": "user", "content": "quick"}
 SLOW = {"role": "user", "content": "count slowly"}
@@ -78,13 +79,6 @@ def descriptors(pid: int) -> Iterator[str]:
             yield os.readlink(descriptor)
         except FileNotFoundError:
             continue
-
-
-def until(holds: Callable[[], bool], *, seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")
