@@ -148,14 +148,14 @@ class _Paths:
     def __init__(self, tree: TurnTree) -> None:
         self._tree = tree
         self._num_known = 0
-        self._digests: dict[str, tuple[hashlib.blake2b, int]] = {}
+        self._digests: dict[str, tuple[hashlib._Hash, int]] = {}
         self._nodes: dict[int, dict[bytes, tuple[Node, ...]]] = {}
 
     def beginning(self, content: bytes, spelling: _Spelling) -> Iterator[_End]:
         """Turns whose whole path the content begins with, the shortest first."""
         for node in islice(self._tree, self._num_known, None):
             self._add(node, spelling(node))
-        digest, done, view = hashlib.blake2b(digest_size=16), 0, memoryview(content)
+        digest, done, view = hashlib.sha256(), 0, memoryview(content)
         for length in sorted(self._nodes):
             if length > len(content):
                 return
@@ -165,7 +165,7 @@ class _Paths:
                 yield _End(node, length)
 
     def _add(self, node: Node, spelled: _Spelled) -> None:
-        digest, length = hashlib.blake2b(digest_size=16), 0
+        digest, length = hashlib.sha256(), 0
         if node.parent is not None and not spelled.whole:
             known, length = self._digests[node.parent.record.turn_id]
             digest = known.copy()

@@ -131,4 +131,5 @@ def _without_empty_blocks(text: str, reasoning: ReasoningMarkers) -> str:
 
 
 def _digest(content: bytes) -> bytes:
-    return hashlib.blake2b(content, digest_size=16).digest()
+    # Processors have instructions for it: two to three times as fast as blake2b, over whole histories with each turn.
+    return hashlib.sha256(content).digest()[:16]

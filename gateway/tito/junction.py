@@ -373,9 +373,8 @@ def _find_mark(text: str, mark: str) -> int:
 
 
 def _without_marks(text: str, marks: str) -> str:
-    text = text.translate(dict.fromkeys(map(ord, marks)))
     for mark in marks:
-        text = text.replace(_escaped(mark), "")
+        text = text.replace(mark, "").replace(_escaped(mark), "")
     return text
 
 

@@ -186,8 +186,10 @@ class LookalikeGuard:
 
 def absent_characters(text: str, count: int) -> str | None:
     """`count` distinct private-use characters, none of which is in `text`; None if every range tried is taken."""
+    # All of them are two units of UTF-16; a text of as many units as characters has none, and is not searched.
+    may_have_some = len(text.encode("utf-16-le", "surrogatepass")) > 2 * len(text)
     for start in (0x10E000, 0x10D000, 0xFE000, 0xF8000):
-        if not re.search(f"[{chr(start)}-{chr(start + count)}]", text):
+        if not may_have_some or not re.search(f"[{chr(start)}-{chr(start + count)}]", text):
             return "".join(chr(start + i) for i in range(count))
     return None
 
