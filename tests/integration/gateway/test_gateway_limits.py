@@ -71,6 +71,12 @@ def head(path: str, *lines: str) -> bytes:
     return "\r\n".join([f"POST {path} HTTP/1.1", "Host: localhost", *lines, "", ""]).encode()
 
 
+def is_let_in(connection: socket.socket, num_bytes: int) -> bool:
+    """Announce a body of that length, and whether the gateway wants to have it."""
+    connection.sendall(head(CHAT, f"Content-Length: {num_bytes}", "Expect: 100-continue"))
+    return connection.recv(2**16).startswith(b"HTTP/1.1 100 ")
+
+
 def error_of(reply: httpx.Response) -> dict[str, Any]:
     """OpenAI's error body, and nothing else."""
     [(name, error)] = reply.json().items()
@@ -262,13 +268,19 @@ def test_bodies_in_flight_have_a_bound_and_small_ones_get_in(start_gateway: Star
         tmp_path, "--set", f"max_body_bytes={4 * MIB}", "--set", f"bodies_in_flight_bytes={5 * MIB}"
     )
     held = [connect(patient) for _ in range(2)]
+    assert all(is_let_in(connection, 4 * MIB) for connection in held)
     for connection in held:
-        connection.sendall(head(CHAT, f"Content-Length: {4 * MIB}") + b" " * (3 * MIB + MIB // 2))
+        connection.sendall(b" " * (3 * MIB + MIB // 2))
 
     def large() -> httpx.Response:
         return httpx.post(patient.url + CHAT, content=body_of(3 * MIB), timeout=30)
 
-    until(lambda: large().status_code != 200)  # both have been read as far as they came
+    def has_room() -> bool:
+        """A whole body that were let in would take the room of those that are still being read."""
+        with connect(patient) as asking:
+            return is_let_in(asking, 3 * MIB)
+
+    until(lambda: not has_room())
     refused = large()
     small = httpx.post(patient.url + CHAT, content=body_of(MIB), timeout=30)
     for connection in held:
