@@ -17,6 +17,7 @@ from gateway.routes.feed import feed_router
 from gateway.routes.leasing import LeaseQueue
 from gateway.routes.limits import BodyBudget, RequestEdge
 from gateway.sessions.picks import PickChoice
+from tests.waiting import until_async
 
 
 class FeedServer:
@@ -38,8 +39,7 @@ class FeedServer:
         config = uvicorn.Config(edge, host="127.0.0.1", port=self._port, log_level="error", lifespan="off")
         self._server = uvicorn.Server(config)
         self._serving = asyncio.create_task(self._server.serve())
-        while not self._server.started:  # noqa: ASYNC110  # uvicorn offers no event to wait for
-            await asyncio.sleep(0.005)
+        await until_async(lambda: self._server.started)
 
     async def stop(self) -> None:
         self._server.should_exit = True

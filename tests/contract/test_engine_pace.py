@@ -112,11 +112,16 @@ async def engine(
         await client.aclose()
 
 
+async def until_last(heard: list[list[int]], token_id: int) -> None:
+    """Until this is the last token that was heard."""
+    await until_async(lambda: bool(heard) and heard[-1][-1] == token_id)
+
+
 async def test_who_is_shown_tokens_hears_each_event() -> None:
     async with engine(Pace(is_live=True)) as (streaming, heard, _):
         for number in range(1, 5):
             await streaming.send(event(number))
-            await until_async(lambda number=number: len(heard) == number)  # type: ignore[misc]
+            await until_last(heard, number)
         assert heard == [[1], [2], [3], [4]]
 
 
@@ -169,7 +174,7 @@ async def test_who_comes_later_hears_each_event_from_then_on() -> None:
         await until_async(lambda: heard == [[1, 2]])
         for number in range(3, 6):
             await streaming.send(event(number))
-            await until_async(lambda number=number: heard[-1][-1] == number)  # type: ignore[misc]
+            await until_last(heard, number)
         assert heard == [[1, 2], [3], [4], [5]]
 
 

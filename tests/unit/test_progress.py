@@ -13,6 +13,7 @@ from rich.progress import TextColumn
 
 from tests.packed_batches import a_batch
 from tests.run_records import EVALUATION, METRICS
+from tests.waiting import until
 from trainer.backends.hf import HFBackend
 from trainer.backends.settings import ModelSettings, OptimizerSettings
 from trainer.phases import Phase, PhaseClock
@@ -32,11 +33,8 @@ class Told:
         self._text += self._capsys.readouterr().err
         return self._text.splitlines()
 
-    def wait_for(self, beginning: str, *, times: int, seconds: float = 60.0) -> None:
-        deadline = time.monotonic() + seconds
-        while sum(line.startswith(beginning) for line in self.lines) < times:
-            assert time.monotonic() < deadline, f"{beginning!r} was not told {times} times"
-            time.sleep(0.01)
+    def wait_for(self, beginning: str, *, times: int) -> None:
+        until(lambda: sum(line.startswith(beginning) for line in self.lines) >= times)
 
 
 def test_a_long_phase_is_told_again_and_again_with_how_far_it_is(capsys: pytest.CaptureFixture[str]) -> None:

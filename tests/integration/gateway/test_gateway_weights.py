@@ -20,12 +20,13 @@ from typing import Any
 import pytest
 
 from benchmarks.updates import MODES, Run, Stage, UpdateSettings, run_updates, staged
-from benchmarks.weights.agents import Load, Seen, agents_under_way, until
+from benchmarks.weights.agents import Load, Seen, agents_under_way
 from benchmarks.weights.judge import Evidence, Verdict, judge
 from benchmarks.weights.telling import TellingWeights, make_telling
 from engines.launch import running_engine
 from engines.weights.disk import DiskTransport
 from engines.weights.names import LOADING, weight_label
+from tests.waiting import until_async
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -155,7 +156,7 @@ async def test_tokens_of_half_loaded_weights_are_never_trained(
         body["stream_interval"] = 1  # the door is to see how far it is
         url = f"{stage.url}/sessions/half-loaded/v1/chat/completions"
         asked = asyncio.create_task(stage.http.post(url, json=body))
-        await until(lambda: stage.door.num_sampling > 0, seconds=20)
+        await until_async(lambda: stage.door.num_sampling > 0)
         loading = {"new_version": weight_label(1) + LOADING, "abort_all_requests": False}
         async with stage.http.post(f"{engine_url}/update_weight_version", json=loading) as answer:
             answer.raise_for_status()
@@ -163,7 +164,7 @@ async def test_tokens_of_half_loaded_weights_are_never_trained(
             while (engine := (await stage.gateway.engines())[0])["healthy"]:  # noqa: ASYNC110 (of another process)
                 await asyncio.sleep(0.05)
         assert "holds a part of the weights policy-000001" in engine["last_error"]
-        await until(lambda: stage.door.served[0].whole, seconds=30)
+        await until_async(lambda: stage.door.served[0].whole)
         await DiskTransport().publish(weights.folders[1], policy_version=1, engine_urls=[engine_url])
         async with await asked as answer:
             assert answer.status == 200
@@ -279,12 +280,12 @@ async def checked(stage: Stage, seen: Seen) -> Verdict:
 
 
 async def until_busy(stage: Stage) -> None:
-    await until(lambda: stage.door.num_sampling >= FEW.agents // 2, seconds=20)
+    await until_async(lambda: stage.door.num_sampling >= FEW.agents // 2)
 
 
 async def until_more_replies(seen: Seen, number: int) -> None:
     wanted = seen.num_replies + number
-    await until(lambda: seen.num_replies >= wanted or bool(seen.errors), seconds=20)
+    await until_async(lambda: seen.num_replies >= wanted or bool(seen.errors))
 
 
 async def until_paused(stage: Stage, mode: str | None) -> None:
