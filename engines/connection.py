@@ -40,6 +40,7 @@ from gateway.contracts.errors import (
     EngineUnavailable,
     VerbatimError,
 )
+from gateway.contracts.generation import WrittenIds
 from gateway.contracts.ports import RawCall, RawReply
 
 if TYPE_CHECKING:
@@ -437,14 +438,22 @@ def parsed(body: bytes, named: str) -> Any:
 
 
 def serialised(body: Mapping[str, Any]) -> bytes:
-    """JSON; arrays of numpy as they are, without a list of Python's numbers in between."""
+    """JSON; arrays of numpy as they are, without a list of Python's numbers in between; ids as they were written."""
     try:
-        return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
+        return orjson.dumps(body, default=_written, option=orjson.OPT_SERIALIZE_NUMPY)
     except TypeError:  # an integer beyond 64 bits among the agent's own fields, or an array with gaps
         return json.dumps(body, ensure_ascii=False, separators=(",", ":"), default=_listed).encode()
+
+
+def _written(value: Any) -> Any:
+    if isinstance(value, WrittenIds):
+        return orjson.Fragment(value.text) if value.text else value.ids
+    raise TypeError(f"{type(value).__name__} is no JSON")
 
 
 def _listed(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return value.tolist()
+    if isinstance(value, WrittenIds):
+        return value.ids.tolist()
     raise TypeError(f"{type(value).__name__} is no JSON")

@@ -243,7 +243,7 @@ def generate_body(request: GenerateRequest) -> dict[str, JsonValue]:
     # I7: what is recorded is ours to ask for, whatever the agent's own fields say.
     body = passed | {
         "rid": request.request_id,
-        "input_ids": request.token_ids,
+        "input_ids": request.sent_ids,
         "sampling_params": _sampling(request.sampling, request.stream_interval),
         "stream": True,
         "return_logprob": True,

@@ -388,7 +388,7 @@ def _body(request: GenerateRequest, server: VllmServer, *, seeded: bool) -> tupl
         "return_token_ids": True,
     }
     if not server.generates:
-        ours |= {"model": server.served_model_name, "prompt": request.token_ids}
+        ours |= {"model": server.served_model_name, "prompt": request.sent_ids}
         if request.num_top_logprobs:
             ours["return_tokens_as_token_ids"] = True  # else the likeliest are named by texts, which several may share
         if "extra_args" in sampling:
@@ -402,7 +402,7 @@ def _body(request: GenerateRequest, server: VllmServer, *, seeded: bool) -> tupl
     if request.stream_interval is not None:
         sampling = {"stream_interval": request.stream_interval} | sampling
     sampling = {key: passed.pop(key) for key in _SAMPLING_OF_VLLM & passed.keys()} | sampling
-    return _GENERATE, passed | ours | {"token_ids": request.token_ids, "sampling_params": sampling}
+    return _GENERATE, passed | ours | {"token_ids": request.sent_ids, "sampling_params": sampling}
 
 
 def _sampling(sampling: SamplingParams, *, seeded: bool) -> dict[str, JsonValue]:

@@ -142,6 +142,23 @@ class Pace:
             self.on_live()
 
 
+class WrittenIds:
+    """Token ids int32[n] and their JSON, `[1,2,3]`; whoever keeps it may `forget` the text, then it is b"".
+
+    A long prompt is sent again with every turn, and writing its numbers would be most of what that costs.
+    """
+
+    __slots__ = ("ids", "text")
+
+    def __init__(self, ids: TokenIds, text: bytes) -> None:
+        self.ids = ids
+        self.text = text
+
+    def forget(self) -> None:
+        """It takes too much memory."""
+        self.text = b""
+
+
 @frozen_dataclass(frozen=True, slots=True, eq=False)
 class GenerateRequest:
     """Token ids in. `request_id` has a fixed length (SGLang aborts by prefix).
@@ -153,6 +170,7 @@ class GenerateRequest:
     `routing_key`: the same for all requests of a session, for a router in front of engines; "" has none.
     `cache_key`: requests share computed prefixes with those of the same key only; "" leaves that to the engine.
     `pace`: how soon new tokens are wanted, None: at once; what came counts as received in any case (I3).
+    `written`: of `token_ids`, where it is at hand.
     """
 
     request_id: str
@@ -166,6 +184,12 @@ class GenerateRequest:
     routing_key: str = ""
     cache_key: str = ""
     pace: Pace | None = None
+    written: WrittenIds | None = None
+
+    @property
+    def sent_ids(self) -> TokenIds | WrittenIds:
+        """`token_ids` for the body of a request."""
+        return self.token_ids if self.written is None else self.written
 
     @property
     def stream_interval(self) -> int | None:

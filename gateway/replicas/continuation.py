@@ -154,6 +154,7 @@ class Continuation:
             asked.routing_key,
             engine.weight_version,  # I9: no prefix of other weights is read
             asked.pace,
+            asked.written if is_first else None,
         )
 
     def add_chunk(self, chunk: GenerateChunk) -> None:

@@ -8,21 +8,28 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 
-from gateway.contracts.generation import TokenIds
+import numpy as np
+import orjson
+
+from gateway.contracts.generation import TokenIds, WrittenIds
 from gateway.sessions.attach import KnownWays
 from gateway.sessions.tree import Node
 from gateway.wire.known_texts import KnownTexts
+
+_LONG_PROMPT = 4096
+"""Tokens from which on it is cheaper to keep a prompt's JSON than to write it again."""
 
 
 class Recent:
     """Of one session. texts: of its requests; ways: where they led in its tree."""
 
-    __slots__ = ("__weakref__", "_path", "texts", "ways")
+    __slots__ = ("__weakref__", "_path", "_written", "texts", "ways")
 
     def __init__(self) -> None:
         self.texts = KnownTexts()
         self.ways = KnownWays()
         self._path: tuple[Node, tuple[TokenIds, ...]] | None = None
+        self._written: WrittenIds | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -31,6 +38,8 @@ class Recent:
         if self._path is not None:
             for piece in self._path[1]:
                 num_bytes += piece.nbytes
+        if self._written is not None:
+            num_bytes += len(self._written.text)
         return num_bytes
 
     def token_ids(self, node: Node) -> tuple[TokenIds, ...]:
@@ -46,11 +55,35 @@ class Recent:
         """A turn was recorded whose whole prompt was int32[P]; the next one most likely goes on from it."""
         self._path = (node, (prompt_token_ids, node.record.output_token_ids))
 
+    def write(self, extends: Node | None, added: TokenIds, prompt_token_ids: TokenIds) -> WrittenIds | None:
+        """The JSON of a long prompt int32[P], None of a short one. It is what `extends` recorded, if anything, and then
+        `added`."""
+        if len(prompt_token_ids) < _LONG_PROMPT:
+            return None
+        text = self._longer(extends, added) or _json(prompt_token_ids)
+        self._written = WrittenIds(prompt_token_ids, text)
+        return self._written
+
+    def _longer(self, node: Node | None, added: TokenIds) -> bytes:
+        """The JSON of what a node recorded, and of `added`; b"" where its prompt is not the one that was written."""
+        earlier, path = self._written, self._path
+        if earlier is None or not earlier.text or path is None or path[0] is not node or path[1][0] is not earlier.ids:
+            return b""
+        news = (_json(ids)[1:-1] for ids in (*path[1][1:], added) if len(ids))
+        return b"".join((memoryview(earlier.text)[:-1], *(b"," + new for new in news), b"]"))
+
     def clear(self) -> None:
         """Forget all."""
         self.texts.clear()
         self.ways.clear()
         self._path = None
+        if self._written is not None:
+            self._written.forget()
+            self._written = None
+
+
+def _json(ids: TokenIds) -> bytes:
+    return orjson.dumps(np.ascontiguousarray(ids), option=orjson.OPT_SERIALIZE_NUMPY)
 
 
 class RecentBudget:

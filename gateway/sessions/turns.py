@@ -47,6 +47,7 @@ from gateway.contracts.generation import (
     Media,
     SamplingParams,
     TokenIds,
+    WrittenIds,
     kind_under,
 )
 from gateway.contracts.media import RAW_MEDIA, PlacedMedia, placed_media
@@ -111,16 +112,18 @@ class TurnSettings:
     """default_max_new_tokens: where neither request nor session says and no context length is known.
 
     disconnect_grace_seconds: how long a turn goes on whose client has gone. timeout_seconds: of sampling, waiting for
-    engines included. inline_prompt_bytes: larger requests are rendered in a thread, off the event loop. media_urls:
-    whether engines may be sent the http(s) URLs of images that agents name, which they then fetch. stream_interval:
-    tokens that an engine tells together, behind the first, while an agent streams their reply (0: as the engine likes).
+    engines included. inline_prompt_bytes: where more has to be read to build a prompt, a thread does it, off the event
+    loop. recent_bytes: of what is kept of sessions' latest calls, all together, so that the next ones cost what they
+    add. media_urls: whether engines may be sent the http(s) URLs of images that agents name, which they then fetch.
+    stream_interval: tokens that an engine tells together, behind the first, while an agent streams their reply (0: as
+    the engine likes).
     """
 
     default_max_new_tokens: int = 4096
     disconnect_grace_seconds: float = 10.0
     timeout_seconds: float = 3600.0
     inline_prompt_bytes: int = 65_536
-    recent_bytes: int = 64 * 2**20
+    recent_bytes: int = 128 * 2**20
     media_urls: bool = True
     stream_interval: int = 8
 
@@ -170,6 +173,7 @@ class _Prompt(Struct, frozen=True, eq=False):
     extends: Node | None
     media: tuple[PlacedMedia, ...] = ()
     begun: WholeReply | None = None
+    written: WrittenIds | None = None
 
     @property
     def is_provable(self) -> bool:
@@ -191,6 +195,7 @@ async def run_turn(
     request: TurnRequest,
     turn: Turn,
     deadlines: Deadlines,
+    budget: RecentBudget,
     *,
     begun: Node | None = None,
 ) -> TurnFinished:
@@ -206,6 +211,8 @@ async def run_turn(
             session.record.session_id,
             list(prompt.built.hidden_messages),
         )
+    if prompt.written is not None:
+        budget.note(session.recent)  # before it waits for the engine, as thousands may
     turn.emit(TurnStarted(prompt.token_ids))
     sampled = await _sample(parts, session, request, prompt, sampling, turn, deadlines)
     record = _record(parts, session, request, prompt, sampling, sampled, turn)
@@ -328,7 +335,8 @@ class TurnRunner:
         self.parts.admit(len(self._turns))
         call = call or CallChoice("", request.digest, 0)
         turn = Turn(f"turn-{fresh_hex(24)}", call, retry, live_interval=self.parts.settings.stream_interval or None)
-        self._follow(session, turn, run_turn(self.parts, session, request, turn, self._deadlines, begun=begun))
+        work = run_turn(self.parts, session, request, turn, self._deadlines, self._recent, begun=begun)
+        self._follow(session, turn, work)
         self._upkeep.poke()  # not only at the end of a turn: the first ones may be long
         if begun is not None:  # if nothing came of it, the next retry goes on from there again
             turn.on_end(partial(session.calls.leave, begun.record.turn_id))
@@ -443,17 +451,28 @@ async def _chat_prompt(parts: TurnParts, session: Session, request: TurnRequest)
     media = shown_media(parts.model.template, conversation.messages) if request.has_media else ()
     recorded = () if place.parent is None else session.recent.token_ids(place.parent)
     parent = None if place.parent is None else _parent_turn(place.parent, recorded, place.num_matched)
-    prompts, reason = parts.model.prompts, place.reason or SegmentReason.UNCERTIFIED
-    if request.num_bytes <= parts.settings.inline_prompt_bytes:
-        built = prompts.build(conversation, parent, reason=reason)
-    else:
-        built = await asyncio.to_thread(prompts.build, conversation, parent, reason=reason)
+    built = await _built(parts, conversation, parent, place.reason or SegmentReason.UNCERTIFIED, request.num_bytes)
     extends = place.parent if built.segment_reason is None else None
     token_ids = built.token_ids if extends is None else np.concatenate([*recorded, built.token_ids])
     _check_vocabulary(parts, built.token_ids)
     if media:
         await _check_placeholders(parts, media, token_ids)
-    return _Prompt(place, root, conversation.messages, built, token_ids, extends, media)
+    written = session.recent.write(extends, built.token_ids, token_ids)
+    return _Prompt(place, root, conversation.messages, built, token_ids, extends, media, written=written)
+
+
+async def _built(
+    parts: TurnParts, conversation: Conversation, parent: ParentTurn | None, reason: SegmentReason, num_bytes: int
+) -> BuiltPrompt:
+    """Off the event loop where much has to be read: of a long request that may be its newest messages only."""
+    prompts, most = parts.model.prompts, parts.settings.inline_prompt_bytes
+    is_long = num_bytes > most
+    built = prompts.build_short(conversation, parent, reason=reason, max_characters=most if is_long else None)
+    if built is not None:
+        return built
+    if is_long:
+        return await asyncio.to_thread(prompts.build, conversation, parent, reason=reason)
+    return prompts.build_long(conversation, parent, reason=reason)
 
 
 async def _raw_prompt(parts: TurnParts, session: Session, request: TurnRequest, raw: RawPrompt) -> _Prompt:
@@ -639,6 +658,7 @@ def _generate_request(
         media=media,
         routing_key=session_id if _means_itself(session_id) else quote(session_id, safe=""),
         pace=turn.pace,
+        written=prompt.written if begun is None else None,
     )
 
 

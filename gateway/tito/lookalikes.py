@@ -12,7 +12,7 @@ tokens that build turns are text there.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -217,6 +217,11 @@ def _absent_pair(said: SaidTexts) -> tuple[str, str]:
 
 def _is_models(message: JsonValue) -> bool:
     return isinstance(message, dict) and message.get("role") == "assistant"
+
+
+def num_characters(messages: Sequence[JsonValue]) -> int:
+    """Of all texts in some messages."""
+    return sum(map(len, _strings_in(list(messages))))
 
 
 def _strings_in(values: list[JsonValue]) -> list[str]:

@@ -35,7 +35,7 @@ from gateway.tito.junction import (
     text_turn_close,
     unseen_messages,
 )
-from gateway.tito.lookalikes import GuardedConversation, LookalikeGuard
+from gateway.tito.lookalikes import GuardedConversation, LookalikeGuard, num_characters
 from gateway.tito.openings import Openings
 from gateway.tito.parsing.choice import choose_parsing
 from gateway.tito.parsing.reply import ReplyParsing
@@ -138,12 +138,47 @@ class PromptBuilder:
         not what follows here) or "close" (the parent was cut; masked tokens end its turn).
         Raises TemplateRaised if the template refuses the conversation, LengthMismatch for a parent that does not fit.
         """
-        if parent is None:
-            short = self._by_opening(conversation, reason)
-        else:
+        short = self.build_short(conversation, parent, reason=reason)
+        return self.build_long(conversation, parent, reason=reason) if short is None else short
+
+    def build_short(
+        self,
+        conversation: Conversation,
+        parent: ParentTurn | None,
+        *,
+        reason: SegmentReason = SegmentReason.FIRST,
+        max_characters: int | None = None,
+    ) -> BuiltPrompt | None:
+        """The same at a cost that grows with what is new only; None where that cannot be.
+
+        max_characters: of all that would be looked at; None is given for more, too.
+        """
+        if parent is not None:
             check_parent(parent, conversation)
-            short = self._by_shape(conversation, parent)
-        return self._by_rendering(conversation, parent, reason) if short is None else short
+        if max_characters is not None:
+            first_read = 0 if parent is None else parent.num_messages - 1
+            if num_characters(conversation.messages[first_read:]) > max_characters:
+                return None
+        return self._by_opening(conversation, reason) if parent is None else self._by_shape(conversation, parent)
+
+    def build_long(
+        self, conversation: Conversation, parent: ParentTurn | None, *, reason: SegmentReason = SegmentReason.FIRST
+    ) -> BuiltPrompt:
+        """The same by a full render, and a probe where there is a parent."""
+        guarded = self._guard.guard(conversation)
+        try:
+            full_text = self._template.render(guarded.conversation)
+        except TemplateRaised:
+            unrendered = None if parent is None else self._continued(parent, guarded, None)
+            if not isinstance(unrendered, BuiltPrompt):
+                raise
+            return unrendered
+        if parent is None:
+            return self._whole(full_text, guarded, reason)
+        continued = self._continued(parent, guarded, full_text)
+        if isinstance(continued, SegmentReason):
+            return self._whole(full_text, guarded, self._reason_of(parent, continued))
+        return continued
 
     def prepare(self, prove: Callable[[ToProve], Proven] = prove) -> None:
         """Certify the shapes of ordinary agents, prove a faster tokenizer library; a second or two, for a thread."""
@@ -235,7 +270,7 @@ class PromptBuilder:
         alarms, built = self._audit_counts.num_alarms, audit.built
         try:
             reason = built.segment_reason or SegmentReason.UNCERTIFIED
-            expected = self._by_rendering(audit.conversation, audit.parent, reason)
+            expected = self.build_long(audit.conversation, audit.parent, reason=reason)
         except TemplateRaised:
             # A certified suffix serves where the template would refuse what lies further back.
             same = audit.parent is not None
@@ -251,25 +286,6 @@ class PromptBuilder:
                 audit.claim,
             )
         self._audit_counts = AuditCounts(self._audit_counts.num_audits + 1, alarms)
-
-    def _by_rendering(
-        self, conversation: Conversation, parent: ParentTurn | None, reason: SegmentReason
-    ) -> BuiltPrompt:
-        """The long path: a full render, and a probe where there is a parent."""
-        guarded = self._guard.guard(conversation)
-        try:
-            full_text = self._template.render(guarded.conversation)
-        except TemplateRaised:
-            unrendered = None if parent is None else self._continued(parent, guarded, None)
-            if not isinstance(unrendered, BuiltPrompt):
-                raise
-            return unrendered
-        if parent is None:
-            return self._whole(full_text, guarded, reason)
-        continued = self._continued(parent, guarded, full_text)
-        if isinstance(continued, SegmentReason):
-            return self._whole(full_text, guarded, self._reason_of(parent, continued))
-        return continued
 
     def _continued(
         self, parent: ParentTurn, guarded: GuardedConversation, full_text: str | None

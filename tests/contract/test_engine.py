@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +33,7 @@ from gateway.contracts.generation import (
     GenerateRequest,
     LogprobKind,
     SamplingParams,
+    WrittenIds,
 )
 from gateway.contracts.ports import Engine, PauseMode
 from gateway.contracts.versions import VersionSpan
@@ -121,6 +124,17 @@ async def test_chunks_and_end_describe_the_same_tokens(engine: Engine) -> None:
     assert end.prompt_tokens == len(PROMPT)
     assert end.finish.reason is FinishReason.LENGTH
     assert end.version_spans == (VersionSpan(0, 12, 0),)
+
+
+async def test_a_prompt_that_is_written_already_is_the_prompt(engine: Engine) -> None:
+    """I1: its JSON serves in its place, also where it was forgotten before the request left."""
+    text = json.dumps(PROMPT.tolist()).encode()
+    sampled = []
+    for written in (None, WrittenIds(PROMPT, text), WrittenIds(PROMPT, b"")):
+        chunks, end = await collect(engine, replace(request_for(temperature=0.0), written=written))
+        assert end.prompt_tokens == len(PROMPT)
+        sampled.append([i for chunk in chunks for i in chunk.token_ids.tolist()])
+    assert sampled[0] == sampled[1] == sampled[2] != []
 
 
 @pytest.mark.parametrize("number", [1, 5, 20])

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 
+import numpy as np
 import pytest
 from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engines.connection import EngineHttp
+from engines.connection import EngineHttp, serialised
 from engines.event_stream import EventReader
 from engines.launch import free_port
 from engines.refusals import failure
 from gateway.contracts.errors import EngineProtocolError, EngineRejected, EngineTimeout, EngineUnavailable
+from gateway.contracts.generation import WrittenIds
 from gateway.contracts.ports import RawCall
 
 KEY = "engine-secret-7"
@@ -246,3 +249,13 @@ async def test_an_idle_connection_is_not_used_after_the_engine_may_have_closed_i
         await asyncio.sleep(4.5)
         await ask(http)
     assert ports[0] == ports[1] != ports[2]
+
+
+@pytest.mark.parametrize("text", [b"[1, 2,3]", b""])
+@pytest.mark.parametrize("own", [7, 2**70])
+def test_ids_leave_as_they_were_written_or_else_as_they_are(text: bytes, own: int) -> None:
+    """Also beside a number of the agent's that only the standard library can write."""
+    ids = WrittenIds(np.array([1, 2, 3], dtype=np.int32), text)
+    body = serialised({"ids": ids, "own": own, "array": np.array([4], dtype=np.int32)})
+    assert json.loads(body) == {"ids": [1, 2, 3], "own": own, "array": [4]}
+    assert (b"[1, 2,3]" in body) == (bool(text) and own == 7)

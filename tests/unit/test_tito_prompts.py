@@ -500,3 +500,30 @@ def test_a_second_builder_continues_what_the_first_one_built(byte_level_tokenize
     again = fresh.build(scene.conversation, ParentTurn(recorded, num_output, 3, Finish(FinishReason.STOP)))
     assert (again.segment_reason, again.certified_by) == (None, "probe")
     assert again.token_ids.tolist() == built.token_ids.tolist()
+
+
+def test_a_short_way_is_taken_only_where_no_more_has_to_be_read_than_allowed(
+    byte_level_tokenizer: ChatTokenizer,
+) -> None:
+    """The event loop builds such prompts itself, however long the conversation is; what is new must be short."""
+    builder = PromptBuilder(byte_level_tokenizer, chat_template("own"))
+    history = (*QUESTION, user("Read this: " + "x" * 5_000))
+    whole = builder.build(Conversation(history, (TOOL,)), None)
+    output = byte_level_tokenizer.encode_after("It is 24.<|im_end|>")
+    recorded = np.concatenate([whole.token_ids, output])
+    parent = ParentTurn(recorded, len(output), len(history) + 1, Finish(FinishReason.STOP))
+
+    def asked(text: str) -> Conversation:
+        return Conversation((*history, said("It is 24."), user(text)), (TOOL,))
+
+    assert builder.build_short(asked("Sure?"), parent) is None  # nothing is certified yet
+    builder.upkeep()
+    short, long = asked("Sure?"), asked("y" * 200)
+    built = builder.build_short(short, parent, max_characters=100)
+    assert built is not None
+    assert built.token_ids.tolist() == builder.build_long(short, parent).token_ids.tolist()
+    assert builder.build_short(long, parent, max_characters=100) is None
+    unlimited = builder.build_short(long, parent)
+    assert unlimited is not None
+    assert unlimited.token_ids.tolist() == builder.build_long(long, parent).token_ids.tolist()
+    assert builder.build_short(Conversation(history, (TOOL,)), None, max_characters=5_000) is None
