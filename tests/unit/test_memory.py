@@ -1,16 +1,20 @@
-"""When the collector looks through all that is in memory, which stops everything meanwhile."""
+"""What goes back to the system, and when the collector looks through all that is in memory, which stops everything."""
 
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import gc
+import mmap
+import re
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from gateway.background import background
-from gateway.memory import collect_cycles
+from gateway.memory import collect_cycles, give_back_code
 
 
 class Ring:
@@ -68,3 +72,46 @@ async def test_nothing_is_looked_through_where_nothing_happened() -> None:
         assert ring() is not None
     gc.collect()
     await asyncio.wait_for(gone.wait(), 10)
+
+
+NUM_PAGES = 64
+LIBC = ctypes.CDLL(None, use_errno=True)
+LIBC.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+
+def code_of(file: Path, *, change: bytes = b"") -> tuple[mmap.mmap, int]:
+    """A file's content mapped as a program's code is, perhaps changed before; and where it is."""
+    with file.open("rb") as opened:
+        mapped = mmap.mmap(opened.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    mapped[: len(change)] = change
+    view = ctypes.c_char.from_buffer(mapped)
+    address = ctypes.addressof(view)
+    assert LIBC.mprotect(address, len(mapped), mmap.PROT_READ | mmap.PROT_EXEC) == 0
+    return mapped, address
+
+
+def resident_kib(address: int) -> int:
+    """Of the mapping that begins there."""
+    found = re.search(rf"^{address:x}-.*\n(?:[A-Z].*\n)*?Rss: +(\d+) kB$", Path("/proc/self/smaps").read_text(), re.M)
+    assert found is not None
+    return int(found[1])
+
+
+def test_code_that_was_run_goes_back_and_comes_again(tmp_path: Path) -> None:
+    file = tmp_path / "code"
+    file.write_bytes(b"verbatim" * (NUM_PAGES * mmap.PAGESIZE // 8))
+    mapped, address = code_of(file)
+    assert mapped[:] == file.read_bytes()
+    assert resident_kib(address) == NUM_PAGES * mmap.PAGESIZE // 1024
+    give_back_code()
+    assert resident_kib(address) == 0
+    assert mapped[:] == file.read_bytes()
+
+
+def test_code_that_somebody_changed_stays_as_it_is(tmp_path: Path) -> None:
+    file = tmp_path / "code"
+    file.write_bytes(b"verbatim" * (NUM_PAGES * mmap.PAGESIZE // 8))
+    mapped, address = code_of(file, change=b"patched")
+    assert resident_kib(address) > 0
+    give_back_code()
+    assert mapped[:7] == b"patched"
