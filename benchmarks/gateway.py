@@ -23,11 +23,11 @@ from typing import Any
 from benchmarks.load import charts
 from benchmarks.load.contenders import Launch, Running, bare, litellm, require_workers_flag, running, smg, verbatim
 from benchmarks.load.cores import empty_loops, yield_together
-from benchmarks.load.figures import Measured, Target, over_rounds, plain, spread
+from benchmarks.load.figures import Measured, Target, over_rounds, plain, ratios, spread
 from benchmarks.load.history import AtLength, WholeConversation, at_length, line, whole_conversation
 from benchmarks.load.script import Model, Workload
 from benchmarks.load.stage import Stage, staged
-from benchmarks.load.turns import run_rounds, targets
+from benchmarks.load.turns import Contest, run_rounds, targets
 from benchmarks.results_file import merge
 from gateway.contracts.errors import ConfigurationError
 
@@ -67,12 +67,10 @@ class Place:
         """The numbers of sessions at once to measure with."""
         return [int(each) for each in self.arguments.sessions.split(",")]
 
-    def rounds(self, placed: Sequence[tuple[Stage, Running]]) -> list[Measured]:
-        """All rounds of contenders on their stages that the flags ask for."""
+    def rounds(self, contests: Sequence[Contest]) -> list[Measured]:
+        """All rounds that the flags ask for."""
         a = self.arguments
-        return run_rounds(
-            placed, self.sessions, rounds=a.rounds, seconds=a.seconds, seed=a.seed, rate=a.rate, tell=_tell
-        )
+        return run_rounds(contests, rounds=a.rounds, seconds=a.seconds, seed=a.seed, rate=a.rate, tell=_tell)
 
     def keep(self, part: str, figures: Mapping[str, Any]) -> None:
         """Into the results file, under the part and the name that was given."""
@@ -163,8 +161,8 @@ def _turns(place: Place) -> bool:
     """Throughput, latency and CPU over concurrency."""
     a = place.arguments
     with place.stage() as stage, _contenders(place, stage) as contenders:
-        runs = place.rounds([(stage, contender) for contender in contenders])
-    figures = _by_sessions(runs, contenders, place.sessions)
+        runs = place.rounds([Contest(stage, contender, place.sessions) for contender in contenders])
+    figures = _by_sessions(runs)
     found = targets(runs, _ours(contenders))
     place.keep(
         "turns",
@@ -183,17 +181,13 @@ def _turns(place: Place) -> bool:
     return _told(found)
 
 
-def _by_sessions(
-    runs: Sequence[Measured], contenders: Sequence[Running], sessions: Sequence[int]
-) -> dict[str, dict[str, Any]]:
+def _by_sessions(runs: Sequence[Measured]) -> dict[str, dict[str, Any]]:
     """Medians and ranges of each contender at each number of sessions."""
-    return {
-        each.name: {
-            str(at_once): {key: plain(asdict(value)) for key, value in over_rounds(runs, each.name, at_once).items()}
-            for at_once in sessions
-        }
-        for each in contenders
-    }
+    found: dict[str, dict[str, Any]] = {}
+    for name, at_once in sorted({(run.contender, run.sessions) for run in runs}):
+        spreads = over_rounds(runs, name, at_once)
+        found.setdefault(name, {})[str(at_once)] = {key: plain(asdict(value)) for key, value in spreads.items()}
+    return found
 
 
 def _history(place: Place) -> bool:
@@ -263,7 +257,11 @@ def _wholes(mine: Sequence[WholeConversation]) -> dict[str, Any]:
 
 def _workers(place: Place) -> bool:
     """Everything on one core, with one worker, then on as many as there are, each with a worker more: CPU of a turn
-    stays, turns a second grow, as far as the machine's own cores let them."""
+    stays, turns a second grow, as far as the machine's own cores let them.
+
+    The numbers of sessions are one worker's. Several are measured with as many in all, and with as many each: a turn
+    costs less the more of them come together, so only then do their workers do what the one did.
+    """
     require_workers_flag()
     cores = sorted(os.sched_getaffinity(0))
     a = place.arguments
@@ -271,17 +269,34 @@ def _workers(place: Place) -> bool:
     cores_yield = spread(yield_together(cores, count) for _ in range(a.rounds))
     _tell(f"{len(cores)} cores do {cores_yield.median:.2f} times the loops of one\n")
     with ExitStack() as stack:
-        placed = []
+        contests: list[Contest] = []
         for workers in range(1, len(cores) + 1):
             # Engine and agents too: where only the workers gained cores, only the first would have one for itself.
             mine = ",".join(map(str, cores[:workers]))
             stage = stack.enter_context(place.stage(cores=mine))
             data = place.folder / f"data-{workers}"
             launch = verbatim(stage.engine, place.model.folder, data, workers=workers, cores=mine, flags=a.serve_flag)
-            placed.append((stage, stack.enter_context(running(launch, place.folder / f"workers-{workers}.log"))))
-        runs = place.rounds(placed)
-    figures = _by_sessions(runs, [contender for _, contender in placed], place.sessions)
-    place.keep("workers", {"cores": len(cores), "cores_yield": plain(asdict(cores_yield)), "figures": figures})
+            contender = stack.enter_context(running(launch, place.folder / f"workers-{workers}.log"))
+            at_once = {count * each for count in place.sessions for each in (1, workers)}
+            contests.append(Contest(stage, contender, sorted(at_once)))
+        runs = place.rounds(contests)
+    one, all_ = contests[0].contender.name, contests[-1].contender.name
+    grown: dict[str, dict[str, Any]] = {}
+    for count in place.sessions:
+        for figure in ("turns_per_second", "cpu_us"):
+            grows = ratios(runs, figure, all_, one, count * len(cores), other_sessions=count)
+            if grows is not None:
+                _tell(f"{figure}, {all_} with {count} sessions each over {one} with {count}: {grows}\n")
+                grown.setdefault(str(count), {})[figure] = plain(asdict(grows))
+    place.keep(
+        "workers",
+        {
+            "cores": len(cores),
+            "cores_yield": plain(asdict(cores_yield)),
+            "all_over_one_by_sessions_of_each": grown,
+            "figures": _by_sessions(runs),
+        },
+    )
     return not any(each.errors for each in runs)
 
 

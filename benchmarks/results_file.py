@@ -24,18 +24,22 @@ def merge(
     packages: Sequence[str] = _PACKAGES,
 ) -> None:
     """Put `figures` at [part][name], with the command that gave them, machine, and versions of `packages`."""
-    content = json.loads(file.read_text()) if file.exists() else {}
+    content = json.loads(file.read_text()) if file.is_file() else {}
     entry = {"command": command, **figures, "measured_on": _environment(packages)}
     content[part] = content.get(part, {}) | {name: entry}
+    text = json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n"
+    if file.exists() and not file.is_file():  # /dev/null and its like are not replaced
+        file.write_text(text)
+        return
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".partial-{file.name}")
-    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n")
+    partial.write_text(text)
     partial.replace(file)
 
 
 def entries(file: Path, part: str) -> dict[str, Any]:
     """What the file holds of one part."""
-    return dict(json.loads(file.read_text()).get(part, {})) if file.exists() else {}
+    return dict(json.loads(file.read_text()).get(part, {})) if file.is_file() else {}
 
 
 def _environment(packages: Sequence[str]) -> dict[str, Any]:

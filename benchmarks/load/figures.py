@@ -111,21 +111,42 @@ def over_rounds(runs: Sequence[Measured], contender: str, sessions: int) -> dict
     return {name: spread(getattr(run, name) for run in mine) for name in FIGURES} if mine else {}
 
 
-def compared(runs: Sequence[Measured], figure: str, ours: str, other: str, sessions: int) -> list[tuple[float, float]]:
-    """(ours, the other's) of each round that has both: what was measured beside each other is compared."""
-    by_round = {(run.contender, run.round): float(getattr(run, figure)) for run in runs if run.sessions == sessions}
+def compared(
+    runs: Sequence[Measured],
+    figure: str,
+    ours: str,
+    other: str,
+    sessions: int,
+    *,
+    other_sessions: int | None = None,
+) -> list[tuple[float, float]]:
+    """(ours, the other's) of each round that has both: what was measured beside each other is compared.
+
+    other_sessions: the other's, None for the same.
+    """
+    its_sessions = sessions if other_sessions is None else other_sessions
+    by_round = {(run.contender, run.sessions, run.round): float(getattr(run, figure)) for run in runs}
     rounds = sorted({run.round for run in runs})
     return [
-        (by_round[ours, number], by_round[other, number])
+        (by_round[ours, sessions, number], by_round[other, its_sessions, number])
         for number in rounds
-        if (ours, number) in by_round and (other, number) in by_round
+        if (ours, sessions, number) in by_round and (other, its_sessions, number) in by_round
     ]
 
 
-def ratios(runs: Sequence[Measured], figure: str, ours: str, other: str, sessions: int) -> Spread | None:
+def ratios(
+    runs: Sequence[Measured],
+    figure: str,
+    ours: str,
+    other: str,
+    sessions: int,
+    *,
+    other_sessions: int | None = None,
+) -> Spread | None:
     """Ours over the other's, round by round; None where they never met. A round in which the other ended nothing in the
     measured time has no ratio."""
-    pairs = [(mine, its) for mine, its in compared(runs, figure, ours, other, sessions) if its]
+    both = compared(runs, figure, ours, other, sessions, other_sessions=other_sessions)
+    pairs = [(mine, its) for mine, its in both if its]
     return spread(mine / its for mine, its in pairs) if pairs else None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from benchmarks.load.contenders import Running
 from benchmarks.load.figures import Measured, Spread, Target, differences, over_rounds, ratios, spread
@@ -13,9 +14,16 @@ TARGET_SESSIONS = (32, 256)
 """Where throughput and p99 are compared with a peer's."""
 
 
+class Contest(NamedTuple):
+    """Who is measured where, and with how many sessions at once."""
+
+    stage: Stage
+    contender: Running
+    sessions: Sequence[int]
+
+
 def run_rounds(
-    placed: Sequence[tuple[Stage, Running]],
-    sessions: Sequence[int],
+    contests: Sequence[Contest],
     *,
     rounds: int,
     seconds: float,
@@ -23,16 +31,16 @@ def run_rounds(
     rate: float | None = None,
     tell: Callable[[str], None],
 ) -> list[Measured]:
-    """`rounds` times every contender on its stage at every number of sessions, `seconds` each.
+    """`rounds` times every contender on its stage at each of its numbers of sessions, `seconds` each.
 
     rate: conversations that begin each second, in as many sessions at most; None: each session goes on as it can.
     """
     order = random.Random(seed)
-    for stage, contender in placed:
-        stage.warm(contender)
+    for contest in contests:
+        contest.stage.warm(contest.contender)
     runs = []
     for number in range(1, rounds + 1):
-        measurements = [(*one, at_once) for one in placed for at_once in sessions]
+        measurements = [(each.stage, each.contender, at_once) for each in contests for at_once in each.sessions]
         order.shuffle(measurements)
         for stage, contender, at_once in measurements:
             run = stage.measure(contender, at_once, seconds=seconds, number=number, rate=rate)

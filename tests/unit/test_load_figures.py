@@ -76,6 +76,18 @@ def test_a_spread_tells_median_and_range() -> None:
         spread([])
 
 
+def test_who_has_more_sessions_is_compared_with_who_has_fewer_in_the_same_round() -> None:
+    runs = [
+        replace(RUN, contender="verbatim x2", sessions=64, cpu_us=210.0),
+        replace(RUN, contender="verbatim x2", cpu_us=900.0),
+        replace(RUN, cpu_us=200.0),
+        replace(RUN, sessions=64, cpu_us=1.0),
+    ]
+    grown = ratios(runs, "cpu_us", "verbatim x2", "verbatim", 64, other_sessions=32)
+    assert grown == Spread(1.05, 1.05, 1.05)
+    assert ratios(runs, "cpu_us", "verbatim x2", "verbatim", 256, other_sessions=128) is None
+
+
 def test_ratios_compare_what_ran_in_the_same_round() -> None:
     """The machine was half as fast in round 2: ratios do not show it, a ratio of medians would."""
     runs = [
