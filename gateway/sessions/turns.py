@@ -20,7 +20,7 @@ from operator import attrgetter
 from urllib.parse import quote
 
 import numpy as np
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from gateway.contracts.errors import (
     ConfigurationError,
@@ -163,7 +163,8 @@ class TurnParts:
 class _Prompt(Struct, frozen=True, eq=False):
     """A built prompt with its place; `token_ids` is all of it. `messages`: as the template was given them, recorded
     reasoning restored; for a raw prompt one that stands for what it adds. media: of all of it, in order. begun: the
-    reply as far as another turn sampled it before it broke off. extends: the turn whose recorded ids it begins with."""
+    reply as far as another turn sampled it before it broke off. extends: the turn whose recorded ids it begins with.
+    written: `token_ids`, where the session keeps them so."""
 
     place: Place
     root: RootContext
@@ -211,7 +212,9 @@ async def run_turn(
             session.record.session_id,
             list(prompt.built.hidden_messages),
         )
-    if prompt.written is not None:
+    is_kept = request.prompt is None and begun is None
+    if is_kept and (written := session.recent.write(prompt.extends, prompt.built.token_ids, prompt.token_ids)):
+        prompt = structs.replace(prompt, written=written)
         budget.note(session.recent)  # before it waits for the engine, as thousands may
     turn.emit(TurnStarted(prompt.token_ids))
     sampled = await _sample(parts, session, request, prompt, sampling, turn, deadlines)
@@ -220,7 +223,7 @@ async def run_turn(
         await keep_media(parts.ledger, session.record.session_id, record.added_messages, request.blobs)
     record = await _append(parts, session, record, sampled.generated.experts)  # I4
     node = session.tree.add(record)
-    if request.prompt is None and begun is None:
+    if is_kept:
         session.recent.keep(node, prompt.token_ids)
     finished = await _finished(parts, prompt, sampled, record)
     parts.observe(finished, sampled.generated, turn.times())
@@ -457,8 +460,7 @@ async def _chat_prompt(parts: TurnParts, session: Session, request: TurnRequest)
     _check_vocabulary(parts, built.token_ids)
     if media:
         await _check_placeholders(parts, media, token_ids)
-    written = session.recent.write(extends, built.token_ids, token_ids)
-    return _Prompt(place, root, conversation.messages, built, token_ids, extends, media, written=written)
+    return _Prompt(place, root, conversation.messages, built, token_ids, extends, media)
 
 
 async def _built(
@@ -658,7 +660,7 @@ def _generate_request(
         media=media,
         routing_key=session_id if _means_itself(session_id) else quote(session_id, safe=""),
         pace=turn.pace,
-        written=prompt.written if begun is None else None,
+        written=prompt.written,
     )
 
 

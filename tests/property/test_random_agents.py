@@ -46,6 +46,7 @@ async def test_random_agents_over_http_lose_no_token_when_the_gateway_is_killed(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 async def test_ten_thousand_random_histories_lose_no_token() -> None:
     """I1, I2, I3, I4, I6 as `verbatim bench tokens` runs it."""
     seed = random.SystemRandom().randrange(1 << 31)
