@@ -67,7 +67,7 @@ class Recent:
     def _longer(self, node: Node | None, added: TokenIds) -> bytes:
         """The JSON of what a node recorded, and of `added`; b"" where its prompt is not the one that was written."""
         earlier, path = self._written, self._path
-        if earlier is None or not earlier.text or path is None or path[0] is not node or path[1][0] is not earlier.ids:
+        if earlier is None or path is None or path[0] is not node or path[1][0] is not earlier.ids:
             return b""
         news = (_json(ids)[1:-1] for ids in (*path[1][1:], added) if len(ids))
         return b"".join((memoryview(earlier.text)[:-1], *(b"," + new for new in news), b"]"))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engines.connection import serialised
 from engines.scripted import ScriptedEngine, ScriptedReply, scripted_top_logprobs
 from gateway.contracts.errors import EngineProtocolError, EngineUnavailable
 from gateway.contracts.examples import example_turn
@@ -20,6 +22,7 @@ from gateway.contracts.generation import (
     GenerateRequest,
     SamplingParams,
     TopLogprob,
+    WrittenIds,
 )
 from gateway.contracts.records import recorded_top_logprobs
 from gateway.replicas.continuation import Continuation, Generated
@@ -29,7 +32,10 @@ OUTPUT = tuple(range(30, 50))
 
 def request(*, num_top_logprobs: int) -> GenerateRequest:
     sampling = SamplingParams(max_new_tokens=len(OUTPUT))
-    return GenerateRequest("", np.array([1, 2], dtype=np.int32), sampling, num_top_logprobs=num_top_logprobs)
+    prompt = np.array([1, 2], dtype=np.int32)
+    return GenerateRequest(
+        "", prompt, sampling, num_top_logprobs=num_top_logprobs, written=WrittenIds(prompt, b"[1,2]")
+    )
 
 
 async def generated(number: int, attempts: list[tuple[int, int, bool]]) -> Generated:
@@ -43,7 +49,10 @@ async def generated(number: int, attempts: list[tuple[int, int, bool]]) -> Gener
         if not left:
             break
         try:
-            async for item in engine.generate(progress.next_request(await engine.identity())):
+            asked = progress.next_request(await engine.identity())
+            # I1: the prompt's JSON serves for no attempt that has more than the prompt.
+            assert json.loads(serialised({"ids": asked.sent_ids})) == {"ids": asked.token_ids.tolist()}
+            async for item in engine.generate(asked):
                 if isinstance(item, GenerateEnd):
                     progress.end(item)
                 else:
