@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import httpx
 import openai
@@ -36,6 +37,17 @@ RULES: list[dict[str, Any]] = [
 TOOLS = [{"type": "function", "function": {"name": "calculator", "description": "", "parameters": {"type": "object"}}}]
 
 
+_clients: WeakSet[openai.OpenAI] = WeakSet()
+
+
+@pytest.fixture(autouse=True)
+def no_client_is_left_to_the_collector() -> Iterator[None]:
+    """Clients are rings: their sockets may be found open, and warned of, in whichever test the collector runs."""
+    yield
+    for client in list(_clients):
+        client.close()
+
+
 @dataclass(frozen=True, slots=True)
 class RunningGateway:
     """A gateway process and ways to talk to it."""
@@ -44,7 +56,10 @@ class RunningGateway:
     url: str
 
     def client(self, session_id: str) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/sessions/{session_id}/v1", api_key="unused", max_retries=0)
+        """Open until the test ends."""
+        made = openai.OpenAI(base_url=f"{self.url}/sessions/{session_id}/v1", api_key="unused", max_retries=0)
+        _clients.add(made)
+        return made
 
     def get(self, path: str, **options: Any) -> Any:
         reply = httpx.get(self.url + path, timeout=30, **options)
