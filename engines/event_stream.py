@@ -20,6 +20,7 @@ from typing import Protocol
 BIG_LINE_BYTES = 2**16
 _PIECE_BYTES = 2**18
 
+_DATA = b"data: "
 _KEY = b'"routed_experts"'
 _TO_VALUE = re.compile(rb"[ \t\r]*(?::[ \t\r]*(.)?)?", re.DOTALL)
 _TEXT = re.compile(rb'[^"\\\n]*(?:\\(?:u[0-9a-fA-F]{4}|["\\/bfnrt])[^"\\\n]*)*')
@@ -157,12 +158,19 @@ class EventReader:
 
 def _whole_events(piece: bytes) -> list[bytes] | None:
     """The data of events of one line each, if a piece is just that, as nearly all are; a tenth of the general way."""
-    if not piece.startswith(b"data: ") or not piece.endswith(b"\n\n") or b"\r" in piece:
+    if not piece.startswith(_DATA) or b"\r" in piece:
         return None
-    events = piece[6:-2].split(b"\n\ndata: ")
-    if piece.count(b"\n") != 2 * len(events):  # there is something else
-        return None
-    return list(filter(None, map(bytes.strip, events)))
+    events, start, length = [], len(_DATA), len(piece)
+    # Line by line: a search for one byte is twenty times as fast as counting them, or as one for several.
+    while (end := piece.find(b"\n", start)) >= 0 and piece.startswith(b"\n", end + 1):
+        if data := piece[start:end].strip():
+            events.append(data)
+        if end + 2 == length:
+            return events
+        start = end + 2 + len(_DATA)
+        if not piece.startswith(_DATA, end + 2):
+            return None
+    return None
 
 
 def _unescaped(text: bytes) -> bytes:

@@ -204,6 +204,7 @@ class Connection(asyncio.Protocol):
         "_finished",
         "_gathering",
         "_going_on",
+        "_going_on_at",
         "_head_bytes",
         "_keep",
         "_loop",
@@ -235,6 +236,7 @@ class Connection(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._gathering: asyncio.TimerHandle | None = None
         self._going_on = b""
+        self._going_on_at = 0
         self._may_wait = False
         self._rings_at = 0.0
         self._waiter: asyncio.Future[bool] | None = None
@@ -313,7 +315,7 @@ class Connection(asyncio.Protocol):
         It waits some seconds for others to be read with: who reads is woken once for all of them. Any other piece, much
         that waits, the end of the answer, and who begins to listen wake at once. When the first piece came is noted.
         """
-        self._pace, self._going_on = pace, going_on
+        self._pace, self._going_on, self._going_on_at = pace, going_on, 0
         pace.on_live = self._gathered
 
     async def arrival(self, until: float) -> bool:
@@ -496,8 +498,19 @@ class Connection(asyncio.Protocol):
         self._buffered += len(body)
         if body and not self._finished:
             self._pieces.append(body)
-        if self._may_wait and (self._going_on not in body or body.count(b"\n") > 2):
+        if self._may_wait and not self._is_going_on(body):
             self._may_wait = False
+
+    def _is_going_on(self, body: bytes) -> bool:
+        """Whether a piece is one event that says so."""
+        if body.find(b"\n", 0, -2) >= 0:
+            return False
+        # Events that say all tokens again say it later each time, so what was passed over is not searched again.
+        found = body.find(self._going_on, self._going_on_at)
+        if found < 0:
+            found = body.find(self._going_on, 0, self._going_on_at + len(self._going_on))
+        self._going_on_at = max(found, 0)
+        return found >= 0
 
     def on_message_complete(self) -> None:
         """The answer is whole, unless it was an informational one."""

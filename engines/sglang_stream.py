@@ -75,6 +75,9 @@ class _Entry(msgspec.Struct, array_like=True, gc=False):
     token_id: int
 
 
+_WORTH_CUTTING = 64
+"""Fewer tokens are parsed again as soon as they are cut out."""
+
 _NULL = msgspec.Raw(b"null")
 _token_id_of, _logprob_of = attrgetter("token_id"), attrgetter("logprob")
 _REASONS = {reason.value: reason for reason in FinishReason}
@@ -131,56 +134,123 @@ async def read_generation(
 
 
 class _Growing(Generic[Item]):
-    """An array of `meta_info` that a cumulative stream says from its start with every event; its new end is parsed.
+    """An array that a cumulative stream says from its start with every event; its new end is parsed.
 
-    cut ─▶ the event is parsed ─▶ count ─▶ keep ─▶ newest
+    known_part ─▶ what is known is cut out ─▶ is_left ─▶ keep ─▶ newest
 
     Passing over what is known would be most of the work at a long reply, so it is cut out before anything is parsed.
     """
 
-    __slots__ = ("_found", "_key", "_name", "_parse", "_stop", "_whole")
+    __slots__ = ("_at", "_found", "_key", "_left", "_name", "_parse", "_stop", "_whole")
 
     def __init__(self, name: str, parse: Callable[[bytes], list[Item]]) -> None:
         self._name = name
         self._key = b'"%b":[' % name.encode()
         self._parse = parse
+        self._at = 0
+        """Not before here the array begins in the next event: in this one it began here, and events grow."""
         self._stop = 0
         """Where the array of the event before ended, from its bracket on; there a cumulative one goes on."""
+        self._left = _NULL
         self._found: list[Item] = []
+        """What is left of it in an event that was cut, and what that says."""
         self._whole = True
         """Whether nothing was cut out of this event."""
 
-    def cut(self, data: bytes) -> bytes:
-        """An event without the array's part that was there before; as it is, where that cannot be told.
+    def known_part(self, data: bytes) -> tuple[int, int] | None:
+        """Where in an event the array's part stands that was there before; None where that cannot be told.
 
-        What is cut out holds no quotation mark, so no other field begins in it; where the rest is JSON, and the array
-        holds just the new items, it was cut out of the array.
+        It holds no quotation mark, so no other field begins in it; where the rest is JSON, has the array's name once,
+        and the array holds just the new items, it was cut out of the array.
         """
         self._whole = True
-        first = data.find(self._key) + len(self._key)
-        comma = first + self._stop - 1
-        if not self._stop or first < len(self._key) or data[comma : comma + 1] != b",":
-            return data
-        if data.find(b'"', first, comma) >= 0 or data.find(self._key, comma) >= 0:
-            return data
-        return data[:first] + data[comma + 1 :]
+        first = data.find(self._key, self._at) + len(self._key)
+        end = first + self._stop - 1
+        if first < len(self._key) or not self._is_known(data, first, end):
+            return None
+        match data[end : end + 1]:
+            case b",":
+                return first, end + 1
+            case b"]":
+                return first, end
+        return None
 
-    def count(self, meta: Fields) -> int:
-        """How many items an event that was cut has left; raises DecodeError, KeyError."""
-        self._found = self._parse(meta[self._name])
-        return len(self._found)
+    def _is_known(self, data: bytes, first: int, end: int) -> bool:
+        return end > first and data.find(b'"', first, end) < 0
 
-    def keep(self, meta: Fields) -> None:
-        """They are the new ones: the array was cut where it should be."""
-        self._stop += len(memoryview(meta[self._name])) - 1
+    def is_left(self, data: bytes, event: Fields, meta: Fields, number: int) -> bool:
+        """Whether an event that was cut has so many items of this array left; raises DecodeError, KeyError."""
+        self._left = self._told(event, meta)
+        self._found = self._parse(self._left)
+        return len(self._found) == number and data.count(self._key) == 1
+
+    def _told(self, event: Fields, meta: Fields) -> msgspec.Raw:
+        return meta[self._name]
+
+    def keep(self, known_part: tuple[int, int]) -> None:
+        """What is left is what is new: the array was cut where it should be."""
         self._whole = False
+        self._at = known_part[0] - len(self._key)
+        if self._found:
+            self._add(bytes(self._left))
+
+    def _add(self, told: bytes) -> None:
+        self._stop += len(told) - 1  # its brackets are not added, a comma is
 
     def newest(self, told: msgspec.Raw) -> list[Item]:
         """The new items of the event, perhaps behind those of earlier ones."""
         if not self._whole:
             return self._found
+        self._at = 0
         self._stop = len(memoryview(told)) - 1
         return self._parse(told)
+
+
+class _GrowingIds(_Growing[int]):
+    """The output ids, which an event must say as they were said before (I2)."""
+
+    __slots__ = ("_known",)
+
+    def __init__(self) -> None:
+        super().__init__("output_ids", _ids)
+        self._known = bytearray(b"[")
+        """All so far as the engine spells them, without the closing bracket."""
+
+    def _is_known(self, data: bytes, first: int, end: int) -> bool:
+        return end > first and data.startswith(self._known, first - 1)
+
+    def _told(self, event: Fields, meta: Fields) -> msgspec.Raw:
+        return event[self._name]
+
+    def new_ids(self, told: msgspec.Raw, seen: int, total: int, named: str) -> list[int]:
+        """Those of an event that has `total` so far, `seen` of them before.
+
+        Their number tells whether a stream says all of them or the new ones. Raises EngineProtocolError for what is no
+        id, for other ids than before, and for an event that says neither all nor the new ones.
+        """
+        if not self._whole:
+            return self._found
+        text = bytes(told)
+        try:
+            ids = _ids(text)
+        except msgspec.ValidationError as error:
+            raise EngineProtocolError(f"{named}: token ids that are none, or out of range: {error}") from error
+        self._at = 0
+        if len(ids) == total:
+            if ids[:seen] != _ids(self._known + b"]"):
+                raise EngineProtocolError(f"{named}: the engine changed tokens that it had already sent")
+            self._known[:] = text[:-1]
+            self._stop = len(self._known)
+            return ids[seen:]
+        if len(ids) == total - seen:  # incremental
+            if ids:
+                self._add(text)
+            return ids
+        raise EngineProtocolError(f"{named}: {len(ids)} ids in an event that claims {total} tokens, {seen} seen before")
+
+    def _add(self, told: bytes) -> None:
+        self._known += b"," + told[1:-1] if len(self._known) > 1 else told[1:-1]
+        self._stop = len(self._known)
 
 
 class StreamReader:
@@ -194,7 +264,7 @@ class StreamReader:
         "_entries",
         "_failure_of",
         "_growing",
-        "_known_ids",
+        "_ids",
         "_logprobs",
         "_num_output",
         "_policy_version_of",
@@ -207,6 +277,7 @@ class StreamReader:
         "_unknown_meta",
         "_unknown_top",
         "_wanted_top",
+        "_worth_cutting",
         "end",
         "has_media",
         "named",
@@ -223,12 +294,14 @@ class StreamReader:
         engine_id: str,
         *,
         failure_of: Callable[[Any, str], VerbatimError] = failure,
+        worth_cutting: int = _WORTH_CUTTING,
     ) -> None:
         self._request = request
         self._wanted_top = request.num_top_logprobs
         self._routing = routing
         self._policy_version_of = policy_version_of
         self._failure_of = failure_of
+        self._worth_cutting = max(1, worth_cutting)
         self.request_id = request.request_id
         self.pace = request.pace
         self.has_media = bool(request.media)
@@ -237,11 +310,11 @@ class StreamReader:
         self.rows = RoutingRows.of(request, routing, Int32Layout) if wants_rows else None
         self.end: GenerateEnd | None = None
         self._num_output = 0
-        self._known_ids = bytearray(b"[")
-        """The output ids so far as the engine spells them, without the closing bracket."""
+        self._ids = _GrowingIds()
         self._entries = _Growing("output_token_logprobs", _parsed_entries)
         self._top_rows = _Growing("output_top_logprobs", _parsed_rows)
-        self._growing = (self._entries, self._top_rows) if self._wanted_top else (self._entries,)
+        arrays = (self._ids, self._entries, self._top_rows)
+        self._growing: Sequence[_Growing[Any]] = arrays if self._wanted_top else arrays[:2]
         self._token_ids: list[int] = []
         self._logprobs: list[float | None] = []
         self._top_logprobs: list[Sequence[TopLogprob]] = []
@@ -290,7 +363,7 @@ class StreamReader:
         finish = None if (told := meta["finish_reason"]) == _NULL else _value(told)
         if finish is not None and finish["type"] == "abort":
             self._refuse_failed(finish)
-        fresh = self._new_ids(bytes(event["output_ids"]), _number(meta["completion_tokens"]))
+        fresh = self._ids.new_ids(event["output_ids"], self._num_output, _number(meta["completion_tokens"]), self.named)
         logprobs = self._new_logprobs(fresh, meta.get("output_token_logprobs"))
         top_logprobs: Sequence[Sequence[TopLogprob]] = ()
         if fresh and self._wanted_top:  # I9: what an event does not give stays missing, at its own place
@@ -305,23 +378,32 @@ class StreamReader:
 
     def _parsed(self, data: bytes) -> tuple[Fields, Fields]:
         """An event and its `meta_info`, whose arrays hold what is new at least."""
-        growing = self._growing
-        short = data
-        for array in growing:
-            short = array.cut(short)
-        if short is not data:
-            with suppress(msgspec.DecodeError, KeyError):
-                event = _fields(short)
-                meta = _fields(event["meta_info"])
-                number = _number(meta["completion_tokens"]) - self._num_output
-                if "error" not in event and all(array.count(meta) == number for array in growing):
-                    for array in growing:
-                        array.keep(meta)
-                    return event, meta
+        if self._num_output >= self._worth_cutting and (parsed := self._parsed_end(data)) is not None:
+            return parsed
         event = _fields(data)
         if "error" in event:
             raise self._failure_of(_value(event["error"]), self.named)
         return event, _fields(event["meta_info"])
+
+    def _parsed_end(self, data: bytes) -> tuple[Fields, Fields] | None:
+        """The same without what earlier events said of the arrays; None where that cannot be told apart."""
+        cut, parts = [], []
+        for array in self._growing:
+            if (part := array.known_part(data)) is not None:
+                cut.append(array)
+                parts.append(part)
+        if not cut:
+            return None
+        short = _without(parts, data)
+        with suppress(msgspec.DecodeError, KeyError):
+            event = _fields(short)
+            meta = _fields(event["meta_info"])
+            number = _number(meta["completion_tokens"]) - self._num_output
+            if "error" not in event and all(array.is_left(short, event, meta, number) for array in cut):
+                for array, part in zip(cut, parts, strict=True):
+                    array.keep(part)
+                return event, meta
+        return None
 
     def _keep_unknown(self, event: Fields, meta: Fields, shape: _Shape) -> None:
         """I8: what we do not know of the latest event, and what only an earlier one says."""
@@ -343,33 +425,6 @@ class StreamReader:
         if int(status) >= 500:
             raise EngineUnavailable(f"{self.named}: {finish.get('message')}")
         raise refused(str(finish.get("message")), self.named)
-
-    def _new_ids(self, text: bytes, total: int) -> list[int]:
-        """The new ids of an event that has `total` so far; both kinds of stream are told by their number."""
-        known, seen = self._known_ids, self._num_output
-        try:
-            if text.startswith(known):  # cumulative, if it is complete: then only the new ones are parsed
-                rest = text[len(known) :]
-                if not seen or rest[:1] in (b",", b"]"):
-                    fresh = [] if rest == b"]" else _ids(b"[" + rest.removeprefix(b","))
-                    if seen + len(fresh) == total:
-                        known += rest[:-1]
-                        return fresh
-            ids = _ids(text)
-        except msgspec.ValidationError as error:
-            raise EngineProtocolError(f"{self.named}: token ids that are none, or out of range: {error}") from error
-        if len(ids) == total:
-            if ids[:seen] != _ids(known + b"]"):
-                raise EngineProtocolError(f"{self.named}: the engine changed tokens that it had already sent")
-            known[:] = text[:-1]
-            return ids[seen:]
-        if len(ids) == total - seen:  # incremental
-            if ids:
-                known += text[1:-1] if not seen else b"," + text[1:-1]
-            return ids
-        raise EngineProtocolError(
-            f"{self.named}: {len(ids)} ids in an event that claims {total} tokens, {seen} seen before"
-        )
 
     def _new_logprobs(self, fresh: list[int], told: msgspec.Raw | None) -> Sequence[float | None]:
         """One for each new id; None where the engine gave none (I9)."""
@@ -451,6 +506,16 @@ class StreamReader:
         except ExpertsMismatch as error:  # I9: tokens and log-probs are sound; that its rows are missing is counted
             _log.warning("%s: %s; the turn is recorded without routing rows", self.named, error.message)
             return None
+
+
+def _without(parts: Sequence[tuple[int, int]], data: bytes) -> bytes:
+    """Data without some parts of it, none of which overlap."""
+    kept, behind = [], 0
+    for start, stop in sorted(parts):
+        kept.append(data[behind:start])
+        behind = stop
+    kept.append(data[behind:])
+    return b"".join(kept)
 
 
 def _values(texts: Mapping[str, bytes]) -> dict[str, Any]:

@@ -28,9 +28,9 @@ fields = st.dictionaries(
 )
 
 
-def reader_of(*, num_top_logprobs: int = 0) -> StreamReader:
+def reader_of(*, num_top_logprobs: int = 0, worth_cutting: int = 1) -> StreamReader:
     request = GenerateRequest("r", PROMPT, SamplingParams(max_new_tokens=99), num_top_logprobs=num_top_logprobs)
-    return StreamReader(request, None, lambda label: int(label), "e0")
+    return StreamReader(request, None, lambda label: int(label), "e0", worth_cutting=worth_cutting)
 
 
 def drawn_stream(
@@ -78,7 +78,8 @@ def test_a_stream_says_the_same_however_it_is_told_and_batched(
     """I2, I8, I9: ids, log-probs, likeliest tokens; unknown fields of any event, in order, integers of any size."""
     told = [data.draw(logprobs) for _ in token_ids]
     events, meta_info, reply_fields = drawn_stream(data, token_ids, told, tops=tops)
-    reader, chunks = reader_of(num_top_logprobs=int(tops)), []
+    worth_cutting = data.draw(st.sampled_from([1, 4, 64]))
+    reader, chunks = reader_of(num_top_logprobs=int(tops), worth_cutting=worth_cutting), []
     rest = [spelled(event, spaced=data.draw(st.booleans())) for event in events]
     while rest:
         size = data.draw(st.integers(1, len(rest)))
