@@ -87,12 +87,13 @@ class EventReader:
         self._buffered += piece
         start = 0
         while (end := self._buffered.find(b"\n", max(start, searched))) >= 0:
-            line = bytes(memoryview(self._buffered)[start:end]).removesuffix(b"\r")
+            first, stop = start, end - self._buffered.endswith(b"\r", start, end)
             start = end + 1
             self._looked = 0
-            if line.startswith(b"data:"):
-                self._data.append(line[5:].removeprefix(b" "))
-            elif not line and self._data:
+            if self._buffered.startswith(b"data:", first, stop):
+                first += len(b"data: " if self._buffered.startswith(_DATA, first, stop) else b"data:")
+                self._data.append(bytes(memoryview(self._buffered)[first:stop]))  # its one copy, it may be long
+            elif first == stop and self._data:
                 data, self._data = b"\n".join(self._data).strip(), []
                 if data:
                     yield data

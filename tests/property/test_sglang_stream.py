@@ -12,6 +12,7 @@ import orjson
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engines.sglang_events import EventParser
 from engines.sglang_stream import StreamReader
 from gateway.contracts.errors import EngineProtocolError
 from gateway.contracts.generation import GenerateRequest, SamplingParams
@@ -30,7 +31,8 @@ fields = st.dictionaries(
 
 def reader_of(*, num_top_logprobs: int = 0, worth_cutting: int = 1) -> StreamReader:
     request = GenerateRequest("r", PROMPT, SamplingParams(max_new_tokens=99), num_top_logprobs=num_top_logprobs)
-    return StreamReader(request, None, lambda label: int(label), "e0", worth_cutting=worth_cutting)
+    parser = EventParser(with_top_logprobs=bool(num_top_logprobs), worth_cutting=worth_cutting)
+    return StreamReader(request, None, lambda label: int(label), "e0", parser=parser)
 
 
 def drawn_stream(
