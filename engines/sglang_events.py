@@ -94,9 +94,8 @@ class EventParser:
             for array, part, left in zip(self._arrays, parts, items, strict=False):
                 if part is not None and (len(left) != number or short.count(array.key) != 1):
                     return None
-            if "error" not in event:
-                self._keep(parts, texts)
-                return event
+            self._keep(parts, texts)
+            return event
         return None
 
     def _keep(self, parts: Sequence[tuple[int, int] | None], texts: _Texts) -> None:

@@ -482,7 +482,7 @@ async def test_sampling_is_told_in_vllms_words(shape: str) -> None:
 @pytest.mark.parametrize(
     ("pace", "extra", "told"),
     [
-        (Pace(is_live=False), {}, 64),
+        (Pace(is_live=False), {}, 128),
         (Pace(is_live=False), {"stream_interval": 5}, 5),
         (Pace(is_live=True), {}, None),
         (Pace(is_live=True, live_interval=8), {}, 8),

@@ -140,7 +140,7 @@ async def test_each_turn_gets_the_scripts_reply_with_its_logprobs(
 @pytest.mark.parametrize(
     ("pace", "extra", "interval"),
     [
-        (Pace(is_live=False), {}, 64),
+        (Pace(is_live=False), {}, 128),
         (Pace(is_live=True), {}, 1),
         (Pace(is_live=True, live_interval=8), {}, 8),
         (Pace(is_live=True, live_interval=8), {"stream_interval": 1}, 1),

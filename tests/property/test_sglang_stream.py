@@ -63,7 +63,9 @@ def drawn_stream(
         is_before = data.draw(st.booleans())
         unknown_top = mirror | unknown_top if is_before else unknown_top | mirror
         reply_fields = {k: v for k, v in reply_fields.items() if k not in unknown_top} | unknown_top
-        events.append({"text": "x" * data.draw(st.sampled_from([0, 5000])), "output_ids": token_ids[first:stop]})
+        events.append(
+            {"text": "x" * data.draw(st.sampled_from([0, 5000, 20_000])), "output_ids": token_ids[first:stop]}
+        )
         events[-1] |= mirror if is_before else {}
         events[-1] |= {"meta_info": meta | unknown, **unknown_top}
     return events, meta_info, reply_fields
@@ -125,7 +127,7 @@ def test_a_token_that_changes_afterwards_is_refused(data: st.DataObject, token_i
     changed = [*token_ids, 7]
     changed[at] = (changed[at] + data.draw(st.integers(1, 99))) % 2**31
     reader = reader_of()
-    for told in (token_ids, changed):
+    for told in (*[token_ids] * data.draw(st.integers(1, 3)), changed):
         meta = {"finish_reason": None, "completion_tokens": len(told)}
         error = reader.read_all([orjson.dumps({"output_ids": told, "meta_info": meta})])
     assert isinstance(error, EngineProtocolError)
@@ -137,15 +139,53 @@ def test_a_token_that_changes_afterwards_is_refused(data: st.DataObject, token_i
 
 @given(width=st.integers(0, 60))
 def test_a_field_behind_a_shorter_array_is_not_cut_into(width: int) -> None:
-    """I8: of a stream that says new tokens only, wherever the array of the event before had ended."""
+    """I8: of a stream that says all ids but new log-probs only, wherever those of the event before had ended."""
     first, second = [[-1.0, n, None] for n in range(10, 15)], [[-1.0, 15, None]]
     rows = [[-1.0, 0, None], [-1.0, int("1" + "0" * width), None], *second]
     reader = reader_of()
-    for entries, total in ((first, 5), (second, 6)):
+    for entries, total in ((first, 5), (first, 5), (second, 6)):
         meta = {"finish_reason": {"type": "length"} if total == 6 else None, "prompt_tokens": len(PROMPT)}
         meta |= {"completion_tokens": total, "weight_version": "3", "output_token_logprobs": entries}
         meta |= {"rows": rows} if total == 6 else {}
-        event = {"output_ids": [entry[1] for entry in entries], "meta_info": meta}
+        event = {"output_ids": [entry[1] for entry in (first + second)[:total]], "meta_info": meta}
         assert reader.read_all([spelled(event, spaced=False)]) is None
     assert reader.end is not None
     assert reader.end.meta_info["rows"] == rows
+
+
+@given(data=st.data(), token_ids=ids)
+def test_of_a_long_stream_only_what_is_new_is_parsed(data: st.DataObject, token_ids: list[int]) -> None:
+    """Each event after the first that said all tokens gives the new ids and log-probs alone, be there none."""
+    stops = sorted({*data.draw(st.lists(st.integers(1, len(token_ids)), max_size=4)), len(token_ids)})
+    entries = [[-0.5, token_id, None] for token_id in token_ids]
+    parser = EventParser(with_top_logprobs=True, worth_cutting=1)
+    seen = 0
+    for i, stop in enumerate([*stops, *[len(token_ids)] * 3]):
+        meta = {"finish_reason": None, "completion_tokens": stop, "output_token_logprobs": entries[:stop]}
+        meta["output_top_logprobs"] = [[entry] for entry in entries[:stop]]
+        event = parser.parse(spelled({"output_ids": token_ids[:stop], "meta_info": meta}, spaced=False), seen)
+        # The first is short, the second tells where arrays stand.
+        first = seen if i > 1 else 0
+        assert event["output_ids"] == token_ids[first:stop]
+        assert event["meta_info"]["output_token_logprobs"] == entries[first:stop]
+        assert event["meta_info"]["output_top_logprobs"] == [[entry] for entry in entries[first:stop]]
+        seen = stop
+
+
+@given(with_mirror=st.booleans())
+def test_log_probs_that_are_told_alone_are_not_cut(with_mirror: bool) -> None:
+    """I8, I9: of a stream that says all ids, but log-probs of the new ones only, which are more than there were before;
+    nor is another field's array of that name."""
+    entries = [[-1.0, n, None] for n in range(10, 23)]
+    mirror = {"mirror": {"output_token_logprobs": entries}}
+    reader = reader_of()
+    for new, total in ((entries[:5], 5), (entries[:5], 5), (entries[5:], 13)):
+        meta = {"finish_reason": {"type": "length"} if total == 13 else None, "prompt_tokens": len(PROMPT)}
+        meta |= {"completion_tokens": total, "weight_version": "3", "output_token_logprobs": new}
+        event = (mirror if with_mirror and total == 13 else {}) | {"output_ids": list(range(10, 10 + total))}
+        assert reader.read_all([spelled(event | {"meta_info": meta}, spaced=False)]) is None
+    assert reader.end is not None
+    assert reader.end.reply_fields == (mirror if with_mirror else {})
+    chunk = reader.take()
+    assert chunk is not None
+    assert chunk.logprobs.tolist() == [-1.0] * 13

@@ -70,7 +70,7 @@ def test_an_agents_fields_cannot_forge_what_is_asked_of_the_engine(echo: tuple[E
 
 @pytest.mark.parametrize(
     ("fields", "interval"),
-    [({}, 64), ({"stream": True}, 8), ({"stream": True, "stream_interval": 1}, 1), ({"stream_interval": 3}, 3)],
+    [({}, 128), ({"stream": True}, 8), ({"stream": True, "stream_interval": 1}, 1), ({"stream_interval": 3}, 3)],
     ids=["whole", "streamed", "streamed-by-token", "own"],
 )
 def test_engines_tell_several_tokens_together(
