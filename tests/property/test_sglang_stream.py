@@ -128,7 +128,7 @@ def test_a_token_that_changes_afterwards_is_refused(data: st.DataObject, token_i
     changed[at] = (changed[at] + data.draw(st.integers(1, 99))) % 2**31
     reader = reader_of()
     for told in (*[token_ids] * data.draw(st.integers(1, 3)), changed):
-        meta = {"finish_reason": None, "completion_tokens": len(told)}
+        meta: dict[str, Any] = {"finish_reason": None, "completion_tokens": len(told)}
         error = reader.read_all([orjson.dumps({"output_ids": told, "meta_info": meta})])
     assert isinstance(error, EngineProtocolError)
     assert "changed tokens" in error.message
@@ -144,7 +144,10 @@ def test_a_field_behind_a_shorter_array_is_not_cut_into(width: int) -> None:
     rows = [[-1.0, 0, None], [-1.0, int("1" + "0" * width), None], *second]
     reader = reader_of()
     for entries, total in ((first, 5), (first, 5), (second, 6)):
-        meta = {"finish_reason": {"type": "length"} if total == 6 else None, "prompt_tokens": len(PROMPT)}
+        meta: dict[str, Any] = {
+            "finish_reason": {"type": "length"} if total == 6 else None,
+            "prompt_tokens": len(PROMPT),
+        }
         meta |= {"completion_tokens": total, "weight_version": "3", "output_token_logprobs": entries}
         meta |= {"rows": rows} if total == 6 else {}
         event = {"output_ids": [entry[1] for entry in (first + second)[:total]], "meta_info": meta}
@@ -161,7 +164,11 @@ def test_of_a_long_stream_only_what_is_new_is_parsed(data: st.DataObject, token_
     parser = EventParser(with_top_logprobs=True, worth_cutting=1)
     seen = 0
     for i, stop in enumerate([*stops, *[len(token_ids)] * 3]):
-        meta = {"finish_reason": None, "completion_tokens": stop, "output_token_logprobs": entries[:stop]}
+        meta: dict[str, Any] = {
+            "finish_reason": None,
+            "completion_tokens": stop,
+            "output_token_logprobs": entries[:stop],
+        }
         meta["output_top_logprobs"] = [[entry] for entry in entries[:stop]]
         event = parser.parse(spelled({"output_ids": token_ids[:stop], "meta_info": meta}, spaced=False), seen)
         # The first is short, the second tells where arrays stand.
@@ -180,7 +187,10 @@ def test_log_probs_that_are_told_alone_are_not_cut(with_mirror: bool) -> None:
     mirror = {"mirror": {"output_token_logprobs": entries}}
     reader = reader_of()
     for new, total in ((entries[:5], 5), (entries[:5], 5), (entries[5:], 13)):
-        meta = {"finish_reason": {"type": "length"} if total == 13 else None, "prompt_tokens": len(PROMPT)}
+        meta: dict[str, Any] = {
+            "finish_reason": {"type": "length"} if total == 13 else None,
+            "prompt_tokens": len(PROMPT),
+        }
         meta |= {"completion_tokens": total, "weight_version": "3", "output_token_logprobs": new}
         event = (mirror if with_mirror and total == 13 else {}) | {"output_ids": list(range(10, 10 + total))}
         assert reader.read_all([spelled(event | {"meta_info": meta}, spaced=False)]) is None
