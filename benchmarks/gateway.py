@@ -21,7 +21,17 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.load import charts
-from benchmarks.load.contenders import Launch, Running, bare, litellm, require_workers_flag, running, smg, verbatim
+from benchmarks.load.contenders import (
+    Launch,
+    Running,
+    bare,
+    floor,
+    litellm,
+    require_workers_flag,
+    running,
+    smg,
+    verbatim,
+)
 from benchmarks.load.cores import empty_loops, yield_together
 from benchmarks.load.figures import Measured, Target, over_rounds, plain, ratios, spread
 from benchmarks.load.history import AtLength, WholeConversation, at_length, line, whole_conversation
@@ -32,7 +42,7 @@ from benchmarks.results_file import merge
 from gateway.contracts.errors import ConfigurationError
 
 RESULTS = Path(__file__).parent / "results" / "gateway.json"
-PEERS = ("smg", "litellm")
+PEERS = ("smg", "litellm", "floor")
 PACKAGES = ("verbatim-rl", "uvicorn", "uvloop", "tokenizers", "smg")
 _LENGTHS = (1_000, 10_000, 30_000, 100_000)
 _HISTORY_TURNS, _TURNS_BEHIND = 40, 10
@@ -97,7 +107,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """The flags of `verbatim bench gateway`."""
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (all but workers)")
     parser.add_argument(
-        "--peers", default="", metavar="NAMES", help=f"measured beside: {','.join(PEERS)} (none); litellm in turns only"
+        "--peers",
+        default="",
+        metavar="NAMES",
+        help=f"measured beside: {','.join(PEERS)} (none); litellm and floor in turns only",
     )
     parser.add_argument("--litellm", metavar="PATH", help="its program ($LITELLM, or the one on the PATH)")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="`verbatim serve --workers N` (1)")
@@ -303,9 +316,10 @@ def _workers(place: Place) -> bool:
 @contextmanager
 def _contenders(place: Place, stage: Stage, *, for_turns: bool = True) -> Iterator[list[Running]]:
     """All that the flags ask for, serving beside each other. for_turns: else without the bare engine, which has no CPU
-    of its own to tell, and without litellm, which would take an hour for long histories."""
+    of its own to tell, without litellm, which would take an hour for long histories, and without the floor, which plays
+    the turns of a workload only."""
     a = place.arguments
-    peers = [name for name in a.peers.split(",") if name and (for_turns or name != "litellm")]
+    peers = [name for name in a.peers.split(",") if name and (for_turns or name == "smg")]
     with ExitStack() as stack:
         launches = [
             verbatim(
@@ -327,6 +341,10 @@ def _peer(name: str, place: Place, stage: Stage) -> Launch:
         return smg(stage.engine, cores=place.arguments.pin)
     if name == "litellm":
         return litellm(stage.engine, place.folder, program=place.arguments.litellm, cores=place.arguments.pin)
+    if name == "floor":
+        if stage.stream or place.arguments.model:
+            raise ConfigurationError("--peers floor: it plays whole replies of the benchmark's own model only")
+        return floor(stage.engine, place.model.folder, place.folder / "floor", cores=place.arguments.pin)
     raise ConfigurationError(f"--peers {name}: known peers are {', '.join(PEERS)}")
 
 

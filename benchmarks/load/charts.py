@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-_COLOURS = {"verbatim": "#1f6feb", "smg": "#d1242f", "litellm": "#9a6700", "engine": "#6e7781"}
+_COLOURS = {"verbatim": "#1f6feb", "smg": "#d1242f", "litellm": "#9a6700", "floor": "#2da44e", "engine": "#6e7781"}
 _SPARE = ("#8250df", "#1a7f37", "#bf3989")
 
 

@@ -101,6 +101,16 @@ def smg(engine: FakeEngine, *, cores: str = "", max_requests: int = 20_000) -> L
     return Launch("smg", command, port, "/readiness", CHAT_PATH, {"HF_HUB_OFFLINE": "1"}, cores)
 
 
+def floor(engine: FakeEngine, model: Path, data: Path, *, cores: str = "") -> Launch:
+    """The least that a turn takes in Python (`benchmarks.load.floor`)."""
+    port = free_port()
+    command = (
+        *(sys.executable, "-m", "benchmarks.load.floor", "--engine", engine.url, "--model", str(model)),
+        *("--port", str(port), "--data", str(data)),
+    )
+    return Launch("floor", command, port, "/ready", SESSION_PATH, {"PYTHONPATH": str(_ROOT)}, cores)
+
+
 def litellm(engine: FakeEngine, place: Path, *, program: str | None, cores: str = "") -> Launch:
     """LiteLLM's proxy in front of an OpenAI-compatible server. program: its `litellm`, None: $LITELLM or the PATH."""
     found = program or os.environ.get("LITELLM") or shutil.which("litellm")

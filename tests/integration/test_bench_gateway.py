@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import sqlite3
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks import gateway as bench_gateway
 from benchmarks import scale as bench_scale
 from benchmarks.load import charts
-from benchmarks.load.contenders import Launch, Running, bare, litellm, running, verbatim
+from benchmarks.load.contenders import Launch, Running, bare, floor, litellm, running, verbatim
 from benchmarks.load.flight import Flight, fly
 from benchmarks.load.history import at_length, whole_conversation
-from benchmarks.load.script import Model, Workload
+from benchmarks.load.script import Model, Workload, replies
 from benchmarks.load.stage import Stage, staged
 from gateway.contracts.errors import ConfigurationError, EngineUnavailable
 
@@ -57,6 +59,26 @@ def test_every_measured_turn_was_sampled_and_recorded(stage: Stage, served: Runn
     engine = stage.measure(bare(stage.engine), 4, seconds=0.3, number=1)
     assert (engine.errors, engine.cpu_us) == (0, 0.0)
     assert engine.generator_us + engine.engine_us < run.cpu_us
+
+
+def test_the_floor_stores_what_was_sampled(stage: Stage, tmp_path: Path) -> None:
+    """It does what a turn must, or nothing could be held against it: each is on disk, behind the one it extends."""
+    with running(floor(stage.engine, stage.model.folder, tmp_path / "data"), tmp_path / "log") as straight:
+        run = stage.measure(straight, 3, seconds=0.5, number=1)
+    assert run.errors == 0
+    with sqlite3.connect(tmp_path / "data" / "floor.sqlite") as connection:
+        columns = "turn_id, session_id, parent_id, number, prompt_ids, output_ids, logprobs"
+        rows = connection.execute(f"select {columns} from turns order by session_id, number").fetchall()
+    assert len(rows) == run.turns
+    said = [reply.token_ids for reply in replies(stage.model, WORKLOAD)]
+    turns = {(session_id, number): turn_id for turn_id, session_id, _, number, *_ in rows}
+    for _, session_id, parent_id, number, prompt_ids, output_ids, logprobs in rows:
+        assert parent_id == turns.get((session_id, number - 1))
+        assert np.frombuffer(output_ids, np.int32).tolist() == said[number]
+        assert len(logprobs) == len(output_ids)
+        told = stage.model.tokenizer.decode(np.frombuffer(prompt_ids, np.int32), skip_special_tokens=False)
+        assert told.startswith("\n" if number else "<|im_start|>"), "behind a reply's stop token, or from the start"
+        assert told.endswith(stage.model.tokenizer.decode(stage.model.marker(), skip_special_tokens=False))
 
 
 def test_a_turn_at_a_long_history_costs_its_parse_and_more(stage: Stage, served: Running) -> None:
@@ -106,6 +128,15 @@ def test_peers_that_are_not_installed_are_refused(
     monkeypatch.delenv("LITELLM", raising=False)
     with pytest.raises(ConfigurationError, match=r"litellm\[proxy\]"):
         litellm(stage.engine, tmp_path, program=str(tmp_path / "no-litellm"))
+
+
+def test_the_floor_is_not_asked_for_what_it_does_not_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["gateway", "turns", "--peers", "floor", "--stream", "--output", "/dev/null"]
+    monkeypatch.setattr("sys.argv", ["verbatim", "bench", *words])
+    parser = argparse.ArgumentParser()
+    bench_gateway.configure(parser)
+    with pytest.raises(ConfigurationError, match="whole replies of the benchmark's own model only"):
+        bench_gateway.run(parser.parse_args(words[1:]))
 
 
 @pytest.mark.parametrize("module", [bench_gateway, bench_scale])
