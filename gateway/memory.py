@@ -75,8 +75,9 @@ async def collect_cycles(
     """Have the collector look through everything when no turn has run for two looks, and every `longest_seconds`.
 
     A pass over thousands of sessions stops everything for a second and finds next to nothing: what turns leave behind
-    has no cycles. Left to itself, the collector makes one whenever what is in memory has grown by a quarter, and
-    shorter ones of some hundred milliseconds every few seconds.
+    has no cycles, nor have sessions. Left to itself, the collector makes one whenever what is in memory has grown by a
+    quarter, and shorter ones of some hundred milliseconds every few seconds. What is left where no turn runs is not
+    looked through again: the next pass may come just when agents come back.
     """
     last, young_passes, was_idle = time.monotonic(), _young_passes(), False
     while True:
@@ -86,6 +87,8 @@ async def collect_cycles(
         was_idle = is_idle
         if is_due and _young_passes() - young_passes >= _FEWEST_YOUNG_PASSES:
             gc.collect()
+            if is_idle:  # else what a turn under way leaves behind would never be found
+                gc.freeze()
             give_back_memory()
             last, young_passes = time.monotonic(), _young_passes()
 

@@ -149,7 +149,7 @@ def attach(tree: TurnTree, messages: Sequence[JsonValue], root: RootContext, way
     for message in messages[step.num_messages :]:
         if not (trails := _further(step, message)):
             break
-        step = _stepped(step, message, trails, wanted_root)
+        step = _stepped(tree, step, message, trails, wanted_root)
         if step.here is not deepest.here:
             deepest = step
     if ways is not None and deepest.num_messages:
@@ -174,7 +174,7 @@ def restore_reasoning(place: Place, messages: Sequence[JsonValue]) -> tuple[Json
     return (*restored, *messages[len(restored) :])
 
 
-def _stepped(step: _Step, message: JsonValue, trails: Sequence[_Trail], wanted_root: bytes) -> _Step:
+def _stepped(tree: TurnTree, step: _Step, message: JsonValue, trails: Sequence[_Trail], wanted_root: bytes) -> _Step:
     """One message further, on the trails that go on with it.
 
     Matches are turns that have sampled something and end just there. Turns of raw prompts have no conversation,
@@ -184,7 +184,7 @@ def _stepped(step: _Step, message: JsonValue, trails: Sequence[_Trail], wanted_r
     here: list[_Match] = []
     elsewhere: list[_Match] = []
     for trail in trails:
-        for node in trail.at.turns:
+        for node in map(tree.__getitem__, trail.at.turn_ids):
             if len(node.record.output_token_ids) and node.record.meta.get("certified_by") != RAW:
                 matches = here if node.root_digest == wanted_root else elsewhere
                 matches.append(_Match(node, trail, num_messages))

@@ -34,16 +34,18 @@ from gateway.sessions.messages import (
 class RecordedMessage(msgspec.Struct, eq=False):
     """A message at its place: after just these other messages, in one or several recorded conversations.
 
-    message: None at the start of all conversations. calls_before, calls: those that hold before and behind it. turns:
-    those whose conversation, reply included, ends with it. next: what was recorded right after it: nothing, one
-    message alone (the rule), or by core digest one, or a tuple of those that differ in what the core leaves out.
+    message: None at the start of all conversations. calls_before, calls: those that hold before and behind it.
+    turn_ids: of those whose conversation, reply included, ends with it. Not the turns themselves, which refer to their
+    messages: what a session holds is to go with it, and not when the collector looks for cycles. next: what was
+    recorded right after it: nothing, one message alone (the rule), or by core digest one, or a tuple of those that
+    differ in what the core leaves out.
     Its key is made when asked for: nobody asks where conversations only grow.
     """
 
     message: JsonValue
     calls_before: CallPositions
     calls: CallPositions
-    turns: tuple[Node, ...] = ()
+    turn_ids: tuple[str, ...] = ()
     next: RecordedMessage | dict[bytes, RecordedMessage | tuple[RecordedMessage, ...]] | None = None
     _key: MessageKey | None = None
 
@@ -215,7 +217,7 @@ class TurnTree:
             raise LedgerCorrupt(f"session {record.session_id} turn {record.index}: its parent {parent_id} is missing")
         parent = None if parent_id is None else self._nodes[parent_id]
         node = self._node(record, parent)
-        node.last.turns = (*node.last.turns, node)
+        node.last.turn_ids = (*node.last.turn_ids, record.turn_id)
         for earlier_id in (parent_id, record.attachment.follows_id):
             if earlier_id is not None:
                 if self._went_on is None:
@@ -264,7 +266,7 @@ class TurnTree:
         num_found = 0
         for message in record.added_messages:
             asked = asked.extended(message)
-            if asked.next is not None or asked.turns:  # in some recorded conversation
+            if asked.next is not None or asked.turn_ids:  # in some recorded conversation
                 num_found += 1
             known.append(asked.message)
         last = asked.extended(record.reply)

@@ -56,6 +56,20 @@ async def test_cycles_go_when_no_turn_has_run_for_a_moment_and_not_under_turns()
         await asyncio.wait_for(gone.wait(), 10)
 
 
+@pytest.mark.parametrize("running", [0, 1])
+async def test_what_is_left_where_no_turn_runs_is_not_looked_through_again(running: int) -> None:
+    kept = [[number] for number in range(1000)]
+    frozen = gc.get_freeze_count()
+    async with background(collect_cycles(lambda: running, look_seconds=0.01, longest_seconds=0.05)):
+        await asyncio.sleep(0)
+        _ring, gone = old_ring()
+        much_happens()
+        await asyncio.wait_for(gone.wait(), 10)
+        await asyncio.sleep(0.05)
+    assert (gc.get_freeze_count() - frozen >= len(kept)) is not bool(running)
+    gc.unfreeze()
+
+
 async def test_who_always_has_turns_is_looked_through_at_times() -> None:
     async with background(collect_cycles(lambda: 1, look_seconds=0.01, longest_seconds=0.05)):
         await asyncio.sleep(0)

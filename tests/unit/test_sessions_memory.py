@@ -19,6 +19,7 @@ from gateway.contracts.versions import VersionSpan
 from gateway.ledger.sqlite import SqliteLedger
 from gateway.sessions.attach import Place, attach
 from gateway.sessions.registry import Session, SessionRegistry, new_session
+from gateway.sessions.tree import Node, RecordedMessage
 
 NUM_TURNS, TOKENS_PER_TURN = 200, 320
 TOOLS = tuple({"type": "function", "function": {"name": f"tool_{i}", "description": "d" * 400}} for i in range(8))
@@ -127,6 +128,29 @@ def test_a_session_of_200_turns_and_64k_tokens_takes_less_than_10_mb(tmp_path: P
     live, loaded = asyncio.run(measure())
     assert live < 2_500_000
     assert loaded < 2_500_000
+
+
+def test_a_session_that_goes_leaves_nothing_to_the_collector(tmp_path: Path) -> None:
+    """What it holds goes with it: passes over everything are rare, because they stop everything."""
+
+    async def left_behind() -> list[object]:
+        ledger = SqliteLedger.open(tmp_path)
+        try:
+            registry = SessionRegistry(ledger)
+            await play(await new(registry, "s"), ledger, num_turns=20, num_tokens=3)
+            await play(await new(registry, "roots"), ledger, num_turns=5, num_tokens=3, replays=False)
+            gc.collect()
+            await registry.delete("s")
+            await registry.delete("roots")
+            gc.set_debug(gc.DEBUG_SAVEALL)
+            gc.collect()
+            return [found for found in gc.garbage if isinstance(found, Node | RecordedMessage | Session)]
+        finally:
+            gc.set_debug(0)
+            gc.garbage.clear()
+            await ledger.aclose()
+
+    assert not asyncio.run(left_behind())
 
 
 def test_equal_messages_are_held_once_whatever_roots_they_stand_in(tmp_path: Path) -> None:
