@@ -77,7 +77,7 @@ class RunningGateway:
     def stop(self, number: int = signal.SIGTERM) -> int:
         if self.process.poll() is None:
             self.process.send_signal(number)
-        return self.process.wait(20)
+        return self.process.wait(60)
 
 
 StartGateway = Callable[..., RunningGateway]
