@@ -27,10 +27,9 @@ FRESH_WITHIN = 0.1
 STRAY_BEYOND = 2e-3
 STRAYS_MAY_BE = 0.02
 """Share of tokens on a fresh cache: where two experts weigh the same, the other one may be taken, and later tokens see
-that. One turn's do not count: where that happens early in a long one, they are most of a small run's."""
+that."""
 ROWS_MAY_DIFFER = 0.005
-"""Share of routing rows: experts of nearly equal weight change places in another order of summation. One session's do
-not count, for the same reason."""
+"""Share of routing rows: experts of nearly equal weight change places in another order of summation."""
 _FEW_TOKENS = 4
 """So few may lie between both by chance: on another cache, and little off."""
 _LABEL = re.compile(r"policy-(\d{6})")
@@ -53,9 +52,6 @@ class Verdict:
     rows_missing: int = 0
     largest_fresh_difference: float = 0.0
     strays: int = 0
-    strays_by_turn: list[int] = field(default_factory=list)
-    rows_by_session: list[int] = field(default_factory=list)
-    """Those that differ."""
     faults: list[str] = field(default_factory=list)
 
 
@@ -102,9 +98,9 @@ def judge(evidence: Evidence) -> Verdict:
         verdict.faults.append(f"{verdict.turns} turns recorded, {evidence.num_replies} replies seen")
     verdict.attempts = len(evidence.served)
     verdict.faults += journal.unused()
-    if _but_the_most(verdict.strays_by_turn) > STRAYS_MAY_BE * verdict.tokens:
+    if verdict.strays > STRAYS_MAY_BE * verdict.tokens:
         verdict.faults.append(f"{verdict.strays} of {verdict.tokens} log-probs are not their forward's")
-    if _but_the_most(verdict.rows_by_session) > ROWS_MAY_DIFFER * max(verdict.rows, 1):
+    if verdict.rows_differing > ROWS_MAY_DIFFER * max(verdict.rows, 1):
         verdict.faults.append(f"{verdict.rows_differing} of {verdict.rows} routing rows are not their forward's")
     return verdict
 
@@ -141,8 +137,7 @@ def _judge_turn(
         verdict.faults.append(f"{turn.named}: versions {_runs(turn.versions)}, its tokens are of {_runs(told)}")
     seen = list(_numbers(turn, told, forward))
     verdict.largest_fresh_difference = max([verdict.largest_fresh_difference, *(n.largest for n in seen if n.fresh)])
-    verdict.strays_by_turn.append(sum(n.num_far for n in seen if n.fresh))
-    verdict.strays += verdict.strays_by_turn[-1]
+    verdict.strays += sum(n.num_far for n in seen if n.fresh)
     expected = {frozenset(filter(None, flags)) for flags in itertools.product(*(numbers.flags for numbers in seen))}
     if turn.flags not in expected:
         asked = " or ".join(str(sorted(flags)) for flags in expected)
@@ -199,7 +194,6 @@ def _judge_rows(session_id: str, segment: Mapping[str, Any], forward: _Remembere
     recorded = np.sort(np.array(segment["routed_experts"], dtype=np.int64), axis=-1)
     valid = np.array(segment["routed_valid"], dtype=bool)
     versions = np.array(segment["policy_version"])
-    before = verdict.rows_differing
     for span in segment["turns"]:
         rows = np.arange(span["output_start"] - 1, span["stop"] - 1)
         num_missing = int((~valid[rows]).sum())
@@ -213,11 +207,6 @@ def _judge_rows(session_id: str, segment: Mapping[str, Any], forward: _Remembere
             own = rows[(versions[rows + 1] == version) & valid[rows]]
             verdict.rows += len(own)
             verdict.rows_differing += int((recorded[own] != experts[own]).any(axis=(1, 2)).sum())
-    verdict.rows_by_session.append(verdict.rows_differing - before)
-
-
-def _but_the_most(numbers: Sequence[int]) -> int:
-    return sum(numbers) - max(numbers, default=0)
 
 
 class _Remembered:
