@@ -1,9 +1,10 @@
 """What prompts cost: a long conversation built turn by turn, against tokenising its final text once.
 
-Measured in one process, in processor time, the two interleaved, medians over rounds: templates with a short path, one
-whose suffixes depend on the conversation (probe), and vocabularies that faster tokenizer libraries can and cannot read.
-And one more short turn behind histories of a thousand to a hundred thousand tokens; and first prompts of many
-conversations that begin alike.
+Measured in one process, in processor time, the two interleaved, medians over rounds: templates, one of them with
+numbers that count the conversation, and vocabularies that faster tokenizer libraries can and cannot read. And one more
+short turn behind histories of a thousand to a hundred thousand tokens, with a result of plain text and with one that
+shows a control token, for which the whole conversation is rendered; and first prompts of many conversations that begin
+alike.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ MODELS = (
     ("chatml_folds", "metaspace_always"),
     ("chatml_folds", "unigram"),
 )
-"""Short paths of two templates, one that numbers calls over the whole conversation and cannot have a short path, and
-two vocabularies with prefix spaces, the last of which no faster library can read."""
+"""Two templates, one that numbers calls and results over the whole conversation, and two vocabularies with prefix
+spaces, the last of which no faster library can read."""
 
 HISTORIES = (1_000, 3_000, 10_000, 30_000, 100_000)
 """Tokens before the turn that is measured."""
@@ -65,7 +66,8 @@ class Cost:
     renders and encoding included. parse_seconds: of reading the replies. upkeep_seconds: audits and what shapes in use
     asked for, which run in a thread and take at most a hundredth of a core beyond the start. full_encode_seconds:
     `tokenizers` alone, on the final text. certified_by: turns by path. turn_microseconds: tokens of history → one more
-    short turn, built and its reply read. first_microseconds: path → a first prompt, of num_first_tokens.
+    short turn, built and its reply read; marked_microseconds: the same where what is new shows a control token.
+    first_microseconds: path → a first prompt, of num_first_tokens.
     """
 
     model: str
@@ -79,6 +81,7 @@ class Cost:
     full_encode_seconds: float
     certified_by: dict[str, int]
     turn_microseconds: dict[int, float]
+    marked_microseconds: dict[int, float]
     first_microseconds: dict[str, float]
     num_first_tokens: int
 
@@ -219,7 +222,9 @@ def _measure(family: Family, vocabulary: str, num_turns: int, num_tokens: int, r
             return _Agent(builder, parsing, family, plain)
 
         measured = [_play(tokenizer, template, plain, new_agent(), num_turns, num_tokens) for _ in range(rounds)]
-        turns = {history: _turn_behind(plain, new_agent(), history) for history in HISTORIES}
+        turns = {history: _turn_behind(plain, new_agent(), history, "42") for history in HISTORIES}
+        marked_result = f"It ends with {family.stops[0]}."
+        marked = {history: _turn_behind(plain, new_agent(), history, marked_result) for history in HISTORIES}
         first, num_first_tokens = _first_prompts(plain, builder)
     return Cost(
         model=f"{family.name}-{vocabulary}",
@@ -233,6 +238,7 @@ def _measure(family: Family, vocabulary: str, num_turns: int, num_tokens: int, r
         full_encode_seconds=statistics.median(r.full_encode_seconds for r in measured),
         certified_by=dict(measured[0].certified_by),
         turn_microseconds=turns,
+        marked_microseconds=marked,
         first_microseconds=first,
         num_first_tokens=num_first_tokens,
     )
@@ -262,12 +268,12 @@ def _play(
     )
 
 
-def _turn_behind(plain: Tokenizer, agent: _Agent, num_tokens: int) -> float:
-    """Microseconds of one more short turn behind so many tokens; the median of some."""
+def _turn_behind(plain: Tokenizer, agent: _Agent, num_tokens: int, result: str) -> float:
+    """Microseconds of one more short turn behind so many tokens and a result; the median of some."""
     agent.turn(_text_of(plain, max(1, num_tokens // 2)))
     while agent.num_tokens < num_tokens:
         agent.turn(_text_of(plain, min(1_000, num_tokens - agent.num_tokens)))
-    agent.turn("42")
+    agent.turn(result)
     call = Call("read_file", {"path": "part.py"})
     output = plain.encode(agent.family.write_calls([call]) + agent.family.stops[0], add_special_tokens=False).ids
     prompt = agent.build()

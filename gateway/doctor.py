@@ -183,6 +183,7 @@ def _row(certificate: ShapeCertificate) -> dict[str, JsonValue]:
         "verdict": certificate.verdict.value,
         "stops": list(certificate.stops),
         "short_path": certificate.stop is not None,
+        "numbered": certificate.stop is not None and certificate.is_numbered,
         "num_conversations": len(cells),
         "num_raised": sum(cell.verdict is Verdict.RAISES for cell in cells),
     }
@@ -205,7 +206,8 @@ def _print(model: ServedModel, found: Survey) -> None:
     facts.add_row("suffixes in tokens", Text(f"{num_checked} checked, {num_different} differ from the whole text's"))
     console.print(facts)
     console.print(_table(found.certificates))
-    console.print(f"{found.num_append_only} of {len(found.certificates)} shapes are append-only; * is certified.")
+    num_shapes = len(found.certificates)
+    console.print(f"{found.num_append_only} of {num_shapes} shapes are append-only; * is certified, # but for numbers.")
     for switch in found.switches:
         value = json.dumps({switch.name: switch.value})
         console.print(Text(f"With chat_template_kwargs {value} {switch.num_append_only} would be."))
@@ -229,9 +231,12 @@ def _table(certificates: Sequence[ShapeCertificate]) -> Table:
 
 
 def _verdict(certificate: ShapeCertificate) -> Text:
-    """The verdict; how many conversations the template refuses; `*` where turns need no full render."""
+    """The verdict; how many conversations the template refuses; `*` where turns need no full render, `#` where they
+    need none if their numbers follow what lies before (`frames`)."""
     verdict, num_raised = certificate.verdict, sum(cell.verdict is Verdict.RAISES for cell in certificate.cells)
-    text = verdict.value + (" *" if certificate.stop is not None else "")
+    text = verdict.value
+    if certificate.stop is not None:
+        text += " #" if certificate.is_numbered else " *"
     if 0 < num_raised < len(certificate.cells):
         text += f" (raises in {num_raised} of {len(certificate.cells)})"
     return Text(text, style=_STYLES.get(verdict, "red"))

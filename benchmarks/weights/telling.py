@@ -10,8 +10,9 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +28,9 @@ _CONSTANT = 4.0
 """What the first dimension of the residual stream holds at every position."""
 _SIGN_WEIGHT = 60.0
 """Tokens of other shares lie far below in logits: they are not sampled in the life of a machine."""
+TIE_WITHIN = 1e-4
+"""Logits of routers, most of which lie within 5: two experts that differ by less may change places where a sum is
+taken in another order, which moves them by 1e-5."""
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
@@ -99,23 +103,58 @@ def _silence_first_output(weight: torch.Tensor) -> None:
     weight[..., 0, :] = 0.0
 
 
+class Tie(NamedTuple):
+    """A place where the last expert that was chosen and the best that was not are all but equal."""
+
+    layer: int
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """Of T tokens. logprobs: float32[T-1] of tokens 1 … T-1; experts: int64[T-1, layers, top_k] of tokens 0 … T-2,
+    sorted; ties: in order of position."""
+
+    logprobs: npt.NDArray[np.float32]
+    experts: npt.NDArray[np.int64]
+    ties: tuple[Tie, ...]
+
+
 class Forward:
     """Plain transformers forwards of all versions, float32: what each of them computes on a sequence, alone."""
 
     def __init__(self, weights: TellingWeights) -> None:
         self._models = [AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32).eval() for f in weights.folders]
+        self._flipped: frozenset[Tie] = frozenset()
+        self._chosen: list[torch.Tensor] = []
+        self._ties: list[Tie] = []
+        for model in self._models:
+            for number, layer in enumerate(model.model.layers):
+                layer.mlp.gate.register_forward_hook(partial(self._route, number))
 
-    def score(self, version: int, token_ids: Sequence[int]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-        """Log-probs float32[T-1] of tokens 1 … T-1; experts int64[T-1, layers, top_k] of tokens 0 … T-2, sorted."""
+    def score(self, version: int, token_ids: Sequence[int], flipped: frozenset[Tie] = frozenset()) -> Scored:
+        """What a version computes; flipped: where the other expert is taken."""
         model = self._models[version]
         ids = torch.tensor([list(token_ids)])
+        self._flipped, self._chosen, self._ties = flipped, [], []
         with torch.inference_mode():
-            output = model(ids, output_router_logits=True)
-            logprobs = torch.log_softmax(output.logits[0, :-1].double(), dim=-1)
-            chosen = logprobs.gather(-1, ids[0, 1:, None])[:, 0]
-            top_k = model.config.num_experts_per_tok
-            layers = [logits.reshape(ids.shape[1], -1).topk(top_k).indices for logits in output.router_logits]
-        return chosen.float().numpy(), np.sort(torch.stack(layers, dim=1)[:-1].numpy(), axis=-1)
+            logprobs = torch.log_softmax(model(ids).logits[0, :-1].double(), dim=-1)
+            told = logprobs.gather(-1, ids[0, 1:, None])[:, 0]
+        experts = np.sort(torch.stack(self._chosen, dim=1)[:-1].numpy(), axis=-1)
+        ties = tuple(sorted(self._ties, key=lambda tie: tie.position))
+        return Scored(told.float().numpy(), experts, ties)
+
+    def _route(self, layer: int, router: Any, _: Any, output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        logits, scores, chosen = output
+        best = logits.topk(router.top_k + 1)
+        near = best.values[:, -2] - best.values[:, -1] < TIE_WITHIN
+        self._ties += [Tie(layer, position) for position in near.nonzero()[:, 0].tolist()]
+        for position in [tie.position for tie in self._flipped if tie.layer == layer]:
+            chosen[position] = torch.cat([best.indices[position, :-2], best.indices[position, -1:]])
+            probabilities = logits[position].softmax(dim=-1)[chosen[position]]
+            scores[position] = probabilities / probabilities.sum() if router.norm_topk_prob else probabilities
+        self._chosen.append(chosen)
+        return logits, scores, chosen
 
 
 @lru_cache(maxsize=2)

@@ -2,12 +2,14 @@
 
 A shape is tried on made-up conversations in several contexts and with several kinds of text (`shapes`). Where the
 suffix learned behind a short made-up history equals the one learned in context every time, and history is never
-rewritten but for its reasoning, turns of that shape need one short render instead of two long ones. Nothing here knows
-any model family; what a certificate promises is audited on real turns (`prompt`), and withdrawn when it was wrong.
+rewritten but for its reasoning, turns of that shape need one short render instead of two long ones; where it differs in
+numbers only, which count what lies before, a frame that counts along (`frames`). Nothing here knows any model family;
+what a certificate promises is audited on real turns (`prompt`), and withdrawn when it was wrong.
 """
 
 from __future__ import annotations
 
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -32,6 +34,8 @@ _MAX_SHAPES = 4_096
 _MAX_PENDING = 64
 _AUDITED_FIRST = 3
 _AUDITED_EVERY = 64
+
+_NUMBER = re.compile(r"\d+")
 
 
 class Verdict(StrEnum):
@@ -62,12 +66,13 @@ _VERDICT_OF_HISTORY = {
 class Cell:
     """One made-up conversation of a shape. stop: text of the token that ends its reply, "" if none was found.
 
-    local: what follows it is the same behind a short made-up history.
+    local: what follows it is the same behind a short made-up history; numbered: but for numbers.
     """
 
     verdict: Verdict
     stop: str
-    local: bool
+    local: bool = False
+    numbered: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,10 +95,17 @@ class ShapeCertificate:
 
     @cached_property
     def stop(self) -> str | None:
-        """The one token that ends replies of this shape where a short render suffices, else None."""
+        """The one token that ends replies of this shape where no full render is needed, else None."""
         stops = self.stops
-        suffices = self.verdict in (Verdict.APPENDS, Verdict.REASONING_DROPPED) and all(c.local for c in self._rendered)
+        suffices = self.verdict in (Verdict.APPENDS, Verdict.REASONING_DROPPED) and all(
+            cell.local or cell.numbered for cell in self._rendered
+        )
         return stops[0] if suffices and len(stops) == 1 else None
+
+    @cached_property
+    def is_numbered(self) -> bool:
+        """Whether numbers in what follows depend on the conversation: a short render does not do, a frame may."""
+        return not all(cell.local for cell in self._rendered)
 
     @property
     def _rendered(self) -> list[Cell]:
@@ -127,12 +139,12 @@ def _cell(
     try:
         full_text = template.render(conversation)
     except TemplateRaised:
-        return Cell(Verdict.RAISES, "", local=False)
+        return Cell(Verdict.RAISES, "")
     junction = learn_junction(template, conversation, num_messages=num_messages, full_text=full_text, tokens=tokens)
     if not isinstance(junction, Junction):
-        return Cell(_VERDICT_OF_REASON.get(junction, Verdict.UNCERTIFIED), "", local=False)
+        return Cell(_VERDICT_OF_REASON.get(junction, Verdict.UNCERTIFIED), "")
     if not junction.is_engine_stop:
-        return Cell(Verdict.OTHER_STOP, junction.stop, local=False)
+        return Cell(Verdict.OTHER_STOP, junction.stop)
     history = compare_history(
         template,
         conversation,
@@ -144,7 +156,9 @@ def _cell(
     suffix = local_suffix(
         template, conversation, num_messages=num_messages, stop=junction.stop, tools=stand_in_tools(conversation)
     )
-    return Cell(_VERDICT_OF_HISTORY[history], junction.stop, local=suffix == junction.suffix)
+    local = suffix == junction.suffix
+    numbered = not local and suffix is not None and _NUMBER.sub("#", suffix) == _NUMBER.sub("#", junction.suffix)
+    return Cell(_VERDICT_OF_HISTORY[history], junction.stop, local, numbered)
 
 
 def stand_in_tools(conversation: Conversation) -> tuple[JsonValue, ...]:

@@ -3,8 +3,10 @@
 A frame is learned from one short render with made-up texts, and kept only if it says what the template says for many
 other ones: long and short, with space at their edges, with quotes, markup and code. It does not speak for a text that
 is equal to a string in the template's source, or holds one that the template searches for: there a template may do
-something else. All that is evidence and no proof; the audit of short paths (`prompt`) holds frames against the long
-way, as it does with the certificate that they belong to.
+something else. Where numbers in the suffix change with what lies before, it is tried which of its counts (messages,
+replies, calls, …) they follow; such a frame counts the history instead of rendering it. All that is evidence and no
+proof; the audit of short paths (`prompt`) holds frames against the long way, as it does with the certificate that they
+belong to.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from gateway.contracts.generation import JsonValue
 from gateway.tito.certificate import ShapeKey, stand_in_tools
 from gateway.tito.conversation import Conversation
 from gateway.tito.junction import local_suffix
-from gateway.tito.shapes import ContentKind, MessageForm, conversations
+from gateway.tito.shapes import ContentKind, MessageForm, Shape, conversations, histories
 from gateway.tito.template import ChatTemplate
 
 TextPath = tuple[str | int, ...]
@@ -51,6 +53,10 @@ _TRIED = (
 
 NUM_TRIED = len(_TRIED)
 
+_NUMBER = re.compile(r"(\d+)")
+_FEWEST_HISTORIES = 4
+"""By fewer a number may follow a count by chance."""
+
 
 class _Form(Enum):
     """How a text stands in the suffix."""
@@ -72,35 +78,92 @@ class _Slot(NamedTuple):
     form: _Form
 
 
+class Counts(NamedTuple):
+    """What a history has of each."""
+
+    messages: int
+    users: int
+    replies: int
+    results: int
+    calls: int
+
+
+class _Number(NamedTuple):
+    """A number that is one of the counts, plus something: `differences` is by count, None for those that it is not.
+
+    Where it could be several, these have never differed; it is known only where they agree.
+    """
+
+    differences: tuple[int | None, ...]
+
+    def shown(self, counts: Counts) -> str | None:
+        values = {count + more for count, more in zip(counts, self.differences, strict=True) if more is not None}
+        return str(values.pop()) if len(values) == 1 else None
+
+
+_Piece = str | _Slot | _Number
+
+
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """Fixed texts and slots, in order. spoken: strings of the template, for which a frame does not speak."""
+    """Fixed texts, slots and numbers, in order. spoken: strings of the template, for which a frame does not speak.
 
-    pieces: tuple[str | _Slot, ...]
+    is_numbered: whether there are numbers, for which `fill` needs counts.
+    """
+
+    pieces: tuple[_Piece, ...]
     spoken: frozenset[str]
     searched: tuple[str, ...]
+    is_numbered: bool = False
 
-    def fill(self, messages: Sequence[JsonValue]) -> str | None:
-        """The suffix for these, the reply and what was appended; None where a text is one that the template names."""
+    def fill(self, messages: Sequence[JsonValue], counts: Counts | None = None) -> str | None:
+        """The suffix for these, the reply and what was appended; None where a text is one that the template names.
+
+        counts: of what lies before, for a frame that is numbered; it is None where they do not tell a number.
+        """
         parts: list[Any] = [*self.pieces]
         for i, piece in enumerate(self.pieces):
-            if type(piece) is not _Slot:
-                continue
-            path, form = piece
-            text: JsonValue = messages
-            for step in path:
-                text = text[step]
-            if text.strip().lower() in self.spoken:
-                return None
-            for part in self.searched:
-                if part in text:
+            if type(piece) is _Slot:
+                path, form = piece
+                text: JsonValue = messages
+                for step in path:
+                    text = text[step]
+                if text.strip().lower() in self.spoken:
                     return None
-            parts[i] = text if form is _Form.AS_IS else form.shown(text)
+                for part in self.searched:
+                    if part in text:
+                        return None
+                parts[i] = text if form is _Form.AS_IS else form.shown(text)
+            elif type(piece) is _Number:
+                parts[i] = None if counts is None else piece.shown(counts)
+                if parts[i] is None:
+                    return None
         return "".join(parts)
 
 
+def counts_of(history: Sequence[JsonValue]) -> Counts | None:
+    """None where a template may count otherwise: other roles, systems but the first, calls that are no list."""
+    users = replies = results = calls = 0
+    for i, message in enumerate(history):
+        role = message.get("role") if type(message) is dict else None
+        if role == "tool":
+            results += 1
+        elif role == "assistant":
+            replies += 1
+            called = message.get("tool_calls")
+            if called:
+                if type(called) is not list:
+                    return None
+                calls += len(called)
+        elif role == "user":
+            users += 1
+        elif role != "system" or i > 0:
+            return None
+    return Counts(len(history), users, replies, results, calls)
+
+
 def learn_frame(template: ChatTemplate, key: ShapeKey, arguments: Mapping[str, JsonValue], stop: str) -> Frame | None:
-    """The frame of a certified shape, None if its suffix is none; some 20 short renders. stop: its certificate's."""
+    """The frame of a certified shape, None if its suffix is none; some 30 short renders. stop: its certificate's."""
     shape = key.shape
     if not shape.appended or not all(map(_is_plain, shape.appended)):
         return None
@@ -108,13 +171,74 @@ def learn_frame(template: ChatTemplate, key: ShapeKey, arguments: Mapping[str, J
     reply = conversation.messages[num_messages - 1]
     messages = (reply, *conversation.messages[num_messages:])
     leaves = tuple(_leaves(messages))
+    tools = stand_in_tools(conversation)
 
-    def suffix_of(messages: Sequence[JsonValue]) -> str | None:
+    def suffix_of(messages: Sequence[JsonValue], history: Sequence[JsonValue] | None = None) -> str | None:
         made = Conversation((*conversation.messages[: num_messages - 1], *messages), conversation.tools, arguments)
-        tools = stand_in_tools(conversation)
-        return local_suffix(template, made, num_messages=num_messages, stop=stop, tools=tools)
+        return local_suffix(template, made, num_messages=num_messages, stop=stop, tools=tools, history=history)
 
-    return fitted_frame(template, messages, leaves, suffix_of)
+    frame = fitted_frame(template, messages, leaves, suffix_of)
+    if frame is None:
+        return None
+    made, texts = _learned_from(messages, leaves)
+    seen: list[tuple[Counts, tuple[_Piece, ...]]] = []
+    for history in histories(shape):
+        counts, suffix = counts_of(history), suffix_of(made, history)
+        if counts is not None and suffix is not None:
+            seen.append((counts, _pieces(suffix, texts)))
+    if any(pieces != frame.pieces for _, pieces in seen):
+        numbered = _numbered(seen)
+        if numbered is None:
+            return None
+        frame = Frame(numbered, frame.spoken, frame.searched, is_numbered=True)
+    return frame if _holds_in_context(frame, template, shape, arguments, stop) else None
+
+
+def _numbered(seen: Sequence[tuple[Counts, tuple[_Piece, ...]]]) -> tuple[_Piece, ...] | None:
+    """Pieces of a suffix behind different histories as one, with numbers for what changes; None if more does."""
+    if len(seen) < _FEWEST_HISTORIES or len({len(pieces) for _, pieces in seen}) > 1:
+        return None
+    merged: list[_Piece] = []
+    for alternatives in zip(*(pieces for _, pieces in seen), strict=True):
+        if len(set(alternatives)) == 1:
+            merged.append(alternatives[0])
+            continue
+        texts = [_NUMBER.split(piece) for piece in alternatives if isinstance(piece, str)]
+        if len(texts) < len(seen) or len({len(parts) for parts in texts}) > 1:
+            return None
+        for parts in zip(*texts, strict=True):
+            if len(set(parts)) == 1:
+                merged += [parts[0]] if parts[0] else []
+                continue
+            number = _number([counts for counts, _ in seen], parts)
+            if number is None:
+                return None
+            merged.append(number)
+    return tuple(merged)
+
+
+def _number(counts: Sequence[Counts], shown: Sequence[str]) -> _Number | None:
+    """The counts that these numbers follow, None if they follow none."""
+    if any(not text.isdecimal() or text != str(int(text)) for text in shown):
+        return None
+    differences: list[int | None] = []
+    for column in zip(*counts, strict=True):
+        more = {int(text) - count for text, count in zip(shown, column, strict=True)}
+        differences.append(more.pop() if len(more) == 1 else None)
+    return None if set(differences) == {None} else _Number(tuple(differences))
+
+
+def _holds_in_context(
+    frame: Frame, template: ChatTemplate, shape: Shape, arguments: Mapping[str, JsonValue], stop: str
+) -> bool:
+    """Whether a frame says what the template says in all conversations that its certificate was tried on."""
+    for conversation, num_messages in conversations(shape, arguments):
+        history, messages = conversation.messages[: num_messages - 1], conversation.messages[num_messages - 1 :]
+        tools = stand_in_tools(conversation)
+        shown = local_suffix(template, conversation, num_messages=num_messages, stop=stop, tools=tools, history=history)
+        if shown is not None and frame.fill(messages, counts_of(history)) != shown:
+            return False
+    return True
 
 
 def fitted_frame(
@@ -128,27 +252,38 @@ def fitted_frame(
     None where there is none. leaves: where texts stand in `messages`, and which. shown: None where nothing is shown.
     """
 
-    def messages_with(texts: Sequence[str]) -> Sequence[JsonValue]:
-        changed: Sequence[JsonValue] = list(messages)
-        for (path, _), text in zip(leaves, texts, strict=True):
-            changed = with_text(changed, path, text)
-        return changed
-
-    texts = [_text_for(path, _LEARNED_FROM, n) for n, (path, _) in enumerate(leaves)]
-    learned = shown(messages_with(_with_same_ids(leaves, texts)))
+    made, texts = _learned_from(messages, leaves)
+    learned = shown(made)
     if learned is None:
         return None
-    pieces = _pieces(learned, {path: text for (path, _), text in zip(leaves, texts, strict=True)})
+    pieces = _pieces(learned, texts)
     # What stands in the fixed part may be a date.
     if template.tells_time and any(isinstance(piece, str) and re.search(r"\d", piece) for piece in pieces):
         return None
     frame = Frame(pieces, frozenset(), ())
     for i in range(NUM_TRIED):
         tried = [_text_for(path, _TRIED[(i + n) % NUM_TRIED], 10 * n + i) for n, (path, _) in enumerate(leaves)]
-        made = messages_with(_with_same_ids(leaves, tried))
+        made = _messages_with(messages, leaves, tried)
         if frame.fill(made) != shown(made):
             return None
     return Frame(pieces, template.strings, template.searched)
+
+
+def _learned_from(
+    messages: Sequence[JsonValue], leaves: Sequence[tuple[TextPath, str]]
+) -> tuple[Sequence[JsonValue], dict[TextPath, str]]:
+    """The messages with the texts that a frame is learned from, and which stands where."""
+    texts = [_text_for(path, _LEARNED_FROM, n) for n, (path, _) in enumerate(leaves)]
+    return _messages_with(messages, leaves, texts), {path: text for (path, _), text in zip(leaves, texts, strict=True)}
+
+
+def _messages_with(
+    messages: Sequence[JsonValue], leaves: Sequence[tuple[TextPath, str]], texts: Sequence[str]
+) -> Sequence[JsonValue]:
+    changed: Sequence[JsonValue] = list(messages)
+    for (path, _), text in zip(leaves, _with_same_ids(leaves, texts), strict=True):
+        changed = with_text(changed, path, text)
+    return changed
 
 
 def _is_plain(form: MessageForm) -> bool:
@@ -200,7 +335,7 @@ def with_text(value: Any, path: TextPath, text: str) -> Any:
     return {**value, step: with_text(value[step], rest, text)}
 
 
-def _pieces(suffix: str, texts: Mapping[TextPath, str]) -> tuple[str | _Slot, ...]:
+def _pieces(suffix: str, texts: Mapping[TextPath, str]) -> tuple[_Piece, ...]:
     """Fixed texts and slots; the form that explains most of the suffix is taken."""
     slots: dict[str, _Slot] = {}
     for path, text in texts.items():

@@ -109,19 +109,23 @@ def learn_junction(
 
 
 def local_suffix(
-    template: ChatTemplate, conversation: Conversation, *, num_messages: int, stop: str, tools: Sequence[JsonValue]
+    template: ChatTemplate,
+    conversation: Conversation,
+    *,
+    num_messages: int,
+    stop: str,
+    tools: Sequence[JsonValue],
+    history: Sequence[JsonValue] | None = None,
 ) -> str | None:
     """What follows `stop`, learned behind a short made-up history instead of the real one; one short render.
 
     It is what `learn_junction` finds only for shapes that are certified to be so (`certificate`). tools: a stand-in for
-    the conversation's. None where the template raises or shows no stop there.
+    the conversation's. history: another one than a user's question. None where the template raises or shows no stop.
     """
-    first, reply = conversation.messages[0], conversation.messages[num_messages - 1]
-    opening: list[JsonValue] = [{"role": "user", "content": "q"}]
-    if isinstance(first, dict) and first.get("role") in ("system", "developer"):
-        opening.insert(0, {"role": first["role"], "content": "s"})
-    probe = _probes(template, reply, _LOCAL_SENTINEL)[0]
-    messages = (*opening, probe.message, *conversation.messages[num_messages:])
+    if history is None:
+        history = made_up_history(conversation)
+    probe = _probes(template, conversation.messages[num_messages - 1], _LOCAL_SENTINEL)[0]
+    messages = (*history, probe.message, *conversation.messages[num_messages:])
     try:
         text = template.render(Conversation(messages, tuple(tools), conversation.template_arguments))
     except TemplateRaised:
@@ -129,6 +133,15 @@ def local_suffix(
     start = text.rfind(_LOCAL_SENTINEL)
     at = text.find(stop, start + len(_LOCAL_SENTINEL)) if start >= 0 else -1
     return text[at + len(stop) :] if at >= 0 else None
+
+
+def made_up_history(conversation: Conversation) -> list[JsonValue]:
+    """A user's question, behind a system message where the conversation begins with one."""
+    first = conversation.messages[0]
+    history: list[JsonValue] = [{"role": "user", "content": "q"}]
+    if isinstance(first, dict) and first.get("role") in ("system", "developer"):
+        history.insert(0, {"role": first["role"], "content": "s"})
+    return history
 
 
 def unseen_messages(template: ChatTemplate, conversation: Conversation, full_text: str) -> tuple[int, ...]:

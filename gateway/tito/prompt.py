@@ -243,7 +243,7 @@ class PromptBuilder:
         stop_id = self._tokenizer.ids_of_added.get(certified.stop)
         if stop_id is None or parent.last_token_id != stop_id:
             return None
-        ids = _behind_stop(self._tokenizer.encode(certified.stop + certified.suffix), stop_id)
+        ids = _behind_stop(self._guard.encode(certified.stop + certified.suffix, certified.brackets), stop_id)
         if ids is None:
             return None
         built = BuiltPrompt(ids, None, SHAPE_KEPT_HISTORY if certified.keeps_reasoning else SHAPE)

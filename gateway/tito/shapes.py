@@ -159,6 +159,17 @@ def conversations(shape: Shape, arguments: Mapping[str, JsonValue]) -> Iterator[
             yield Conversation(tuple(messages), tools, arguments), num_messages
 
 
+def histories(shape: Shape) -> Iterator[tuple[JsonValue, ...]]:
+    """What may stand before a reply of this shape, if a user's message does: as little as possible first, then more of
+    each kind of message, so that what a template counts can be told from how its numbers change."""
+    for context in _COUNTED:
+        writer = _Writer(FILLINGS[0])
+        messages = [writer.message(MessageForm("system"))] if shape.starts_with_system else []
+        for word in (*context, "user"):
+            messages += writer.past(word)
+        yield tuple(messages)
+
+
 def example_tools(count: int) -> tuple[JsonValue, ...]:
     """`count` tool definitions."""
     return tuple(
@@ -216,6 +227,15 @@ _CONTEXTS: Mapping[str, Sequence[Sequence[str]]] = {
     "assistant": (("user", "text"), ("user", "call", "text", "user", "text"), ("user", "call", "text")),
 }
 """What may stand before a reply, by the role right before it; `call` is a call and its result."""
+
+_COUNTED: Sequence[Sequence[str]] = (
+    (),
+    ("user", "text"),
+    ("user", "text", "user", "text", "user", "text"),
+    ("user", "call", "text"),
+    ("user", "call2", "text"),
+    ("user", "call", "call", "call2", "text", "user", "text"),
+)
 
 
 class _Writer:

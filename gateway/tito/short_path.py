@@ -1,18 +1,20 @@
 """The short path: what a turn of a certified shape adds, however long the conversation is: from a frame of fixed texts
-that was learned for the shape (`frames`), else from one short render.
+that was learned for the shape (`frames`), else from one short render where the certificate has no numbers.
 
-It speaks only where nothing in the new messages could make a template behave as its certificate has not seen: no text
-that looks like a control token, none of the strings that the template itself looks for. All else is None, and takes the
-long path (`prompt`).
+It speaks only where nothing in the new messages could make a template behave as its certificate has not seen: none of
+the strings that the template itself looks for, and no control token in what a model said. What others wrote that looks
+like one is bracketed (`lookalikes`), as it is on the long path (`prompt`), which all else takes.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from msgspec import Struct
 
+from gateway.contracts.errors import TemplateRaised
 from gateway.contracts.generation import JsonValue
 from gateway.tito.certificate import (
     CertificateBook,
@@ -23,9 +25,9 @@ from gateway.tito.certificate import (
     stand_in_tools,
 )
 from gateway.tito.conversation import Conversation
-from gateway.tito.frames import Frame, learn_frame
-from gateway.tito.junction import TurnTokens, local_suffix
-from gateway.tito.lookalikes import AnyOf, LookalikeGuard, SaidTexts
+from gateway.tito.frames import Frame, counts_of, learn_frame
+from gateway.tito.junction import TurnTokens, local_suffix, made_up_history
+from gateway.tito.lookalikes import AnyOf, Brackets, LookalikeGuard, SaidTexts
 from gateway.tito.parsing.reasoning import ReasoningMarkers
 from gateway.tito.shapes import Shape, Sketch, sketch_of, sketched_shape
 from gateway.tito.template import ChatTemplate
@@ -35,18 +37,22 @@ _MAX_KEYS = 4_096
 
 
 class CertifiedSuffix(Struct, frozen=True):
-    """`suffix`: what stands behind `stop`. keeps_reasoning: the template may drop old reasoning, which is kept."""
+    """`suffix`: what stands behind `stop`. keeps_reasoning: the template may drop old reasoning, which is kept.
+
+    brackets: around what only looks like a control token in it; None if nothing does.
+    """
 
     key: ShapeKey
     stop: str
     suffix: str
     keeps_reasoning: bool
+    brackets: Brackets | None
 
 
 class ShortPath:
     """Certificates of one template and vocabulary (`book`), and the suffixes that they vouch for. Safe between threads.
 
-    untold_of_others: texts of which no certificate speaks, where others than models write them.
+    untold_of_others: texts of which no certificate speaks as they are, where others than models write them.
     """
 
     def __init__(
@@ -58,6 +64,8 @@ class ShortPath:
         reasoning: ReasoningMarkers | None,
     ) -> None:
         self._template = template
+        self._guard = guard
+        self._looked_for = AnyOf(template.looked_for)
         self._untold_of_models = AnyOf((*guard.turn.texts, *template.looked_for))
         self.untold_of_others = AnyOf((*guard.control.texts, *template.looked_for))
         self._keys: dict[tuple[Sketch, str], ShapeKey] = {}
@@ -103,16 +111,22 @@ class ShortPath:
         if found is None or (stop := found[0].stop) is None:
             return None
         certificate, frame = found
-        messages = conversation.messages[num_messages - 1 :]
-        if not self._is_plain(messages):
+        shown = self._shown(conversation, num_messages)
+        if shown is None:
             return None
-        suffix = frame.fill(messages) if frame is not None else None
-        if suffix is None:
+        messages, brackets = shown
+        suffix = None
+        if frame is not None:
+            counts = counts_of(conversation.messages[: num_messages - 1]) if frame.is_numbered else None
+            suffix = frame.fill(messages, counts)
+        if suffix is None and not certificate.is_numbered:
+            if brackets is not None:
+                conversation = replace(conversation, messages=(*conversation.messages[: num_messages - 1], *messages))
             tools = stand_in_tools(conversation)
             suffix = local_suffix(self._template, conversation, num_messages=num_messages, stop=stop, tools=tools)
         if suffix is None:
             return None
-        return CertifiedSuffix(key, stop, suffix, certificate.verdict is Verdict.REASONING_DROPPED)
+        return CertifiedSuffix(key, stop, suffix, certificate.verdict is Verdict.REASONING_DROPPED, brackets)
 
     def _new_key(self, sketch: Sketch, arguments: str) -> ShapeKey | None:
         """The key that a sketch stands for, kept for the turns after it; None for arguments that are too long."""
@@ -123,6 +137,24 @@ class ShortPath:
             self._keys[sketch, arguments] = key
         return key
 
-    def _is_plain(self, messages: Sequence[JsonValue]) -> bool:
+    def _shown(
+        self, conversation: Conversation, num_messages: int
+    ) -> tuple[Sequence[JsonValue], Brackets | None] | None:
+        """The reply and what was appended as the template is shown them; None where no certificate speaks for them."""
+        messages = conversation.messages[num_messages - 1 :]
         said = SaidTexts.of(messages)
-        return not (self.untold_of_others.are_in(said.by_others) or self._untold_of_models.are_in(said.by_models))
+        if self._untold_of_models.are_in(said.by_models):
+            return None
+        if not self.untold_of_others.are_in(said.by_others):
+            return messages, None
+        if self._looked_for.are_in(said.by_others):
+            return None
+        history = made_up_history(conversation)
+        made = Conversation((*history, *messages), stand_in_tools(conversation), conversation.template_arguments)
+        try:
+            guarded = self._guard.guard(made)
+        except TemplateRaised:
+            return None
+        if guarded.brackets is None:
+            return None
+        return guarded.conversation.messages[len(history) :], guarded.brackets

@@ -12,7 +12,7 @@ from benchmarks.models.families import FAMILIES
 from gateway.contracts.generation import JsonValue
 from gateway.tito.certificate import ShapeKey, stand_in_tools
 from gateway.tito.conversation import Conversation
-from gateway.tito.frames import Frame, learn_frame
+from gateway.tito.frames import Counts, Frame, counts_of, learn_frame
 from gateway.tito.junction import local_suffix
 from gateway.tito.shapes import ContentKind, MessageForm, Shape, example_tools
 from gateway.tito.template import ChatTemplate
@@ -102,6 +102,84 @@ def test_ordinary_shapes_have_frames(family: str) -> None:
     frame = frame_of(template_of(family), SHAPES["a result"], FAMILIES[family].stops[0])
     assert frame is not None
     assert frame.fill(after(SHAPES["a result"], ["It is 42."], ["f"])) is not None
+
+
+NUMBERS = {
+    "messages": "loop.index",
+    "users": "messages[:loop.index0]|selectattr('role', 'equalto', 'user')|list|length",
+    "replies": "messages[:loop.index]|selectattr('role', 'equalto', 'assistant')|list|length",
+    "results": "messages[:loop.index0]|selectattr('role', 'equalto', 'tool')|list|length + 7",
+    "calls": "messages[:loop.index]|selectattr('tool_calls')|map(attribute='tool_calls')|sum(start=[])|length",
+}
+"""What a template may put before a message's text, by what it counts."""
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("counted", NUMBERS)
+def test_a_frame_counts_as_the_template_does(counted: str, shape: Shape) -> None:
+    """Behind any history; where two counts that went together no longer do, it is silent."""
+    template = ChatTemplate({"default": CHATML.replace("CONTENT", _numbered(counted))}, special_tokens={})
+    frame = frame_of(template, shape, "<|im_end|>")
+    assert frame is not None
+    assert frame.is_numbered
+    kinds = st.sampled_from(["user", "reply", "call", "calls", "lost"])
+    told: list[bool] = []
+
+    @settings(max_examples=40, derandomize=True)
+    @given(words=st.lists(kinds, max_size=12), has_system=st.booleans())
+    def check(words: list[str], has_system: bool) -> None:
+        history = past(words, has_system=has_system)
+        messages = after(shape, ["It is 42.", "And 43?"], ["one", "two"])
+        conversation = Conversation((*history, *messages), example_tools(1))
+        tools = stand_in_tools(conversation)
+        num_messages = len(history) + 1
+        shown = local_suffix(
+            template, conversation, num_messages=num_messages, stop="<|im_end|>", tools=tools, history=history
+        )
+        filled = frame.fill(messages, counts_of(history))
+        told.append(filled is not None)
+        assert filled in (None, shown)
+        if "lost" not in words:
+            assert filled == shown
+
+    check()
+    assert True in told
+
+
+def _numbered(counted: str) -> str:
+    return f"({NUMBERS[counted]})|string ~ ': ' ~ (message.content if message.content is string else '')"
+
+
+def past(words: list[str], *, has_system: bool) -> list[JsonValue]:
+    """A history; "lost" is a call that nobody answered."""
+    messages: list[JsonValue] = [{"role": "system", "content": "s"}] if has_system else []
+    for word in (*words, "user"):
+        num_calls = {"call": 1, "calls": 2, "lost": 1}.get(word, 0)
+        calls = [
+            {"id": f"past{i:05}", "type": "function", "function": {"name": "probe", "arguments": "{}"}}
+            for i in range(num_calls)
+        ]
+        if word == "user":
+            messages.append({"role": "user", "content": "3 questions"})
+        elif word == "reply":
+            messages.append({"role": "assistant", "content": "12"})
+        else:
+            messages.append({"role": "assistant", "content": None, "tool_calls": calls})
+            answered = calls if word != "lost" else []
+            messages += [{"role": "tool", "tool_call_id": call["id"], "content": "5"} for call in answered]
+    return messages
+
+
+def test_counts_are_of_histories_that_every_template_counts_alike() -> None:
+    history = past(["calls", "reply", "lost"], has_system=True)
+    assert counts_of(history) == Counts(messages=7, users=1, replies=3, results=2, calls=3)
+    assert counts_of([*history, {"role": "system", "content": "again"}]) is None
+    assert counts_of([{"role": "developer", "content": "s"}, *history[1:]]) is None
+    assert counts_of([*history, "no message"]) is None
+    assert counts_of([*history, {"role": "assistant", "tool_calls": {"id": "call00001"}}]) is None
+    frame = frame_of(template_of("counts_calls"), SHAPES["a result"], "<|im_end|>")
+    assert frame is not None
+    assert frame.fill(after(SHAPES["a result"], ["42"], ["f"])) is None
 
 
 @pytest.mark.parametrize(

@@ -17,12 +17,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from benchmarks.updates import MODES, Run, Stage, UpdateSettings, run_updates, staged
 from benchmarks.weights.agents import Load, Seen, agents_under_way
+from benchmarks.weights.door import Served
 from benchmarks.weights.judge import Evidence, Verdict, judge
-from benchmarks.weights.telling import TellingWeights, make_telling
+from benchmarks.weights.telling import Scored, TellingWeights, Tie, forward_of, make_telling
 from engines.launch import running_engine
 from engines.weights.disk import DiskTransport
 from engines.weights.names import LOADING, weight_label
@@ -32,6 +34,7 @@ pytestmark = pytest.mark.timeout(180)
 
 NUM_UPDATES = 10
 LONGEST_PAUSE = 1.5
+_PROMPT = 40
 FEW = Load(agents=4, turns=2, tokens=(160, 240), seed=1)
 QUICK = ("replicas.health_interval_seconds=0.2", "replicas.found_pause_seconds=1.0")
 PUBLISHER = """
@@ -181,6 +184,45 @@ def test_the_judge_finds_what_is_wrong(ten_updates: Run) -> None:
     for harm in (_shifted_version, _dropped_flag, _added_flag, _dropped_request):
         segments, served = harm(dict(evidence.segments), list(evidence.served))
         assert judge(replace(evidence, segments=segments, served=served)).faults, harm.__name__
+
+
+def test_the_judge_settles_ties_of_experts_and_nothing_else(weights: TellingWeights) -> None:
+    """An engine that took the other of two experts that weigh the same is right; it is wrong anywhere else."""
+    forward, randomness, share = forward_of(weights), np.random.default_rng(0), sorted(weights.shares[0])
+    scored = None
+    while scored is None or not scored.ties or scored.ties[0].position < _PROMPT:
+        token_ids = [int(token_id) for token_id in randomness.choice(share, 300)]
+        scored = forward.score(0, token_ids)
+    tie = scored.ties[0]
+    other = forward.score(0, token_ids, frozenset([tie]))
+    assert (other.experts != scored.experts).any()
+    for said, is_right in ((scored, True), (other, True), (forward.score(0, token_ids, _elsewhere(tie)), False)):
+        verdict = judge(_evidence(weights, token_ids, said))
+        assert verdict.rows == len(token_ids) - _PROMPT
+        assert (verdict.rows_differing == 0, verdict.strays == 0) == (is_right, is_right)
+        assert verdict.faults == [] or not is_right
+
+
+def _elsewhere(tie: Tie) -> frozenset[Tie]:
+    """In the first layers, so that what follows sees it."""
+    return frozenset(Tie(layer, tie.position - 1) for layer in (0, 1))
+
+
+def _evidence(weights: TellingWeights, token_ids: list[int], said: Scored) -> Evidence:
+    """One turn, as an engine would say it that computed this."""
+    num_output = len(token_ids) - _PROMPT
+    turn = {"turn_id": "turn-0", "output_start": _PROMPT, "stop": len(token_ids), "cache_flags": []}
+    segment = {
+        "token_ids": token_ids,
+        "policy_version": [0] * len(token_ids),
+        "rollout_logprobs": [0.0, *said.logprobs.tolist()],
+        "routed_experts": [*said.experts.tolist(), said.experts[-1].tolist()],
+        "routed_valid": [True] * (len(token_ids) - 1) + [False],
+        "turns": [turn],
+    }
+    served = Served("one", tuple(token_ids[:_PROMPT]), begun=0.0, token_ids=token_ids[_PROMPT:], finish="length")
+    served.labels = [weight_label(0)] * num_output
+    return Evidence({"session": [segment]}, [served], weights, 1)
 
 
 def _few_sessions(evidence: Evidence) -> Evidence:
