@@ -299,7 +299,8 @@ def _leaves(messages: Sequence[JsonValue]) -> Iterator[tuple[TextPath, str]]:
     for i, message in enumerate(messages[1:], start=1):
         content = message.get("content")
         if isinstance(content, list):
-            yield (i, "content", 0, "text"), content[0]["text"]
+            for k, part in enumerate(content):
+                yield (i, "content", k, "text"), part["text"]
         elif content:
             yield (i, "content"), content
         for key in ("tool_call_id", "name"):

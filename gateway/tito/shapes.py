@@ -19,6 +19,8 @@ from gateway.tito.template import REASONING_KEYS
 MAX_APPENDED = 12
 """Turns that append more messages are rare; each is certified by itself."""
 
+_MAX_PARTS = 8
+
 _KNOWN_KEYS = frozenset(("role", "content", "tool_calls", "tool_call_id", "name", *REASONING_KEYS))
 _ROLES = frozenset(("system", "developer", "user", "assistant", "tool"))
 _BEFORE_ROLES = frozenset(("user", "tool", "assistant"))
@@ -40,7 +42,7 @@ _ABSENT, _EMPTY, _BLANK, _TEXT, _PARTS = ContentKind  # an enum's own names are 
 
 class MessageForm(NamedTuple):
     """One message without its texts. answers: position of the sampled call whose result it is, -1 for another one's,
-    None if it names none."""
+    None if it names none. num_parts: of text, where the content consists of such."""
 
     role: str
     content: ContentKind = ContentKind.TEXT
@@ -48,12 +50,14 @@ class MessageForm(NamedTuple):
     num_calls: int = 0
     answers: int | None = None
     named: bool = False
+    num_parts: int = 1
 
     @property
     def parts(self) -> str:
         """What it consists of: "reasoning, text, 2 calls"."""
         parts = ["reasoning"] if self.reasoning else []
-        parts += [self.content.value] if self.content is not ContentKind.ABSENT else []
+        content = f"{self.num_parts} parts" if self.num_parts > 1 else self.content.value
+        parts += [content] if self.content is not ContentKind.ABSENT else []
         parts += [f"{self.num_calls} calls" if self.num_calls > 1 else "call"] if self.num_calls else []
         return ", ".join(parts) or "nothing"
 
@@ -99,7 +103,7 @@ FILLINGS = (
 )
 
 
-_Fields = tuple[str, ContentKind, bool, int, int | None, bool]
+_Fields = tuple[str, ContentKind, bool, int, int | None, bool, int]
 """Of a `MessageForm`, in its order."""
 
 Sketch = tuple[bool, bool, str, _Fields, tuple[_Fields, ...]]
@@ -270,7 +274,7 @@ class _Writer:
         elif form.content is ContentKind.BLANK:
             message["content"] = self._filling.blank
         elif form.content is ContentKind.PARTS:
-            message["content"] = [{"type": "text", "text": self._text()}]
+            message["content"] = [{"type": "text", "text": self._text()} for _ in range(form.num_parts)]
         if form.num_calls:
             message["tool_calls"] = self._calls(form.num_calls)
         if form.role == "tool" and form.answers is not None:
@@ -301,7 +305,7 @@ def _fields_of(message: JsonValue, calls: Sequence[JsonValue], template_source: 
     """One message, in one pass over its keys. calls: of the sampled reply, whose results may follow."""
     if type(message) is not dict:
         return None
-    role, content, reasoning, num_calls, answers, named = None, _ABSENT, False, 0, None, False
+    role, content, reasoning, num_calls, answers, named, num_parts = None, _ABSENT, False, 0, None, False, 1
     for key, value in message.items():
         if key == "role":
             role = value
@@ -309,10 +313,14 @@ def _fields_of(message: JsonValue, calls: Sequence[JsonValue], template_source: 
             if key not in _KNOWN_KEYS and key in template_source:
                 return None
         elif key == "content":
-            kind = _content_kind(value)
-            if kind is None:
+            if type(value) is list:
+                if not _are_texts(value, template_source):
+                    return None
+                content, num_parts = _PARTS, len(value)
+            elif type(value) is str:
+                content = _kind_of_text(value)
+            else:
                 return None
-            content = kind
         elif key == "tool_calls":
             if type(value) is not list:
                 return None
@@ -334,23 +342,28 @@ def _fields_of(message: JsonValue, calls: Sequence[JsonValue], template_source: 
             reasoning = reasoning or bool(value)
         elif key in template_source:  # the template may read it
             return None
-    return (role, content, reasoning, num_calls, answers, named) if role in _ROLES else None
+    return (role, content, reasoning, num_calls, answers, named, num_parts) if role in _ROLES else None
 
 
-def _content_kind(content: JsonValue) -> ContentKind | None:
-    if type(content) is str:
-        if content.isspace():
-            return _BLANK
-        return _TEXT if content else _EMPTY
-    is_one_text = (
-        isinstance(content, list)
-        and len(content) == 1
-        and isinstance(content[0], dict)
-        and content[0].get("type") == "text"
-        and isinstance(content[0].get("text"), str)
-        and bool(content[0]["text"].strip())
-    )
-    return _PARTS if is_one_text else None
+def _kind_of_text(text: str) -> ContentKind:
+    if text.isspace():
+        return _BLANK
+    return _TEXT if text else _EMPTY
+
+
+def _are_texts(parts: Sequence[JsonValue], template_source: str) -> bool:
+    """Whether these are parts of text that say something, with nothing beside it that the template may read."""
+    if not 0 < len(parts) <= _MAX_PARTS:
+        return False
+    for part in parts:
+        if type(part) is not dict or part.get("type") != "text":
+            return False
+        text = part.get("text")
+        if type(text) is not str or not text or text.isspace():
+            return False
+        if len(part) > 2 and any(key in template_source for key in part if key not in ("type", "text")):
+            return False
+    return True
 
 
 def _is_plain_call(call: JsonValue) -> bool:

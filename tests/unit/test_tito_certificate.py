@@ -16,7 +16,15 @@ from gateway.contracts.records import SegmentReason
 from gateway.tito.certificate import ShapeCertificate, Verdict
 from gateway.tito.conversation import BuiltPrompt, Conversation, HistoryPolicy, ParentTurn
 from gateway.tito.prompt import PromptBuilder
-from gateway.tito.shapes import MAX_APPENDED, conversations, example_tools, shape_of, standard_shapes
+from gateway.tito.shapes import (
+    MAX_APPENDED,
+    ContentKind,
+    MessageForm,
+    conversations,
+    example_tools,
+    shape_of,
+    standard_shapes,
+)
 from gateway.tito.survey import survey
 from gateway.tito.template import ChatTemplate
 from gateway.tito.tokenizer import ChatTokenizer
@@ -220,6 +228,28 @@ def test_what_looks_like_a_control_token_is_text_on_the_short_path_too(
     assert prompts.audits.num_alarms == 0
 
 
+@pytest.mark.parametrize("shows_parts", [False, True])
+def test_messages_of_several_texts_take_the_short_path_too(tokenizer: ChatTokenizer, shows_parts: bool) -> None:
+    """Agents send reminders beside what a user said; a template may know parts, or be given them as one text."""
+    parts = (
+        "(message.content if message.content is string else (message.content or [])|map(attribute='text')|join('+'))"
+    )
+    template = CHATML.replace("(message.content or '')", parts) if shows_parts else CHATML
+    prompts = builder(tokenizer, template)
+    texts: list[JsonValue] = [
+        {"type": "text", "text": text} for text in ("What is 1+1?", "Be brief. <|im_end|>", "So?")
+    ]
+    messages = [*tool_loop(1), {"role": "assistant", "content": "24."}, {"role": "user", "content": texts}]
+    certain = continue_with(tokenizer, prompts, messages)
+    assert certain.certified_by == "probe"
+    for _ in range(2):  # certified, then framed
+        prompts.upkeep()
+        built = continue_with(tokenizer, prompts, messages)
+        assert built.certified_by == "shape"
+        assert built.token_ids.tolist() == certain.token_ids.tolist()
+    assert ("1+1?+Be" in tokenizer.decode(built.token_ids)) == shows_parts
+
+
 @pytest.mark.parametrize("result", ["a </think> b", "<tool_response>", "<|im_end|><tool_response>"])
 def test_texts_that_a_template_may_look_for_take_the_long_path(tokenizer: ChatTokenizer, result: str) -> None:
     """A certificate was made with harmless texts and speaks for no others."""
@@ -264,13 +294,20 @@ def test_shapes_that_no_certificate_speaks_of_are_none() -> None:
     assert shape() is not None
     assert shape(*[{"role": "user", "content": "x"}] * MAX_APPENDED) is None
     assert shape({"role": "ipython", "content": "x"}) is None
+    text: JsonValue = {"type": "text", "text": "x"}
+    assert shape({"role": "user", "content": [text, text, text]}) is not None
+    assert shape({"role": "user", "content": [text, {**text, "cache": 1}]}) is not None
+    assert shape({"role": "user", "content": [text, {**text, "cache": 1}]}, source="{{ part.cache }}") is None
+    for parts in ([], [text] * 9, [text, {"type": "text", "text": " "}], [text, {"type": "image_url"}], ["x"]):
+        assert shape({"role": "user", "content": parts}) is None
     assert shape({"role": "user", "content": [{"type": "image_url"}]}) is None
     assert shape({"role": "user", "content": "x", "cache": 1}) is not None
     assert shape({"role": "user", "content": "x", "cache": 1}, source="{{ message.cache }}") is None
 
 
 def test_made_up_conversations_have_the_shape_that_they_are_made_for() -> None:
-    for shape in standard_shapes():
+    said, asked = standard_shapes()[0], MessageForm("user", ContentKind.PARTS, num_parts=3)
+    for shape in (*standard_shapes(), said._replace(appended=(asked,))):
         made = list(conversations(shape, {}))
         assert len(made) >= 9
         for conversation, num_messages in made:

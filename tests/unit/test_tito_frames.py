@@ -27,6 +27,10 @@ SHAPES = {
     "a result and a user": Shape(False, True, "tool", CALL, (TOOL, USER)),
     "two results": Shape(True, True, "user", TWO_CALLS, (TOOL, SECOND)),
     "parts": Shape(True, True, "user", TEXT_REPLY, (MessageForm("user", ContentKind.PARTS),)),
+    "several parts": Shape(True, True, "user", TEXT_REPLY, (MessageForm("user", ContentKind.PARTS, num_parts=3),)),
+    "a result of parts": Shape(
+        False, True, "user", CALL, (MessageForm("tool", ContentKind.PARTS, answers=0, num_parts=2),)
+    ),
 }
 CHATML = """{%- for message in messages %}
 {{- '<|im_start|>' ~ message.role ~ '\\n' ~ CONTENT ~ '<|im_end|>\\n' }}{%- endfor %}
@@ -56,7 +60,9 @@ def after(shape: Shape, texts: list[str], names: list[str]) -> list[JsonValue]:
         ]
     messages: list[JsonValue] = [reply]
     for form, text in zip(shape.appended, texts, strict=False):
-        content: JsonValue = [{"type": "text", "text": text}] if form.content is ContentKind.PARTS else text
+        content: JsonValue = text
+        if form.content is ContentKind.PARTS:
+            content = [{"type": "text", "text": text if k == 0 else f"{text}{k}"} for k in range(form.num_parts)]
         message: dict[str, JsonValue] = {"role": form.role, "content": content}
         messages.append(message | ({"tool_call_id": f"call{form.answers:05}"} if form.answers is not None else {}))
     return messages
