@@ -375,7 +375,7 @@ class Agent:
             answered = answered[:1]
         return [
             Line(
-                {"role": "tool", "tool_call_id": call.get("id"), "content": self._text(RESULTS)}
+                {"role": "tool", "tool_call_id": call.get("id"), "content": self._content(RESULTS)}
                 | ({"name": call["function"]["name"]} if self.rng.random() < 0.5 else {})
             )
             for call in answered
@@ -394,10 +394,17 @@ class Agent:
         return Line(message)
 
     def _user(self) -> Line:
-        message: Message = {"role": "user", "content": self._text(QUESTIONS)}
+        message: Message = {"role": "user", "content": self._content(QUESTIONS)}
         if self.rng.random() < 0.05:
             message["name"] = "Ada"
         return Line(message)
+
+    def _content(self, choices: Sequence[str]) -> Any:
+        """A text, or several: harnesses put reminders beside it."""
+        num_parts = self.rng.choices((0, 1, 2, 3), weights=(18, 1, 2, 1))[0]
+        if not num_parts:
+            return self._text(choices)
+        return [{"type": "text", "text": self._text(choices)} for _ in range(num_parts)]
 
     def _text(self, choices: Sequence[str]) -> str:
         text = self.rng.choice(choices)

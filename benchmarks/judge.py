@@ -471,8 +471,8 @@ def _tokens_of_path(turn: TurnRecord, by_id: Mapping[str, TurnRecord]) -> list[i
 
 def _unsaid_words(turn: TurnRecord, text: str) -> list[str]:
     """The longest word of each message that a turn added, if `text` does not have it."""
-    new = [message.get("content") for message in turn.added_messages]
-    words = [max(re.findall(r"\w+", said), key=len, default="") for said in new if isinstance(said, str)]
+    new = [_said(message.get("content")) for message in turn.added_messages]
+    words = [max(re.findall(r"\w+", said), key=len, default="") for said in new]
     return [word for word in words if word not in text]
 
 
@@ -555,4 +555,7 @@ def _replaced(message: Message, pattern: re.Pattern[str]) -> Message:
     changed = copy.deepcopy(message)
     if isinstance(changed.get("content"), str):
         changed["content"] = pattern.sub("x", changed["content"])
+    elif isinstance(changed.get("content"), list):
+        for part in changed["content"]:
+            part["text"] = pattern.sub("x", part["text"])
     return changed

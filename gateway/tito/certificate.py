@@ -25,7 +25,7 @@ from gateway.tito.conversation import Conversation
 from gateway.tito.history import History, compare_history
 from gateway.tito.junction import Junction, TurnTokens, learn_junction, local_suffix
 from gateway.tito.parsing.reasoning import ReasoningMarkers
-from gateway.tito.shapes import Shape, conversations, example_tools
+from gateway.tito.shapes import Shape, conversations, conversations_behind_systems, example_tools
 from gateway.tito.template import ChatTemplate
 
 F = TypeVar("F")
@@ -77,10 +77,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class ShapeCertificate:
-    """All that was tried for one shape."""
+    """All that was tried for one shape. behind_systems: with a system's words in the middle of what lies before."""
 
     shape: Shape
     cells: tuple[Cell, ...]
+    behind_systems: tuple[Cell, ...] = ()
 
     @cached_property
     def verdict(self) -> Verdict:
@@ -107,6 +108,18 @@ class ShapeCertificate:
         """Whether numbers in what follows depend on the conversation: a short render does not do, a frame may."""
         return not all(cell.local for cell in self._rendered)
 
+    @cached_property
+    def holds_behind_systems(self) -> bool:
+        """Whether it also speaks for conversations in whose middle a system or a developer says something: some
+        templates show that with the last question, wherever it was said."""
+        rendered = [cell for cell in self.behind_systems if cell.verdict is not Verdict.RAISES]
+        return all(
+            _ORDER[cell.verdict] <= _ORDER[self.verdict]
+            and cell.stop == self.stop
+            and (cell.local or (cell.numbered and self.is_numbered))
+            for cell in rendered
+        )
+
     @property
     def _rendered(self) -> list[Cell]:
         return [cell for cell in self.cells if cell.verdict is not Verdict.RAISES]
@@ -121,11 +134,14 @@ def certify_shape(
     reasoning: ReasoningMarkers | None,
 ) -> ShapeCertificate:
     """Try a shape: some 20 short conversations, a few renders each. arguments: the template's."""
-    cells = [
-        _cell(template, conversation, num_messages, tokens=tokens, reasoning=reasoning)
-        for conversation, num_messages in conversations(shape, arguments)
-    ]
-    return ShapeCertificate(shape, tuple(cells))
+    cells, behind_systems = (
+        tuple(
+            _cell(template, conversation, num_messages, tokens=tokens, reasoning=reasoning)
+            for conversation, num_messages in made
+        )
+        for made in (conversations(shape, arguments), conversations_behind_systems(shape, arguments))
+    )
+    return ShapeCertificate(shape, cells, behind_systems)
 
 
 def _cell(

@@ -231,14 +231,20 @@ def _number(counts: Sequence[Counts], shown: Sequence[str]) -> _Number | None:
 def _holds_in_context(
     frame: Frame, template: ChatTemplate, shape: Shape, arguments: Mapping[str, JsonValue], stop: str
 ) -> bool:
-    """Whether a frame says what the template says in all conversations that its certificate was tried on."""
+    """Whether a frame says what the template says in all conversations that its certificate was tried on, as far as it
+    speaks for their texts; one that is numbered has to for some."""
+    num_held = 0
     for conversation, num_messages in conversations(shape, arguments):
         history, messages = conversation.messages[: num_messages - 1], conversation.messages[num_messages - 1 :]
+        filled = frame.fill(messages, counts_of(history))
+        if filled is None:
+            continue
         tools = stand_in_tools(conversation)
         shown = local_suffix(template, conversation, num_messages=num_messages, stop=stop, tools=tools, history=history)
-        if shown is not None and frame.fill(messages, counts_of(history)) != shown:
+        if shown is not None and filled != shown:
             return False
-    return True
+        num_held += shown is not None
+    return num_held > 0 or not frame.is_numbered
 
 
 def fitted_frame(

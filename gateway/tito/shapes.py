@@ -23,6 +23,7 @@ _MAX_PARTS = 8
 
 _KNOWN_KEYS = frozenset(("role", "content", "tool_calls", "tool_call_id", "name", *REASONING_KEYS))
 _ROLES = frozenset(("system", "developer", "user", "assistant", "tool"))
+_SYSTEMS = ("system", "developer")
 _BEFORE_ROLES = frozenset(("user", "tool", "assistant"))
 _UNKNOWN_CALL = -1
 
@@ -144,7 +145,7 @@ def sketch_of(conversation: Conversation, num_messages: int, *, template_source:
         if fields is None:
             return None
         appended.append(fields)
-    starts_with_system = first.get("role") in ("system", "developer")
+    starts_with_system = first.get("role") in _SYSTEMS
     return starts_with_system, bool(conversation.tools), role, reply_fields, tuple(appended)
 
 
@@ -152,15 +153,38 @@ def conversations(shape: Shape, arguments: Mapping[str, JsonValue]) -> Iterator[
     """Conversations of this shape in several contexts and fillings, each with the number of messages to its reply."""
     for filling in FILLINGS:
         for context in _CONTEXTS[shape.before]:
-            writer = _Writer(filling)
-            messages = [writer.message(MessageForm("system"))] if shape.starts_with_system else []
-            for word in context:
-                messages += writer.past(word)
-            messages.append(writer.message(shape.reply))
-            num_messages = len(messages)
-            messages += [writer.message(form) for form in shape.appended]
-            tools = example_tools(filling.num_tools) if shape.has_tools else ()
-            yield Conversation(tuple(messages), tools, arguments), num_messages
+            yield _written(shape, context, filling, arguments)
+
+
+def _written(
+    shape: Shape, context: Sequence[str], filling: Filling, arguments: Mapping[str, JsonValue]
+) -> tuple[Conversation, int]:
+    writer = _Writer(filling)
+    messages = [writer.message(MessageForm("system"))] if shape.starts_with_system else []
+    for word in context:
+        messages += writer.past(word)
+    messages.append(writer.message(shape.reply))
+    num_messages = len(messages)
+    messages += [writer.message(form) for form in shape.appended]
+    tools = example_tools(filling.num_tools) if shape.has_tools else ()
+    return Conversation(tuple(messages), tools, arguments), num_messages
+
+
+def conversations_behind_systems(
+    shape: Shape, arguments: Mapping[str, JsonValue]
+) -> Iterator[tuple[Conversation, int]]:
+    """The same with a system's or a developer's words in the middle of what lies before the reply."""
+    for role in _SYSTEMS:
+        for context in _CONTEXTS[shape.before]:
+            last_user = max(i for i, word in enumerate(context) if word == "user")
+            at = last_user or 1  # not in front of all, where they are the system message
+            if at < len(context):
+                yield _written(shape, (*context[:at], role, *context[at:]), FILLINGS[0], arguments)
+
+
+def follows_systems(messages: Sequence[JsonValue]) -> bool:
+    """Whether a system or a developer speaks in these messages behind the first."""
+    return any(type(message) is dict and message.get("role") in _SYSTEMS for message in messages[1:])
 
 
 def histories(shape: Shape) -> Iterator[tuple[JsonValue, ...]]:
@@ -254,8 +278,8 @@ class _Writer:
     def past(self, word: str) -> list[JsonValue]:
         """Messages of a context."""
         reasoning = self._filling.past_reasoning
-        if word == "user":
-            return [self.message(MessageForm("user"))]
+        if word == "user" or word in _SYSTEMS:
+            return [self.message(MessageForm(word))]
         if word == "text":
             return [self.message(MessageForm("assistant", reasoning=reasoning))]
         num_calls = 2 if word == "call2" else 1

@@ -29,7 +29,7 @@ from gateway.tito.frames import Frame, counts_of, learn_frame
 from gateway.tito.junction import TurnTokens, local_suffix, made_up_history
 from gateway.tito.lookalikes import AnyOf, Brackets, LookalikeGuard, SaidTexts
 from gateway.tito.parsing.reasoning import ReasoningMarkers
-from gateway.tito.shapes import Shape, Sketch, sketch_of, sketched_shape
+from gateway.tito.shapes import Shape, Sketch, follows_systems, sketch_of, sketched_shape
 from gateway.tito.template import ChatTemplate
 
 _MAX_ARGUMENTS_LENGTH = 2_000
@@ -111,12 +111,14 @@ class ShortPath:
         if found is None or (stop := found[0].stop) is None:
             return None
         certificate, frame = found
+        if not certificate.holds_behind_systems and follows_systems(conversation.messages[:num_messages]):
+            return None
         shown = self._shown(conversation, num_messages)
         if shown is None:
             return None
         messages, brackets = shown
         suffix = None
-        if frame is not None:
+        if frame is not None and (frame.is_numbered or not certificate.is_numbered):
             counts = counts_of(conversation.messages[: num_messages - 1]) if frame.is_numbered else None
             suffix = frame.fill(messages, counts)
         if suffix is None and not certificate.is_numbered:

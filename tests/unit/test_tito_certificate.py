@@ -262,6 +262,26 @@ def test_texts_that_a_template_may_look_for_take_the_long_path(tokenizer: ChatTo
     assert not continue_with(tokenizer, prompts, tool_loop(2, result=result)).certified_by.startswith("shape")
 
 
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_a_systems_words_in_the_middle_take_the_long_path_where_they_move(tokenizer: ChatTokenizer, role: str) -> None:
+    """I1: such a template shows them with the last question, wherever they were said; no one else pays for that."""
+    asks = "{%- if message.role == 'user' and loop.last -%}{{- SAID -}}{%- endif -%}"
+    said = "(messages|selectattr('role', 'in', ['system', 'developer'])|map(attribute='content')|join)"
+    moves = CHATML.replace("{%- for call", asks.replace("SAID", said) + "{%- for call")
+    exchange: list[JsonValue] = [{"role": "user", "content": "Hm?"}, {"role": "assistant", "content": "So."}]
+    for text, is_certain in ((moves, False), (CHATML, True)):
+        prompts = builder(tokenizer, text)
+        for _ in range(2):
+            meet(tokenizer, prompts, tool_loop(1))
+        messages = [*exchange, {"role": role, "content": "Be brief."}, *tool_loop(1)]
+        built = continue_with(tokenizer, prompts, messages)
+        assert (built.certified_by == "shape") == is_certain
+        assert whole(tokenizer, prompts, messages)[-len(built.token_ids) :] == built.token_ids.tolist()
+        assert continue_with(tokenizer, prompts, [*exchange, *tool_loop(1)]).certified_by == "shape"
+        prompts.upkeep()
+        assert prompts.audits.num_alarms == 0
+
+
 @pytest.mark.parametrize("policy", HistoryPolicy)
 def test_reasoning_that_the_template_would_drop_is_kept_by_policy_only(
     tokenizer: ChatTokenizer, policy: HistoryPolicy
