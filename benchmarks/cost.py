@@ -2,9 +2,9 @@
 
 Measured in one process, in processor time, the two interleaved, medians over rounds: templates, one of them with
 numbers that count the conversation, and vocabularies that faster tokenizer libraries can and cannot read. And one more
-short turn behind histories of a thousand to a hundred thousand tokens, with a result of plain text and with one that
-shows a control token, for which the whole conversation is rendered; and first prompts of many conversations that begin
-alike.
+short turn behind histories of a thousand to a hundred thousand tokens, with a result of plain text, with one that shows
+a control token, and with one that says what the template looks for, for which the whole conversation is rendered; and
+first prompts of many conversations that begin alike.
 """
 
 from __future__ import annotations
@@ -66,8 +66,9 @@ class Cost:
     renders and encoding included. parse_seconds: of reading the replies. upkeep_seconds: audits and what shapes in use
     asked for, which run in a thread and take at most a hundredth of a core beyond the start. full_encode_seconds:
     `tokenizers` alone, on the final text. certified_by: turns by path. turn_microseconds: tokens of history → one more
-    short turn, built and its reply read; marked_microseconds: the same where what is new shows a control token.
-    first_microseconds: path → a first prompt, of num_first_tokens.
+    short turn, built and its reply read; marked_microseconds: the same where what is new shows a control token;
+    long_microseconds: where it says what the template looks for, empty if that is nothing. first_microseconds: path → a
+    first prompt, of num_first_tokens.
     """
 
     model: str
@@ -82,6 +83,7 @@ class Cost:
     certified_by: dict[str, int]
     turn_microseconds: dict[int, float]
     marked_microseconds: dict[int, float]
+    long_microseconds: dict[int, float]
     first_microseconds: dict[str, float]
     num_first_tokens: int
 
@@ -222,9 +224,10 @@ def _measure(family: Family, vocabulary: str, num_turns: int, num_tokens: int, r
             return _Agent(builder, parsing, family, plain)
 
         measured = [_play(tokenizer, template, plain, new_agent(), num_turns, num_tokens) for _ in range(rounds)]
-        turns = {history: _turn_behind(plain, new_agent(), history, "42") for history in HISTORIES}
-        marked_result = f"It ends with {family.stops[0]}."
-        marked = {history: _turn_behind(plain, new_agent(), history, marked_result) for history in HISTORIES}
+        results = ["42", f"It ends with {family.stops[0]}.", *(f"It says {text}." for text in template.looked_for[:1])]
+        turns, marked, *long = (
+            {history: _turn_behind(plain, new_agent(), history, result) for history in HISTORIES} for result in results
+        )
         first, num_first_tokens = _first_prompts(plain, builder)
     return Cost(
         model=f"{family.name}-{vocabulary}",
@@ -239,6 +242,7 @@ def _measure(family: Family, vocabulary: str, num_turns: int, num_tokens: int, r
         certified_by=dict(measured[0].certified_by),
         turn_microseconds=turns,
         marked_microseconds=marked,
+        long_microseconds=long[0] if long else {},
         first_microseconds=first,
         num_first_tokens=num_first_tokens,
     )

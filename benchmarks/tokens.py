@@ -183,18 +183,19 @@ def _failures(tally: Tally) -> str:
 def _cost_line(cost: Cost) -> str:
     slow = "TOO SLOW " if _is_slow(cost) else ""
     paths = ", ".join(f"{count} {name}" for name, count in cost.certified_by.items())
-    turns, marked = (
+    turns, marked, long = (
         ", ".join(f"{microseconds:.0f} at {num:,}" for num, microseconds in by_history.items())
-        for by_history in (cost.turn_microseconds, cost.marked_microseconds)
+        for by_history in (cost.turn_microseconds, cost.marked_microseconds, cost.long_microseconds)
     )
+    rendered = f"; if it says what the template looks for {long}" if long else ""
     first = ", ".join(f"{microseconds:.0f} {path}" for path, microseconds in cost.first_microseconds.items())
     return (
         f"{slow}{cost.model}: {cost.num_turns} turns, {cost.num_tokens} tokens ({paths}; {cost.backend}): tokenisation "
         f"{cost.encode_seconds * 1e3:.0f} ms = {cost.encode_ratio:.2f} full ones, prompt building "
         f"{cost.build_seconds * 1e3:.0f} ms, replies {cost.parse_seconds * 1e3:.0f} ms, upkeep "
         f"{cost.upkeep_seconds * 1e3:.0f} ms, together {cost.total_ratio:.2f} full ones; microseconds a turn by tokens "
-        f"of history: {turns}; if it shows a control token {marked}; of a first prompt of {cost.num_first_tokens}: "
-        f"{first}\n"
+        f"of history: {turns}; if it shows a control token {marked}{rendered}; of a first prompt of "
+        f"{cost.num_first_tokens}: {first}\n"
     )
 
 
