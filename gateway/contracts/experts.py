@@ -122,8 +122,9 @@ def valid_row_bits(
     return bits
 
 
-_BLOCK_BYTES = 1 << 18
-"""Of ids that are looked at together: small beside any rollout, and it stays in a core's cache."""
+_BLOCK_BYTES = 1 << 20
+"""Of ids that are looked at together: small beside any rollout, and in a core's cache. Each step over a block hands the
+interpreter to another thread, which makes smaller blocks slower where several rollouts are read at once."""
 
 
 def _blocks(ids: ExpertIds) -> Iterator[slice]:
@@ -135,8 +136,9 @@ def _sound(ids: ExpertIds, num_experts: int) -> npt.NDArray[np.bool_]:
     """bool[rows, layers]: all ids in range and distinct. Columns are compared pairwise: experts of a token are few."""
     columns = np.ascontiguousarray(np.moveaxis(ids, -1, 0))
     sound = np.ones(ids.shape[:2], dtype=np.bool_)
+    holds = np.empty_like(sound)  # of each step in turn, so that none makes an array
     for i, column in enumerate(columns):
-        sound &= column < num_experts
+        sound &= np.less(column, num_experts, out=holds)
         for other in columns[:i]:
-            sound &= column != other
+            sound &= np.not_equal(column, other, out=holds)
     return sound
