@@ -101,7 +101,7 @@ def valid_rows(ids: ExpertIds, num_experts: int, routed_layers: tuple[int, ...] 
     """
     layers = slice(None) if routed_layers is None else list(routed_layers)
     valid = np.ones(len(ids), dtype=np.bool_)
-    for rows in _blocks(ids):
+    for rows in _blocks(ids, _SHARED_BLOCK_BYTES):
         valid[rows] = _sound(ids[rows], num_experts)[:, layers].all(axis=1)
     return valid
 
@@ -117,18 +117,19 @@ def valid_row_bits(
     routes = np.zeros(ids.shape[1], dtype=np.bool_)
     routes[list(routed_layers)] = True
     bits = np.empty((len(ids), -(-ids.shape[1] // 8)), dtype=np.uint8)
-    for rows in _blocks(ids):
+    for rows in _blocks(ids, _LEAN_BLOCK_BYTES):
         bits[rows] = np.packbits(_sound(ids[rows], num_experts) & recorded[rows, None] & routes, axis=1)
     return bits
 
 
-_BLOCK_BYTES = 1 << 20
-"""Of ids that are looked at together: small beside any rollout, and in a core's cache. Each step over a block hands the
-interpreter to another thread, which makes smaller blocks slower where several rollouts are read at once."""
+_LEAN_BLOCK_BYTES = 1 << 18
+"""Of ids that are looked at together: small beside any rollout, and it stays in a core's cache."""
+_SHARED_BLOCK_BYTES = 1 << 20
+"""The same where several threads look at rollouts: each step over a block hands the interpreter to another one."""
 
 
-def _blocks(ids: ExpertIds) -> Iterator[slice]:
-    num_rows = max(_BLOCK_BYTES * len(ids) // max(ids.nbytes, 1), 1)
+def _blocks(ids: ExpertIds, num_bytes: int) -> Iterator[slice]:
+    num_rows = max(num_bytes * len(ids) // max(ids.nbytes, 1), 1)
     return (slice(start, start + num_rows) for start in range(0, len(ids), num_rows))
 
 
