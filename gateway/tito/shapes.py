@@ -160,10 +160,7 @@ def _written(
     shape: Shape, context: Sequence[str], filling: Filling, arguments: Mapping[str, JsonValue]
 ) -> tuple[Conversation, int]:
     writer = _Writer(filling)
-    messages = [writer.message(MessageForm("system"))] if shape.starts_with_system else []
-    for word in context:
-        messages += writer.past(word)
-    messages.append(writer.message(shape.reply))
+    messages = [*writer.history(shape, context), writer.message(shape.reply)]
     num_messages = len(messages)
     messages += [writer.message(form) for form in shape.appended]
     tools = example_tools(filling.num_tools) if shape.has_tools else ()
@@ -191,11 +188,7 @@ def histories(shape: Shape) -> Iterator[tuple[JsonValue, ...]]:
     """What may stand before a reply of this shape, if a user's message does: as little as possible first, then more of
     each kind of message, so that what a template counts can be told from how its numbers change."""
     for context in _COUNTED:
-        writer = _Writer(FILLINGS[0])
-        messages = [writer.message(MessageForm("system"))] if shape.starts_with_system else []
-        for word in (*context, "user"):
-            messages += writer.past(word)
-        yield tuple(messages)
+        yield tuple(_Writer(FILLINGS[0]).history(shape, (*context, "user")))
 
 
 def example_tools(count: int) -> tuple[JsonValue, ...]:
@@ -275,8 +268,15 @@ class _Writer:
         self._call_ids: list[str] = []
         self._num_calls = 0
 
+    def history(self, shape: Shape, context: Sequence[str]) -> list[JsonValue]:
+        """What stands before a shape's reply."""
+        messages = [self.message(MessageForm("system"))] if shape.starts_with_system else []
+        for word in context:
+            messages += self.past(word)
+        return messages
+
     def past(self, word: str) -> list[JsonValue]:
-        """Messages of a context."""
+        """Messages of a context's word."""
         reasoning = self._filling.past_reasoning
         if word == "user" or word in _SYSTEMS:
             return [self.message(MessageForm(word))]
